@@ -1,0 +1,72 @@
+"""What an evaluation is, in closed configs without torch. Everything here is identity."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from training.config import Config, Precision
+
+
+class BenchmarkConfig(Config):
+    """One lm-eval task as we run it. Two scores are comparable only when all of this agrees."""
+
+    name: str = Field(
+        title="Name",
+        description="The benchmark's name in tables, such as mmlu; a part of a suite never carries the suite's name.",
+    )
+    tasks: tuple[str, ...] = Field(
+        min_length=1, title="Tasks", description="lm-eval task names; several are pooled by their number of items."
+    )
+    num_fewshot: int | None = Field(
+        None, ge=0, title="Shots", description="Worked examples in the prompt, at least 0; empty keeps the task's own."
+    )
+    metric: str = Field(title="Metric", description="lm-eval metric that decides, such as acc, exact_match or pass@1.")
+    filter: str = Field(
+        "none",
+        title="Filter",
+        description="lm-eval filter of the deciding metric, such as strict-match; the others are logged.",
+    )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        title="Item limit",
+        description="Items per task, at least 1; empty for all. A limited score is never taken for a full one.",
+    )
+    max_gen_toks: int | None = Field(
+        None, ge=1, title="Answer cap", description="Longest answer in tokens, at least 1; empty keeps the task's own."
+    )
+    max_length: int = Field(
+        2048, ge=64, title="Context", description="Longest prompt and answer in tokens, at least 64."
+    )
+    chat_template: bool = Field(False, title="Chat template", description="Wrap prompts in the model's chat template.")
+    system_prompt: str | None = Field(None, title="System prompt", description="Only with the chat template.")
+    precision: Precision = Precision.float32
+    seed: int = Field(1234, ge=0, title="Few-shot seed", description="Draws the worked examples, at least 0.")
+    sandbox_seconds: float = Field(
+        5.0, gt=0, title="Sandbox limit", description="Wall seconds for each model-written program, above 0."
+    )
+
+
+class SuiteConfig(Config):
+    """Benchmarks that are run and judged together."""
+
+    benchmarks: tuple[BenchmarkConfig, ...] = Field(title="Benchmarks", description="Each with its own settings.")
+
+
+class GatePolicy(Config):
+    """What a challenger must show. PROMOTE: every guard non-inferior and the target superior. REJECT: a guard shown worse
+    than its margin. HOLD: anything else."""
+
+    margins: dict[str, float] = Field(
+        title="Margins",
+        description="For each guarded benchmark the largest loss, in score from 0 to 1, that is still acceptable.",
+    )
+    target: Literal["heldout_reward"] = Field(
+        "heldout_reward", title="Target", description="What must be better with confidence."
+    )
+    alpha: float = Field(
+        0.05, gt=0, lt=0.5, title="Alpha", description="One-sided error rate of each test, between 0 and 0.5."
+    )
+    min_target_gain: float = Field(
+        0.0, ge=0, title="Smallest gain", description="The target's gain must exceed this with confidence; at least 0."
+    )

@@ -1,0 +1,1 @@
+"""One Prefect task a step: fingerprint, found?, work, commit, record."""

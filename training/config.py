@@ -1,0 +1,300 @@
+"""What a training-side job is, in closed configs without torch, so that anything can check one at once.
+
+Every class here is identity: each field is hashed into the fingerprint of the step that takes it. The one exception is
+`Runtime`, which says how the work is done and never what the result means, and is never hashed.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, closed, defaults only here."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class Precision(StrEnum):
+    """Number format of weights and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class ResponseRegime(StrEnum):
+    """How the responses of a data set came to be; it decides the score s_k of VAR (docs/var.md)."""
+
+    support = "support"
+    from_reference = "from_reference"
+    from_behaviour = "from_behaviour"
+
+
+class SourceFormat(StrEnum):
+    """Shape of a source row. `auto` looks at the keys of the first readable row."""
+
+    auto = "auto"
+    hh_rlhf = "hh_rlhf"  # {"chosen", "rejected"}: dialogues with "\n\nHuman:" and "\n\nAssistant:" turns
+    pairs = "pairs"  # {"prompt", "chosen", "rejected"}: text, or lists of {"role", "content"} messages
+    responses = "responses"  # {"prompt", "responses": [K >= 2 texts], "preferred": index}
+
+
+class IngestConfig(Config):
+    """Source rows -> one row schema, split by prompt, the unusable ones quarantined with reasons."""
+
+    schema_version: Literal[1] = 1
+    format: SourceFormat = Field(
+        SourceFormat.auto, title="Source format", description="Shape of a source row; auto looks at the first row."
+    )
+    responses: ResponseRegime = Field(
+        title="Response regime",
+        description="How the responses were made: support (a fixed set, human or several models), from_reference (sampled from the reference), from_behaviour (sampled from another policy, log q stored).",
+    )
+    heldout_fraction: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        title="Held-out fraction",
+        description="Share of prompts kept out of training, between 0 and 1 (exclusive). Chosen by a hash of the prompt, so equal prompts never straddle.",
+    )
+    limit: int | None = Field(
+        None, ge=1, title="Row limit", description="Take only the first rows of the source; at least 1, empty for all."
+    )
+    max_invalid_fraction: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        title="Largest invalid fraction",
+        description="Share of quarantined rows, from 0 to 1, above which ingestion refuses the source.",
+    )
+    min_response_chars: int = Field(
+        1, ge=1, title="Shortest response", description="Responses with fewer characters are quarantined; at least 1."
+    )
+    max_row_chars: int = Field(
+        20_000,
+        ge=1,
+        title="Longest row",
+        description="Rows whose prompt and longest response exceed this many characters are quarantined; at least 1.",
+    )
+
+
+class RewardRender(StrEnum):
+    """How prompt and response become the ids a reward model reads."""
+
+    text_pair = "text_pair"  # tokenizer(prompt, response): encoders such as MiniLM
+    chat_template = "chat_template"  # the model's own chat template: decoders
+
+
+class RewardModelConfig(Config):
+    """Bradley-Terry training of a sequence-classification reward model on the train split."""
+
+    objective: Literal["bradley_terry"] = "bradley_terry"
+    render: RewardRender = Field(
+        RewardRender.text_pair, title="Rendering", description="text_pair for encoders, chat_template for decoders."
+    )
+    learning_rate: float = Field(5e-5, gt=0, title="Learning rate", description="Peak AdamW learning rate, above 0.")
+    weight_decay: float = Field(0.01, ge=0, title="Weight decay", description="AdamW weight decay, at least 0.")
+    warmup_fraction: float = Field(
+        0.1, ge=0, le=1, title="Warm-up", description="Share of steps with rising learning rate, from 0 to 1."
+    )
+    epochs: int = Field(2, ge=1, title="Epochs", description="Passes over the train split, at least 1.")
+    batch_prompts: int = Field(16, ge=1, title="Global batch", description="Prompts per optimiser step, at least 1.")
+    max_tokens: int = Field(
+        256,
+        ge=8,
+        title="Longest sequence",
+        description="Tokens of prompt and response together; the prompt is cut from the left, at least 8.",
+    )
+    max_grad_norm: float = Field(1.0, gt=0, title="Gradient clipping", description="Largest gradient norm, above 0.")
+    precision: Precision = Precision.float32
+    seed: int = Field(0, ge=0, title="Seed", description="At least 0.")
+    min_accuracy: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        title="Accuracy floor",
+        description="Held-out pairwise accuracy, from 0 to 1, below which the run stops.",
+    )
+
+
+class RewardScoreConfig(Config):
+    """Reward of every response under a sequence-classification model."""
+
+    render: RewardRender = RewardRender.text_pair
+    max_tokens: int = Field(
+        256,
+        ge=8,
+        title="Longest sequence",
+        description="Tokens of prompt and response together; the prompt is cut from the left, at least 8.",
+    )
+    precision: Precision = Precision.float32
+
+
+class ReferenceScoreConfig(Config):
+    """Summed log-probability of every response's trained tokens under the reference."""
+
+    max_tokens: int = Field(
+        1024,
+        ge=8,
+        title="Longest sequence",
+        description="Rows whose prompt and longest response exceed this many tokens are dropped and counted; at least 8.",
+    )
+    precision: Precision = Precision.float32
+
+
+class GenerateConfig(Config):
+    """Responses sampled from a policy for the prompts of one split."""
+
+    split: Literal["train", "heldout"] = "heldout"
+    limit: int | None = Field(
+        None,
+        ge=1,
+        title="Prompt limit",
+        description="Take only the first prompts of the split, by row id; at least 1, empty for all.",
+    )
+    samples_per_prompt: int = Field(
+        1, ge=1, title="Samples per prompt", description="Responses drawn for each prompt, at least 1."
+    )
+    temperature: float = Field(
+        1.0, ge=0, title="Temperature", description="0 is greedy; 1 with no top-k and top-p samples the policy itself."
+    )
+    top_p: float = Field(1.0, gt=0, le=1, title="Top-p", description="Above 0, up to 1; 1 switches it off.")
+    top_k: int = Field(0, ge=0, title="Top-k", description="At least 0; 0 switches it off.")
+    max_new_tokens: int = Field(
+        64,
+        ge=1,
+        title="Answer cap",
+        description="Longest response in tokens, at least 1; longer ones are marked truncated.",
+    )
+    max_prompt_tokens: int = Field(
+        768, ge=8, title="Longest prompt", description="Prompts with more tokens are dropped and counted; at least 8."
+    )
+    precision: Precision = Precision.float32
+    seed: int = Field(0, ge=0, title="Seed", description="At least 0.")
+
+
+class Schedule(StrEnum):
+    """Learning rate after warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class TrainConfig(Config):
+    """What every objective shares."""
+
+    learning_rate: float = Field(1e-5, gt=0, title="Learning rate", description="Peak AdamW learning rate, above 0.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        title="Weight decay",
+        description="AdamW weight decay of matrices, at least 0; norms and biases have none.",
+    )
+    schedule: Schedule = Field(Schedule.cosine, title="Schedule", description="Learning rate after warm-up.")
+    warmup_fraction: float = Field(
+        0.1, ge=0, le=1, title="Warm-up", description="Share of steps with rising learning rate, from 0 to 1."
+    )
+    epochs: int = Field(1, ge=1, title="Epochs", description="Passes over the train split, at least 1.")
+    batch_prompts: int = Field(
+        16,
+        ge=1,
+        title="Global batch",
+        description="Prompts per optimiser step, at least 1. Each brings its K responses, never split.",
+    )
+    max_tokens: int = Field(
+        1024,
+        ge=8,
+        title="Longest sequence",
+        description="Rows whose prompt and longest response exceed this many tokens are dropped and counted; at least 8.",
+    )
+    max_grad_norm: float = Field(1.0, gt=0, title="Gradient clipping", description="Largest gradient norm, above 0.")
+    precision: Precision = Precision.float32
+    seed: int = Field(0, ge=0, title="Seed", description="Order of the rows; at least 0.")
+
+
+class Normaliser(StrEnum):
+    """Over which set the weights are a softmax."""
+
+    per_prompt = "per_prompt"
+    in_batch = "in_batch"
+
+
+class ReferenceFactor(StrEnum):
+    """f(l) in the score f(log pi_ref) + r / lambda of the `support` regime."""
+
+    sum = "sum"
+    mean = "mean"
+    none = "none"
+
+
+class LambdaUnit(StrEnum):
+    """What lambda is measured in."""
+
+    reward = "reward"
+    reward_std = "reward_std"
+
+
+class VarConfig(TrainConfig):
+    """Variational Alignment with Re-weighting, arXiv 2502.11026: SFT weighted by pi_ref exp(r / lambda)."""
+
+    objective: Literal["var"] = "var"
+    lambda_: float = Field(
+        1.0,
+        gt=0,
+        title="Lambda",
+        description="Temperature of the reward, above 0: small follows the reward, large the reference.",
+    )
+    lambda_unit: LambdaUnit = Field(
+        LambdaUnit.reward_std,
+        title="Unit of lambda",
+        description="reward: as the scorer gives it. reward_std: in within-prompt standard deviations of the reward.",
+    )
+    normaliser: Normaliser = Field(
+        Normaliser.per_prompt,
+        title="Normaliser",
+        description="per_prompt: over the K responses of a prompt. in_batch: over the global batch.",
+    )
+    reference_factor: ReferenceFactor = Field(
+        title="Reference factor",
+        description="sum: exact. mean and none: practical and biased (docs/var.md). No default: each recipe gives its reason.",
+    )
+
+
+class SftConfig(TrainConfig):
+    """Unweighted supervised fine-tuning: the baseline."""
+
+    objective: Literal["sft"] = "sft"
+    responses: Literal["chosen", "all"] = Field(
+        "chosen", title="Responses", description="chosen: the preferred response. all: every response with unit weight."
+    )
+
+
+AnyTrainConfig = Annotated[VarConfig | SftConfig, Field(discriminator="objective")]
+
+
+class Device(StrEnum):
+    """Where tensors live; auto takes an accelerator where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Runtime(Config):
+    """How the work is done. Never part of a fingerprint."""
+
+    device: Device = Field(Device.auto, title="Device", description="auto takes an accelerator where there is one.")
+    microbatch_tokens: int = Field(
+        2048, ge=1, title="Micro-batch", description="Token budget of one forward pass, padding included; at least 1."
+    )
+    threads: int | None = Field(
+        None, ge=1, title="Threads", description="CPU threads of a child process; at least 1, empty for all cores."
+    )
+    checkpoint_every_steps: int = Field(
+        20,
+        ge=0,
+        title="Checkpoint cadence",
+        description="Optimiser steps between checkpoints; 0 saves only when told to stop.",
+    )

@@ -1,0 +1,120 @@
+"""The life of a child process: read a job, run it, be stoppable, leave files and an exit status.
+
+A job file is one JSON object::
+
+    {"job": "train", "config": {...}, "runtime": {...}, "inputs": {"name": "/path"}, "output": "/dir", "work": "/dir"}
+
+`output` becomes the artifact. `work` is scratch that outlives a kill: a second start with the same identity finds in both
+what the first one left, and goes on from there. The parent learns of the work through files alone: `output/metrics.jsonl`
+(see training.metrics), `output/summary.json` at the end, `work/error.json` on failure.
+
+Exit status: 0 done, 2 the user's mistake (error.json says which), 75 stopped on request and resumable, anything else a fault.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, the work goes on from its checkpoint
+TEARDOWN_SECONDS = 60.0  # from the parent's death to the end of the whole process group, checkpoint included
+
+
+class Interrupted(Exception):  # noqa: N818 - an event, not an error
+    """Raised by a job that saw `stop` and has saved what it needs to go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of work for a child process. Paths are local."""
+
+    name: str
+    config: dict[str, Any]
+    runtime: dict[str, Any]
+    inputs: dict[str, Path]
+    output: Path
+    work: Path
+    stop: threading.Event = field(default_factory=threading.Event, compare=False)
+
+    @classmethod
+    def read(cls, path: Path) -> "Job":
+        """Read a job file and make its directories."""
+        raw = json.loads(path.read_text())
+        job = cls(
+            name=raw["job"],
+            config=raw["config"],
+            runtime=raw["runtime"],
+            inputs={name: Path(value) for name, value in raw["inputs"].items()},
+            output=Path(raw["output"]),
+            work=Path(raw["work"]),
+        )
+        job.output.mkdir(parents=True, exist_ok=True)
+        job.work.mkdir(parents=True, exist_ok=True)
+        return job
+
+    def check_stop(self) -> None:
+        """Raise Interrupted when the parent asked to stop or died. Call where everything done so far is on disk."""
+        if self.stop.is_set():
+            raise Interrupted(self.name)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `output/summary.json`: the flat counts and figures that the record and the report show."""
+        write_json(self.output / "summary.json", summary)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically: the file is there whole or not at all. NaN and inf are refused."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as out:
+        json.dump(value, out, indent=1, sort_keys=True, allow_nan=False)
+        out.flush()
+        os.fsync(out.fileno())
+    os.replace(partial, path)
+
+
+def watch_parent(lifeline_fd: int, stop: threading.Event) -> None:
+    """Set `stop` when the other end of the pipe closes, and end the process group if the job has not ended in time."""
+
+    def watch() -> None:
+        while os.read(lifeline_fd, 1):
+            pass
+        stop.set()
+        timer = threading.Timer(TEARDOWN_SECONDS, lambda: os.killpg(os.getpgid(0), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+
+    threading.Thread(target=watch, name="lifeline", daemon=True).start()
+
+
+def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
+    """Run the job named in the job file `argv[0]`; `argv[1]`, if given, is the lifeline's file descriptor."""
+    job = Job.read(Path(argv[0]))
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: job.stop.set())
+    if len(argv) > 1:
+        watch_parent(int(argv[1]), job.stop)
+    error_file = job.work / "error.json"
+    error_file.unlink(missing_ok=True)
+    try:
+        if job.name not in jobs:
+            raise ValueError(f"job {job.name!r}: no such job; got {job.name!r}, expected one of {sorted(jobs)}")
+        jobs[job.name](job)
+    except Interrupted:
+        print(f"{job.name}: stopped on request; a rerun goes on from here", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, FileNotFoundError) as error:
+        traceback.print_exc()
+        write_json(error_file, {"type": type(error).__name__, "message": str(error)})
+        return EXIT_USER_ERROR
+    except Exception as error:
+        traceback.print_exc()
+        write_json(error_file, {"type": type(error).__name__, "message": str(error)})
+        return 1
+    return 0

@@ -1,0 +1,1 @@
+"""Objectives: each a pure function behind one protocol."""

@@ -1,0 +1,1 @@
+"""Reward models: how they read a response and what they give it."""
