@@ -76,7 +76,7 @@ def write_json(path: Path, value: Any) -> None:
         json.dump(value, out, indent=1, sort_keys=True, allow_nan=False)
         out.flush()
         os.fsync(out.fileno())
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def watch_parent(lifeline_fd: int, stop: threading.Event) -> None:
@@ -107,13 +107,13 @@ def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
             raise ValueError(f"job {job.name!r}: no such job; got {job.name!r}, expected one of {sorted(jobs)}")
         jobs[job.name](job)
     except Interrupted:
-        print(f"{job.name}: stopped on request; a rerun goes on from here", file=sys.stderr)
+        sys.stderr.write(f"{job.name}: stopped on request; a rerun goes on from here\n")
         return EXIT_INTERRUPTED
     except (ValueError, FileNotFoundError) as error:
         traceback.print_exc()
         write_json(error_file, {"type": type(error).__name__, "message": str(error)})
         return EXIT_USER_ERROR
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the last frame of the process: the parent is told, then it ends
         traceback.print_exc()
         write_json(error_file, {"type": type(error).__name__, "message": str(error)})
         return 1

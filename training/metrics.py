@@ -19,7 +19,7 @@ class MetricsWriter:
     def __init__(self, path: Path, *, total: int, keep_bytes: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
-        self._file.truncate(min(keep_bytes, os.path.getsize(path)))
+        self._file.truncate(min(keep_bytes, path.stat().st_size))
         self._file.seek(0, os.SEEK_END)
         self._total = total
 
