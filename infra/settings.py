@@ -1,0 +1,226 @@
+"""Where the servers are and where the data lies: the one reader of the environment.
+
+A field takes, in this order, what the caller passes, the variable `VARFLOW_<FIELD>`, what the running local stack wrote into
+its home (`stack.json`, `credentials.json`), the default. So another S3, Prefect or MLflow is a matter of one variable
+each, and a second shell finds the stack that the first one started.
+
+Importing this is cheap: neither Prefect nor MLflow nor boto3 is loaded, since `apply` has to come before them.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+LOOPBACK = "127.0.0.1"
+GRPC_OFFSET = 10_000  # SeaweedFS opens port + 10000 beside every port
+MAX_WEED_PORT = 65_535 - GRPC_OFFSET
+PREFECT_PORT, MLFLOW_PORT, S3_PORT = 4200, 5500, 8333
+CHILD_VARIABLES = (
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "VIRTUAL_ENV",
+    "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE",
+    "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "TORCH_HOME", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+)  # fmt: skip
+
+Service = Literal["s3", "prefect", "mlflow", "worker"]
+
+
+class Settings(BaseSettings):
+    """The places varflow works with. Secrets never show in its text form, its errors or its JSON."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="VARFLOW_", env_ignore_empty=True, frozen=True, extra="ignore", hide_input_in_errors=True
+    )
+
+    home: Path = Field(
+        description="data directory: state, logs and credentials of the local stack, scratch of the steps"
+    )
+    s3_endpoint: str | None = Field(
+        description="URL of the S3 server; `aws` for Amazon's own; default: the local stack's"
+    )
+    s3_bucket: str = Field("varflow", min_length=3, max_length=63, pattern=r"^[a-z0-9][a-z0-9.-]*[a-z0-9]$")
+    s3_prefix: str = Field("", description="folder within the bucket; empty: the bucket's root")
+    s3_region: str = "us-east-1"
+    s3_access_key: str | None = Field(
+        None, description="unset: the local stack's, or boto3's own search for another S3"
+    )
+    s3_secret_key: SecretStr | None = None
+    prefect_api_url: str = Field(description="e.g. http://127.0.0.1:4200/api; default: the local stack's")
+    mlflow_tracking_uri: str = Field(description="e.g. http://127.0.0.1:5500; default: the local stack's")
+    prefect_port: int = Field(PREFECT_PORT, ge=1, le=65_535)
+    mlflow_port: int = Field(MLFLOW_PORT, ge=1, le=65_535)
+    s3_port: int = Field(
+        S3_PORT, ge=1, le=MAX_WEED_PORT - 3, description="SeaweedFS also takes the next three, and all + 10000"
+    )
+    work_pool: str = "varflow"
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Name the sources, strongest first."""
+        return init_settings, env_settings, LocalStackSource(settings_cls)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_to_the_local_stack(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Derive from the ports what nothing else has set."""
+        prefect = f"http://{LOOPBACK}:{values.get('prefect_port', PREFECT_PORT)}/api"
+        mlflow = f"http://{LOOPBACK}:{values.get('mlflow_port', MLFLOW_PORT)}"
+        s3 = f"http://{LOOPBACK}:{values.get('s3_port', S3_PORT)}"
+        return {"prefect_api_url": prefect, "mlflow_tracking_uri": mlflow, "s3_endpoint": s3} | values
+
+    @field_validator("home")
+    @classmethod
+    def _absolute(cls, home: Path) -> Path:
+        return home.expanduser().resolve()
+
+    @field_validator("s3_endpoint", mode="before")
+    @classmethod
+    def _aws_has_no_endpoint(cls, value: str | None) -> str | None:
+        return None if value is None or value.lower() == "aws" else value
+
+    @field_validator("s3_endpoint", "prefect_api_url", "mlflow_tracking_uri")
+    @classmethod
+    def _url(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("expected a URL that starts with http:// or https://")
+        return value.rstrip("/") if value else value
+
+    @field_validator("s3_prefix")
+    @classmethod
+    def _without_slashes_at_the_ends(cls, value: str) -> str:
+        return value.strip("/")
+
+    @model_validator(mode="after")
+    def _keys_come_in_pairs(self) -> Self:
+        if (self.s3_access_key is None) != (self.s3_secret_key is None):
+            raise ValueError("only one of s3_access_key and s3_secret_key is set; set both or neither")
+        return self
+
+    @property
+    def weed_ports(self) -> dict[str, int]:
+        """Name each port SeaweedFS listens on, besides the same + 10000 for gRPC."""
+        return {name: self.s3_port + i for i, name in enumerate(("s3", "master", "volume", "filer"))}
+
+    def local_url(self, service: Service) -> str:
+        """Give the URL at which the local stack serves `service` (the worker's is its Prefect's)."""
+        ports = {
+            "s3": self.s3_port,
+            "prefect": self.prefect_port,
+            "worker": self.prefect_port,
+            "mlflow": self.mlflow_port,
+        }
+        return f"http://{LOOPBACK}:{ports[service]}" + ("/api" if service in ("prefect", "worker") else "")
+
+    def is_local(self, service: Service) -> bool:
+        """Tell whether `service` belongs to the local stack. A worker is local always: it is what runs on this machine."""
+        urls = {"s3": self.s3_endpoint, "prefect": self.prefect_api_url, "mlflow": self.mlflow_tracking_uri}
+        return service == "worker" or urls[service] == self.local_url(service)
+
+    def library_environment(self) -> dict[str, str]:
+        """Say in the variables of Prefect, MLflow and boto3 what these settings say. Holds the S3 credentials."""
+        variables = {
+            "VARFLOW_HOME": str(self.home),
+            "PREFECT_API_URL": self.prefect_api_url,
+            "PREFECT_HOME": str(self.home / "prefect"),
+            "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_LOGGING_LEVEL": self.log_level,
+            "DO_NOT_TRACK": "1",
+            "MLFLOW_TRACKING_URI": self.mlflow_tracking_uri,
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "AWS_DEFAULT_REGION": self.s3_region,
+        }
+        if self.s3_endpoint is not None:
+            variables["MLFLOW_S3_ENDPOINT_URL"] = self.s3_endpoint
+        if self.s3_access_key is not None and self.s3_secret_key is not None:
+            variables["AWS_ACCESS_KEY_ID"] = self.s3_access_key
+            variables["AWS_SECRET_ACCESS_KEY"] = self.s3_secret_key.get_secret_value()
+        return variables
+
+    def apply(self) -> None:
+        """Export `library_environment` to this process. Call it before prefect or mlflow is imported."""
+        if self.s3_endpoint is None:
+            os.environ.pop("MLFLOW_S3_ENDPOINT_URL", None)
+        os.environ.update(self.library_environment())
+
+
+class LocalStackSource(PydanticBaseSettingsSource):
+    """What the local stack of the home wrote: its ports and settings, and its credentials if the S3 in use is its own."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        """Give nothing for a single field: the files are read as a whole."""
+        return None, field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """Read the files of the home that the stronger sources name, or the one found from the working directory."""
+        stronger = self.current_state
+        home = Path(stronger.get("home") or find_home()).expanduser().resolve()
+        values = {"home": home} | read_object(home / "stack.json")
+        merged = values | stronger
+        endpoint = merged.get("s3_endpoint")
+        if endpoint not in (None, f"http://{LOOPBACK}:{merged.get('s3_port', S3_PORT)}"):
+            return values  # never hand the local stack's credentials to another server
+        if stronger.keys() & {"s3_access_key", "s3_secret_key"}:
+            return values
+        return values | read_object(home / "credentials.json")
+
+
+def read_settings(**overrides: Any) -> Settings:
+    """Read the settings, or raise one ValueError that names every variable at fault and no value of a secret."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        faults = []
+        for fault in error.errors(include_input=False, include_url=False):
+            name = "".join(f" VARFLOW_{str(part).upper()}" for part in fault["loc"][:1])
+            faults.append(f"settings{name}: {fault['msg'].removeprefix('Value error, ')}")
+        raise ValueError("; ".join(faults) + "; correct the variable, or unset it to use the local stack") from None
+
+
+def find_home() -> Path:
+    """Give the nearest `.varflow` folder from the working directory upwards, or the one to be made here."""
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / ".varflow").is_dir():
+            return folder / ".varflow"
+    return here / ".varflow"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object, {} where there is no such file."""
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}: not JSON ({error}); it is written by `varflow up`: remove it and start again"
+        ) from None
+    if not isinstance(value, dict):
+        raise ValueError(
+            f"{path}: got {type(value).__name__}, expected an object; remove it and run `varflow up` again"
+        )
+    return value
+
+
+def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
+    """Give the environment of a compute child: an allow-list of this one's and `extra`, no credentials, no server's URL.
+
+    `PYTHONSAFEPATH` keeps a folder of the child's working directory from being imported in place of a package.
+    """
+    allowed = {name: os.environ[name] for name in CHILD_VARIABLES if name in os.environ}
+    return allowed | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
