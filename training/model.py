@@ -1,0 +1,90 @@
+"""Causal language models on disk and in memory: local folders, safetensors, no code from outside."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training.config import Device, Precision
+
+DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def resolve_device(device: Device) -> torch.device:
+    """Return the device to work on; `auto` takes an accelerator where there is one. ValueError where there is none to take."""
+    if device == Device.cuda and not torch.cuda.is_available():
+        raise ValueError(
+            "device: got cuda, but torch sees no GPU here; expected a visible GPU; set runtime.device to cpu"
+        )
+    if device == Device.auto:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device.value)
+
+
+def load_policy(folder: Path, *, precision: Precision, device: torch.device) -> tuple[Any, Any]:
+    """Return (model, tokenizer) of a causal language model in a local folder, in evaluation mode (dropout 0).
+
+    Weights are safetensors and no code of the folder runs. ValueError for a folder without weights, without tokenizer, for
+    a tokenizer without chat template, and for one whose vocabulary is larger than the model's embedding.
+    """
+    check_model_folder(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"model {folder}: the tokenizer has no chat template; expected one in tokenizer_config.json or "
+            "chat_template.jinja; take the instruct version of the model or add its template"
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision]
+    )
+    check_vocabulary(model, tokenizer, folder)
+    # An embedding with padding_idx drops the gradient of that id. Several tokenizers pad with their stop token, and the
+    # engine never reads padding, so every id is to learn.
+    model.get_input_embeddings().padding_idx = None
+    return model.to(device).eval(), tokenizer
+
+
+def check_model_folder(folder: Path) -> None:
+    """Raise ValueError unless the folder holds a configuration, safetensors weights and a tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"model {folder}: no config.json; expected a folder as save_pretrained writes it; check the path"
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"model {folder}: no weights; expected *.safetensors, got {sorted(p.name for p in folder.iterdir())}; "
+            "convert other formats with save_pretrained"
+        )
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(
+            f"model {folder}: no tokenizer; expected one of {', '.join(TOKENIZER_FILES)}; copy it beside the weights"
+        )
+
+
+def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Raise ValueError when the tokenizer can produce an id that the embedding does not have."""
+    largest_id = max(tokenizer.get_vocab().values())
+    num_embeddings = model.get_input_embeddings().num_embeddings
+    if largest_id >= num_embeddings:
+        raise ValueError(
+            f"model {folder}: the tokenizer's largest id is {largest_id}, the embedding has {num_embeddings} rows; "
+            "expected every id to be a row; tokenizer and weights are of different models"
+        )
+
+
+def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write configuration, safetensors weights and tokenizer to the top of `folder`, each file whole or not at all.
+
+    Other files of the folder stay. A rerun after a kill overwrites what the first attempt left.
+    """
+    stage = folder / ".partial"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    model.save_pretrained(stage, safe_serialization=True)
+    tokenizer.save_pretrained(stage)
+    for path in sorted(stage.iterdir()):
+        path.replace(folder / path.name)
+    stage.rmdir()
