@@ -1,0 +1,165 @@
+"""Supervision of a compute child: start it, follow its metrics file, end its whole group whatever happens here.
+
+The child holds the reading end of a pipe. When this process dies, however it dies, the pipe closes and the child ends
+itself; when this process is told to stop, it passes the signal on and gives the child time to save. Call this directly,
+never through a thread: Prefect delivers a cancellation to the main thread alone.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.job import EXIT_INTERRUPTED, EXIT_USER_ERROR, write_json
+
+POLL_SECONDS = 0.1
+STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this process
+LOG_TAIL_LINES = 25
+
+
+class StepFailed(Exception):  # noqa: N818 - what the user reads
+    """A step could not be done; the message is whole and needs no traceback."""
+
+
+class UserError(StepFailed, ValueError):
+    """The step refused its config or its inputs."""
+
+
+@dataclass(frozen=True)
+class ChildJob:
+    """What a child is to do; see training.job for the file it becomes."""
+
+    package: str  # training | evaluation
+    name: str
+    config: dict[str, Any]
+    runtime: dict[str, Any]
+    inputs: Mapping[str, Path]
+    folder: Path  # holds job.json, log.txt, output/, work/; one child at a time
+    environment: Mapping[str, str]
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    @property
+    def work(self) -> Path:
+        return self.folder / "work"
+
+
+def run_child(
+    job: ChildJob, *, keep_fds: tuple[int, ...] = (), on_metrics: Callable[[list[dict[str, float]]], None]
+) -> None:
+    """Run a job to its end; raise UserError or StepFailed with the child's own words otherwise.
+
+    `on_metrics` gets the new lines of `output/metrics.jsonl`, or an empty list when there are none, several times a
+    second. `keep_fds` are inherited: a lock held through one lasts as long as the child lives.
+    """
+    job_file = job.folder / "job.json"
+    write_json(
+        job_file,
+        {
+            "job": job.name,
+            "config": job.config,
+            "runtime": job.runtime,
+            "inputs": {name: str(path) for name, path in job.inputs.items()},
+            "output": str(job.output),
+            "work": str(job.work),
+        },
+    )
+    lines = follow(job.output / "metrics.jsonl")
+    reader, writer = os.pipe()
+    try:
+        with (job.folder / "log.txt").open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", job.package, str(job_file), str(reader)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                pass_fds=(reader, *keep_fds),
+                env=dict(job.environment),
+                cwd=job.folder,
+            )
+        os.close(reader)
+        try:
+            while child.poll() is None:
+                on_metrics(next(lines))
+                time.sleep(POLL_SECONDS)
+            on_metrics(next(lines))
+        finally:
+            end_group(child)
+    finally:
+        os.close(writer)
+    _raise_for_exit(job, child.returncode)
+
+
+def end_group(child: "subprocess.Popen[bytes]") -> None:
+    """End the child's whole process group: SIGTERM, time to save, SIGKILL. Returns when no process of it is left."""
+    if child.poll() is None:
+        _signal_group(child.pid, signal.SIGTERM)
+        try:
+            child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # a second interrupt while waiting must not leave the group behind
+            _signal_group(child.pid, signal.SIGKILL)
+            child.wait()
+    _signal_group(child.pid, signal.SIGKILL)  # what the leader may have left
+
+
+def _signal_group(group: int, number: signal.Signals) -> None:
+    try:
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # none left; on macOS a group of zombies gives EPERM
+        return
+
+
+def follow(path: Path) -> Iterator[list[dict[str, float]]]:
+    """Yield, for ever, the whole lines that came to a JSON-lines file since the last time, from its beginning on.
+
+    A file cut shorter (a resumed run drops the steps after its checkpoint) is followed from the cut.
+    """
+    offset = 0
+    while True:
+        lines: list[dict[str, float]] = []
+        if path.exists():
+            size = path.stat().st_size
+            offset = min(offset, size)
+            if size > offset:
+                with path.open("rb") as file:
+                    file.seek(offset)
+                    data = file.read()
+                whole = data[: data.rfind(b"\n") + 1]
+                offset += len(whole)
+                lines = [json.loads(line) for line in whole.splitlines()]
+        yield lines
+
+
+def _raise_for_exit(job: ChildJob, status: int) -> None:
+    if status == 0:
+        return
+    log = job.folder / "log.txt"
+    error_file = job.work / "error.json"
+    if error_file.exists():
+        error = json.loads(error_file.read_text())
+        if status == EXIT_USER_ERROR:
+            raise UserError(f"{job.name}: {error['message']}")
+        raise StepFailed(f"{job.name}: {error['type']}: {error['message']}\nlog: {log}")
+    if status == EXIT_INTERRUPTED:
+        raise StepFailed(f"{job.name}: stopped on request; run the same command again to go on from its checkpoint")
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+    raise StepFailed(f"{job.name}: {_describe_exit(status)}; the last lines of {log}:\n{tail}")
+
+
+def _describe_exit(status: int) -> str:
+    if status == -signal.SIGKILL:
+        return "its process was killed (SIGKILL): by hand, or by the kernel for want of memory (see `dmesg`)"
+    if status < 0:
+        return f"its process ended by {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"

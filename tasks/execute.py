@@ -1,0 +1,384 @@
+"""Running a plan inside a Prefect flow: found? else work, commit, record, each step one Prefect task and one MLflow run."""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+
+from infra import provenance, records
+from infra.fingerprint import Digests
+from infra.records import Record
+from infra.settings import Settings, child_environment
+from infra.store import Store, StoredFile
+from infra.tracking import Run, Tracking, TrackingError
+from tasks.child import ChildJob, StepFailed, run_child
+from tasks.step import ArtifactRef, Metrics, Planned, Source
+
+SHIP_SECONDS = 3.0
+FINAL_SHIP_SECONDS = 60.0
+LOG_SECONDS = 30.0
+
+Listener = Callable[[str, int, int, Mapping[str, float]], None]
+listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+"""Hears (step's title, done, total, newest metrics) while a child works; the command line draws its bars with it."""
+
+
+def open_store(settings: Settings) -> Store:
+    """Return the store that the settings name, not probed yet."""
+    secret = settings.s3_secret_key
+    return Store(
+        bucket=settings.s3_bucket,
+        prefix=settings.s3_prefix,
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        access_key=settings.s3_access_key,
+        secret_key=secret.get_secret_value() if secret else None,
+    )
+
+
+class Execution:
+    """One flow run over a plan. Use it as a context: it opens the parent MLflow run and closes it as things ended."""
+
+    def __init__(self, settings: Settings, *, experiment: str, name: str, config: Mapping[str, Any]) -> None:
+        self.settings = settings
+        self.store = open_store(settings)
+        self.tracking = Tracking(settings.mlflow_tracking_uri)
+        self.refs: dict[str, ArtifactRef] = {}
+        self.titles: dict[str, str] = {}
+        self.prefect_run = str(flow_run.id or "")
+        self._name, self._config, self._experiment_name = name, config, experiment
+        self.parent: Run
+
+    def __enter__(self) -> Self:
+        self.store.probe()
+        location = self.store.url(f"mlflow/{self._experiment_name}")
+        self.experiment = self.tracking.ensure_experiment(self._experiment_name, artifact_location=location)
+        self.tracking.close_orphans(self.experiment, host=socket.gethostname(), is_alive=psutil.pid_exists)
+        self.parent = self.tracking.start_run(self.experiment, name=self._name, tags=self._tags())
+        self.tracking.log(self.parent.id, params=flatten(self._config))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._finish(self.parent, kind)
+
+    @property
+    def links(self) -> dict[str, str]:
+        """Pages of this run: Prefect, MLflow, and where the store holds it."""
+        return {"prefect_run": self.prefect_url, "mlflow_run": self.tracking.run_url(self.parent)}
+
+    @property
+    def prefect_url(self) -> str:
+        return f"{self.settings.prefect_api_url.removesuffix('/api')}/runs/flow-run/{self.prefect_run}"
+
+    def find(self, planned: Planned) -> Record | None:
+        """Return the record of a planned step that is done already."""
+        return records.find(self.store, step=planned.step.name, fingerprint=planned.fingerprint)
+
+    def run(self, planned: Planned) -> ArtifactRef:
+        """Bring a step to its artifact as one Prefect task, whose inputs have been run before. A found one is *Cached*."""
+        if planned.fingerprint in self.refs:
+            return self.refs[planned.fingerprint]
+
+        @task(
+            name=planned.step.name,
+            task_run_name=planned.title,
+            description=planned.step.description,
+            persist_result=False,  # the record is the result; Prefect's own cache ends with the run
+            cache_policy=NO_CACHE,
+        )
+        def execute(fingerprint: str) -> Any:
+            started = time.monotonic()
+            record = self.find(planned)
+            if record is None:
+                return self._compute(planned)
+            seconds = time.monotonic() - started
+            message = f"found {planned.step.name}/{fingerprint[:12]}, computed {record.created}"
+            return Completed(name="Cached", message=message, data=ArtifactRef(record, True, seconds))
+
+        state: State[ArtifactRef] = execute(planned.fingerprint, return_state=True)
+        ref: ArtifactRef = state.result()  # type: ignore[assignment]
+        self.refs[planned.fingerprint] = ref
+        self.titles[planned.fingerprint] = planned.title
+        self._mirror(planned, ref)
+        return ref
+
+    def folder(self, ref: ArtifactRef | Record) -> Path:
+        """Return the local folder of an artifact, fetched from the store the first time."""
+        record = ref.record if isinstance(ref, ArtifactRef) else ref
+        return fetch_artifact(self.store, record, home=self.settings.home)
+
+    def _compute(self, planned: Planned) -> ArtifactRef:
+        work_folder = self.settings.home / "work" / planned.step.name / planned.fingerprint
+        with lock_folder(work_folder) as lock:
+            record = self.find(planned)  # another flow of this machine may have finished it while this one waited
+            if record is not None:
+                return ArtifactRef(record, True, 0.0)
+            started = time.monotonic()
+            run = self.tracking.start_run(
+                self.experiment, name=planned.title, tags=self._tags(planned), parent=self.parent.id
+            )
+            kind: type[BaseException] | None = None
+            try:
+                attempt = StepAttempt(planned, self, run, work_folder, lock, self._input_folders(planned))
+                self.tracking.log(run.id, params=flatten(planned.config.model_dump(mode="json")))
+                metrics = planned.step.work(planned.config, attempt)
+                record = self._commit(planned, run, attempt.output, metrics, seconds=time.monotonic() - started)
+                self.tracking.log(
+                    run.id, metrics=points(metrics), tags={"varflow.record": f"{record.step}/{record.fingerprint}"}
+                )
+            except BaseException as error:
+                kind = type(error)
+                raise
+            finally:
+                self._finish(run, kind)
+            shutil.rmtree(work_folder, ignore_errors=True)
+        return ArtifactRef(record, False, time.monotonic() - started)
+
+    def _commit(self, planned: Planned, run: Run, output: Path, metrics: Metrics, *, seconds: float) -> Record:
+        """Upload the files to the run's own place, put the record, keep the files as the local copy."""
+        prefix = self.store.name_of(run.artifact_uri)
+        files: list[StoredFile] = self.store.upload_folder(output, prefix)
+        record = Record(
+            step=planned.step.name,
+            version=planned.step.version,
+            fingerprint=planned.fingerprint,
+            identity=planned.identity,
+            inputs=planned.identity["inputs"],
+            attempt=uuid.uuid4().hex,
+            prefix=prefix,
+            files=tuple(files),
+            summary=read_summary(output) | {"metrics": metrics},
+            provenance=provenance.describe(),
+            cost={"wall_seconds": round(seconds, 3)},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            mlflow_run=run.id,
+            prefect_run=self.prefect_run,
+        )
+        winner = records.commit(self.store, record)
+        if winner.attempt == record.attempt:
+            keep_artifact(output, record, home=self.settings.home)
+        return winner
+
+    def _input_folders(self, planned: Planned) -> dict[str, Path]:
+        folders: dict[str, Path] = {}
+        for name, given in planned.inputs.items():
+            if isinstance(given, Source):
+                folders[name] = given.path
+            else:
+                assert given.fingerprint in self.refs, f"{planned.title} was started before {given.title}"
+                folders[name] = self.folder(self.refs[given.fingerprint])
+        return folders
+
+    def _mirror(self, planned: Planned, ref: ArtifactRef) -> None:
+        """Show a step's figures on the parent run too, where runs are compared; a cached step links to its run."""
+        prefix = "champion/" if planned.label == "champion" else ""
+        metrics = {f"{prefix}{name}": value for name, value in ref.record.summary["metrics"].items()}
+        metrics[f"cost/{planned.title.replace(' · ', '_')}_seconds"] = ref.record.cost["wall_seconds"]
+        state = "cached" if ref.cached else "computed"
+        tag = f"{state} {ref.name} run {ref.record.mlflow_run}"
+        self.tracking.log(self.parent.id, metrics=points(metrics), tags={f"step.{planned.title}": tag})
+
+    def _tags(self, planned: Planned | None = None) -> dict[str, str]:
+        facts = provenance.describe()
+        tags = {
+            "varflow.host": facts["host"],
+            "varflow.pid": str(os.getpid()),
+            "git.commit": facts["commit"],
+            "prefect.run": self.prefect_url,
+        }
+        if planned:
+            tags |= {"varflow.step": planned.step.name, "varflow.fingerprint": planned.fingerprint}
+        return tags
+
+    def _finish(self, run: Run, kind: type[BaseException] | None) -> None:
+        """Close a run; a server that is away delays it, but a result that is recorded stays a result."""
+        if kind is None:
+            status = "FINISHED"
+        else:
+            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
+        try:
+            self.tracking.finish(run.id, status=status)
+        except TrackingError as error:
+            get_run_logger().warning("run %s could not be closed as %s: %s", run.id, status, error)
+
+
+@dataclass
+class StepAttempt:
+    """One attempt at a step: the folders its function sees, and the supervised child."""
+
+    planned: Planned
+    execution: Execution
+    run: Run
+    folder: Path
+    lock: int
+    inputs: Mapping[str, Path]
+    output: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.output = self.folder / "output"
+        self.output.mkdir(parents=True, exist_ok=True)
+
+    def run_child(self, package: str, job: str) -> dict[str, Any]:
+        """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
+
+        What an earlier attempt finished but could not commit is taken as it is.
+        """
+        if not (self.output / "summary.json").exists():
+            mirror = MetricsMirror(self)
+            run_child(
+                ChildJob(
+                    package=package,
+                    name=job,
+                    config=self.planned.config.model_dump(mode="json"),
+                    runtime=self.planned.runtime.model_dump(mode="json"),
+                    inputs=self.inputs,
+                    folder=self.folder,
+                    environment=child_environment(thread_environment(self.planned.runtime.threads)),
+                ),
+                keep_fds=(self.lock,),
+                on_metrics=mirror,
+            )
+            mirror.close()
+        return read_summary(self.output)
+
+
+class MetricsMirror:
+    """Hears a child's metrics and passes them on: to the screen at once, to MLflow in batches, to Prefect's log rarely.
+
+    MLflow may be slow or away: nothing is lost, since the file has it all and goes into the artifact; the points wait.
+    """
+
+    def __init__(self, attempt: StepAttempt) -> None:
+        self._attempt = attempt
+        self._tracking = attempt.execution.tracking
+        self._waiting: list[tuple[str, float, int, int]] = []
+        self._next_ship = time.monotonic() + SHIP_SECONDS
+        self._pause = SHIP_SECONDS
+        self._next_log = time.monotonic() + LOG_SECONDS
+
+    def __call__(self, lines: list[dict[str, float]]) -> None:
+        for line in lines:
+            at, step = int(line["time"] * 1000), int(line["step"])
+            self._waiting += [(name, value, at, step) for name, value in line.items() if "/" in name]
+        if lines:
+            self._show(lines[-1])
+        if self._waiting and time.monotonic() >= self._next_ship:
+            self._ship()
+
+    def close(self) -> None:
+        """Deliver what waits, within a bounded time."""
+        deadline = time.monotonic() + FINAL_SHIP_SECONDS
+        while self._waiting and time.monotonic() < deadline:
+            if not self._ship():
+                time.sleep(1.0)
+        if self._waiting:
+            get_run_logger().warning(
+                "MLflow did not take %d metric points of %s; the artifact's metrics.jsonl has them all",
+                len(self._waiting), self._attempt.planned.title,
+            )  # fmt: skip
+
+    def _ship(self) -> bool:
+        try:
+            self._tracking.log(self._attempt.run.id, metrics=self._waiting)
+        except TrackingError:
+            self._pause = min(2 * self._pause, 60.0)
+            self._next_ship = time.monotonic() + self._pause
+            return False
+        self._waiting = []
+        self._pause = SHIP_SECONDS
+        self._next_ship = time.monotonic() + self._pause
+        return True
+
+    def _show(self, line: Mapping[str, float]) -> None:
+        title, done, total = self._attempt.planned.title, int(line["step"]), int(line["total"])
+        metrics = {name: value for name, value in line.items() if "/" in name}
+        if hear := listener.get():
+            hear(title, done, total, metrics)
+        if time.monotonic() >= self._next_log:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
+            get_run_logger().info("%s: %d of %d %s", title, done, total, figures)
+            self._next_log = time.monotonic() + LOG_SECONDS
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[int]:
+    """Hold the one lock of a work folder on this machine; yields its descriptor for a child to keep it alive with.
+
+    The kernel drops the lock when the last process that holds the descriptor is gone, so nothing can be left locked.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file.fileno()
+
+
+def fetch_artifact(store: Store, record: Record, *, home: Path) -> Path:
+    """Return the local folder with an artifact's files, fetched and checked by digest the first time."""
+    folder = home / "artifacts" / record.attempt
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        store.download_folder(record.prefix, list(record.files), folder)
+    return folder
+
+
+def keep_artifact(output: Path, record: Record, *, home: Path) -> None:
+    """Move the files just uploaded to where `fetch_artifact` looks."""
+    folder = home / "artifacts" / record.attempt
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    output.rename(folder)
+
+
+def read_summary(output: Path) -> dict[str, Any]:
+    """Return an artifact's summary, empty where its step writes none."""
+    path = output / "summary.json"
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def thread_environment(threads: int | None) -> dict[str, str]:
+    """Return the variables that bound a child's threads."""
+    return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
+
+
+def points(metrics: Mapping[str, float]) -> list[tuple[str, float, int, int]]:
+    """Return metrics as points of now, step 0."""
+    now = int(time.time() * 1000)
+    return [(name, float(value), now, 0) for name, value in metrics.items()]
+
+
+def flatten(config: Mapping[str, Any], *, at: str = "") -> dict[str, Any]:
+    """Return nested config as `a.b.c: value`, as MLflow shows parameters; lists as JSON."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, at=f"{at}{name}.")
+        else:
+            flat[f"{at}{name}"] = json.dumps(value) if isinstance(value, list | tuple) else value
+    return flat
+
+
+def open_digests(settings: Settings) -> Digests:
+    """Return the memory of digests in the home."""
+    return Digests(settings.home / "digests.sqlite")
+
+
+__all__ = ["ArtifactRef", "Execution", "StepFailed", "fetch_artifact", "listener", "open_digests", "open_store"]
