@@ -7,9 +7,8 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,16 +28,9 @@ from infra.records import Record
 from infra.settings import Settings, child_environment
 from infra.store import Store, StoredFile
 from infra.tracking import Run, Tracking, TrackingError
-from tasks.child import ChildJob, StepFailed, run_child
+from tasks.child import ChildJob, run_child
+from tasks.mirror import MetricsMirror
 from tasks.step import ArtifactRef, Metrics, Planned, Source
-
-SHIP_SECONDS = 3.0
-FINAL_SHIP_SECONDS = 60.0
-LOG_SECONDS = 30.0
-
-Listener = Callable[[str, int, int, Mapping[str, float]], None]
-listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
-"""Hears (step's title, done, total, newest metrics) while a child works; the command line draws its bars with it."""
 
 
 def open_store(settings: Settings) -> Store:
@@ -116,7 +108,7 @@ class Execution:
             return Completed(name="Cached", message=message, data=ArtifactRef(record, True, seconds))
 
         state: State[ArtifactRef] = execute(planned.fingerprint, return_state=True)
-        ref: ArtifactRef = state.result()  # type: ignore[assignment]
+        ref: ArtifactRef = state.result()
         self.refs[planned.fingerprint] = ref
         self.titles[planned.fingerprint] = planned.title
         self._mirror(planned, ref)
@@ -212,10 +204,7 @@ class Execution:
 
     def _finish(self, run: Run, kind: type[BaseException] | None) -> None:
         """Close a run; a server that is away delays it, but a result that is recorded stays a result."""
-        if kind is None:
-            status = "FINISHED"
-        else:
-            status = "FAILED" if issubclass(kind, Exception) else "KILLED"
+        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
         try:
             self.tracking.finish(run.id, status=status)
         except TrackingError as error:
@@ -244,7 +233,7 @@ class StepAttempt:
         What an earlier attempt finished but could not commit is taken as it is.
         """
         if not (self.output / "summary.json").exists():
-            mirror = MetricsMirror(self)
+            mirror = MetricsMirror(self.execution.tracking, run=self.run.id, title=self.planned.title)
             run_child(
                 ChildJob(
                     package=package,
@@ -260,64 +249,6 @@ class StepAttempt:
             )
             mirror.close()
         return read_summary(self.output)
-
-
-class MetricsMirror:
-    """Hears a child's metrics and passes them on: to the screen at once, to MLflow in batches, to Prefect's log rarely.
-
-    MLflow may be slow or away: nothing is lost, since the file has it all and goes into the artifact; the points wait.
-    """
-
-    def __init__(self, attempt: StepAttempt) -> None:
-        self._attempt = attempt
-        self._tracking = attempt.execution.tracking
-        self._waiting: list[tuple[str, float, int, int]] = []
-        self._next_ship = time.monotonic() + SHIP_SECONDS
-        self._pause = SHIP_SECONDS
-        self._next_log = time.monotonic() + LOG_SECONDS
-
-    def __call__(self, lines: list[dict[str, float]]) -> None:
-        for line in lines:
-            at, step = int(line["time"] * 1000), int(line["step"])
-            self._waiting += [(name, value, at, step) for name, value in line.items() if "/" in name]
-        if lines:
-            self._show(lines[-1])
-        if self._waiting and time.monotonic() >= self._next_ship:
-            self._ship()
-
-    def close(self) -> None:
-        """Deliver what waits, within a bounded time."""
-        deadline = time.monotonic() + FINAL_SHIP_SECONDS
-        while self._waiting and time.monotonic() < deadline:
-            if not self._ship():
-                time.sleep(1.0)
-        if self._waiting:
-            get_run_logger().warning(
-                "MLflow did not take %d metric points of %s; the artifact's metrics.jsonl has them all",
-                len(self._waiting), self._attempt.planned.title,
-            )  # fmt: skip
-
-    def _ship(self) -> bool:
-        try:
-            self._tracking.log(self._attempt.run.id, metrics=self._waiting)
-        except TrackingError:
-            self._pause = min(2 * self._pause, 60.0)
-            self._next_ship = time.monotonic() + self._pause
-            return False
-        self._waiting = []
-        self._pause = SHIP_SECONDS
-        self._next_ship = time.monotonic() + self._pause
-        return True
-
-    def _show(self, line: Mapping[str, float]) -> None:
-        title, done, total = self._attempt.planned.title, int(line["step"]), int(line["total"])
-        metrics = {name: value for name, value in line.items() if "/" in name}
-        if hear := listener.get():
-            hear(title, done, total, metrics)
-        if time.monotonic() >= self._next_log:
-            figures = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
-            get_run_logger().info("%s: %d of %d %s", title, done, total, figures)
-            self._next_log = time.monotonic() + LOG_SECONDS
 
 
 @contextmanager
@@ -379,6 +310,3 @@ def flatten(config: Mapping[str, Any], *, at: str = "") -> dict[str, Any]:
 def open_digests(settings: Settings) -> Digests:
     """Return the memory of digests in the home."""
     return Digests(settings.home / "digests.sqlite")
-
-
-__all__ = ["ArtifactRef", "Execution", "StepFailed", "fetch_artifact", "listener", "open_digests", "open_store"]

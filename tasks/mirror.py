@@ -1,0 +1,74 @@
+"""A child's metrics on their way to people: the screen at once, MLflow in batches, Prefect's log rarely."""
+
+import time
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+
+from prefect.logging import get_run_logger
+
+from infra.tracking import Tracking, TrackingError
+
+SHIP_SECONDS = 3.0
+FINAL_SHIP_SECONDS = 60.0
+LOG_SECONDS = 30.0
+
+Listener = Callable[[str, int, int, Mapping[str, float]], None]
+listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+"""Hears (step's title, done, total, newest metrics) while a child works; the command line draws its bars with it."""
+
+
+class MetricsMirror:
+    """Hears a child's metrics and passes them on: to the screen at once, to MLflow in batches, to Prefect's log rarely.
+
+    MLflow may be slow or away: nothing is lost, since the file has it all and goes into the artifact; the points wait.
+    """
+
+    def __init__(self, tracking: Tracking, *, run: str, title: str) -> None:
+        self._tracking, self._run, self._title = tracking, run, title
+        self._waiting: list[tuple[str, float, int, int]] = []
+        self._next_ship = time.monotonic() + SHIP_SECONDS
+        self._pause = SHIP_SECONDS
+        self._next_log = time.monotonic() + LOG_SECONDS
+
+    def __call__(self, lines: list[dict[str, float]]) -> None:
+        for line in lines:
+            at, step = int(line["time"] * 1000), int(line["step"])
+            self._waiting += [(name, value, at, step) for name, value in line.items() if "/" in name]
+        if lines:
+            self._show(lines[-1])
+        if self._waiting and time.monotonic() >= self._next_ship:
+            self._ship()
+
+    def close(self) -> None:
+        """Deliver what waits, within a bounded time."""
+        deadline = time.monotonic() + FINAL_SHIP_SECONDS
+        while self._waiting and time.monotonic() < deadline:
+            if not self._ship():
+                time.sleep(1.0)
+        if self._waiting:
+            get_run_logger().warning(
+                "MLflow did not take %d metric points of %s; the artifact's metrics.jsonl has them all",
+                len(self._waiting), self._title,
+            )  # fmt: skip
+
+    def _ship(self) -> bool:
+        try:
+            self._tracking.log(self._run, metrics=self._waiting)
+        except TrackingError:
+            self._pause = min(2 * self._pause, 60.0)
+            self._next_ship = time.monotonic() + self._pause
+            return False
+        self._waiting = []
+        self._pause = SHIP_SECONDS
+        self._next_ship = time.monotonic() + self._pause
+        return True
+
+    def _show(self, line: Mapping[str, float]) -> None:
+        done, total = int(line["step"]), int(line["total"])
+        metrics = {name: value for name, value in line.items() if "/" in name}
+        if hear := listener.get():
+            hear(self._title, done, total, metrics)
+        if time.monotonic() >= self._next_log:
+            figures = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
+            get_run_logger().info("%s: %d of %d %s", self._title, done, total, figures)
+            self._next_log = time.monotonic() + LOG_SECONDS
