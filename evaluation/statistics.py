@@ -1,0 +1,194 @@
+"""Intervals, tests and sample sizes of paired scores: two models, the same items. SciPy has the distributions, this has the rest.
+
+Legend: `won` counts the items only the challenger has right, `lost` those only the champion has right, `n` all pairs. A
+difference is challenger minus champion; scores run from 0 to 1. `alpha` is the error rate of one one-sided test, and the
+interval printed beside such a test has two-sided confidence 1 - 2 alpha, so that its end and the test agree.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import optimize, stats
+
+PLANNED_POWER = 0.8  # of every printed detectable effect and every printed number of items
+EQUAL_MODELS_POWER = (
+    0.95  # a margin that n "can hold" lets equal models pass this often: 1.645 + 1.645 = 3.29 at alpha 0.05
+)
+LIMIT_TOLERANCE = 1e-12  # of the ends of an interval, in score
+
+
+@dataclass(frozen=True)
+class MeanTest:
+    """A mean of independent differences, its interval of confidence 1 - 2 alpha, and the one-sided p that it is above `minimum`."""
+
+    n: int
+    mean: float
+    sd: float
+    low: float
+    high: float
+    p_value: float
+
+
+def score_statistic(won: int, lost: int, *, n: int, difference: float) -> float:
+    """Return Tango's score statistic against the hypothesis p(won) - p(lost) = `difference`, standard normal under it.
+
+    The variance takes the likelihood's best p(lost) under the hypothesis, which is why it stays right at few items, at no
+    discordance and far from 0, where the Wald interval does not. Source: Tango, Statistics in Medicine 17 (1998) 891-908.
+    """
+    _check_counts(won, lost, n=n)
+    surplus = won - lost - n * difference
+    if surplus == 0:
+        return 0.0
+    linear = (2 * n - won + lost) * difference - won - lost
+    constant = -lost * difference * (1 - difference)
+    root = math.sqrt(max(linear**2 - 8 * n * constant, 0.0))
+    # The larger root of 2n q^2 + linear q + constant = 0, in the form that subtracts no two equal numbers.
+    q_lost = (root - linear) / (4 * n) if linear <= 0 else -2 * constant / (linear + root)
+    variance = n * (2 * q_lost + difference * (1 - difference))
+    return surplus / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, surplus)
+
+
+def tango_interval(won: int, lost: int, *, n: int, confidence: float) -> tuple[float, float]:
+    """Return the differences that the score test does not reject; finite at zero discordance: +- z^2 / (n + z^2)."""
+    _check_counts(won, lost, n=n)
+    z = float(stats.norm.ppf((1 + confidence) / 2))
+    observed = (won - lost) / n
+
+    def end(sign: int) -> float:
+        if observed == sign:
+            return float(sign)
+        low, high = sorted((observed, sign * (1 - LIMIT_TOLERANCE)))
+        return optimize.brentq(
+            lambda difference: score_statistic(won, lost, n=n, difference=difference) + sign * z,
+            low,
+            high,
+            xtol=LIMIT_TOLERANCE,
+        )
+
+    return end(-1), end(1)
+
+
+def mcnemar_midp(won: int, lost: int) -> float:
+    """Return the one-sided mid-p of `won` > `lost` given their sum; 0.5 when nothing is discordant.
+
+    The two-sided value is 2 min(p, 1 - p). Source: Fagerland, Lydersen, Laake, BMC Med. Res. Methodol. 13 (2013) 91.
+    """
+    _check_counts(won, lost, n=max(won + lost, 1))
+    binomial = stats.binom(won + lost, 0.5)
+    return float(binomial.sf(won) + binomial.pmf(won) / 2)
+
+
+def paired_t(differences: ArrayLike, *, alpha: float, minimum: float = 0.0) -> MeanTest:
+    """Return mean, interval and one-sided p of independent differences (n,). Without spread the interval is the mean itself,
+    and p is 0 or 1: the caller must say that nothing was estimated."""
+    d_N = np.asarray(differences, dtype=np.float64)
+    _check_differences(d_N, least=2)
+    n, mean, sd = len(d_N), float(d_N.mean()), float(d_N.std(ddof=1))
+    if sd <= 1e-12 * max(1.0, abs(mean)):  # rounding of equal numbers
+        return MeanTest(n=n, mean=mean, sd=0.0, low=mean, high=mean, p_value=float(mean <= minimum))
+    error = sd / math.sqrt(n)
+    reach = error * float(stats.t.ppf(1 - alpha, n - 1))
+    p_value = float(stats.t.sf((mean - minimum) / error, n - 1))
+    return MeanTest(n=n, mean=mean, sd=sd, low=mean - reach, high=mean + reach, p_value=p_value)
+
+
+def average_clusters(differences: ArrayLike, clusters: ArrayLike) -> NDArray[np.float64]:
+    """Return the mean difference of each cluster (G,): answers to one prompt are not independent, their means over prompts are."""
+    d_N = np.asarray(differences, dtype=np.float64)
+    _check_differences(d_N, least=1)
+    names_G, group_N = np.unique(np.asarray(clusters), return_inverse=True)
+    assert group_N.shape == d_N.shape, f"{group_N.shape} clusters for {d_N.shape} differences"
+    return np.bincount(group_N, weights=d_N) / np.bincount(group_N, minlength=len(names_G))
+
+
+def bootstrap_interval(
+    differences: ArrayLike, clusters: ArrayLike, *, confidence: float, seed: int, resamples: int = 4000
+) -> tuple[float, float]:
+    """Return the percentile interval of the mean of cluster means, drawing whole clusters with replacement; equal for equal seeds."""
+    mean_G = average_clusters(differences, clusters)
+    draw = np.random.default_rng(seed)
+    chunk = max(1, 2_000_000 // len(mean_G))  # bounds memory, and is part of no result: rows are drawn in order
+    means = [
+        mean_G[draw.integers(len(mean_G), size=(min(chunk, resamples - start), len(mean_G)))].mean(axis=1)
+        for start in range(0, resamples, chunk)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
+def adjust_holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Return p-values (m,) adjusted for naming no target beforehand: reject those at or below alpha. Holm, Scand. J. Stat. 6 (1979) 65."""
+    p_M = np.asarray(p_values, dtype=np.float64)
+    if p_M.ndim != 1 or len(p_M) == 0 or not np.all((p_M >= 0) & (p_M <= 1)):
+        raise ValueError(
+            f"Holm's adjustment: p-values must be a non-empty list of numbers from 0 to 1; got {p_M.tolist()}"
+        )
+    order_M = np.argsort(p_M, kind="stable")
+    stepped_M = np.maximum.accumulate(p_M[order_M] * np.arange(len(p_M), 0, -1))
+    adjusted_M = np.empty_like(p_M)
+    adjusted_M[order_M] = np.minimum(stepped_M, 1.0)
+    return adjusted_M
+
+
+def detectable_difference(n: int, *, discordance: float, alpha: float, power: float = PLANNED_POWER) -> float:
+    """Return the true difference of a paired binary score that `n` items show with `power`; at most the discordance itself.
+
+    Solves D = (z_alpha sqrt(psi) + z_power sqrt(psi - D^2)) / sqrt(n). Source: Connor, Biometrics 43 (1987) 207.
+    """
+    _check_counts(0, 0, n=n)
+    if not 0 < discordance <= 1:
+        raise ValueError(f"minimum detectable effect: the discordance must be above 0 and at most 1; got {discordance}")
+    z_alpha, z_power = (float(stats.norm.ppf(p)) for p in (1 - alpha, power))
+
+    def shortfall(difference: float) -> float:
+        spread = math.sqrt(max(discordance - difference**2, 0.0))
+        return difference - (z_alpha * math.sqrt(discordance) + z_power * spread) / math.sqrt(n)
+
+    # |difference| <= discordance always: where even that is not shown by n items, that is the honest answer's bound.
+    return discordance if shortfall(discordance) < 0 else float(optimize.brentq(shortfall, 0.0, discordance))
+
+
+def detectable_mean(n: int, *, sd: float, alpha: float, power: float = PLANNED_POWER) -> float:
+    """Return the true mean that a one-sided paired t test over `n` differences of spread `sd` shows with `power`."""
+    assert n >= 2, f"{n} differences have no spread"
+    critical = float(stats.t.ppf(1 - alpha, n - 1))
+    noncentrality = float(
+        optimize.brentq(lambda shift: stats.nct.sf(critical, n - 1, shift) - power, 0.0, critical + 40.0)
+    )
+    return noncentrality * sd / math.sqrt(n)
+
+
+def smallest_margin(n: int, *, discordance: float, alpha: float) -> float:
+    """Return the smallest margin that lets equal models pass a guard of `n` items with 95 %: 3.29 sqrt(psi / n) at alpha 0.05."""
+    _check_counts(0, 0, n=n)
+    return float(stats.norm.ppf(1 - alpha) + stats.norm.ppf(EQUAL_MODELS_POWER)) * math.sqrt(discordance / n)
+
+
+def items_to_decide(statistic: float, *, n: int, alpha: float, power: float = PLANNED_POWER) -> int | None:
+    """Return how many items would decide with `power` if the observed rates were the true ones; None where no number would.
+
+    A score statistic at fixed rates grows with the root of the number of items, exactly.
+    """
+    if abs(statistic) < 1e-9:
+        return None
+    needed = float(stats.norm.ppf(1 - alpha) + stats.norm.ppf(power))
+    return math.ceil(n * (needed / statistic) ** 2)
+
+
+def _check_counts(won: int, lost: int, *, n: int) -> None:
+    if n < 1:
+        raise ValueError(f"paired score: no items to compare; got n = {n}, expected at least 1")
+    if won < 0 or lost < 0 or won + lost > n:
+        raise ValueError(
+            f"paired score: {won} won and {lost} lost of {n} items; expected counts that add up to n at most"
+        )
+
+
+def _check_differences(d_N: NDArray[np.float64], *, least: int) -> None:
+    if d_N.ndim != 1 or len(d_N) < least:
+        raise ValueError(f"paired differences: got shape {d_N.shape}, expected a list of at least {least}")
+    if not np.isfinite(d_N).all():
+        bad = np.flatnonzero(~np.isfinite(d_N))
+        raise ValueError(f"paired differences: {len(bad)} of {len(d_N)} are not finite (first at {bad[0]})")
