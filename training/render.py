@@ -1,8 +1,111 @@
-"""Chat template -> token ids, and which of them are trained: the response and the token that ends it."""
+"""Chat template -> token ids, and which of them are trained: the response and the token that ends it.
 
+Trained tokens come from spans, never from the pad id, so a tokenizer that pads with its stop token still learns to stop.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+
+# T tokens of prompt and response, K responses of a row
+
+
+class UnusableRow(ValueError):  # noqa: N818 - a row to drop and count, not a fault
+    """A row that cannot be rendered faithfully. `reason` is one word, for counting."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One prompt with one response. `ids_T[start:]` are the trained tokens, the stop token last."""
+
+    ids_T: np.ndarray  # int32
+    start: int
+
+    @property
+    def num_trained(self) -> int:
+        """Trained tokens: the response's and the stop token."""
+        return len(self.ids_T) - self.start
 
 
 def render_prompt(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
     """Return the ids of a conversation up to and including the cue for the assistant's next turn."""
     return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+
+
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """Return the ids that the tokenizer treats as markers, end-of-turn tokens among them."""
+    added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return frozenset(tokenizer.all_special_ids) | frozenset(added)
+
+
+class Renderer:
+    """Renders rows with one tokenizer's chat template. Nothing is ever cut: a row longer than `max_tokens` is refused.
+
+    ValueError for a template that doubles the BOS, or that ends the assistant's turn without a stop token.
+    """
+
+    def __init__(self, tokenizer: Any, *, max_tokens: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._markers = special_ids(tokenizer)
+        probe = [{"role": "user", "content": "a"}]
+        prompt_ids = render_prompt(tokenizer, probe)
+        bos = tokenizer.bos_token_id
+        if bos is not None and prompt_ids[:2] == [bos, bos]:
+            raise ValueError(
+                f"chat template: a prompt begins with two BOS tokens (id {bos}); expected one; "
+                "remove the BOS from the template or from the tokenizer"
+            )
+        # Some templates write more markers behind the stop token (an end of text, say). The first one is what stops.
+        self._num_end_markers = len(self._markers_in(self._conversations(probe, ["b"])[0], start=len(prompt_ids)))
+        if self._num_end_markers == 0:
+            raise ValueError(
+                "chat template: the assistant's turn ends without a stop token; expected a special token after the "
+                "response, or the model never learns to stop; take a template with an end-of-turn token"
+            )
+
+    def row(
+        self, prompt: list[dict[str, str]], responses: Sequence[str], truncated: Sequence[bool] | None = None
+    ) -> list[Rendered]:
+        """Render a prompt with each of its K responses, or raise UnusableRow.
+
+        A response marked `truncated` was cut by the answer cap: its tokens are trained, a stop token that its author never
+        wrote is not.
+        """
+        prompt_ids = render_prompt(self._tokenizer, prompt)
+        cut = truncated or [False] * len(responses)
+        all_ids = self._conversations(prompt, responses)
+        return [self._response(prompt_ids, ids, cut_short=c) for ids, c in zip(all_ids, cut, strict=True)]
+
+    def _response(self, prompt_ids: list[int], ids: list[int], *, cut_short: bool) -> Rendered:
+        """Return the span of one response in the ids of the whole conversation, which ends with its stop token."""
+        start = len(prompt_ids)
+        if ids[:start] != prompt_ids:
+            raise UnusableRow(
+                "prompt_not_prefix",
+                "the prompt's ids are not a prefix of the conversation's: the tokenizer joins the prompt's end to the "
+                "response, or the template rewrites earlier turns",
+            )
+        found = self._markers_in(ids, start=start)
+        if len(found) != self._num_end_markers:
+            raise UnusableRow("marker_in_response", f"a response holds a special token (id {ids[found[0]]})")
+        end = found[0] if cut_short else found[0] + 1
+        if end == start:
+            raise UnusableRow("empty_response", "a truncated response has no tokens to train")
+        if end > self._max_tokens:
+            raise UnusableRow("too_long", f"{end} tokens, the longest allowed is {self._max_tokens}")
+        return Rendered(ids_T=np.asarray(ids[:end], dtype=np.int32), start=start)
+
+    def _conversations(self, prompt: list[dict[str, str]], responses: Sequence[str]) -> list[list[int]]:
+        turns = [[*prompt, {"role": "assistant", "content": response}] for response in responses]
+        ids: list[list[int]] = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        return ids
+
+    def _markers_in(self, ids: list[int], *, start: int) -> list[int]:
+        return [index for index in range(start, len(ids)) if ids[index] in self._markers]

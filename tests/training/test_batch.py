@@ -1,0 +1,63 @@
+"""Batches: the plan is fixed by rows, seed and global batch; micro-batches obey their budget and lose nothing."""
+
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from training.data.batch import collate, digest_plan, pack_by_tokens, plan_steps
+from training.render import Rendered
+
+
+def test_pack_by_tokens_by_hand() -> None:
+    # longest first: 50 alone (over the budget), 9 alone (9 x 2 > 12), 4 4 3 (4 x 3 = 12), 2
+    assert pack_by_tokens([3, 9, 2, 50, 4, 4], budget=12) == [[3], [1], [4, 5, 0], [2]]
+    assert pack_by_tokens([], budget=12) == []
+    with pytest.raises(ValueError, match="at least 1"):
+        pack_by_tokens([1], budget=0)
+
+
+def test_pack_by_tokens_keeps_every_index_within_the_budget() -> None:
+    lengths = np.random.default_rng(0).integers(1, 300, size=500).tolist()
+    batches = pack_by_tokens(lengths, budget=512)
+    assert sorted(chain(*batches)) == list(range(500))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 512 for batch in batches)
+
+
+@pytest.mark.parametrize(("num_rows", "sizes"), [(12, [4, 4, 4]), (10, [4, 4, 2]), (9, [4, 5]), (3, [3]), (1, [1])])
+def test_last_batch_is_kept_from_half_on_and_merged_below(num_rows: int, sizes: list[int]) -> None:
+    steps = plan_steps(num_rows, batch_prompts=4, epochs=2, seed=3)
+    assert [len(step) for step in steps] == sizes * 2
+    first, second = steps[: len(sizes)], steps[len(sizes) :]
+    assert sorted(chain(*first)) == sorted(chain(*second)) == list(range(num_rows))
+
+
+def test_plan_depends_on_seed_and_epoch_alone() -> None:
+    plan = plan_steps(40, batch_prompts=8, epochs=2, seed=1)
+    assert plan == plan_steps(40, batch_prompts=8, epochs=2, seed=1)
+    assert plan[:5] == plan_steps(40, batch_prompts=8, epochs=1, seed=1)
+    assert plan[:5] != plan[5:]
+    assert plan != plan_steps(40, batch_prompts=8, epochs=2, seed=2)
+
+
+def test_digest_keeps_parts_apart() -> None:
+    assert digest_plan(["ab", "c"]) != digest_plan(["a", "bc"])
+    assert digest_plan(["ab", b"c"]) == digest_plan([b"ab", "c"])
+
+
+def test_collate_cell_by_cell() -> None:
+    samples = [
+        Rendered(ids_T=np.array([5, 6, 7, 8], dtype=np.int32), start=2),
+        Rendered(ids_T=np.array([9], dtype=np.int32), start=1),
+        Rendered(ids_T=np.array([1, 2, 3], dtype=np.int32), start=2),
+    ]
+    micro = collate(samples, [2, 0], device=torch.device("cpu"))
+    assert micro.ids_BT.tolist() == [[1, 2, 3, 0], [5, 6, 7, 8]]
+    assert micro.predictor_P.tolist() == [
+        1,
+        4 + 1,
+        4 + 2,
+    ]  # token 3 is predicted at 1; 7 and 8 in the second row at 1 and 2
+    assert micro.target_P.tolist() == [3, 7, 8]
+    assert (micro.members, micro.num_tokens) == ((2, 0), 7)

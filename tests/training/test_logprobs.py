@@ -1,0 +1,164 @@
+"""Log-probabilities: equal to the whole model's log-softmax, in value and gradient, for every family, chunk and padding."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+
+from training import logprobs
+from training.data.batch import MicroBatch, collate
+from training.logprobs import ChunkedLogp, check_head, sum_logps
+from training.render import Rendered
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "initializer_range": 0.3,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "gpt2": GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3),
+}
+
+
+def make_model(name: str, *, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
+
+
+def make_samples() -> list[Rendered]:
+    rng = np.random.default_rng(0)
+    return [
+        Rendered(ids_T=rng.integers(0, 61, size=size).astype(np.int32), start=start)
+        for size, start in ((9, 4), (14, 13), (5, 1), (12, 6))
+    ]
+
+
+def plain_logps(model: Any, samples: list[Rendered]) -> torch.Tensor:
+    """Each sequence alone, the whole vocabulary at every position."""
+    sums = []
+    for sample in samples:
+        ids = torch.from_numpy(sample.ids_T.astype(np.int64))[None]
+        logp = model(input_ids=ids).logits.log_softmax(dim=-1)[0]
+        sums.append(sum(logp[t - 1, ids[0, t]] for t in range(sample.start, len(sample.ids_T))))
+    return torch.stack(sums)
+
+
+def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("chunk_elements", [61 * 3, 2**24])
+def test_values_and_gradients_equal_the_plain_ones(
+    name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
+    model, samples = make_model(name), make_samples()
+    weights = torch.tensor([0.3, 2.0, 0.0, 1.7], dtype=torch.float64)
+    expected = plain_logps(model, samples)
+    expected_gradients = gradients(model, (weights * expected).sum())
+    got = sum_logps(model, collate(samples, range(4), device=CPU))
+    got_gradients = gradients(model, (weights * got).sum())
+    # The stock Llama norm computes in float32, hence the looser bound there.
+    bound = 1e-10 if name == "gpt2" else 2e-5
+    assert torch.allclose(got, expected, rtol=0, atol=bound)
+    assert len(got_gradients) == len(expected_gradients) > 0
+    for a, b in zip(got_gradients, expected_gradients, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_left_right_and_no_padding_agree(name: str) -> None:
+    model, samples = make_model(name), make_samples()
+    alone = torch.cat([sum_logps(model, collate(samples, [i], device=CPU)) for i in range(4)])
+    right = sum_logps(model, collate(samples, range(4), device=CPU))
+    left = sum_logps(model, pad_left(samples))
+    assert torch.allclose(right, alone, rtol=0, atol=1e-10 if name == "gpt2" else 2e-5)
+    assert torch.allclose(left, alone, rtol=0, atol=1e-10 if name == "gpt2" else 2e-5)
+
+
+def pad_left(samples: list[Rendered]) -> MicroBatch:
+    T = max(len(s.ids_T) for s in samples)
+    ids, mask = torch.zeros(len(samples), T, dtype=torch.long), torch.zeros(len(samples), T, dtype=torch.long)
+    predictors, targets = [], []
+    for row, sample in enumerate(samples):
+        pad = T - len(sample.ids_T)
+        ids[row, pad:] = torch.from_numpy(sample.ids_T.astype(np.int64))
+        mask[row, pad:] = 1
+        predictors += [row * T + pad + t - 1 for t in range(sample.start, len(sample.ids_T))]
+        targets += sample.ids_T[sample.start :].tolist()
+    return MicroBatch(
+        ids_BT=ids,
+        predictor_P=torch.tensor(predictors),
+        target_P=torch.tensor(targets),
+        members=tuple(range(len(samples))),
+        num_tokens=int(mask.sum()),
+        attention_BT=mask,
+        position_BT=(mask.cumsum(1) - 1).clamp(min=0),
+    )
+
+
+def test_chunked_logp_passes_finite_differences() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([0, 6, 3, 3, 1])
+    assert torch.autograd.gradcheck(ChunkedLogp.apply, (hidden, weight, bias, target))
+    assert torch.autograd.gradcheck(ChunkedLogp.apply, (hidden, weight, None, target))
+
+
+def test_never_holds_positions_times_vocabulary() -> None:
+    """Every tensor made in forward and backward stays at or under a chunk, or the head's own size."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return out
+
+    P, H, V = 5000, 4, 20_000
+    hidden = torch.randn(P, H, requires_grad=True)
+    weight = torch.randn(V, H, requires_grad=True)
+    with Largest() as largest:
+        ChunkedLogp.apply(hidden, weight, None, torch.zeros(P, dtype=torch.long)).sum().backward()
+    assert largest.elements <= logprobs.CHUNK_ELEMENTS < P * V
+
+
+def test_float32_stays_close_to_float64_and_keeps_its_type() -> None:
+    samples = make_samples()
+    wide, narrow = make_model("gpt2"), make_model("gpt2", dtype=torch.float32)
+    got = sum_logps(narrow, collate(samples, range(4), device=CPU))
+    assert torch.allclose(got, sum_logps(wide, collate(samples, range(4), device=CPU)), rtol=1e-5, atol=1e-4)
+    (-got.sum()).backward()
+    assert all(p.grad.dtype == torch.float32 for p in narrow.parameters())
+
+
+def test_capped_logits_are_refused_by_name(tiny_policy: Path) -> None:
+    for name in CONFIGS:
+        check_head(make_model(name, dtype=torch.float32))
+    torch.manual_seed(0)
+    capped = AutoModelForCausalLM.from_config(
+        Gemma2Config(**{**SMALL, "initializer_range": 2.0}, final_logit_softcapping=1.0)
+    )
+    with pytest.raises(ValueError, match=r"gemma2.*scaled or capped"):
+        check_head(capped.eval())

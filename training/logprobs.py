@@ -1,0 +1,117 @@
+"""Summed log-probabilities of responses, with logits only where a trained token is predicted.
+
+Hidden states are gathered before the output head, and the head runs over chunks of positions, forward and backward, so that
+[positions, vocabulary] is never held at once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.data.batch import MicroBatch
+
+# B sequences, T tokens, P positions that predict a trained token, C positions of a chunk, H hidden, V vocabulary
+
+CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+
+
+def sum_logps(model: Any, micro: MicroBatch) -> Tensor:
+    """Return logp_B in nats, float64: the log-probability of each sequence's trained tokens, stop token included.
+
+    Differentiable in the model's parameters. The log-softmax runs in float32 (float64 for a float64 model).
+    """
+    logp_P = trained_logps(model, micro)
+    B, T = micro.ids_BT.shape
+    # A copy into place and a sum over rows is deterministic on every device; adding by index is not.
+    logp_BT = logp_P.new_zeros(B * T, dtype=torch.float64).index_copy(0, micro.predictor_P, logp_P.double())
+    return logp_BT.view(B, T).sum(dim=1)
+
+
+def trained_logps(model: Any, micro: MicroBatch) -> Tensor:
+    """Return logp_P: the log-probability of every trained token of the micro-batch, row after row."""
+    output = model.base_model(
+        input_ids=micro.ids_BT, attention_mask=micro.attention_BT, position_ids=micro.position_BT, use_cache=False
+    )
+    hidden_BTH = output.last_hidden_state
+    hidden_PH = hidden_BTH.flatten(0, 1).index_select(0, micro.predictor_P)
+    head = model.get_output_embeddings()
+    logp_P: Tensor = ChunkedLogp.apply(hidden_PH, head.weight, head.bias, micro.target_P)
+    return logp_P
+
+
+def check_head(model: Any) -> None:
+    """Raise ValueError unless hidden states times output embedding are the model's logits.
+
+    Some architectures scale or cap their logits behind the head; log-probabilities computed here would be of another model.
+    """
+    kind = model.config.model_type
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"model type {kind}: output head is {type(head).__name__}; expected a linear layer; not supported"
+        )
+    ids_BT = torch.arange(6, device=head.weight.device).view(1, 6)
+    with torch.no_grad():
+        expected = model(input_ids=ids_BT, use_cache=False).logits
+        got = head(model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
+    gap = (expected - got).abs().max().item()
+    if not gap <= 1e-4 * max(1.0, expected.abs().max().item()):
+        raise ValueError(
+            f"model type {kind}: its logits differ by {gap:.3g} from hidden states times output embedding (scaled or "
+            "capped logits); expected equal ones; this architecture is not supported"
+        )
+
+
+class ChunkedLogp(torch.autograd.Function):
+    """log softmax(hidden W^T + b)[target] for each position, recomputing the logits chunk by chunk in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_P: Tensor) -> Tensor:
+        kind = hidden_PH.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_PH.dtype
+        with torch.autocast(kind, enabled=False):
+            matrix_VH = weight_VH.to(ctx.dtype)
+            wide = torch.promote_types(ctx.dtype, torch.float32)
+            logz_P = hidden_PH.new_empty(len(target_P), dtype=wide)
+            logp_P = torch.empty_like(logz_P)
+            for rows in chunks(len(target_P), vocabulary=len(matrix_VH)):
+                logits_CV = chunk_logits(hidden_PH[rows].to(ctx.dtype), matrix_VH, bias_V)
+                logz_P[rows] = logits_CV.logsumexp(dim=1)
+                logp_P[rows] = logits_CV.gather(1, target_P[rows, None]).squeeze(1) - logz_P[rows]
+        ctx.save_for_backward(hidden_PH, weight_VH, bias_V, target_P, logz_P)
+        return logp_P
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        hidden_PH, weight_VH, bias_V, target_P, logz_P = ctx.saved_tensors
+        matrix_VH = weight_VH.to(ctx.dtype)
+        grad_hidden_PH = torch.empty_like(hidden_PH)
+        grad_weight_VH = torch.zeros_like(matrix_VH)
+        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
+        for rows in chunks(len(target_P), vocabulary=len(matrix_VH)):
+            hidden_CH = hidden_PH[rows].to(ctx.dtype)
+            # d logp / d logits = onehot(target) - softmax; written over the logits to hold one chunk only.
+            logits_CV = chunk_logits(hidden_CH, matrix_VH, bias_V)
+            logits_CV.sub_(logz_P[rows, None]).exp_().mul_(-grad_P[rows, None])
+            logits_CV.scatter_add_(1, target_P[rows, None], grad_P[rows, None])
+            if grad_bias_V is not None:
+                grad_bias_V += logits_CV.sum(dim=0)
+            grad_CV = logits_CV.to(ctx.dtype)
+            grad_hidden_PH[rows] = (grad_CV @ matrix_VH).to(grad_hidden_PH.dtype)
+            grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
+        return grad_hidden_PH, grad_weight_VH.to(weight_VH.dtype), grad_bias_V, None
+
+
+def chunk_logits(hidden_CH: Tensor, matrix_VH: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Return logits_CV in float32 or wider."""
+    logits_CV = hidden_CH @ matrix_VH.T
+    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+    return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+
+
+def chunks(count: int, *, vocabulary: int) -> list[slice]:
+    """Return slices over `count` positions, each with at most CHUNK_ELEMENTS logits."""
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
