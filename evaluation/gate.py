@@ -14,6 +14,7 @@ from scipy import stats
 from evaluation import statistics
 from evaluation.config import GatePolicy
 from evaluation.result import BenchmarkResult, pair_items
+from evaluation.result import read_result as read_result  # callers read what they decide on
 from evaluation.verdict import Decision, GuardState, GuardVerdict, TargetVerdict, Verdict
 from training.job import write_json
 

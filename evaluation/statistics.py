@@ -7,6 +7,7 @@ interval printed beside such a test has two-sided confidence 1 - 2 alpha, so tha
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -104,14 +105,16 @@ def average_clusters(differences: ArrayLike, clusters: ArrayLike) -> NDArray[np.
 
 
 def bootstrap_interval(
-    differences: ArrayLike, clusters: ArrayLike, *, confidence: float, seed: int, resamples: int = 4000
+    differences: ArrayLike, clusters: ArrayLike, *, confidence: float, seed: int, resamples: int = 2000
 ) -> tuple[float, float]:
     """Return the percentile interval of the mean of cluster means, drawing whole clusters with replacement; equal for equal seeds."""
     mean_G = average_clusters(differences, clusters)
     draw = np.random.default_rng(seed)
     chunk = max(1, 2_000_000 // len(mean_G))  # bounds memory, and is part of no result: rows are drawn in order
     means = [
-        mean_G[draw.integers(len(mean_G), size=(min(chunk, resamples - start), len(mean_G)))].mean(axis=1)
+        mean_G[draw.integers(len(mean_G), size=(min(chunk, resamples - start), len(mean_G)), dtype=np.int32)].mean(
+            axis=1
+        )
         for start in range(0, resamples, chunk)
     ]
     low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -153,11 +156,17 @@ def detectable_difference(n: int, *, discordance: float, alpha: float, power: fl
 def detectable_mean(n: int, *, sd: float, alpha: float, power: float = PLANNED_POWER) -> float:
     """Return the true mean that a one-sided paired t test over `n` differences of spread `sd` shows with `power`."""
     assert n >= 2, f"{n} differences have no spread"
+    return _detectable_shift(n, alpha=alpha, power=power) * sd / math.sqrt(n)
+
+
+@cache
+def _detectable_shift(n: int, *, alpha: float, power: float) -> float:
     critical = float(stats.t.ppf(1 - alpha, n - 1))
-    noncentrality = float(
-        optimize.brentq(lambda shift: stats.nct.sf(critical, n - 1, shift) - power, 0.0, critical + 40.0)
-    )
-    return noncentrality * sd / math.sqrt(n)
+
+    def shortfall(shift: float) -> float:
+        return float(stats.nct.sf(critical, n - 1, shift)) - power
+
+    return float(optimize.brentq(shortfall, 0.0, critical + 40.0))
 
 
 def smallest_margin(n: int, *, discordance: float, alpha: float) -> float:
