@@ -7,10 +7,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.config import Device, Precision
+from training.config import Device, Precision, Runtime
 
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+def start_torch(runtime: Runtime) -> torch.device:
+    """Set the number of CPU threads and return the device to work on."""
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    return resolve_device(runtime.device)
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -88,3 +95,13 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     for path in sorted(stage.iterdir()):
         path.replace(folder / path.name)
     stage.rmdir()
+
+
+def check_context(model: Any, max_tokens: int) -> None:
+    """Raise ValueError when rows may be longer than the positions the model has."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and max_tokens > context:
+        raise ValueError(
+            f"max_tokens: got {max_tokens}, the model {model.config.model_type} has a context of {context} tokens; "
+            f"set max_tokens to {context} or less"
+        )

@@ -1,0 +1,175 @@
+"""Rows joined with their stored columns and rendered: what a policy is trained on. Every row left out is counted by reason."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from training.config import ResponseRegime
+from training.data.rows import read_rows
+from training.objectives.objective import FloatArray
+from training.render import Renderer, UnusableRow
+
+# K responses of a row
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row ready to train on. `samples` are its K rendered responses; `places` says which of the row's responses they are."""
+
+    row_id: str
+    samples: tuple[Any, ...]
+    places: tuple[int, ...]
+    num_responses: int  # of the row, with those that are not trained
+    num_tokens_K: np.ndarray  # trained tokens of each sample
+    reward_K: FloatArray | None = None
+    logp_ref_K: FloatArray | None = None
+
+
+Select = Callable[[dict[str, Any]], list[int]]
+
+
+def read_regime(rows: Path) -> ResponseRegime:
+    """Return how the responses of a rows folder were made, as its manifest states."""
+    path = rows / "manifest.json"
+    if not path.is_file():
+        raise ValueError(f"rows folder {rows}: no manifest.json; expected one with `regime`; ingest the rows again")
+    value = json.loads(path.read_text()).get("regime")
+    if value not in list(ResponseRegime):
+        raise ValueError(
+            f"{path}: regime is {value!r}, expected one of {[r.value for r in ResponseRegime]}; ingest the rows again"
+        )
+    return ResponseRegime(value)
+
+
+def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> dict[str, dict[str, list[float]]]:
+    """Return the stored lists of a score folder by row id: `column` and, where asked for, others."""
+    path = folder / "scores.parquet"
+    if not path.is_file():
+        raise ValueError(f"{column} folder {folder}: no scores.parquet; expected one; score the rows again")
+    names = [column, *columns]
+    table = pq.read_table(path, columns=["row_id", *names])
+    return {row["row_id"]: {name: row[name] for name in names} for row in table.to_pylist()}
+
+
+def read_dropped(folder: Path) -> set[str]:
+    """Return the row ids that a scorer left out on purpose."""
+    path = folder / "dropped.jsonl"
+    return {json.loads(line)["row_id"] for line in path.read_text().splitlines()} if path.is_file() else set()
+
+
+def load_examples(
+    rows: Path,
+    renderer: Renderer,
+    *,
+    select: Select,
+    rewards: dict[str, dict[str, list[float]]] | None = None,
+    reference: dict[str, dict[str, list[float]]] | None = None,
+    min_responses: int = 1,
+    unscored: frozenset[str] = frozenset(),
+) -> tuple[list[Example], Counter[str]]:
+    """Return the rows of the train split as examples, and the number of rows dropped by reason.
+
+    A row that loses a response as too long or unusable is dropped whole, never renormalised: what is left of a group is another
+    prompt's worth of evidence. Rows in `unscored` were dropped by a scorer, with its own reasons. ValueError for rows that a column
+    lacks, for columns of other rows, and for a reference that read other tokens.
+    """
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    missing: list[str] = []
+    for batch in read_rows(rows, split="train"):
+        for row in batch.to_pylist():
+            if row["row_id"] in unscored:
+                dropped["not_scored"] += 1
+                continue
+            if any(column is not None and row["row_id"] not in column for column in (rewards, reference)):
+                missing.append(row["row_id"])
+                continue
+            places = select(row)
+            if len(places) < min_responses:
+                dropped["too_few_responses"] += 1
+                continue
+            try:
+                examples.append(make_example(row, places, renderer, rewards=rewards, reference=reference))
+            except UnusableRow as unusable:
+                dropped[unusable.reason] += 1
+    if missing:
+        raise ValueError(
+            f"rows folder {rows}: {len(missing)} rows of the train split have no reward or no reference log-probability "
+            f"(first: {', '.join(missing[:3])}); expected every row to be scored; these columns are of another data set: score again"
+        )
+    if not examples:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "the split is empty"
+        raise ValueError(
+            f"rows folder {rows}: no row of the train split is left ({counts}); raise max_tokens or add rows"
+        )
+    return examples, dropped
+
+
+def make_example(
+    row: dict[str, Any],
+    places: list[int],
+    renderer: Renderer,
+    *,
+    rewards: dict[str, dict[str, list[float]]] | None,
+    reference: dict[str, dict[str, list[float]]] | None,
+) -> Example:
+    """Render the chosen responses of a row and pick their columns."""
+    truncated = row["truncated"] or [False] * len(row["responses"])
+    samples = renderer.row(row["prompt"], [row["responses"][k] for k in places], [truncated[k] for k in places])
+    num_tokens_K = np.array([sample.num_trained for sample in samples])
+    logp_ref_K = pick(row, reference, "logp", places)
+    if reference is not None:
+        scored_K = pick(row, reference, "num_tokens", places)
+        if not np.array_equal(scored_K, num_tokens_K):
+            raise ValueError(
+                f"row {row['row_id']}: the reference was scored on {scored_K} trained tokens, here they are {num_tokens_K}; "
+                "expected the same; reference and base have different tokenizers or chat templates: score with this base"
+            )
+    return Example(
+        row_id=row["row_id"],
+        samples=tuple(samples),
+        places=tuple(places),
+        num_responses=len(row["responses"]),
+        num_tokens_K=num_tokens_K,
+        reward_K=pick(row, rewards, "reward", places),
+        logp_ref_K=logp_ref_K,
+    )
+
+
+def pick(
+    row: dict[str, Any], column: dict[str, dict[str, list[float]]] | None, name: str, places: list[int]
+) -> np.ndarray | None:
+    """Return the values of a stored list at some places, float64; None without the column, NaN for nulls."""
+    if column is None:
+        return None
+    values = column[row["row_id"]][name]
+    if len(values) != len(row["responses"]):
+        raise ValueError(
+            f"row {row['row_id']}: {name} has {len(values)} values, the row {len(row['responses'])} responses; "
+            "expected one each; score the rows again"
+        )
+    return np.array([values[k] for k in places], dtype=np.float64)
+
+
+def select_chosen(row: dict[str, Any]) -> list[int]:
+    """Select the preferred response; nothing where nobody said which."""
+    return [] if row["preferred"] is None else [row["preferred"]]
+
+
+def select_all(row: dict[str, Any]) -> list[int]:
+    """Select every response."""
+    return list(range(len(row["responses"])))
+
+
+def select_distinct(row: dict[str, Any]) -> list[int]:
+    """Select the first of equal responses: a fixed set holds each response once."""
+    first: dict[str, int] = {}
+    for place, response in enumerate(row["responses"]):
+        first.setdefault(response, place)
+    return list(first.values())

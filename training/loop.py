@@ -1,0 +1,222 @@
+"""The only training loop: steps, micro-batches and a scalar loss. It knows no objective, no rows and no model family.
+
+Every part of a step contributes its share of the loss of the global batch: parts are added up, never averaged, so the cut
+into micro-batches changes nothing but speed and memory.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
+from training.config import Precision, Runtime, Schedule
+from training.job import Job
+from training.metrics import MetricsWriter
+
+MAX_SKIPPED_IN_ROW = 3
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch's share of a step. Shares of loss and figures add up to those of the global batch."""
+
+    loss: Tensor  # scalar
+    num_tokens: int  # without padding
+    num_padded: int  # with padding
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+class Work(Protocol):
+    """What a run trains on."""
+
+    num_steps: int
+
+    def cut(self, step: int, *, budget: int) -> list[list[int]]:
+        """Return the micro-batches of a step, as positions in its global batch, each within a budget of tokens."""
+        ...
+
+    def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
+        """Run the forward pass of one micro-batch."""
+        ...
+
+    def describe(self, step: int) -> dict[str, float]:
+        """Return figures of the global batch that need no model."""
+        ...
+
+    def row_ids(self, step: int) -> list[str]:
+        """Return the rows of a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the optimiser does. All of it is identity."""
+
+    learning_rate: float
+    weight_decay: float
+    schedule: Schedule
+    warmup_fraction: float
+    max_grad_norm: float
+    precision: Precision
+    seed: int
+
+
+def run_steps(
+    model: nn.Module, work: Work, settings: Settings, *, job: Job, runtime: Runtime, identity: dict[str, Any]
+) -> Progress:
+    """Train `model` in place from the newest checkpoint, or from the start, to the last step.
+
+    Writes `output/metrics.jsonl` and `work/checkpoints`. Interrupted when told to stop, after a checkpoint of the last whole
+    step. ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
+    """
+    device = next(model.parameters()).device
+    torch.manual_seed(settings.seed)
+    optimiser = make_optimiser(model, settings)
+    folder = job.work / "checkpoints"
+    progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, device=device)
+    trainer = Trainer(model, optimiser, work, settings, runtime, job, progress)
+    with MetricsWriter(
+        job.output / "metrics.jsonl", total=work.num_steps, keep_bytes=progress.metrics_bytes
+    ) as metrics:
+        while progress.step < work.num_steps:
+            rng = read_rng(device)
+            figures = trainer.take_step()
+            if figures is not None:
+                metrics.write(progress.step, figures)
+                progress.metrics_bytes = metrics.offset()
+                rng = read_rng(device)
+            every = runtime.checkpoint_every_steps
+            due = every > 0 and progress.step % every == 0 and 0 < progress.step < work.num_steps
+            if job.stop.is_set() or due:
+                save_checkpoint(folder, model=model, optimiser=optimiser, progress=progress, rng=rng, identity=identity)
+            job.check_stop()
+    return progress
+
+
+@dataclass
+class Trainer:
+    """Model, optimiser and progress of one run, one step at a time."""
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    work: Work
+    settings: Settings
+    runtime: Runtime
+    job: Job
+    progress: Progress
+
+    def take_step(self) -> dict[str, float] | None:
+        """Take the next step and return its metrics; None, with the model as before, when asked to stop within it."""
+        step = self.progress.step
+        started = time.monotonic()
+        total = self.accumulate(step)
+        if total is None:
+            self.optimiser.zero_grad()
+            return None
+        norm = self.update(step, loss=total.loss)
+        seconds = time.monotonic() - started
+        self.progress.step += 1
+        self.progress.tokens += total.num_tokens
+        self.progress.seconds += seconds
+        figures = {
+            "loss": total.loss,
+            "grad_norm": norm,
+            "learning_rate": learning_rate(self.settings, step, num_steps=self.work.num_steps),
+            "tokens_per_second": total.num_tokens / seconds,
+            "padding_share": 1.0 - total.num_tokens / total.num_padded,
+            "skipped": float(self.progress.skipped),
+            **total.figures,
+            **self.work.describe(step),
+        }
+        return {f"train/{name}": value for name, value in figures.items()}
+
+    def accumulate(self, step: int) -> "Total | None":
+        """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them."""
+        total = Total()
+        kind = next(self.model.parameters()).device.type
+        wide = self.settings.precision == Precision.float32
+        for members in self.work.cut(step, budget=self.runtime.microbatch_tokens):
+            if self.job.stop.is_set():
+                return None
+            # Weights, gradients and optimiser stay in float32; bfloat16 is what the matrix products run in.
+            with torch.autocast(kind, dtype=torch.bfloat16, enabled=not wide):
+                part = self.work.part(self.model, step, members)
+            part.loss.backward()  # type: ignore[no-untyped-call]
+            total.add(part)
+        return total
+
+    def update(self, step: int, *, loss: float) -> float:
+        """Clip and apply the gradients, or skip the step when loss or gradient is not finite. Return the gradient norm."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if math.isfinite(loss) and math.isfinite(norm.item()):
+            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.max_grad_norm, norm)
+            for group in self.optimiser.param_groups:
+                group["lr"] = learning_rate(self.settings, step, num_steps=self.work.num_steps)
+            self.optimiser.step()
+            self.progress.loss = loss
+            self.progress.skipped_in_row = 0
+            self.progress.skipped_rows = []
+        else:
+            self.skip(step)
+        self.optimiser.zero_grad()
+        return norm.item()
+
+    def skip(self, step: int) -> None:
+        """Count a step with a non-finite loss or gradient; ValueError when it is the third in a row."""
+        progress = self.progress
+        progress.skipped += 1
+        progress.skipped_in_row += 1
+        progress.skipped_rows += self.work.row_ids(step)
+        if progress.skipped_in_row >= MAX_SKIPPED_IN_ROW:
+            raise ValueError(
+                f"step {step}: loss or gradient was NaN or infinite in {progress.skipped_in_row} steps in a row; expected finite "
+                f"ones; rows of these steps: {', '.join(progress.skipped_rows)}; lower the learning rate or look at these rows"
+            )
+
+
+@dataclass
+class Total:
+    """Sums over the micro-batches of a step."""
+
+    loss: float = 0.0
+    num_tokens: int = 0
+    num_padded: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def add(self, part: Part) -> None:
+        """Add one micro-batch's share."""
+        self.loss += part.loss.item()
+        self.num_tokens += part.num_tokens
+        self.num_padded += part.num_padded
+        for name, value in part.figures.items():
+            self.figures[name] = self.figures.get(name, 0.0) + value
+
+
+def learning_rate(settings: Settings, step: int, *, num_steps: int) -> float:
+    """Return the learning rate of the step with this index (from 0): linear warm-up, then the schedule towards 0."""
+    warmup_steps = round(settings.warmup_fraction * num_steps)
+    if step < warmup_steps:
+        return settings.learning_rate * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    factor = {
+        Schedule.constant: 1.0,
+        Schedule.linear: 1.0 - done,
+        Schedule.cosine: 0.5 * (1.0 + math.cos(math.pi * done)),
+    }[settings.schedule]
+    return settings.learning_rate * factor
+
+
+def make_optimiser(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """Return AdamW over all trainable parameters; matrices decay, norms and biases do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.learning_rate, fused=True)

@@ -1,0 +1,45 @@
+"""Bradley-Terry: the chosen response is to have the larger reward. P(c over r) = sigmoid(r_c - r_r)."""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from training.objectives.objective import Columns, FloatArray
+
+
+class BradleyTerry:
+    """mean over prompts of the mean over their rejected responses of - log sigmoid(r_chosen - r_rejected).
+
+    The first response of a group is the chosen one.
+    """
+
+    whole_groups = True
+
+    def weigh(self, columns: Columns) -> FloatArray:
+        """Return 0 for the chosen response of a group (it is what others are compared to), 1 / (K - 1) for each other."""
+        count_G = np.bincount(columns.group_R)
+        if count_G.min() < 2:
+            row_id = columns.row_ids[int(count_G.argmin())]
+            raise ValueError(
+                f"row {row_id}: a single response; expected a chosen and at least one rejected; drop the row"
+            )
+        weight_R = 1.0 / (count_G[columns.group_R] - 1)
+        weight_R[first_of_groups(columns.group_R)] = 0.0
+        return weight_R
+
+    def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
+        """Return the number of prompts."""
+        return float(len(columns.row_ids))
+
+    def loss_sum(self, value_R: Tensor, weight_R: Tensor, group_R: Tensor) -> Tensor:
+        """Return the loss summed over the groups that these responses make up; groups come whole."""
+        is_first_R = torch.ones_like(group_R, dtype=torch.bool)
+        is_first_R[1:] = group_R[1:] != group_R[:-1]
+        chosen_R = value_R[is_first_R][is_first_R.cumsum(0) - 1]
+        return -(weight_R * logsigmoid(chosen_R - value_R)).sum()
+
+
+def first_of_groups(group_R: np.ndarray) -> np.ndarray:
+    """Return the index of each group's first response."""
+    return np.unique(group_R, return_index=True)[1]

@@ -1,0 +1,52 @@
+"""What weights do, in numbers: how many responses still count, how far the reward moved them, whether they follow it."""
+
+import numpy as np
+
+from training.objectives.objective import Columns, FloatArray, largest_of_sets
+
+# R responses of a global batch, G groups (prompts)
+
+
+def check_weights(weight_R: FloatArray) -> None:
+    """Raise ValueError for weights that cannot train anything: all zero, negative, NaN or infinite."""
+    if not np.isfinite(weight_R).all() or (weight_R < 0).any():
+        raise ValueError("weights: got NaN, infinite or negative ones; expected finite numbers >= 0; check the rewards")
+    if not weight_R.any():
+        raise ValueError("weights: all of a global batch are zero; expected a sum of N; check rewards and lambda")
+
+
+def describe_weights(columns: Columns, weight_R: FloatArray) -> dict[str, float]:
+    """Return the figures of one global batch.
+
+    ess: effective sample size (sum w)^2 / sum w^2 as a share of K, mean over prompts. weight_max: the largest share of a
+    prompt's weight on one response. kl_weights: KL(w || uniform) in nats, mean over prompts. reward_tilt: weighted minus plain
+    mean reward, in its units. argmax_agreement: share of prompts whose heaviest response has the best reward.
+    Prompts whose weights are all zero (possible under in_batch) count for none of the per-prompt figures.
+    """
+    group_R = columns.group_R
+    sum_G = np.bincount(group_R, weights=weight_R)
+    alive_G = sum_G > 0
+    count_G = np.bincount(group_R)
+    share_R = weight_R / np.where(alive_G, sum_G, 1.0)[group_R]
+    square_G = np.bincount(group_R, weights=share_R**2)
+    log_R = np.log(np.where(share_R > 0, share_R * count_G[group_R], 1.0))
+    kl_G = np.bincount(group_R, weights=share_R * log_R)
+    figures = {
+        "ess": float((1.0 / (square_G[alive_G] * count_G[alive_G])).mean()),
+        "weight_max": float(share_R.max()),
+        "kl_weights": float(kl_G[alive_G].mean()),
+    }
+    if columns.reward_R is not None:
+        figures["reward_tilt"] = float((weight_R * columns.reward_R).sum() / weight_R.sum() - columns.reward_R.mean())
+        figures["argmax_agreement"] = float(argmax_agrees(columns, weight_R)[alive_G].mean())
+    return figures
+
+
+def argmax_agrees(columns: Columns, weight_R: FloatArray) -> np.ndarray:
+    """Return for each group whether its heaviest response (the first of equals) has the group's best reward."""
+    assert columns.reward_R is not None
+    best_R = columns.reward_R == largest_of_sets(columns.reward_R, columns.group_R)
+    heavy = np.flatnonzero(weight_R == largest_of_sets(weight_R, columns.group_R))
+    first = heavy[np.unique(columns.group_R[heavy], return_index=True)[1]]
+    agrees: np.ndarray = best_R[first]
+    return agrees

@@ -1,0 +1,143 @@
+"""The steps of a run: which rows, which weights, in which order. Fixed before the first forward pass.
+
+`Steps` joins a plan, an objective and a way to get one value per response; it is what the loop trains on.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.data.batch import digest_plan, pack_by_tokens, plan_steps
+from training.data.examples import Example
+from training.loop import Part
+from training.objectives.objective import Columns, FloatArray, Objective
+from training.objectives.weights import check_weights, describe_weights
+
+# R responses of a global batch, B of a micro-batch, K of a row
+
+
+class Forward(Protocol):
+    """How a model turns samples into one value each."""
+
+    def length(self, sample: Any) -> int:
+        """Return the tokens of a sample."""
+        ...
+
+    def identity(self, sample: Any) -> bytes:
+        """Return what a sample is, for the digest of the plan."""
+        ...
+
+    def values(self, model: Any, samples: Sequence[Any]) -> tuple[Tensor, int]:
+        """Return value_B and the number of tokens with padding."""
+        ...
+
+
+def gather_columns(examples: Sequence[Example]) -> Columns:
+    """Return the stored columns of some rows as one batch."""
+    counts = [len(example.samples) for example in examples]
+    return Columns(
+        row_ids=tuple(example.row_id for example in examples),
+        group_R=np.repeat(np.arange(len(examples)), counts),
+        num_tokens_R=np.concatenate([example.num_tokens_K for example in examples]),
+        reward_R=join_column([example.reward_K for example in examples]),
+        logp_ref_R=join_column([example.logp_ref_K for example in examples]),
+    )
+
+
+def join_column(parts: Sequence[FloatArray | None]) -> FloatArray | None:
+    """Return a column over several rows, or None where it is not stored."""
+    stored = [part for part in parts if part is not None]
+    assert len(stored) in (0, len(parts)), "a column is stored for all rows or for none"
+    return np.concatenate(stored) if stored else None
+
+
+class Steps:
+    """The plan of a run with its weights; satisfies `training.loop.Work`."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        objective: Objective,
+        forward: Forward,
+        *,
+        batch_prompts: int,
+        epochs: int,
+        seed: int,
+    ) -> None:
+        self._examples = examples
+        self._objective = objective
+        self._forward = forward
+        self._rows = plan_steps(len(examples), batch_prompts=batch_prompts, epochs=epochs, seed=seed)
+        self._weights = [self._weigh(step) for step in range(len(self._rows))]
+        self.num_steps = len(self._rows)
+        self.steps_per_epoch = self.num_steps // epochs
+        # One constant for the whole run: it only makes the loss read as nats per token.
+        self.mean_tokens = float(np.concatenate([example.num_tokens_K for example in examples]).mean())
+
+    def _weigh(self, step: int) -> FloatArray:
+        weight_R = self._objective.weigh(self.columns(step))
+        check_weights(weight_R)
+        return weight_R
+
+    @cached_property
+    def digest(self) -> str:
+        """64 hex digits over rows, their tokens, weights and constants of all steps."""
+        samples = (self._forward.identity(s) for example in self._examples for s in example.samples)
+        order = json.dumps([self.row_ids(step) for step in range(self.num_steps)])
+        return digest_plan([order, repr(self.mean_tokens), *(w.tobytes() for w in self._weights), *samples])
+
+    def rows(self, step: int) -> list[Example]:
+        """Return the rows of a step."""
+        return [self._examples[index] for index in self._rows[step]]
+
+    def row_ids(self, step: int) -> list[str]:
+        """Return the ids of a step's rows."""
+        return [example.row_id for example in self.rows(step)]
+
+    def columns(self, step: int) -> Columns:
+        """Return the stored columns of a step."""
+        return gather_columns(self.rows(step))
+
+    def weights(self, step: int) -> FloatArray:
+        """Return weight_R of a step."""
+        return self._weights[step]
+
+    def describe(self, step: int) -> dict[str, float]:
+        """Return the figures of a step's weights."""
+        return describe_weights(self.columns(step), self._weights[step])
+
+    def cut(self, step: int, *, budget: int) -> list[list[int]]:
+        """Return the micro-batches of a step as positions among its responses."""
+        lengths = [self._forward.length(sample) for example in self.rows(step) for sample in example.samples]
+        if not self._objective.whole_groups:
+            return pack_by_tokens(lengths, budget=budget)
+        group_R = self.columns(step).group_R
+        members = [np.flatnonzero(group_R == group).tolist() for group in range(len(self._rows[step]))]
+        sizes = [len(m) * max(lengths[index] for index in m) for m in members]
+        return [list(chain(*(members[g] for g in sorted(groups)))) for groups in pack_by_tokens(sizes, budget=budget)]
+
+    def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
+        """Run some responses of a step and return their share of its loss and figures."""
+        columns = self.columns(step)
+        samples = [sample for example in self.rows(step) for sample in example.samples]
+        chosen = [samples[index] for index in members]
+        value_B, num_padded = self._forward.values(model, chosen)
+        weight_B = torch.from_numpy(self._weights[step][list(members)]).to(value_B.device)
+        group_B = torch.from_numpy(columns.group_R[list(members)]).to(value_B.device)
+        denominator = self._objective.denominator(columns, mean_tokens=self.mean_tokens)
+        figures = {}
+        if columns.logp_ref_R is not None:
+            ratio_B = value_B.detach().cpu().numpy() - columns.logp_ref_R[list(members)]
+            figures["logp_ratio"] = float(ratio_B.sum() / len(columns.group_R))
+        return Part(
+            loss=self._objective.loss_sum(value_B, weight_B, group_B) / denominator,
+            num_tokens=sum(self._forward.length(sample) for sample in chosen),
+            num_padded=num_padded,
+            figures=figures,
+        )
