@@ -1,0 +1,359 @@
+"""Source rows become rows of one schema, each of them accounted for: kept, or in quarantine with its reason."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from training.config import IngestConfig, SourceFormat
+from training.data.ingest import run
+from training.data.rows import read_rows
+from training.data.schema import SCHEMA, digest_row
+from training.data.splits import choose_split
+from training.data.validate import Reason, UnusableRow, detect_format, parse_row
+from training.job import Job
+
+CONFIG = IngestConfig(responses="support")
+USER = {"role": "user", "content": "Hi"}
+SAMPLED = IngestConfig(responses="from_reference")
+
+
+def say(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def pair(n: int, **changes: Any) -> dict[str, Any]:
+    return {"prompt": f"Question {n}?", "chosen": f"Good answer {n}.", "rejected": f"Bad answer {n}."} | changes
+
+
+def ingest(folder: Path, rows: list[Any], **config: Any) -> Job:
+    """Run the job on rows written as JSON lines; a text is written as it is."""
+    source = folder / "rows.jsonl"
+    source.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return ingest_file(folder, source, **config)
+
+
+def ingest_file(folder: Path, source: Path, **config: Any) -> Job:
+    job = Job(
+        name="ingest",
+        config={"responses": "support", "heldout_fraction": 0.3, "max_invalid_fraction": 1.0} | config,
+        runtime={},
+        inputs={"source": source},
+        output=folder / "output",
+        work=folder / "work",
+    )
+    job.output.mkdir(exist_ok=True)
+    job.work.mkdir(exist_ok=True)
+    run(job)
+    return job
+
+
+def kept(job: Job) -> list[dict[str, Any]]:
+    return [row for batch in read_rows(job.output) for row in batch.to_pylist()]
+
+
+def quarantined(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job.output / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_a_row_stands_in_the_schema_as_the_source_meant_it(tmp_path: Path) -> None:
+    job = ingest(tmp_path, [pair(n) for n in range(20)])
+    rows = kept(job)
+    assert pq.read_schema(job.output / "rows.parquet").equals(SCHEMA)
+    prompt, responses = [{"role": "user", "content": "Question 3?"}], ["Good answer 3.", "Bad answer 3."]
+    assert rows[3] == {
+        "row_id": digest_row(prompt, responses),
+        "split": choose_split(prompt, heldout_fraction=0.3),
+        "prompt": prompt,
+        "responses": responses,
+        "preferred": 0,
+        "truncated": None,
+        "source": "rows.jsonl",
+        "line": 4,
+    }
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert summary["rows"] == summary["prompts"] == 20 == summary["train"] + summary["heldout"]
+    assert summary["responses"] == 40
+    assert summary["mean_prompt_chars"] == pytest.approx((10 * 11 + 10 * 12) / 20)
+    manifest = json.loads((job.output / "manifest.json").read_text())
+    assert manifest["regime"] == "support" and manifest["files"] == ["rows.jsonl"]
+    assert list(job.work.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "format", "expected"),
+    [
+        (
+            {"chosen": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: So.",
+             "rejected": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant: No."},
+            "hh_rlhf",
+            ([USER, say("Hello"), {"role": "user", "content": "Why?"}], ["So.", "No."], 0),
+        ),
+        ({"prompt": "Hi", "chosen": "A", "rejected": "B"}, "pairs", ([USER], ["A", "B"], 0)),
+        ({"prompt": [USER], "chosen": [say("A")], "rejected": [say("B")]}, "pairs", ([USER], ["A", "B"], 0)),
+        ({"chosen": [USER, say("A")], "rejected": [USER, say("B")]}, "pairs", ([USER], ["A", "B"], 0)),
+        (
+            {"prompt": "Hi", "chosen": [USER, say("A")], "rejected": [USER, say("B")], "score": 3},
+            "pairs",
+            ([USER], ["A", "B"], 0),
+        ),
+        ({"prompt": "Hi", "responses": ["A", "B", "C"], "preferred": 2}, "responses", ([USER], ["A", "B", "C"], 2)),
+        ({"prompt": [USER], "responses": ["A", [say("B")]]}, "responses", ([USER], ["A", "B"], None)),
+        (
+            {"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": "A", "rejected": "B"},
+            "pairs",
+            ([{"role": "system", "content": "Be brief."}, USER], ["A", "B"], 0),
+        ),
+    ],
+)  # fmt: skip
+def test_every_shape_is_recognised_and_read(value: dict[str, Any], format: str, expected: tuple[Any, ...]) -> None:
+    assert detect_format(value) == format
+    row = parse_row(value, format=SourceFormat(format), config=CONFIG)
+    assert (row.prompt, row.responses, row.preferred) == expected
+
+
+UNUSABLE = [
+    (pair(0, chosen=""), Reason.empty_response),
+    (pair(0, rejected=" \n"), Reason.empty_response),
+    (pair(0, prompt=" "), Reason.empty_prompt),
+    (pair(0, prompt=[]), Reason.empty_prompt),
+    (pair(0, chosen="Bad answer 0."), Reason.same_responses),
+    (pair(0, chosen=None), Reason.missing_field),
+    (pair(0, chosen=7), Reason.missing_field),
+    (pair(0, prompt=[{"role": "user"}]), Reason.missing_field),
+    (pair(0, chosen="half \ud800 a pair"), Reason.not_text),
+    (pair(0, chosen="x" * 20_000), Reason.too_long),
+    (pair(0, prompt=[USER, say("Hello")]), Reason.last_turn_not_user),
+    (pair(0, prompt=[USER, USER]), Reason.roles_out_of_order),
+    (pair(0, prompt=[say("Hello"), USER]), Reason.roles_out_of_order),
+    (pair(0, prompt=[USER, {"role": "system", "content": "Be brief."}, USER]), Reason.roles_out_of_order),
+    (pair(0, prompt=[{"role": "tool", "content": "7"}, USER]), Reason.unknown_role),
+    (pair(0, chosen=[USER]), Reason.last_turn_not_assistant),
+    ({"chosen": [USER, say("A")], "rejected": [say("B")]}, Reason.missing_field),
+    ({"chosen": [USER, say("A")], "rejected": [{**USER, "content": "Ho"}, say("B")]}, Reason.different_prompts),
+    ({"prompt": "Ho", "chosen": [USER, say("A")], "rejected": [USER, say("B")]}, Reason.different_prompts),
+    ({"prompt": "Hi", "responses": ["A"]}, Reason.missing_field),
+    ({"prompt": "Hi", "responses": ["A", "A"]}, Reason.same_responses),
+    ({"prompt": "Hi", "responses": ["A", "B"], "preferred": 2}, Reason.bad_preferred),
+    ({"prompt": "Hi", "responses": ["A", "B"], "preferred": True}, Reason.bad_preferred),
+    ({"chosen": "Human: Hi", "rejected": "Human: Ho"}, Reason.unknown_shape),
+    ({"chosen": "\n\nHuman: Hi", "rejected": "\n\nHuman: Hi"}, Reason.last_turn_not_assistant),
+    (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: A", "rejected": "\n\nHuman: Ho\n\nAssistant: B"},
+        Reason.different_prompts,
+    ),
+    (
+        {"chosen": "\n\nHuman: Hi\n\nAssistant: A\n\nAssistant: A", "rejected": "\n\nHuman: Hi\n\nAssistant: A\n\nAssistant: B"},
+        Reason.last_turn_not_user,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "reason"), UNUSABLE)
+def test_an_unusable_row_says_why(value: dict[str, Any], reason: Reason) -> None:
+    format = detect_format(value)
+    assert format is not None
+    with pytest.raises(UnusableRow) as caught:
+        parse_row(value, format=format, config=CONFIG)
+    assert caught.value.reason is reason, caught.value
+
+
+def test_no_row_is_dropped_silently(tmp_path: Path) -> None:
+    good = [pair(n) for n in range(1, 31)]
+    bad = [
+        "{not json",
+        "[1, 2]",
+        '"text"',
+        json.dumps({"a": 1}),
+        *(value for value, _ in UNUSABLE if "prompt" in value),
+    ]
+    job = ingest(tmp_path, [*good[:15], *bad, *good[15:]])
+    entries = quarantined(job)
+    assert len(kept(job)) == 30
+    lines = sorted([row["line"] for row in kept(job)] + [entry["line"] for entry in entries])
+    assert lines == list(range(1, 31 + len(bad)))
+    assert [entry["reason"] for entry in entries[:4]] == [
+        "not_json", "unknown_shape", "unknown_shape", "missing_field",
+    ]  # fmt: skip
+    assert entries[0]["raw"] == "{not json"
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert sum(summary["quarantined_by_reason"].values()) == summary["quarantined"] == len(bad)
+
+
+def test_a_repeated_row_is_kept_once_and_named(tmp_path: Path) -> None:
+    job = ingest(tmp_path, [*(pair(n) for n in range(10)), pair(4)])
+    assert [row["line"] for row in kept(job)] == list(range(1, 11))
+    (entry,) = quarantined(job)
+    assert (entry["line"], entry["reason"]) == (11, "duplicate")
+    assert entry["detail"].endswith("as rows.jsonl:5")
+
+
+def test_rows_that_contradict_each_other_both_go(tmp_path: Path) -> None:
+    swapped = pair(4, chosen="Bad answer 4.", rejected="Good answer 4.")
+    job = ingest(tmp_path, [*(pair(n) for n in range(10)), swapped])
+    assert [row["line"] for row in kept(job)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert {entry["line"]: (entry["reason"], entry["detail"]) for entry in quarantined(job)} == {
+        5: ("contradiction", "rows.jsonl:11 prefers the other way round"),
+        11: ("contradiction", "rows.jsonl:5 prefers the other way round"),
+    }
+    assert json.loads((job.output / "summary.json").read_text())["prompts"] == 9
+
+
+def test_contradictions_are_found_between_sets_of_responses(tmp_path: Path) -> None:
+    def group(responses: str, preferred: int | None, prompt: str = "Q") -> dict[str, Any]:
+        return {"prompt": prompt, "responses": list(responses), "preferred": preferred}
+
+    rows = [
+        group("ABC", 0),  # A over B, A over C
+        group("BAD", 0),  # B over A: against line 1
+        group("CD", 0),  # C over D: nobody says otherwise
+        group("AB", 0, prompt="R"),  # the same texts under another prompt
+        group("EF", 0),
+        group("EF", 1),  # the same row, the other way round
+        group("GH", None),
+        group("HG", 0),  # nobody preferred anything in line 7
+        *(group("XY", 0, prompt=f"filler {n}") for n in range(20)),
+    ]
+    job = ingest(tmp_path, rows)
+    assert {entry["line"]: entry["detail"].split()[0] for entry in quarantined(job)} == {
+        1: "rows.jsonl:2", 2: "rows.jsonl:1", 5: "rows.jsonl:6", 6: "rows.jsonl:5",
+    }  # fmt: skip
+    assert len({row["row_id"] for row in kept(job)}) == len(kept(job)) == 24
+
+
+def test_equal_responses_are_one_in_a_fixed_set_and_counted_in_a_sample() -> None:
+    value = {"prompt": "Hi", "responses": ["A", "B", "A"], "preferred": 2}
+    fixed = parse_row(value, format=SourceFormat.responses, config=CONFIG)
+    assert (fixed.responses, fixed.preferred) == (["A", "B"], 0)
+    sampled = parse_row(value, format=SourceFormat.responses, config=SAMPLED)
+    assert (sampled.responses, sampled.preferred) == (["A", "B", "A"], 2)
+
+
+def test_equal_prompts_share_a_split_whatever_the_order(tmp_path: Path) -> None:
+    rows = [pair(n % 40, chosen=f"Answer {n}") for n in range(120)]
+    split_of: dict[str, set[str]] = {}
+    for name, order in (("a", rows), ("b", rows[::-1])):
+        (tmp_path / name).mkdir()
+        for row in kept(ingest(tmp_path / name, order)):
+            split_of.setdefault(row["prompt"][0]["content"], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in split_of.values()) and len(split_of) == 40
+
+
+def test_the_split_has_the_share_it_was_given_and_only_grows_with_it() -> None:
+    prompts = [[{"role": "user", "content": f"Question {n}"}] for n in range(4000)]
+    chosen = {
+        fraction: {
+            n for n, prompt in enumerate(prompts) if choose_split(prompt, heldout_fraction=fraction) == "heldout"
+        }
+        for fraction in (0.1, 0.3)
+    }
+    for fraction, heldout in chosen.items():
+        assert len(heldout) / 4000 == pytest.approx(fraction, abs=4 * (fraction * (1 - fraction) / 4000) ** 0.5)
+    assert chosen[0.1] < chosen[0.3]
+
+
+def test_a_limit_takes_the_first_rows_of_the_source(tmp_path: Path) -> None:
+    job = ingest(tmp_path, [pair(0, chosen=""), *(pair(n) for n in range(1, 50))], limit=20)
+    assert [row["line"] for row in kept(job)] == list(range(2, 21))
+    assert json.loads((job.output / "summary.json").read_text())["read"] == 20
+
+
+def test_files_of_two_formats_can_share_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps(pair(n)) + "\n" for n in range(20)))
+    (folder / "b.json").write_text(json.dumps([{"prompt": f"P{n}", "responses": ["A", "B"]} for n in range(20)]))
+    rows = kept(ingest_file(tmp_path, folder))
+    assert [(row["source"], row["preferred"]) for row in rows] == [("a.jsonl", 0)] * 20 + [("b.json", None)] * 20
+
+
+def test_its_own_rows_can_be_ingested_again(tmp_path: Path) -> None:
+    first = ingest(tmp_path, [pair(n) for n in range(30)])
+    (tmp_path / "again").mkdir()
+    again = ingest_file(tmp_path / "again", first.output / "rows.parquet")
+    assert [row["row_id"] for row in kept(again)] == [row["row_id"] for row in kept(first)]
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "output").iterdir() if path.name != "metrics.jsonl")
+
+
+def test_too_many_unusable_rows_are_refused_with_reasons_and_a_number(tmp_path: Path) -> None:
+    rows = [pair(n, chosen="" if n % 10 == 0 else f"A{n}") for n in range(40)] + ["{"]
+    with pytest.raises(ValueError) as caught:
+        ingest(tmp_path, rows, max_invalid_fraction=0.1)
+    message = str(caught.value)
+    assert "5 of 41 rows are unusable" in message
+    assert (
+        "empty_response 4 (first: rows.jsonl:1, rows.jsonl:11, rows.jsonl:21), not_json 1 (first: rows.jsonl:41)"
+        in message
+    )
+    assert message.endswith("raise max_invalid_fraction to 0.122")
+    assert leftovers(tmp_path) == []
+    assert (
+        len(kept(ingest(tmp_path, rows, max_invalid_fraction=0.122))) == 36
+    )  # the advice holds, and a rerun finds its way
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "got no rows"),
+        ([pair(1)], "none of 1 prompts fell into the (train|heldout) split at heldout_fraction 0.3"),
+        ([pair(1, chosen="")], "none of 0 prompts fell into the train split"),
+    ],
+)
+def test_a_source_that_cannot_be_split_is_refused(tmp_path: Path, rows: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ingest(tmp_path, rows)
+    assert leftovers(tmp_path) == []
+
+
+def test_an_unknown_key_of_the_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="heldout"):
+        ingest(tmp_path, [pair(1)], heldout=0.2)
+
+
+@pytest.mark.slow
+def test_real_rows_are_all_accounted_for(tmp_path: Path, real_data: Path) -> None:
+    """The counts of equal and of different pairs are those that the data's own SOURCE.md states."""
+    job = ingest_file(tmp_path, real_data / "hh-rlhf", max_invalid_fraction=0.05)
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert summary["read"] == 4666 == summary["rows"] + summary["quarantined"]
+    assert summary["quarantined_by_reason"]["same_responses"] == 2
+    assert summary["quarantined_by_reason"]["different_prompts"] == 14
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
+    peaks = {}
+    for count in (1_000, 100_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        with (folder / "rows.jsonl").open("w") as out:
+            for n in range(count):
+                out.write(
+                    json.dumps(pair(n, prompt=f"Question {n} " + "why " * 60, chosen=f"{n} " + "so " * 60)) + "\n"
+                )
+        job = {
+            "job": "ingest", "config": {"responses": "support"}, "runtime": {},
+            "inputs": {"source": str(folder / "rows.jsonl")}, "output": str(folder / "o"), "work": str(folder / "w"),
+        }  # fmt: skip
+        (folder / "job.json").write_text(json.dumps(job))
+        peaks[count] = peak_kilobytes([sys.executable, "-m", "training", str(folder / "job.json")])
+        assert json.loads((folder / "o" / "summary.json").read_text())["rows"] == count
+    assert peaks[100_000] <= 1.1 * peaks[1_000], peaks
+
+
+def peak_kilobytes(command: list[str]) -> int:
+    """Run a command and return the peak resident memory of its process."""
+    watch = (
+        "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]);"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", watch, *command], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])

@@ -1,0 +1,85 @@
+"""What has been seen, on disk: finds duplicate rows and contradictory preferences in any number of rows in constant memory.
+
+A preference of one response over another is an edge between two texts under one prompt. Edges that point both ways
+contradict each other, and no rule could say who was right: every row that holds one of them goes.
+"""
+
+import hashlib
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+
+from training.data.schema import digest_prompt
+from training.data.validate import Preference
+
+TABLES = """
+create table seen (place integer primary key, row_id text not null, preferred integer, prompt blob not null, at text not null);
+create index seen_row on seen (row_id);
+create table edges (pair blob not null, forward integer not null, place integer not null);
+create table contradicted (place integer primary key, at text not null);
+"""
+FIND = """
+create index edges_pair on edges (pair, forward);
+insert into contradicted
+select place, min(at) from (
+    select a.place as place, seen.at as at
+    from edges a join edges b on a.pair = b.pair and b.forward = 1 - a.forward join seen on seen.place = b.place
+) group by place;
+"""
+
+
+class SeenRows:
+    """An index of rows in a SQLite file that lives as long as one ingestion."""
+
+    def __init__(self, path: Path) -> None:
+        path.unlink(missing_ok=True)
+        self._path = path
+        self._db = sqlite3.connect(path, isolation_level=None)
+        # A killed ingestion starts over, so nothing here has to survive; the cache stays small, the rest is on disk.
+        self._db.executescript(
+            "pragma journal_mode=off; pragma synchronous=off; pragma cache_size=-2000; begin;" + TABLES
+        )
+
+    def find_duplicate(self, row_id: str, *, preferred: int | None) -> str | None:
+        """Return "source:line" of an earlier row with this id, unless the two prefer different responses."""
+        found = self._db.execute(
+            "select at from seen where row_id = ?1 and (preferred = ?2 or preferred is null or ?2 is null)"
+            " order by place limit 1",
+            (row_id, preferred),
+        ).fetchone()
+        return found[0] if found else None
+
+    def add(self, place: int, row: Preference, *, row_id: str, at: str) -> None:
+        """Remember a row: `place` counts the kept rows from 0, `at` is "source:line"."""
+        prompt = bytes.fromhex(digest_prompt(row.prompt))[:16]
+        self._db.execute("insert into seen values (?, ?, ?, ?, ?)", (place, row_id, row.preferred, prompt, at))
+        if row.preferred is None:
+            return
+        winner = row.responses[row.preferred]
+        for loser in row.responses:
+            if loser != winner:
+                pair = hashlib.sha256(prompt + "\0".join(sorted((winner, loser))).encode()).digest()[:16]
+                self._db.execute("insert into edges values (?, ?, ?)", (pair, winner < loser, place))
+
+    def find_contradictions(self) -> None:
+        """Find every row that another row contradicts. Call once, after the last `add`."""
+        self._db.executescript(FIND)
+
+    def read_contradictions(self, *, start: int, stop: int) -> dict[int, str]:
+        """Return the contradicted rows among places start <= place < stop, each with one row that says the opposite."""
+        query = "select place, at from contradicted where place >= ? and place < ?"
+        return dict(self._db.execute(query, (start, stop)).fetchall())
+
+    def count_prompts(self) -> int:
+        """Return how many different prompts the uncontradicted rows have."""
+        query = "select count(distinct prompt) from seen where place not in (select place from contradicted)"
+        return int(self._db.execute(query).fetchone()[0])
+
+    def __enter__(self) -> "SeenRows":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._db.close()
+        self._path.unlink()
