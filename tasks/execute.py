@@ -49,14 +49,14 @@ def open_store(settings: Settings) -> Store:
 class Execution:
     """One flow run over a plan. Use it as a context: it opens the parent MLflow run and closes it as things ended."""
 
-    def __init__(self, settings: Settings, *, experiment: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, settings: Settings, *, experiment: str, config: Mapping[str, Any]) -> None:
         self.settings = settings
         self.store = open_store(settings)
         self.tracking = Tracking(settings.mlflow_tracking_uri)
         self.refs: dict[str, ArtifactRef] = {}
-        self.titles: dict[str, str] = {}
+        self.done: list[Planned] = []
         self.prefect_run = str(flow_run.id or "")
-        self._name, self._config, self._experiment_name = name, config, experiment
+        self._config, self._experiment_name = config, experiment
         self.parent: Run
 
     def __enter__(self) -> Self:
@@ -64,7 +64,7 @@ class Execution:
         location = self.store.url(f"mlflow/{self._experiment_name}")
         self.experiment = self.tracking.ensure_experiment(self._experiment_name, artifact_location=location)
         self.tracking.close_orphans(self.experiment, host=socket.gethostname(), is_alive=psutil.pid_exists)
-        self.parent = self.tracking.start_run(self.experiment, name=self._name, tags=self._tags())
+        self.parent = self.tracking.start_run(self.experiment, name=str(flow_run.name), tags=self._tags())
         self.tracking.log(self.parent.id, params=flatten(self._config))
         return self
 
@@ -86,7 +86,13 @@ class Execution:
         """Return the record of a planned step that is done already."""
         return records.find(self.store, step=planned.step.name, fingerprint=planned.fingerprint)
 
-    def run(self, planned: Planned) -> ArtifactRef:
+    def steps(self, *items: Planned | Source) -> None:
+        """Bring several steps to their artifacts, one after the other; sources are there already."""
+        for item in items:
+            if isinstance(item, Planned):
+                self.step(item)
+
+    def step(self, planned: Planned) -> ArtifactRef:
         """Bring a step to its artifact as one Prefect task, whose inputs have been run before. A found one is *Cached*."""
         if planned.fingerprint in self.refs:
             return self.refs[planned.fingerprint]
@@ -110,7 +116,7 @@ class Execution:
         state: State[ArtifactRef] = execute(planned.fingerprint, return_state=True)
         ref: ArtifactRef = state.result()
         self.refs[planned.fingerprint] = ref
-        self.titles[planned.fingerprint] = planned.title
+        self.done.append(planned)
         self._mirror(planned, ref)
         return ref
 

@@ -53,10 +53,10 @@ class Step:
     description: str
 
     def __call__(
-        self, config: Config, *, label: str = "", runtime: Runtime | None = None, **inputs: "Planned | Source"
+        self, config: Config, inputs: "Mapping[str, Given]", *, runtime: Runtime, label: str = ""
     ) -> "Planned":
         """Plan this step. `label` tells two of a kind apart on the screen and is no identity, nor is `runtime`."""
-        return Planned(self, label, config, runtime or Runtime(), inputs)
+        return Planned(self, label, config, runtime, inputs)
 
 
 def step(*, version: int) -> Callable[[Work], Step]:
@@ -76,7 +76,7 @@ class Planned:
     label: str
     config: Config
     runtime: Runtime
-    inputs: "Mapping[str, Planned | Source]" = field(hash=False)
+    inputs: "Mapping[str, Given]" = field(hash=False)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -110,6 +110,10 @@ class Planned:
             yield node
 
         yield from visit(self)
+
+
+Given = Planned | Source
+"""What a step takes: another step's artifact, or something from outside."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,134 @@
+"""Preference data in, a verdict out: the story of varflow, once from beginning to end."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from evaluation.mirror import missing_data
+from flows.config import AlignConfig, TrainedReward
+from infra.registry import read_champion
+from infra.settings import Settings, read_settings
+from infra.store import Store
+from tasks.evaluate import MirrorConfig, evaluate, mirror
+from tasks.execute import Execution, open_store
+from tasks.gate import CHALLENGER, CHAMPION, gate
+from tasks.generate import generate
+from tasks.ingest import ingest
+from tasks.promote import promote
+from tasks.report import ReportConfig, publish, report
+from tasks.reward_model import reward_model
+from tasks.score import score_reference, score_rewards
+from tasks.sources import resolve_source
+from tasks.step import Given, Planned, Source, Step
+from tasks.train import train
+from training.config import Config
+
+
+@dataclass(frozen=True)
+class AlignPlan:
+    """Every step of one alignment, known before anything runs."""
+
+    rows: Planned
+    scorer: Given
+    columns: dict[str, Given]  # rewards and reference log-probabilities of the stored responses
+    challenger: Planned
+    champion: Given
+    over: str  # what the champion pointer holds, or will be taken over from
+    mirror: Planned
+    answers: dict[str, Given]  # of both models to the held-out prompts
+    judged: dict[str, Given]  # held-out rewards and benchmarks of both models, as the gate names them
+    gate: Planned
+    report: Planned
+
+    def steps(self) -> Iterator[Planned]:
+        """Yield the steps in the order in which they run."""
+        story = (self.mirror, self.rows, self.scorer, *self.columns.values(), self.challenger, *self.answers.values())
+        yield from (
+            step for step in (*story, *self.judged.values(), self.gate, self.report) if isinstance(step, Planned)
+        )
+
+
+def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> AlignPlan:
+    """Resolve the sources by content and lay out every step. Reads, but computes and writes nothing in the store."""
+    source = partial(resolve_source, store=store, settings=settings)
+    policy = source(config.policy)
+    champion, over = _find_champion(config, policy, store=store, settings=settings)
+
+    def plan(step: Step, step_config: Config, inputs: Mapping[str, Given], *, label: str = "") -> Planned:
+        return step(step_config, inputs, runtime=config.runtime, label=label)
+
+    rows = plan(ingest, config.ingest, {"source": source(config.preferences)})
+    scorer: Given
+    if isinstance(config.reward, TrainedReward):
+        scorer = plan(reward_model, config.reward.training, {"rows": rows, "base": source(config.reward.base)})
+    else:
+        scorer = source(config.reward.model)
+    score = config.reward.scoring
+    columns: dict[str, Given] = {}
+    if config.train.objective == "var":
+        columns["rewards"] = plan(score_rewards, score, {"rows": rows, "scorer": scorer}, label="preferences")
+        columns["reference"] = plan(score_reference, config.reference, {"rows": rows, "reference": policy})
+    data: dict[str, Given] = {"rows": rows, "base": policy}
+    challenger = plan(train, config.train, data | columns)
+    files = plan(mirror, MirrorConfig(), {"raw": source(config.benchmarks)})
+
+    answers: dict[str, Given] = {}
+    judged: dict[str, Given] = {}
+    for who, model in ((CHAMPION, champion), (CHALLENGER, challenger)):
+        answers[who] = plan(generate, config.heldout, {"rows": rows, "policy": model}, label=who)
+        judged[f"{who}_rewards"] = plan(score_rewards, score, {"rows": answers[who], "scorer": scorer}, label=who)
+        for benchmark in config.suite.benchmarks:
+            inputs = {"model": model, "mirror": files}
+            judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
+    verdict = plan(gate, config.gate, {"challenger": challenger, "champion": champion} | judged)
+    shown = {f"{who}_answers": step for who, step in answers.items()} | columns | judged
+    shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
+    page = plan(report, ReportConfig(recipe=config.name), shown)
+    return AlignPlan(rows, scorer, columns, challenger, champion, over, files, answers, judged, verdict, page)
+
+
+def _find_champion(config: AlignConfig, policy: Source, *, store: Store, settings: Settings) -> tuple[Given, str]:
+    """Return the model to beat, and its name in the champion pointer."""
+    held = read_champion(store, config.model_name) if config.champion == "current" else None
+    if held:
+        reference = held[0].current.ref
+        return resolve_source(reference, store=store, settings=settings), reference
+    if config.champion in {"base", "current"}:
+        return replace(policy, name="base"), f"base:{policy.digest[:16]}"
+    given = resolve_source(config.champion, store=store, settings=settings)
+    return given, config.champion
+
+
+@flow(name="align", persist_result=False, validate_parameters=True)
+def align(config: AlignConfig) -> dict[str, Any]:
+    """Align a policy with preferences, measure it against the champion, promote it if the gate says so.
+
+    Returns the verdict, every step with its fingerprint, and links. A rerun goes on where the last one ended.
+    """
+    settings = read_settings()
+    plan = plan_align(config, store=open_store(settings), settings=settings)
+    with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
+        files = run.step(plan.mirror)
+        check_benchmarks(config, folder=run.folder(files))
+        run.step(plan.rows)
+        run.steps(plan.scorer, *plan.columns.values())
+        challenger = run.step(plan.challenger)
+        run.steps(*plan.answers.values(), *plan.judged.values())
+        verdict = run.step(plan.gate)
+        promoted = promote(run, model=config.model_name, challenger=challenger, over=plan.over, verdict=verdict)
+        return publish(run, run.step(plan.report), verdict=verdict, promoted=promoted)
+
+
+def check_benchmarks(config: AlignConfig, *, folder: Path) -> None:
+    """Refuse, naming all that is missing, a suite whose files are not all there, before an hour of work is spent."""
+    missing = missing_data(folder, config.suite.benchmarks)
+    if missing:
+        lines = "\n  ".join(missing)
+        raise ValueError(
+            f"benchmarks {config.benchmarks!r}: {len(missing)} files of the suite are not there:\n  {lines}\n"
+            "add them to the folder, or take the benchmarks out of the suite"
+        )

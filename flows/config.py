@@ -1,0 +1,113 @@
+"""The parameters of the flows, as the Prefect form shows them and `--set` reaches them. No torch here."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from evaluation.config import GatePolicy, SuiteConfig
+from training.config import (
+    AnyTrainConfig,
+    Config,
+    GenerateConfig,
+    IngestConfig,
+    ReferenceScoreConfig,
+    RewardModelConfig,
+    RewardScoreConfig,
+    Runtime,
+)
+
+REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, or STEP/FINGERPRINT of the store."
+
+
+class TrainedReward(Config):
+    """A reward model trained on the train split before it scores anything."""
+
+    kind: Literal["trained"] = "trained"
+    base: str = Field("embedded:minilm-l6-v2", title="Base model", description=REFERENCE_FORMS)
+    training: RewardModelConfig = Field(RewardModelConfig(), title="Training")
+    scoring: RewardScoreConfig = Field(RewardScoreConfig(), title="Scoring")
+
+
+class GivenReward(Config):
+    """A reward model taken as it is: a sequence-classification model with one label."""
+
+    kind: Literal["given"] = "given"
+    model: str = Field(title="Reward model", description=REFERENCE_FORMS)
+    scoring: RewardScoreConfig = Field(RewardScoreConfig(), title="Scoring")
+
+
+class AlignConfig(Config):
+    """One alignment from preference data to a verdict. Everything but `runtime` is identity."""
+
+    name: str = Field(
+        pattern=r"^[a-z][a-z0-9_]{0,40}$",
+        title="Recipe",
+        description="Name of the MLflow experiment; lower case, digits, underscore.",
+    )
+    model_name: str = Field(
+        "policy",
+        pattern=r"^[a-z][a-z0-9_-]{0,40}$",
+        title="Model name",
+        description="The registered model whose champion may change.",
+    )
+    policy: str = Field(title="Policy", description="The model to align; it is the reference too. " + REFERENCE_FORMS)
+    preferences: str = Field(
+        title="Preferences",
+        description="A file or folder, demo:preferences, hub:datasets/ORG/NAME@COMMIT, or batches:DIGEST.",
+    )
+    ingest: IngestConfig = Field(title="Ingestion")
+    reward: Annotated[TrainedReward | GivenReward, Field(discriminator="kind")] = Field(TrainedReward(), title="Reward")
+    reference: ReferenceScoreConfig = Field(ReferenceScoreConfig(), title="Reference log-probabilities")
+    train: AnyTrainConfig = Field(title="Training")
+    heldout: GenerateConfig = Field(
+        GenerateConfig(),
+        title="Held-out responses",
+        description="Sampled from champion and challenger, scored by the reward.",
+    )
+    benchmarks: str = Field(
+        "demo:benchmarks",
+        title="Benchmark files",
+        description="A folder of benchmark files in their upstream formats, or demo:benchmarks.",
+    )
+    suite: SuiteConfig = Field(title="Suite")
+    gate: GatePolicy = Field(title="Gate")
+    champion: str = Field(
+        "current",
+        title="Champion",
+        description="base: the policy as given. current: the promoted model, the base while there is none. Or STEP/FINGERPRINT.",
+    )
+    runtime: Runtime = Field(
+        Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
+    )
+
+
+class BenchmarkFlowConfig(Config):
+    """Benchmarks of one model, without training anything."""
+
+    name: str = Field(
+        "benchmark", pattern=r"^[a-z][a-z0-9_]{0,40}$", title="Name", description="Name of the MLflow experiment."
+    )
+    model: str = Field(title="Model", description=REFERENCE_FORMS)
+    benchmarks: str = Field(
+        "demo:benchmarks",
+        title="Benchmark files",
+        description="A folder of benchmark files in their upstream formats, or demo:benchmarks.",
+    )
+    suite: SuiteConfig = Field(title="Suite")
+    runtime: Runtime = Field(
+        Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
+    )
+
+
+class RetrainConfig(Config):
+    """When new preferences are enough to train on, and what to run then."""
+
+    recipe: AlignConfig = Field(
+        title="Recipe", description="What to run; its preferences are replaced by the pushed batches."
+    )
+    min_new_bytes: int = Field(
+        1,
+        ge=1,
+        title="Least new data",
+        description="Bytes of batches not yet trained on, below which nothing is run; at least 1.",
+    )

@@ -1,0 +1,32 @@
+"""Benchmarks: the mirror they are read from, and one step for each model and benchmark."""
+
+import json
+
+from evaluation.config import BenchmarkConfig
+from evaluation.mirror import build_mirror
+from tasks.step import Attempt, Metrics, step
+from training.config import Config
+
+
+class MirrorConfig(Config):
+    """Nothing to choose: a mirror follows from its files."""
+
+
+@step(version=1)
+def mirror(config: MirrorConfig, attempt: Attempt) -> Metrics:
+    """Lay benchmark files out as the stock tasks of lm-eval read them, offline. Input: `raw`."""
+    build_mirror(attempt.inputs["raw"], attempt.output / "mirror")
+    return {}
+
+
+@step(version=1)
+def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
+    """Run one benchmark on one model. Inputs: `model`, `mirror`."""
+    attempt.run_child("evaluation", "benchmark")
+    rows = json.loads((attempt.output / "scores.json").read_text())
+    metrics: Metrics = {}
+    for row in rows:
+        if row["decides"]:
+            name = f"eval/{row['benchmark']}/{row['metric']}"
+            metrics |= {name: row["value"], f"{name}_stderr": row["stderr"], f"eval/{row['benchmark']}/n": row["n"]}
+    return metrics

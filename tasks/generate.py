@@ -1,0 +1,14 @@
+"""Responses of a policy to held-out prompts."""
+
+from tasks.step import Attempt, Metrics, step
+from training.config import GenerateConfig
+
+
+@step(version=1)
+def generate(config: GenerateConfig, attempt: Attempt) -> Metrics:
+    """Sample responses for the prompts of a split. Inputs: `rows`, `policy`."""
+    summary = attempt.run_child("training", "generate")
+    return {
+        "generate/truncated_share": float(summary["truncated_share"]),
+        "generate/mean_tokens": float(summary["mean_tokens"]),
+    }

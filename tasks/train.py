@@ -1,0 +1,12 @@
+"""The policy, trained."""
+
+from tasks.step import Attempt, Metrics, step
+from training.config import TrainConfig
+
+
+@step(version=1)
+def train(config: TrainConfig, attempt: Attempt) -> Metrics:
+    """Train the policy on scored responses. Inputs: `rows`, `base`; for VAR `rewards` and `reference` too."""
+    summary = attempt.run_child("training", "train")
+    names = ("final_loss", "tokens_per_second", "mean_ess", "argmax_agreement")
+    return {f"train/{name}": float(summary[name]) for name in names if summary.get(name) is not None}
