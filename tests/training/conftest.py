@@ -1,0 +1,83 @@
+"""Rows, score columns and jobs on disk, as the other steps of a run leave them."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from training.data.rows import RowsWriter
+from training.data.schema import SCHEMA, digest_row
+from training.job import Job
+
+REWARDS = pa.schema([("row_id", pa.string()), ("reward", pa.list_(pa.float64()))])
+
+
+@pytest.fixture
+def make_row() -> Callable[..., dict[str, Any]]:
+    """Return a function from prompt text and responses to a row of the schema."""
+
+    def make(
+        prompt: str,
+        responses: Sequence[str],
+        *,
+        split: str = "train",
+        preferred: int | None = 0,
+        truncated: list[bool] | None = None,
+    ) -> dict[str, Any]:
+        turns = [{"role": "user", "content": prompt}]
+        return {
+            "row_id": digest_row(turns, list(responses)),
+            "split": split,
+            "prompt": turns,
+            "responses": list(responses),
+            "preferred": preferred,
+            "truncated": truncated,
+            "source": "test",
+            "line": 1,
+        }
+
+    return make
+
+
+@pytest.fixture
+def write_rows() -> Callable[..., Path]:
+    """Return a function that writes a rows folder."""
+
+    def write(folder: Path, rows: Sequence[dict[str, Any]], *, regime: str = "support") -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        with RowsWriter(folder / "rows.parquet", SCHEMA) as out:
+            out.write(rows)
+        (folder / "manifest.json").write_text(json.dumps({"regime": regime}))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def write_rewards() -> Callable[..., Path]:
+    """Return a function that writes a reward column by row id."""
+
+    def write(folder: Path, rewards: dict[str, list[float]]) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        with RowsWriter(folder / "scores.parquet", REWARDS) as out:
+            out.write([{"row_id": row_id, "reward": reward} for row_id, reward in rewards.items()])
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def make_job(tmp_path: Path) -> Callable[..., Job]:
+    """Return a function that makes a job with its own folders below tmp_path; equal names share them, as attempts do."""
+
+    def make(name: str, folder: str, *, config: dict[str, Any], inputs: dict[str, Path], **runtime: Any) -> Job:
+        output, work = tmp_path / folder / "output", tmp_path / folder / "work"
+        output.mkdir(parents=True, exist_ok=True)
+        work.mkdir(parents=True, exist_ok=True)
+        runtime = {"device": "cpu", "threads": 1, **runtime}
+        return Job(name=name, config=config, runtime=runtime, inputs=inputs, output=output, work=work)
+
+    return make

@@ -1,0 +1,247 @@
+"""Objectives: weights worked by hand, their limits and invariances, and every refusal by name."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from training.config import Normaliser, ReferenceFactor, ResponseRegime, VarConfig
+from training.objectives.bradley_terry import BradleyTerry
+from training.objectives.objective import Columns
+from training.objectives.sft import Sft
+from training.objectives.var import Var, lambda_in_reward_units, within_group_variance
+from training.objectives.weights import check_weights, describe_weights
+
+
+def columns(
+    rewards: list[list[float]], logps: list[list[float]] | None = None, tokens: list[list[int]] | None = None
+) -> Columns:
+    counts = [len(r) for r in rewards]
+    return Columns(
+        row_ids=tuple(f"row{g}" for g in range(len(rewards))),
+        group_R=np.repeat(np.arange(len(rewards)), counts),
+        num_tokens_R=np.concatenate(tokens) if tokens else np.ones(sum(counts), dtype=np.int64),
+        reward_R=np.concatenate([np.array(r, dtype=np.float64) for r in rewards]),
+        logp_ref_R=None if logps is None else np.concatenate([np.array(logp, dtype=np.float64) for logp in logps]),
+    )
+
+
+def var(lambda_: float = 1.0, **changes: Any) -> Var:
+    settings: dict[str, Any] = {
+        "regime": ResponseRegime.support,
+        "normaliser": Normaliser.per_prompt,
+        "reference_factor": ReferenceFactor.sum,
+    }
+    return Var(lambda_=lambda_, **{**settings, **changes})
+
+
+def sampled(lambda_: float = 1.0, **changes: Any) -> Var:
+    return var(
+        lambda_, **{"regime": ResponseRegime.from_reference, "reference_factor": ReferenceFactor.none, **changes}
+    )
+
+
+LOG2, LOG3 = math.log(2), math.log(3)
+
+
+def test_support_by_hand() -> None:
+    # pi_ref = 1/2, 1/4 and exp(r / 2) = 1, 4: products 1/2 and 1, so w = 2 (1/3, 2/3)
+    weights = var(2.0).weigh(columns([[0.0, 2 * math.log(4)]], [[-LOG2, -2 * LOG2]]))
+    assert weights == pytest.approx([2 / 3, 4 / 3], abs=1e-15)
+
+
+def test_reference_factors_by_hand() -> None:
+    data = columns([[0.0, LOG3]], [[-2 * LOG2, -4 * LOG2]], [[1, 4]])
+    # sum: 1/4 and 3/16; mean: l / T = -2 log 2 and -log 2, so 1/4 and 3/2; none: 1 and 3
+    assert var().weigh(data) == pytest.approx([2 * 4 / 7, 2 * 3 / 7], abs=1e-14)
+    assert var(reference_factor=ReferenceFactor.mean).weigh(data) == pytest.approx([2 / 7, 12 / 7], abs=1e-14)
+    assert var(reference_factor=ReferenceFactor.none).weigh(data) == pytest.approx([0.5, 1.5], abs=1e-14)
+
+
+def test_from_reference_holds_no_reference_factor() -> None:
+    data = columns([[0.0, LOG3]], [[-1.0, -40.0]])
+    assert sampled().weigh(data) == pytest.approx([0.5, 1.5], abs=1e-14)
+    assert sampled(reference_factor=ReferenceFactor.sum).weigh(data) == pytest.approx([0.5, 1.5], abs=1e-14)
+
+
+def test_normalisers_by_hand() -> None:
+    data = columns([[0.0, LOG3], [LOG2, LOG2]])
+    # per prompt: 2 (1/4, 3/4) and 2 (1/2, 1/2); in batch: 4 (1, 3, 2, 2) / 8
+    assert sampled().weigh(data) == pytest.approx([0.5, 1.5, 1.0, 1.0], abs=1e-14)
+    assert sampled(normaliser=Normaliser.in_batch).weigh(data) == pytest.approx([0.5, 1.5, 1.0, 1.0], abs=1e-14)
+    other = columns([[0.0, LOG3], [0.0, 0.0]])
+    assert sampled(normaliser=Normaliser.in_batch).weigh(other) == pytest.approx([4 / 6, 2.0, 4 / 6, 4 / 6], abs=1e-14)
+
+
+def test_groups_of_different_sizes_sum_to_their_size() -> None:
+    rng = np.random.default_rng(0)
+    rewards = [rng.normal(size=k).tolist() for k in (2, 5, 3)]
+    logps = [(-50 * rng.random(size=k)).tolist() for k in (2, 5, 3)]
+    data = columns(rewards, logps)
+    assert np.bincount(data.group_R, weights=var().weigh(data)) == pytest.approx([2, 5, 3], abs=1e-12)
+    assert var(normaliser=Normaliser.in_batch).weigh(data).sum() == pytest.approx(10, abs=1e-12)
+
+
+def test_a_constant_per_prompt_changes_nothing() -> None:
+    base = [[0.25, -1.5, 3.0], [2.0, 0.5]]
+    logps = [[-1.0, -2.0, -1.5], [-3.0, -4.0]]
+    shifted = [[r + 1024.0 for r in base[0]], [r - 4096.0 for r in base[1]]]
+    for lambda_ in (0.01, 1.0, 100.0):
+        before, after = var(lambda_).weigh(columns(base, logps)), var(lambda_).weigh(columns(shifted, logps))
+        assert np.array_equal(before, after)  # dyadic rewards and constants: sums are exact, so nothing may differ
+
+
+def test_a_constant_changes_at_most_its_rounding() -> None:
+    """r + c rounds by at most eps |r + c| / 2. Each score then moves by at most twice that over lambda, and a softmax share
+    moves by at most p (1 - p) times the largest difference of score errors, so by 1/4 of it."""
+    rng = np.random.default_rng(1)
+    c, lambda_ = 1e4, 0.01
+    rewards = rng.normal(size=(50, 4))
+    before = sampled(lambda_).weigh(columns(rewards.tolist()))
+    after = sampled(lambda_).weigh(columns((rewards + c).tolist()))
+    rounding = np.finfo(np.float64).eps / 2 * np.abs(rewards + c).max()
+    bound = 4 * (4 * rounding / lambda_) / 4  # K times the share's bound; scores differ by two roundings each
+    assert 0 < np.abs(before - after).max() <= bound < 1e-8
+
+
+def test_in_batch_is_invariant_to_a_global_constant_only() -> None:
+    objective = sampled(0.5, normaliser=Normaliser.in_batch)
+    base = [[0.25, -1.5], [2.0, 0.5]]
+    before = objective.weigh(columns(base))
+    assert np.array_equal(before, objective.weigh(columns([[r + 64.0 for r in group] for group in base])))
+    assert not np.allclose(before, objective.weigh(columns([[0.25 + 1, -1.5 + 1], base[1]])))
+
+
+def test_limit_of_large_lambda() -> None:
+    data = columns([[5.0, -3.0, 0.0]], [[-1.0, -2.0, -4.0]])
+    assert sampled(1e300).weigh(data) == pytest.approx([1, 1, 1], abs=1e-12)  # uniform: SFT
+    shares = np.exp([-1.0, -2.0, -4.0]) / np.exp([-1.0, -2.0, -4.0]).sum()
+    assert var(1e300).weigh(data) == pytest.approx(3 * shares, abs=1e-12)  # the reference, not SFT
+
+
+def test_limit_of_small_lambda() -> None:
+    data = columns([[5.0, -3.0, 5.0]], [[-1.0, -0.1, -1.0 - LOG3]])
+    assert var(1e-300).weigh(data) == pytest.approx([9 / 4, 0, 3 / 4], abs=1e-12)  # ties share by the reference: 3 to 1
+    assert sampled(1e-300).weigh(data) == pytest.approx([1.5, 0, 1.5], abs=1e-12)
+
+
+@pytest.mark.parametrize("normaliser", list(Normaliser))
+def test_extreme_rewards_give_finite_weights_that_sum_to_n(normaliser: Normaliser) -> None:
+    data = columns([[1e4, -1e4, 0.0], [-1e4, -1e4], [1e4, 1e4]], [[-900.0, -1.0, -5.0], [-1.0, -800.0], [-3.0, -3.0]])
+    for objective in (var(1e-3, normaliser=normaliser), sampled(1e-3, normaliser=normaliser)):
+        weights = objective.weigh(data)
+        assert np.isfinite(weights).all() and (weights >= 0).all()
+        assert weights.sum() == pytest.approx(7, abs=1e-12)
+
+
+@pytest.mark.parametrize("lambda_", [0.0, -1.0, math.nan, math.inf, -math.inf])
+def test_lambda_is_refused_by_name(lambda_: float) -> None:
+    with pytest.raises(ValueError, match=r"lambda: got .*, expected a finite number above 0"):
+        var(lambda_)
+    with pytest.raises(ValueError, match="lambda"):
+        VarConfig(lambda_=lambda_, reference_factor=ReferenceFactor.sum)
+
+
+def test_refusals_name_rows_and_remedies() -> None:
+    with pytest.raises(ValueError, match=r"reward: 1 of 4 values are NaN or infinite, in 1 rows \(first: row1\)"):
+        sampled().weigh(columns([[0.0, 1.0], [0.0, math.nan]]))
+    with pytest.raises(ValueError, match=r"logp_ref: 1 of 2 values"):
+        var().weigh(columns([[0.0, 1.0]], [[-1.0, -math.inf]]))
+    with pytest.raises(ValueError, match="logp_ref: no such column"):
+        var().weigh(columns([[0.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"1 of 2 rows have a single response \(first: row1\)"):
+        sampled().weigh(columns([[0.0, 1.0], [0.0]]))
+    with pytest.raises(ValueError, match=r"from_behaviour.*log q"):
+        var(regime=ResponseRegime.from_behaviour)
+    with pytest.raises(ValueError, match=r"reference_factor mean.*from_reference"):
+        sampled(reference_factor=ReferenceFactor.mean)
+    with pytest.raises(ValueError, match="all of a global batch are zero"):
+        check_weights(np.zeros(3))
+    with pytest.raises(ValueError, match="NaN"):
+        check_weights(np.array([1.0, math.nan]))
+
+
+def test_in_batch_takes_a_group_of_one() -> None:
+    weights = sampled(normaliser=Normaliser.in_batch).weigh(columns([[0.0, LOG3], [LOG2]]))
+    assert weights == pytest.approx([0.5, 1.5, 1.0], abs=1e-14)
+
+
+def test_lambda_in_reward_standard_deviations() -> None:
+    data = columns([[1.0, 3.0], [10.0, 10.0, 13.0]])
+    # squares about the means 2 and 11: 1 + 1 + 1 + 1 + 4 = 8, degrees of freedom 1 + 2
+    assert within_group_variance(data.reward_R, data.group_R) == pytest.approx(8 / 3)
+    config = VarConfig(lambda_=0.5, reference_factor=ReferenceFactor.none)
+    assert lambda_in_reward_units(config, data) == pytest.approx(0.5 * math.sqrt(8 / 3))
+    with pytest.raises(ValueError, match="reward_std: within every prompt all rewards are equal"):
+        lambda_in_reward_units(config, columns([[1.0, 1.0], [2.0, 2.0]]))
+
+
+def test_rewards_in_other_units_give_the_same_weights() -> None:
+    config = VarConfig(lambda_=0.7, reference_factor=ReferenceFactor.none)
+    rewards = np.random.default_rng(0).normal(size=(6, 3))
+    plain, scaled = columns(rewards.tolist()), columns((rewards * 250).tolist())
+    first = sampled(lambda_in_reward_units(config, plain)).weigh(plain)
+    assert sampled(lambda_in_reward_units(config, scaled)).weigh(scaled) == pytest.approx(first, abs=1e-12)
+
+
+def test_figures_by_hand() -> None:
+    data = columns([[0.0, 1.0], [2.0, 0.0]])
+    figures = describe_weights(data, np.array([0.5, 1.5, 1.0, 1.0]))
+    # effective sizes 4 / 2.5 = 1.6 and 2, as shares of 2: 0.8 and 1
+    assert figures["ess"] == pytest.approx(0.9)
+    assert figures["weight_max"] == pytest.approx(0.75)
+    assert figures["kl_weights"] == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2)
+    assert figures["reward_tilt"] == pytest.approx((1.5 + 2.0) / 4 - 3 / 4)
+    assert figures["argmax_agreement"] == 1.0
+    assert describe_weights(data, np.array([1.5, 0.5, 1.0, 1.0]))["argmax_agreement"] == 0.5
+
+
+def test_figures_of_a_prompt_without_weight() -> None:
+    figures = describe_weights(columns([[0.0, 1.0], [2.0, 0.0]]), np.array([0.0, 0.0, 2.0, 2.0]))
+    assert (figures["ess"], figures["argmax_agreement"]) == (1.0, 1.0)
+
+
+def test_sft_is_var_with_unit_weights() -> None:
+    data = columns([[0.0, 1.0], [2.0, 0.0]])
+    weights = Sft().weigh(data)
+    assert weights.tolist() == [1, 1, 1, 1] == sampled(1e300).weigh(data).tolist()
+    value, weight, group = torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor(weights), torch.tensor(data.group_R)
+    assert Sft().loss_sum(value, weight, group).item() == 15 == sampled().loss_sum(value, weight, group).item()
+    assert Sft().denominator(data, mean_tokens=3.0) == 12 == sampled().denominator(data, mean_tokens=3.0)
+
+
+def test_bradley_terry_by_hand() -> None:
+    data = columns([[0.0, 0.0], [0.0, 0.0, 0.0]])
+    value = torch.tensor([LOG3, 0.0, 0.0, LOG3, 0.0], dtype=torch.float64)
+    weight, group = torch.tensor(BradleyTerry().weigh(data)), torch.tensor(data.group_R)
+    # sigmoid(log 3) = 3/4; the second prompt: sigmoid(-log 3) = 1/4 and sigmoid(0) = 1/2, each half
+    expected = -math.log(3 / 4) - (math.log(1 / 4) + math.log(1 / 2)) / 2
+    assert BradleyTerry().loss_sum(value, weight, group).item() == pytest.approx(expected, abs=1e-12)
+    assert BradleyTerry().denominator(data, mean_tokens=9.0) == 2
+    alone = BradleyTerry().loss_sum(value[2:], weight[2:], group[2:]).item()
+    assert alone == pytest.approx(expected + math.log(3 / 4), abs=1e-12)
+    with pytest.raises(ValueError, match="row1: a single response"):
+        BradleyTerry().weigh(columns([[0.0, 0.0], [0.0]]))
+
+
+def test_sampled_target_approaches_the_optimum_as_one_over_root_k() -> None:
+    """One prompt, K samples of pi_ref with their weights: the mean distance to pi* falls with slope -1/2 in K."""
+    rng = np.random.default_rng(0)
+    num_outcomes, sizes, seeds = 12, [128, 256, 512, 1024, 2048], 80
+    logp_ref = np.log(rng.dirichlet(np.ones(num_outcomes)))
+    reward = rng.normal(size=num_outcomes)
+    best = np.exp(logp_ref + reward / 0.8)
+    best /= best.sum()
+    errors = []
+    for size in sizes:
+        distances = []
+        for _ in range(seeds):
+            drawn = rng.choice(num_outcomes, size=size, p=np.exp(logp_ref))
+            weights = sampled(0.8).weigh(columns([reward[drawn].tolist()]))
+            target = np.bincount(drawn, weights=weights, minlength=num_outcomes) / size
+            distances.append(0.5 * np.abs(target - best).sum())
+        errors.append(np.mean(distances))
+    slope = np.polyfit(np.log(sizes), np.log(errors), 1)[0]
+    assert abs(slope + 0.5) <= 0.08
