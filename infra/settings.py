@@ -9,6 +9,7 @@ Importing this is cheap: neither Prefect nor MLflow nor boto3 is loaded, since `
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -19,14 +20,19 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 LOOPBACK = "127.0.0.1"
 GRPC_OFFSET = 10_000  # SeaweedFS opens port + 10000 beside every port
 MAX_WEED_PORT = 65_535 - GRPC_OFFSET
+STACK_MARK = (
+    "VARFLOW_STACK"  # in the environment of all that the local stack starts, however deep; the value is its home
+)
 PREFECT_PORT, MLFLOW_PORT, S3_PORT = 4200, 5500, 8333
 CHILD_VARIABLES = (
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "LANGUAGE", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "VIRTUAL_ENV",
     "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
     "MKL_NUM_THREADS", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE",
     "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "TORCH_HOME", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE",
-    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+    "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", STACK_MARK,
 )  # fmt: skip
+
+PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
 Service = Literal["s3", "prefect", "mlflow", "worker"]
 
@@ -133,9 +139,7 @@ class Settings(BaseSettings):
     def library_environment(self) -> dict[str, str]:
         """Say in the variables of Prefect, MLflow and boto3 what these settings say. Holds the S3 credentials."""
         variables = {
-            "VARFLOW_HOME": str(self.home),
             "PREFECT_API_URL": self.prefect_api_url,
-            "PREFECT_HOME": str(self.home / "prefect"),
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_LOGGING_LEVEL": self.log_level,
@@ -144,18 +148,49 @@ class Settings(BaseSettings):
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "AWS_DEFAULT_REGION": self.s3_region,
         }
+        if self.is_local("prefect"):  # else the user's own profile, which may hold the key of that server
+            variables["PREFECT_HOME"] = str(self.home / "prefect")
         if self.s3_endpoint is not None:
             variables["MLFLOW_S3_ENDPOINT_URL"] = self.s3_endpoint
         if self.s3_access_key is not None and self.s3_secret_key is not None:
             variables["AWS_ACCESS_KEY_ID"] = self.s3_access_key
             variables["AWS_SECRET_ACCESS_KEY"] = self.s3_secret_key.get_secret_value()
+        if any(name in os.environ for name in PROXY_VARIABLES):
+            exempt = ",".join(
+                filter(None, (os.environ.get("NO_PROXY") or os.environ.get("no_proxy"), LOOPBACK, "localhost"))
+            )
+            variables |= {"NO_PROXY": exempt, "no_proxy": exempt}
         return variables
 
     def apply(self) -> None:
         """Export `library_environment` to this process. Call it before prefect or mlflow is imported."""
         if self.s3_endpoint is None:
             os.environ.pop("MLFLOW_S3_ENDPOINT_URL", None)
-        os.environ.update(self.library_environment())
+        os.environ.update(self.library_environment() | {"VARFLOW_HOME": str(self.home)})
+
+    def own_environment(self) -> dict[str, str]:
+        """Give the `VARFLOW_*` variables from which another process reads these same settings. Holds the S3 credentials."""
+        values = self.model_dump()
+        if self.s3_secret_key is not None:
+            values["s3_secret_key"] = self.s3_secret_key.get_secret_value()
+        values["s3_endpoint"] = self.s3_endpoint or "aws"
+        return {f"VARFLOW_{name.upper()}": str(value) for name, value in values.items() if value is not None}
+
+    def service_environment(self) -> dict[str, str]:
+        """Give the environment of the local stack: an allow-list, so that no stray variable bends a server of ours.
+
+        Variables of Prefect, MLflow and AWS pass only where that server is another one, which may need them.
+        """
+        foreign: dict[str, Service] = {"PREFECT_": "prefect", "MLFLOW_": "mlflow", "AWS_": "s3"}
+        passed = [prefix for prefix, service in foreign.items() if not self.is_local(service)] + ["HF_"]
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name in CHILD_VARIABLES or name.startswith(tuple(passed))
+        }
+        own_programs = str(Path(sys.executable).parent)  # Prefect's worker starts `python` by name
+        environment["PATH"] = f"{own_programs}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        return environment | self.library_environment() | self.own_environment() | {STACK_MARK: str(self.home)}
 
 
 class LocalStackSource(PydanticBaseSettingsSource):

@@ -201,6 +201,17 @@ class Store:
         """Delete an object; nothing happens where there is none."""
         self._call("delete_object", name)
 
+    def ensure_bucket(self) -> None:
+        """Make the bucket where there is none. For the local stack's own S3 only: nobody else's gets a bucket unasked."""
+        try:
+            self._client.head_bucket(Bucket=self.bucket)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] != 404:
+                raise self._explain(f"look for bucket {self.bucket}", error) from error
+            self._guard(f"create bucket {self.bucket}", lambda: self._client.create_bucket(Bucket=self.bucket))
+        except BotoCoreError as error:
+            raise self._explain(f"look for bucket {self.bucket}", error) from error
+
     def probe(self) -> None:
         """Check reach, credentials, bucket and conditional writes; raise StoreError naming what is wrong.
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.stack_fixture"]  # the fixtures `s3` and `stack`: real servers, started when a test asks for them
+
 REAL_DATA_VARIABLE = "VARFLOW_TEST_DATA"
 
 CHAT_TEMPLATE = (

@@ -1,0 +1,117 @@
+"""Talk to supervisord, the one parent of the services, over its socket in the home."""
+
+import http.client
+import socket
+import subprocess
+import sys
+import time
+import xmlrpc.client
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from infra.settings import Service, Settings
+from infra.stack.services import environment, write_configuration
+from infra.stack.state import StackError, run_folder
+
+ANSWER_SECONDS = 10.0
+START_SECONDS = 30.0
+
+
+class Daemon:
+    """A running supervisord. Raises StackError where it does not answer."""
+
+    def __init__(self, path: Path) -> None:
+        self._proxy = xmlrpc.client.ServerProxy("http://localhost", transport=_UnixTransport(path))
+
+    def processes(self) -> dict[Service, dict[str, Any]]:
+        """Give supervisord's view of each service: `statename`, `pid`, `start` and `now` (unix seconds), `spawnerr`."""
+        return {info["name"]: info for info in self._ask("getAllProcessInfo")}
+
+    def start(self, service: Service) -> None:
+        """Start a service, without waiting for it."""
+        self._ask("startProcess", service, False)
+
+    def stop(self, service: Service) -> None:
+        """Stop a service, without waiting for it; supervisord kills what does not end in time."""
+        self._ask("stopProcess", service, False)
+
+    def shutdown(self) -> None:
+        """Tell supervisord to end, and wait until it has."""
+        process = psutil.Process(self._ask("getPID"))
+        self._ask("shutdown")
+        process.wait(ANSWER_SECONDS)
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._proxy.supervisor, method)(*arguments)
+        except (OSError, http.client.HTTPException, xmlrpc.client.Error) as error:
+            raise StackError(f"supervisord did not {method} {' '.join(map(str, arguments))}: {error}") from error
+
+
+class _UnixTransport(xmlrpc.client.Transport):
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def make_connection(self, host: Any) -> http.client.HTTPConnection:
+        return _UnixConnection(self._path)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: Path) -> None:
+        super().__init__("localhost", timeout=ANSWER_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))
+
+
+def connect(home: Path) -> Daemon | None:
+    """Return the daemon of this home, None where none answers."""
+    daemon = Daemon(run_folder(home) / "supervisor.sock")
+    try:
+        daemon.processes()
+    except StackError:
+        return None
+    return daemon
+
+
+def start(settings: Settings) -> Daemon:
+    """Start supervisord in the background, all services still stopped."""
+    configuration = write_configuration(settings)
+    (run_folder(settings.home) / "supervisor.sock").unlink(missing_ok=True)
+    words = [sys.executable, "-P", "-m", "supervisor.supervisord", "-c", str(configuration)]
+    log = settings.home / "logs" / "supervisord.log"
+    with (settings.home / "logs" / "start.log").open("w+") as out:
+        ended = subprocess.run(
+            words,
+            env=environment(settings),
+            cwd=settings.home,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            check=False,
+        )
+        out.seek(0)
+        said = out.read().strip()
+    deadline = time.monotonic() + START_SECONDS
+    while ended.returncode == 0 and time.monotonic() < deadline:
+        if daemon := connect(settings.home):
+            return daemon
+        time.sleep(0.05)
+    raise StackError(f"supervisord did not start (status {ended.returncode}): {said or f'see {log}'}")
+
+
+def tail(home: Path, service: Service, *, lines: int = 15) -> str:
+    """Return the last lines of a service's log."""
+    path = home / "logs" / f"{service}.log"
+    if not path.exists():
+        return f"(no {path})"
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 16_384))
+        text = file.read().decode(errors="replace")
+    return "\n".join(f"  {line[:300]}" for line in text.splitlines()[-lines:])
