@@ -1,0 +1,105 @@
+"""Suites: which benchmarks, each with every setting that its number depends on. A part of a benchmark is named as one."""
+
+from evaluation.config import BenchmarkConfig, SuiteConfig
+
+
+def paper() -> SuiteConfig:
+    """The four benchmarks of the VAR paper (arXiv 2502.11026) in full, by the stock tasks of lm-eval.
+
+    GSM8K is decided by `strict-match`, the answer after "####" that its four examples show; `flexible-extract`, the last
+    number of the text, is logged beside it. BBH brings its own three worked examples and its own answer cap of 1,024 tokens.
+    """
+    return SuiteConfig(
+        benchmarks=(
+            BenchmarkConfig(name="mmlu", tasks=("mmlu",), num_fewshot=0, metric="acc", max_length=4096),
+            BenchmarkConfig(
+                name="gsm8k",
+                tasks=("gsm8k",),
+                num_fewshot=4,
+                seed=1234,
+                metric="exact_match",
+                filter="strict-match",
+                max_gen_toks=256,
+                max_length=4096,
+            ),
+            BenchmarkConfig(
+                name="humaneval",
+                tasks=("humaneval",),
+                num_fewshot=0,
+                metric="pass@1",
+                filter="create_test",
+                max_length=4096,
+            ),
+            BenchmarkConfig(
+                name="bbh",
+                tasks=("bbh_cot_fewshot",),
+                metric="exact_match",
+                filter="get-answer",
+                max_length=4096,
+            ),
+        )
+    )
+
+
+def demo() -> SuiteConfig:
+    """A little of each benchmark on the files that varflow ships: about a minute and a half for 135M parameters on two cores."""
+    return SuiteConfig(
+        benchmarks=(
+            BenchmarkConfig(
+                name="mmlu_part",
+                tasks=("mmlu_elementary_mathematics", "mmlu_high_school_geography", "mmlu_miscellaneous"),
+                num_fewshot=0,
+                metric="acc",
+            ),
+            BenchmarkConfig(
+                name="gsm8k_part",
+                tasks=("gsm8k",),
+                num_fewshot=4,
+                metric="exact_match",
+                filter="strict-match",
+                max_gen_toks=48,
+            ),
+            BenchmarkConfig(
+                name="humaneval_part",
+                tasks=("humaneval",),
+                num_fewshot=0,
+                metric="pass@1",
+                filter="create_test",
+                max_gen_toks=64,
+            ),
+            BenchmarkConfig(
+                name="bbh_part",
+                tasks=("bbh_cot_fewshot_boolean_expressions", "bbh_cot_fewshot_navigate"),
+                metric="exact_match",
+                filter="get-answer",
+                limit=3,
+                max_gen_toks=48,
+            ),
+        )
+    )
+
+
+def smoke() -> SuiteConfig:
+    """One multiple-choice and one generated benchmark, two items each, for a random model of two layers. It measures nothing."""
+    return SuiteConfig(
+        benchmarks=(
+            BenchmarkConfig(
+                name="mmlu_part",
+                tasks=("mmlu_elementary_mathematics",),
+                num_fewshot=0,
+                metric="acc",
+                limit=2,
+                max_length=1024,
+            ),
+            BenchmarkConfig(
+                name="gsm8k_part",
+                tasks=("gsm8k",),
+                num_fewshot=1,
+                metric="exact_match",
+                filter="strict-match",
+                limit=2,
+                max_gen_toks=8,
+                max_length=1024,
+            ),
+        )
+    )
