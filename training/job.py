@@ -79,18 +79,31 @@ def write_json(path: Path, value: Any) -> None:
     partial.replace(path)
 
 
-def watch_parent(lifeline_fd: int, stop: threading.Event) -> None:
-    """Set `stop` when the other end of the pipe closes, and end the process group if the job has not ended in time."""
+def watch_parent(lifeline_fd: int, stop: threading.Event) -> threading.Event:
+    """Set `stop` when the other end of the pipe closes, and end the process group if the job has not ended in time.
+
+    Return the event that says the parent is gone: then nobody but this process can end what it started.
+    """
+    orphaned = threading.Event()
 
     def watch() -> None:
         while os.read(lifeline_fd, 1):
             pass
+        orphaned.set()
         stop.set()
-        timer = threading.Timer(TEARDOWN_SECONDS, lambda: os.killpg(os.getpgid(0), signal.SIGKILL))
+        timer = threading.Timer(TEARDOWN_SECONDS, end_group)
         timer.daemon = True
         timer.start()
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()
+    return orphaned
+
+
+def end_group() -> None:
+    """End this process and all of its group, at once. A group that others lead is left alone: its leader minds it."""
+    if os.getpgid(0) == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
@@ -98,10 +111,16 @@ def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
     job = Job.read(Path(argv[0]))
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: job.stop.set())
-    if len(argv) > 1:
-        watch_parent(int(argv[1]), job.stop)
-    error_file = job.work / "error.json"
-    error_file.unlink(missing_ok=True)
+    orphaned = watch_parent(int(argv[1]), job.stop) if len(argv) > 1 else threading.Event()
+    (job.work / "error.json").unlink(missing_ok=True)
+    status = run_job(jobs, job)
+    if orphaned.is_set():
+        end_group()
+    return status
+
+
+def run_job(jobs: Mapping[str, Callable[[Job], None]], job: Job) -> int:
+    """Run the job and return the exit status; a failure's type and message go to `work/error.json`."""
     try:
         if job.name not in jobs:
             raise ValueError(f"job {job.name!r}: no such job; got {job.name!r}, expected one of {sorted(jobs)}")
@@ -109,12 +128,8 @@ def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
     except Interrupted:
         sys.stderr.write(f"{job.name}: stopped on request; a rerun goes on from here\n")
         return EXIT_INTERRUPTED
-    except (ValueError, FileNotFoundError) as error:
-        traceback.print_exc()
-        write_json(error_file, {"type": type(error).__name__, "message": str(error)})
-        return EXIT_USER_ERROR
     except Exception as error:  # noqa: BLE001 - the last frame of the process: the parent is told, then it ends
         traceback.print_exc()
-        write_json(error_file, {"type": type(error).__name__, "message": str(error)})
-        return 1
+        write_json(job.work / "error.json", {"type": type(error).__name__, "message": str(error)})
+        return EXIT_USER_ERROR if isinstance(error, (ValueError, FileNotFoundError)) else 1
     return 0
