@@ -121,6 +121,11 @@ class Settings(BaseSettings):
         """Name each port SeaweedFS listens on, besides the same + 10000 for gRPC."""
         return {name: self.s3_port + i for i, name in enumerate(("s3", "master", "volume", "filer"))}
 
+    @property
+    def prefect_ui_url(self) -> str:
+        """Give the address of Prefect's pages: a run's is this + `/runs/flow-run/<id>`."""
+        return self.prefect_api_url.removesuffix("/api")
+
     def local_url(self, service: Service) -> str:
         """Give the URL at which the local stack serves `service` (the worker's is its Prefect's)."""
         ports = {
@@ -220,10 +225,12 @@ def read_settings(**overrides: Any) -> Settings:
         return Settings(**overrides)
     except ValidationError as error:
         faults = []
-        for fault in error.errors(include_input=False, include_url=False):
-            name = "".join(f" VARFLOW_{str(part).upper()}" for part in fault["loc"][:1])
-            faults.append(f"settings{name}: {fault['msg'].removeprefix('Value error, ')}")
-        raise ValueError("; ".join(faults) + "; correct the variable, or unset it to use the local stack") from None
+        for fault in error.errors(include_url=False):
+            name = str(fault["loc"][0]) if fault["loc"] else ""
+            where = f"VARFLOW_{name.upper()}: " if name else ""
+            got = f"got {fault['input']!r}; " if name in Settings.model_fields and "key" not in name else ""
+            faults.append(f"{where}{got}{fault['msg'].removeprefix('Value error, ')}")
+        raise ValueError("; ".join(faults) + "; correct it, or unset it to use the local stack's") from None
 
 
 def find_home() -> Path:
