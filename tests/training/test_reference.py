@@ -1,0 +1,158 @@
+"""The job score_reference: equal to the plain log-softmax, batched = alone, killed and resumed, drops named."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training import reference
+from training.job import Interrupted, Job
+from training.model import load_policy
+
+CONFIG = {"max_tokens": 96}
+
+
+@pytest.fixture
+def rows(tmp_path: Path, make_row: Callable[..., dict[str, Any]], write_rows: Callable[..., Path]) -> Path:
+    made = [
+        make_row(
+            f"Question {i}?",
+            [f"Answer {'very ' * (i % 7)}long {i}", f"No {i}"],
+            split="heldout" if i % 5 == 0 else "train",
+        )
+        for i in range(20)
+    ]
+    made.append(make_row("Too long?", ["Yes", "word " * 200]))
+    made.append(make_row("Marker?", ["Yes <|im_end|>", "No"]))
+    return write_rows(tmp_path / "rows", made)
+
+
+def read(job: Job) -> dict[str, dict[str, Any]]:
+    return {row["row_id"]: row for row in pq.read_table(job.output / "scores.parquet").to_pylist()}
+
+
+def test_scores_equal_plain_log_softmax(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
+    job = make_job("score_reference", "a", config=CONFIG, inputs={"rows": rows, "reference": tiny_policy})
+    reference.run(job)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_policy), AutoTokenizer.from_pretrained(tiny_policy)
+    scores, by_id = read(job), {r["row_id"]: r for r in pq.read_table(rows / "rows.parquet").to_pylist()}
+    assert len(scores) == 20
+    for row_id, score in scores.items():
+        row = by_id[row_id]
+        for response, logp, num_tokens in zip(row["responses"], score["logp"], score["num_tokens"], strict=True):
+            text = f"<s><|im_start|>user\n{row['prompt'][0]['content']}<|im_end|>\n<|im_start|>assistant\n"
+            start = len(tokenizer(text, add_special_tokens=False).input_ids)
+            ids = tokenizer(f"{text}{response}<|im_end|>", add_special_tokens=False, return_tensors="pt").input_ids
+            with torch.no_grad():
+                all_logp = model(ids).logits.double().log_softmax(-1)[0]
+            expected = sum(all_logp[t - 1, ids[0, t]].item() for t in range(start, ids.shape[1]))
+            assert num_tokens == ids.shape[1] - start
+            assert logp == pytest.approx(expected, abs=2e-4)
+
+
+def test_dropped_rows_are_named_and_counted(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
+    job = make_job("score_reference", "a", config=CONFIG, inputs={"rows": rows, "reference": tiny_policy})
+    reference.run(job)
+    dropped = [json.loads(line) for line in (job.output / "dropped.jsonl").read_text().splitlines()]
+    assert sorted(d["reason"] for d in dropped) == ["marker_in_response", "too_long"]
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert (summary["rows"], summary["dropped"], summary["dropped_too_long"], summary["responses"]) == (20, 2, 1, 40)
+    assert sorted(p.name for p in job.output.iterdir()) == [
+        "dropped.jsonl",
+        "metrics.jsonl",
+        "scores.parquet",
+        "summary.json",
+    ]
+
+
+def test_batch_size_changes_nothing_but_rounding(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
+    inputs = {"rows": rows, "reference": tiny_policy}
+    alone = make_job("score_reference", "alone", config=CONFIG, inputs=inputs, microbatch_tokens=1)
+    together = make_job("score_reference", "together", config=CONFIG, inputs=inputs, microbatch_tokens=4096)
+    reference.run(alone)
+    reference.run(together)
+    for row_id, row in read(alone).items():
+        assert row["logp"] == pytest.approx(read(together)[row_id]["logp"], abs=1e-4)
+
+
+def test_stopped_job_goes_on_from_its_windows(
+    rows: Path, tiny_policy: Path, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "WINDOW_ROWS", 4)
+    inputs = {"rows": rows, "reference": tiny_policy}
+    whole = make_job("score_reference", "whole", config=CONFIG, inputs=inputs)
+    reference.run(whole)
+    job = make_job("score_reference", "cut", config=CONFIG, inputs=inputs)
+    score_window, scored = reference.score_window, []
+
+    def stop_after_three(scorer: Any, rows: list[dict[str, Any]], part: Path) -> int:
+        scored.append(part.name)
+        tokens = score_window(scorer, rows, part)
+        if len(scored) == 3:
+            job.stop.set()
+        return tokens
+
+    monkeypatch.setattr(reference, "score_window", stop_after_three)
+    with pytest.raises(Interrupted):
+        reference.run(job)
+    assert not (job.output / "scores.parquet").exists()
+    job.stop.clear()
+    reference.run(job)
+    assert scored == [f"part-{i:06d}.parquet" for i in range(6)]  # 22 rows in windows of 4, none scored twice
+    for name in ("scores.parquet", "dropped.jsonl"):
+        assert (job.output / name).read_bytes() == (whole.output / name).read_bytes()
+
+
+def test_parts_of_other_rows_are_not_taken(
+    rows: Path, tiny_policy: Path, tmp_path: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
+) -> None:
+    job = make_job("score_reference", "a", config=CONFIG, inputs={"rows": rows, "reference": tiny_policy})
+    reference.run(job)
+    others = write_rows(tmp_path / "others", [make_row("Another?", ["One", "Two"])])
+    again = make_job("score_reference", "a", config=CONFIG, inputs={"rows": others, "reference": tiny_policy})
+    reference.run(again)
+    assert list(read(again)) == [make_row("Another?", ["One", "Two"])["row_id"]]
+
+
+def test_all_rows_dropped_is_an_error(tiny_policy: Path, rows: Path, make_job: Callable[..., Job]) -> None:
+    job = make_job("score_reference", "a", config={"max_tokens": 8}, inputs={"rows": rows, "reference": tiny_policy})
+    with pytest.raises(ValueError, match=r"all 22 rows were dropped \(1 marker_in_response, 21 too_long\)"):
+        reference.run(job)
+    long = make_job(
+        "score_reference", "b", config={"max_tokens": 4096}, inputs={"rows": rows, "reference": tiny_policy}
+    )
+    with pytest.raises(ValueError, match="max_tokens: got 4096, the model llama has a context of 1024"):
+        reference.run(long)
+
+
+def test_broken_model_folders_are_refused(tiny_policy: Path, tmp_path: Path) -> None:
+    def copy(name: str, *, without: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in tiny_policy.iterdir():
+            if not path.match(without):
+                (folder / path.name).write_bytes(path.read_bytes())
+        return folder
+
+    def load(folder: Path) -> None:
+        load_policy(folder, precision=reference.ReferenceScoreConfig().precision, device=torch.device("cpu"))
+
+    for without, message in (
+        ("config.json", "no config.json"),
+        ("*.safetensors", "no weights"),
+        ("tokenizer.json", "no tokenizer"),
+        ("chat_template.jinja", "no chat template"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(copy(f"no-{without.replace('*', 'x')}", without=without))
+    grown = copy("grown", without="tokenizer*")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    tokenizer.add_tokens(["one more"])
+    tokenizer.save_pretrained(grown)
+    with pytest.raises(ValueError, match=r"largest id is \d+, the embedding has"):
+        load(grown)
