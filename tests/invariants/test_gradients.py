@@ -1,0 +1,204 @@
+"""What must not change a gradient, and what the gradient must be. Compared before clipping and AdamW, which hide a factor.
+
+Both the largest and the mean deviation are bounded: a dropped micro-batch drifts to one side, it is no outlier.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from training.config import ReferenceFactor, ResponseRegime
+from training.data.batch import MicroBatch
+from training.logprobs import sum_logps
+from training.objectives.objective import Columns, FloatArray
+from training.objectives.sft import Sft
+from training.objectives.var import Var
+
+Gradients = dict[str, Tensor]
+
+
+@dataclass
+class Fixed(Sft):
+    """Weights given outright, one list a row, so that a test can set them."""
+
+    by_row: dict[str, list[float]]
+
+    def weigh(self, columns: Columns) -> FloatArray:
+        return np.concatenate([self.by_row[row_id] for row_id in columns.row_ids])
+
+
+def assert_close(got: Gradients, expected: Gradients, *, bound: float) -> None:
+    """Bound the largest and the mean deviation relative to the largest gradient."""
+    assert got.keys() == expected.keys()
+    scale = max(g.abs().max() for g in expected.values())
+    gaps = torch.cat([(got[name] - expected[name]).flatten() for name in expected]) / scale
+    assert scale > 0
+    assert gaps.abs().max() <= bound
+    assert gaps.mean().abs() <= bound / 10
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.usefixtures("wide_norm")
+def test_micro_batches_change_nothing(
+    name: str,
+    dtype: torch.dtype,
+    bound: float,
+    make_model: Any,
+    make_examples: Any,
+    var_objective: Var,
+    accumulate: Any,
+) -> None:
+    model, examples = make_model(name, dtype=dtype), make_examples(8, num_responses=3)
+    loss, expected = accumulate(model, examples, var_objective)
+    for budget in (1, 30, 60):  # each response alone, then a few together
+        other_loss, got = accumulate(model, examples, var_objective, budget=budget)
+        assert other_loss == pytest.approx(loss, rel=bound)
+        assert_close(got, expected, bound=bound)
+
+
+class LeftPadded:
+    """The engine's forward with padding on the other side."""
+
+    def length(self, sample: Any) -> int:
+        return len(sample.ids_T)
+
+    def identity(self, sample: Any) -> bytes:
+        return sample.ids_T.tobytes()
+
+    def values(self, model: Any, samples: Any) -> tuple[Tensor, int]:
+        T = max(len(s.ids_T) for s in samples)
+        ids, mask = (torch.zeros(len(samples), T, dtype=torch.long) for _ in range(2))
+        predictors, targets = [], []
+        for row, sample in enumerate(samples):
+            pad = T - len(sample.ids_T)
+            ids[row, pad:] = torch.from_numpy(sample.ids_T.astype(np.int64))
+            mask[row, pad:] = 1
+            predictors += [row * T + pad + t - 1 for t in range(sample.start, len(sample.ids_T))]
+            targets += sample.ids_T[sample.start :].tolist()
+        micro = MicroBatch(
+            ids_BT=ids,
+            predictor_P=torch.tensor(predictors),
+            target_P=torch.tensor(targets),
+            members=(),
+            num_tokens=0,
+            attention_BT=mask,
+            position_BT=(mask.cumsum(1) - 1).clamp(min=0),
+        )
+        return sum_logps(model, micro), ids.numel()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.usefixtures("wide_norm")
+def test_left_right_and_no_padding_agree(
+    name: str, make_model: Any, make_examples: Any, var_objective: Var, accumulate: Any
+) -> None:
+    model, examples = make_model(name), make_examples()
+    _, right = accumulate(model, examples, var_objective)
+    _, alone = accumulate(model, examples, var_objective, budget=1)
+    _, left = accumulate(model, examples, var_objective, forward=LeftPadded())
+    assert_close(alone, right, bound=1e-10)
+    assert_close(left, right, bound=1e-10)
+
+
+def test_unit_weights_are_sft_bit_for_bit(
+    make_model: Any, make_examples: Any, accumulate: Any, var_objective: Var
+) -> None:
+    model, examples = make_model("llama", dtype=torch.float32), make_examples()
+    uniform = Var(
+        lambda_=1e300,
+        regime=ResponseRegime.from_reference,
+        normaliser=var_objective.normaliser,
+        reference_factor=ReferenceFactor.none,
+    )
+    loss, expected = accumulate(model, examples, Sft())
+    var_loss, got = accumulate(model, examples, uniform)
+    assert var_loss == loss
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_zero_weight_is_absence(make_model: Any, make_examples: Any, accumulate: Any) -> None:
+    """The sums agree; denominators count N, so the smaller batch is scaled by its own N and Tbar."""
+    model, examples = make_model("gpt2"), make_examples(4)
+    weights = {"row0": [2.0, 0.0], "row1": [0.0, 0.0], "row2": [0.5, 1.5], "row3": [1.0, 1.0]}
+    kept = []
+    for example in examples:
+        alive = [k for k in range(2) if weights[example.row_id][k] > 0]
+        if alive:
+            changes = {
+                "samples": tuple(example.samples[k] for k in alive),
+                "places": tuple(alive),
+                "num_tokens_K": example.num_tokens_K[alive],
+                "reward_K": example.reward_K[alive],
+                "logp_ref_K": example.logp_ref_K[alive],
+            }
+            kept.append(dataclasses.replace(example, **changes))
+    loss, whole = accumulate(model, examples, Fixed(weights))
+    alive_weights = {row_id: [w for w in row if w > 0] for row_id, row in weights.items()}
+    other_loss, absent = accumulate(model, kept, Fixed(alive_weights))
+    # the sum of trained tokens is N * Tbar: the denominators' ratio
+    ratio = sum(e.num_tokens_K.sum() for e in kept) / sum(e.num_tokens_K.sum() for e in examples)
+    assert other_loss * ratio == pytest.approx(loss, rel=1e-12)
+    assert_close({name: g * ratio for name, g in absent.items()}, whole, bound=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.usefixtures("wide_norm")
+def test_gradients_equal_finite_differences(
+    name: str, make_model: Any, make_examples: Any, var_objective: Var, accumulate: Callable[..., Any]
+) -> None:
+    model, examples = make_model(name), make_examples()
+    _, gradients = accumulate(model, examples, var_objective)
+    rng = np.random.default_rng(0)
+    for parameter_name, parameter in model.named_parameters():
+        for index in rng.integers(0, parameter.numel(), size=2):
+            flat = parameter.data.view(-1)
+            value, h = flat[index].item(), 1e-5
+            losses = []
+            for shift in (h, -h):
+                flat[index] = value + shift
+                losses.append(accumulate(model, examples, var_objective)[0])
+            flat[index] = value
+            numeric = (losses[0] - losses[1]) / (2 * h)
+            assert numeric == pytest.approx(gradients[parameter_name].view(-1)[index].item(), abs=1e-6, rel=1e-6)
+
+
+def test_directional_difference_of_a_stock_llama(
+    make_model: Any, make_examples: Any, var_objective: Var, accumulate: Callable[..., Any]
+) -> None:
+    """Along the gradient itself, where the float32 norm of the stock model still leaves three digits."""
+    model, examples = make_model("llama"), make_examples()
+    _, gradients = accumulate(model, examples, var_objective)
+    length = sum((g**2).sum() for g in gradients.values()).sqrt().item()
+    losses, h = [], 1e-3
+    for shift in (h, -h):
+        moved = copy.deepcopy(model)
+        for name, parameter in moved.named_parameters():
+            parameter.data += shift * gradients[name] / length
+        losses.append(accumulate(moved, examples, var_objective)[0])
+    assert (losses[0] - losses[1]) / (2 * h) == pytest.approx(length, rel=1e-3)
+
+
+def test_sft_loss_equals_plain_transformers(make_model: Any, make_examples: Any, accumulate: Any) -> None:
+    """The stock loss over labels with -100 for the prompt: the mean over all trained tokens of the batch."""
+    model, examples = make_model("gpt2"), make_examples()
+    loss, gradients = accumulate(model, examples, Sft())
+    samples = [sample for example in examples for sample in example.samples]
+    T = max(len(s.ids_T) for s in samples)
+    ids, labels = torch.zeros(len(samples), T, dtype=torch.long), torch.full((len(samples), T), -100)
+    for row, sample in enumerate(samples):
+        own = torch.from_numpy(sample.ids_T.astype(np.int64))
+        ids[row, : len(own)] = own
+        labels[row, sample.start : len(own)] = own[sample.start :]
+    model.zero_grad()
+    expected = model(input_ids=ids, labels=labels).loss
+    expected.backward()
+    assert loss == pytest.approx(expected.item(), rel=1e-6)  # the stock loss itself is in float32
+    assert_close(gradients, {n: p.grad for n, p in model.named_parameters()}, bound=1e-6)
