@@ -1,0 +1,119 @@
+"""Mirrors: every upstream format, whole or not at all, digests that follow the content, all that is missing at once."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from evaluation.config import BenchmarkConfig
+from evaluation.mirror import build_mirror, digest_mirror, missing_data
+
+
+def benchmark(*tasks: str) -> BenchmarkConfig:
+    return BenchmarkConfig(name="some", tasks=tasks, metric="acc")
+
+
+def test_every_upstream_format_gives_the_rows_of_the_hub(raw_benchmarks: Path, tmp_path: Path) -> None:
+    mirror = tmp_path / "mirror"
+    rows = build_mirror(raw_benchmarks, mirror)
+    assert rows["cais/mmlu/anatomy/test.parquet"] == 6
+    assert rows["SaylorTwift/bbh/navigate/test.parquet"] == 2
+    assert pq.read_table(mirror / "cais/mmlu/anatomy/test.parquet").to_pylist()[0] == {
+        "question": "What is 3 plus 4,\nin numbers?",
+        "subject": "anatomy",
+        "choices": ["3", "4", "7", "62"],
+        "answer": 2,
+    }
+    letters = pq.read_table(mirror / "cais/mmlu/virology/dev.parquet").to_pylist()
+    assert (letters[0]["answer"], letters[0]["choices"]) == (0, ["12", "3", "4", "99"])
+    (solved, *_) = pq.read_table(mirror / "openai/gsm8k/main/train.parquet").to_pylist()
+    assert solved == {"question": "Ann has 3 and buys 4.", "answer": "She has <<3+4=7>>.\n#### 7"}
+    problems = pq.read_table(mirror / "openai/openai_humaneval/openai_humaneval/test.parquet").to_pylist()
+    assert [p["entry_point"] for p in problems] == ["one", "add"]
+
+
+def test_the_digest_follows_the_content_and_nothing_else(raw_benchmarks: Path, tmp_path: Path) -> None:
+    build_mirror(raw_benchmarks, tmp_path / "a")
+    build_mirror(raw_benchmarks, tmp_path / "b")
+    assert digest_mirror(tmp_path / "a") == digest_mirror(tmp_path / "b")
+    path = raw_benchmarks / "bbh/bbh/navigate.json"
+    path.write_text(path.read_text().replace('"False"', '"True"', 1))
+    build_mirror(raw_benchmarks, tmp_path / "b")
+    assert digest_mirror(tmp_path / "a") != digest_mirror(tmp_path / "b")
+
+
+def test_a_build_replaces_the_old_mirror_whole(raw_benchmarks: Path, tmp_path: Path) -> None:
+    build_mirror(raw_benchmarks, tmp_path / "out" / "mirror")
+    shutil.rmtree(raw_benchmarks / "mmlu")
+    build_mirror(raw_benchmarks, tmp_path / "out" / "mirror")
+    assert not (tmp_path / "out" / "mirror" / "cais").exists()
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mirror"]
+
+
+def test_a_failed_build_leaves_the_old_mirror(raw_benchmarks: Path, tmp_path: Path) -> None:
+    build_mirror(raw_benchmarks, tmp_path / "out" / "mirror")
+    before = digest_mirror(tmp_path / "out" / "mirror")
+    (raw_benchmarks / "gsm8k" / "test.jsonl").write_text('{"question": "no answer"}\n')
+    with pytest.raises(ValueError, match=r"test\.jsonl:1: no text under answer"):
+        build_mirror(raw_benchmarks, tmp_path / "out" / "mirror")
+    assert digest_mirror(tmp_path / "out" / "mirror") == before
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mirror"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mmlu/data/test/anatomy_test.csv", "q,a,b,c,d,E\n", r"anatomy_test\.csv:1: got 6 fields with the answer 'E'"),
+        ("mmlu/data/test/anatomy_test.csv", "q,a,b,c,D\n", r"got 5 fields"),
+        ("mmlu/data/test/anatomy_test.csv", "", r"anatomy_test\.csv: no rows"),
+        ("gsm8k/train.jsonl", '{"question": \n', r"train\.jsonl:1: not JSON"),
+        ("bbh/bbh/navigate.json", "[]", r"navigate\.json: no list `examples`"),
+        ("bbh/bbh/navigate.json", '{"examples": [{"input": "x"}]}', r"example 0: no text under target"),
+        ("humaneval/HumanEval.jsonl", "{}\n", r"is there plain and gzipped"),
+    ],
+)
+def test_broken_rows_are_refused_by_file_and_line(
+    raw_benchmarks: Path, tmp_path: Path, name: str, content: str, message: str
+) -> None:
+    (raw_benchmarks / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        build_mirror(raw_benchmarks, tmp_path / "mirror")
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nothing found; expected at least one of mmlu/data/test"):
+        build_mirror(tmp_path, tmp_path / "mirror")
+
+
+def test_all_that_a_suite_lacks_is_listed_at_once(mirror: Path) -> None:
+    present = benchmark("mmlu_anatomy", "mmlu_virology", "gsm8k", "humaneval", "bbh_cot_fewshot_navigate")
+    assert missing_data(mirror, [present]) == []
+    assert missing_data(mirror, [benchmark("mmlu_astronomy"), benchmark("bbh_cot_fewshot_snarks", "arc_easy")]) == [
+        "SaylorTwift/bbh/snarks/test.parquet",
+        "cais/mmlu/astronomy/dev.parquet",
+        "cais/mmlu/astronomy/test.parquet",
+        "data of task arc_easy (a mirror holds MMLU, GSM8K, HumanEval and BBH)",
+    ]
+    assert len(missing_data(mirror, [benchmark("mmlu")])) == 2 * (57 - 2)
+    assert len(missing_data(mirror, [benchmark("bbh_cot_fewshot")])) == 27 - 2
+    everything = missing_data(mirror / "nowhere", [present])
+    assert "openai/gsm8k/README.md" in everything and len(everything) == 4 + 2 + 1 + 1 + 4
+
+
+def test_a_mirror_is_built_without_torch() -> None:
+    code = "import sys, evaluation.mirror; assert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.slow
+def test_real_rows_are_all_there(real_data: Path, tmp_path: Path) -> None:
+    rows = build_mirror(real_data, tmp_path / "mirror")
+    assert sum(n for name, n in rows.items() if name.startswith("cais/mmlu/") and "/test" in name) == 14042
+    assert rows["openai/gsm8k/main/test.parquet"] == 1319
+    assert rows["openai/gsm8k/main/train.parquet"] == 7473
+    assert rows["openai/openai_humaneval/openai_humaneval/test.parquet"] == 164
+    assert sum(n for name, n in rows.items() if name.startswith("SaylorTwift/bbh/")) == 3437
+    assert missing_data(tmp_path / "mirror", [benchmark("mmlu", "gsm8k", "humaneval")]) == []
