@@ -8,13 +8,14 @@ from typing import Any
 
 from prefect import flow
 
+from evaluation.config import SuiteConfig
 from evaluation.mirror import missing_data
 from flows.config import AlignConfig, TrainedReward
 from infra.registry import read_champion
 from infra.settings import Settings, read_settings
-from infra.store import Store
+from infra.store import Store, open_store
 from tasks.evaluate import MirrorConfig, evaluate, mirror
-from tasks.execute import Execution, open_store
+from tasks.execute import Execution
 from tasks.gate import CHALLENGER, CHAMPION, gate
 from tasks.generate import generate
 from tasks.ingest import ingest
@@ -113,7 +114,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     plan = plan_align(config, store=open_store(settings), settings=settings)
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
         files = run.step(plan.mirror)
-        check_benchmarks(config, folder=run.folder(files))
+        check_benchmarks(config.suite, source=config.benchmarks, folder=run.folder(files))
         run.step(plan.rows)
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
@@ -123,12 +124,12 @@ def align(config: AlignConfig) -> dict[str, Any]:
         return publish(run, run.step(plan.report), verdict=verdict, promoted=promoted)
 
 
-def check_benchmarks(config: AlignConfig, *, folder: Path) -> None:
+def check_benchmarks(suite: SuiteConfig, *, source: str, folder: Path) -> None:
     """Refuse, naming all that is missing, a suite whose files are not all there, before an hour of work is spent."""
-    missing = missing_data(folder, config.suite.benchmarks)
+    missing = missing_data(folder, suite.benchmarks)
     if missing:
         lines = "\n  ".join(missing)
         raise ValueError(
-            f"benchmarks {config.benchmarks!r}: {len(missing)} files of the suite are not there:\n  {lines}\n"
+            f"benchmarks {source!r}: {len(missing)} files of the suite are not there:\n  {lines}\n"
             "add them to the folder, or take the benchmarks out of the suite"
         )

@@ -82,23 +82,31 @@ def claim(store: Store, *, snapshot: str, recipe: str, run: str, over: str | Non
     return True
 
 
-def settle(store: Store, *, snapshot: str, recipe: str, run: str, model: str) -> None:
-    """Mark a claim done, with the model that came of it."""
+def settle(store: Store, *, snapshot: str, recipe: str, run: str, state: str, outcome: str) -> None:
+    """Close a claim as `done` or `failed`, with what came of it."""
     held = read_claim(store, snapshot, recipe)
     assert held and held[0]["run"] == run, "only the holder of a claim settles it"
-    done = held[0] | {"state": "done", "model": model, "at": _now()}
-    store.put(_claim_name(snapshot, recipe), json.dumps(done).encode(), replace=held[1])
+    closed = held[0] | {"state": state, "outcome": outcome, "at": _now()}
+    store.put(_claim_name(snapshot, recipe), json.dumps(closed).encode(), replace=held[1])
 
 
 def consumed(store: Store, recipe: str) -> set[str]:
     """Return the digests of the batches that a finished training of this recipe used."""
-    used: set[str] = set()
-    for item in store.scan(f"retrains/{recipe}"):
-        found = store.get(item.name)
-        held = json.loads(found[0]) if found else {"state": "gone"}
-        if held["state"] == "done":
-            used |= {entry["digest"] for entry in read_snapshot(store, held["snapshot"])}
-    return used
+    return _batches(store, [claim for claim in _claims(store, f"retrains/{recipe}") if claim["state"] == "done"])
+
+
+def claimed(store: Store) -> set[str]:
+    """Return the digests of the batches that any run has claimed, whatever came of it."""
+    return _batches(store, _claims(store, "retrains"))
+
+
+def _claims(store: Store, below: str) -> list[dict[str, Any]]:
+    found = [store.get(item.name) for item in store.scan(below)]
+    return [json.loads(item[0]) for item in found if item]
+
+
+def _batches(store: Store, claims: list[dict[str, Any]]) -> set[str]:
+    return {entry["digest"] for claim in claims for entry in read_snapshot(store, claim["snapshot"])}
 
 
 def _claim_name(snapshot: str, recipe: str) -> str:

@@ -19,6 +19,7 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from infra.fingerprint import digest_file, visible_files
+from infra.settings import Settings
 
 MULTIPART_BYTES = 64 << 20
 CONFLICT_ATTEMPTS = 20
@@ -270,6 +271,19 @@ class Store:
                 f"{what}: no answer from {self.endpoint} ({code}); start it (`varflow up`) or set VARFLOW_S3_ENDPOINT"
             )
         return StoreError(f"{what}: {self.endpoint} answered {code}: {str(error)[:300]}")
+
+
+def open_store(settings: Settings) -> Store:
+    """Return the store that the settings name, not probed yet."""
+    secret = settings.s3_secret_key
+    return Store(
+        bucket=settings.s3_bucket,
+        prefix=settings.s3_prefix,
+        endpoint=settings.s3_endpoint,
+        region=settings.s3_region,
+        access_key=settings.s3_access_key,
+        secret_key=secret.get_secret_value() if secret else None,
+    )
 
 
 class _Conflict(StoreError):  # noqa: N818

@@ -26,24 +26,11 @@ from infra import provenance, records
 from infra.fingerprint import Digests
 from infra.records import Record
 from infra.settings import Settings, child_environment
-from infra.store import Store, StoredFile
+from infra.store import Store, StoredFile, open_store
 from infra.tracking import Run, Tracking, TrackingError
 from tasks.child import ChildJob, run_child
-from tasks.mirror import MetricsMirror
+from tasks.mirror import MetricsMirror, listener
 from tasks.step import ArtifactRef, Metrics, Planned, Source
-
-
-def open_store(settings: Settings) -> Store:
-    """Return the store that the settings name, not probed yet."""
-    secret = settings.s3_secret_key
-    return Store(
-        bucket=settings.s3_bucket,
-        prefix=settings.s3_prefix,
-        endpoint=settings.s3_endpoint,
-        region=settings.s3_region,
-        access_key=settings.s3_access_key,
-        secret_key=secret.get_secret_value() if secret else None,
-    )
 
 
 class Execution:
@@ -56,16 +43,16 @@ class Execution:
         self.refs: dict[str, ArtifactRef] = {}
         self.done: list[Planned] = []
         self.prefect_run = str(flow_run.id or "")
-        self._config, self._experiment_name = config, experiment
+        self.config, self.experiment_name = dict(config), experiment
         self.parent: Run
 
     def __enter__(self) -> Self:
         self.store.probe()
-        location = self.store.url(f"mlflow/{self._experiment_name}")
-        self.experiment = self.tracking.ensure_experiment(self._experiment_name, artifact_location=location)
+        location = self.store.url(f"mlflow/{self.experiment_name}")
+        self.experiment = self.tracking.ensure_experiment(self.experiment_name, artifact_location=location)
         self.tracking.close_orphans(self.experiment, host=socket.gethostname(), is_alive=psutil.pid_exists)
         self.parent = self.tracking.start_run(self.experiment, name=str(flow_run.name), tags=self._tags())
-        self.tracking.log(self.parent.id, params=flatten(self._config))
+        self.tracking.log(self.parent.id, params=flatten(self.config))
         return self
 
     def __exit__(
@@ -85,6 +72,10 @@ class Execution:
     def find(self, planned: Planned) -> Record | None:
         """Return the record of a planned step that is done already."""
         return records.find(self.store, step=planned.step.name, fingerprint=planned.fingerprint)
+
+    def ref(self, planned: Planned) -> ArtifactRef:
+        """Return the artifact of a step that has been run here."""
+        return self.refs[planned.fingerprint]
 
     def steps(self, *items: Planned | Source) -> None:
         """Bring several steps to their artifacts, one after the other; sources are there already."""
@@ -113,11 +104,16 @@ class Execution:
             message = f"found {planned.step.name}/{fingerprint[:12]}, computed {record.created}"
             return Completed(name="Cached", message=message, data=ArtifactRef(record, True, seconds))
 
+        hear = listener.get()
+        if hear:
+            hear.started(planned.title)
         state: State[ArtifactRef] = execute(planned.fingerprint, return_state=True)
         ref: ArtifactRef = state.result()
         self.refs[planned.fingerprint] = ref
         self.done.append(planned)
         self._mirror(planned, ref)
+        if hear:
+            hear.finished(planned.title, cached=ref.cached, seconds=ref.seconds)
         return ref
 
     def folder(self, ref: ArtifactRef | Record) -> Path:

@@ -1,8 +1,9 @@
 """A child's metrics on their way to people: the screen at once, MLflow in batches, Prefect's log rarely."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
+from typing import Protocol
 
 from prefect.logging import get_run_logger
 
@@ -12,9 +13,21 @@ SHIP_SECONDS = 3.0
 FINAL_SHIP_SECONDS = 60.0
 LOG_SECONDS = 30.0
 
-Listener = Callable[[str, int, int, Mapping[str, float]], None]
+
+class Listener(Protocol):
+    """Hears how a run goes on; the command line draws its bars with it."""
+
+    def started(self, title: str) -> None:
+        """Say that a step is being brought to its artifact."""
+
+    def progressed(self, title: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Say how far its child is, with its newest metrics."""
+
+    def finished(self, title: str, *, cached: bool, seconds: float) -> None:
+        """Say that its artifact is there."""
+
+
 listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
-"""Hears (step's title, done, total, newest metrics) while a child works; the command line draws its bars with it."""
 
 
 class MetricsMirror:
@@ -67,7 +80,7 @@ class MetricsMirror:
         done, total = int(line["step"]), int(line["total"])
         metrics = {name: value for name, value in line.items() if "/" in name}
         if hear := listener.get():
-            hear(self._title, done, total, metrics)
+            hear.progressed(self._title, done, total, metrics)
         if time.monotonic() >= self._next_log:
             figures = ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:4])
             get_run_logger().info("%s: %d of %d %s", self._title, done, total, figures)

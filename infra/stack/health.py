@@ -33,17 +33,9 @@ def _probe_s3(settings: Settings) -> str:
         except NoAnswer as error:
             if error.status is None:
                 return str(error)
-    from infra.store import Store, StoreError  # boto3 takes half a second
+    from infra.store import StoreError, open_store  # boto3 takes half a second
 
-    secret = settings.s3_secret_key
-    store = Store(
-        bucket=settings.s3_bucket,
-        prefix=settings.s3_prefix,
-        endpoint=settings.s3_endpoint,
-        region=settings.s3_region,
-        access_key=settings.s3_access_key,
-        secret_key=secret.get_secret_value() if secret else None,
-    )
+    store = open_store(settings)
     try:
         if settings.is_local("s3"):
             store.ensure_bucket()

@@ -1,0 +1,39 @@
+"""Any model on any suite, with the numbers on its MLflow run."""
+
+from typing import Any
+
+from prefect import flow
+
+from flows.align import check_benchmarks
+from flows.config import BenchmarkFlowConfig
+from infra.settings import Settings, read_settings
+from infra.store import Store, open_store
+from tasks.evaluate import MirrorConfig, evaluate, mirror
+from tasks.execute import Execution
+from tasks.report import list_steps
+from tasks.sources import resolve_source
+from tasks.step import Given, Planned
+
+
+def plan_benchmark(config: BenchmarkFlowConfig, *, store: Store, settings: Settings) -> tuple[Planned, list[Planned]]:
+    """Return the mirror step and one evaluation step for each benchmark."""
+    model = resolve_source(config.model, store=store, settings=settings)
+    raw = resolve_source(config.benchmarks, store=store, settings=settings)
+    files = mirror(MirrorConfig(), {"raw": raw}, runtime=config.runtime)
+    inputs: dict[str, Given] = {"model": model, "mirror": files}
+    return files, [evaluate(b, inputs, runtime=config.runtime, label=b.name) for b in config.suite.benchmarks]
+
+
+@flow(name="benchmark", persist_result=False)
+def benchmark(config: BenchmarkFlowConfig) -> dict[str, Any]:
+    """Run a suite on a model. Scores that are on record are not computed again."""
+    settings = read_settings()
+    files, evaluations = plan_benchmark(config, store=open_store(settings), settings=settings)
+    with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
+        folder = run.folder(run.step(files))
+        check_benchmarks(config.suite, source=config.benchmarks, folder=folder)
+        run.steps(*evaluations)
+        scores = {
+            name: value for planned in evaluations for name, value in run.ref(planned).record.summary["metrics"].items()
+        }
+        return {"scores": scores, "steps": list_steps(run)} | run.links

@@ -1,0 +1,162 @@
+"""The page a run ends with, and its short form for the terminal and for Prefect."""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pyarrow.parquet as pq
+from prefect.artifacts import create_markdown_artifact
+
+from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
+from evaluation.result import ScoreRow
+from evaluation.verdict import Verdict
+from infra import provenance
+from infra.tracking import Run
+from tasks.execute import Execution, StepAttempt
+from tasks.gate import CHALLENGER, CHAMPION, read_rewards
+from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
+from training.config import Config
+
+SAMPLES_SHOWN = 8
+
+
+class ReportConfig(Config):
+    """Which run the page is about."""
+
+    recipe: str
+
+
+@step(version=1)
+def report(config: ReportConfig, attempt: Attempt) -> Metrics:
+    """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
+    attempt = cast(StepAttempt, attempt)  # the page tells of the run it is made in: its steps, costs and links
+    inputs, execution = attempt.inputs, attempt.execution
+    verdict = Verdict.model_validate_json((inputs["gate"] / "verdict.json").read_text())
+    rewards = {who: read_rewards(inputs[f"{who}_rewards"]) for who in (CHAMPION, CHALLENGER)}
+    trained = inputs["challenger"]
+    page = render_report(
+        ReportData(
+            title=f"{config.recipe}: {verdict.decision}",
+            recipe=config.recipe,
+            verdict=verdict,
+            champion_scores=read_scores(inputs, CHAMPION),
+            challenger_scores=read_scores(inputs, CHALLENGER),
+            rewards=tuple(
+                RewardPair(champion=rewards[CHAMPION][row], challenger=rewards[CHALLENGER][row])
+                for row in sorted(rewards[CHAMPION])
+            ),
+            samples=read_samples(inputs, rewards),
+            metrics=existing(trained / "metrics.jsonl"),
+            weights=existing(trained / "weights.parquet"),
+            data=read_json(inputs["rows"] / "summary.json"),
+            reward_model=read_json(inputs["scorer"] / "summary.json"),
+            steps=tuple(describe_step(planned, execution) for planned in execution.done),
+            links=execution.links | {"S3": execution.store.url("mlflow/" + execution.experiment_name)},
+            config=execution.config,
+            provenance=provenance.describe(),
+        )
+    )
+    (attempt.output / "report.html").write_text(page)
+    return {}
+
+
+def describe_step(planned: Planned, execution: Execution) -> StepRow:
+    """Return a step as the page lists it: identity, cost, and where to look."""
+    ref = execution.ref(planned)
+    record = ref.record
+    run = Run(record.mlflow_run, execution.experiment, "")
+    return StepRow(
+        step=record.step,
+        label=planned.label,
+        fingerprint=record.fingerprint,
+        cached=ref.cached,
+        seconds=record.cost["wall_seconds"],
+        inputs=record.inputs,
+        mlflow_url=execution.tracking.run_url(run),
+        prefix=execution.store.url(record.prefix),
+    )
+
+
+def read_scores(inputs: Any, who: str) -> tuple[ScoreRow, ...]:
+    """Return all score rows of one model."""
+    folders = [inputs[name] for name in sorted(inputs) if name.startswith(f"{who}_eval_")]
+    return tuple(
+        ScoreRow.model_validate(row) for folder in folders for row in json.loads((folder / "scores.json").read_text())
+    )
+
+
+def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> tuple[SampleAnswer, ...]:
+    """Return held-out prompts with both answers: those whose reward moved most, up and down by turns."""
+    answers = {
+        who: {
+            row["row_id"]: row
+            for row in pq.read_table(
+                inputs[f"{who}_answers"] / "responses.parquet", columns=["row_id", "prompt", "responses"]
+            ).to_pylist()
+        }
+        for who in (CHAMPION, CHALLENGER)
+    }
+    rows = sorted(rewards[CHAMPION], key=lambda row: rewards[CHALLENGER][row] - rewards[CHAMPION][row])
+    half = SAMPLES_SHOWN // 2
+    chosen = rows if len(rows) <= SAMPLES_SHOWN else [*reversed(rows[-half:]), *rows[:half]]
+    return tuple(
+        SampleAnswer(
+            prompt="\n\n".join(f"{turn['role']}: {turn['content']}" for turn in answers[CHAMPION][row]["prompt"]),
+            champion=answers[CHAMPION][row]["responses"][0],
+            challenger=answers[CHALLENGER][row]["responses"][0],
+            champion_reward=rewards[CHAMPION][row],
+            challenger_reward=rewards[CHALLENGER][row],
+        )
+        for row in chosen
+    )
+
+
+def existing(path: Path) -> Path | None:
+    """Return a path when there is something."""
+    return path if path.exists() else None
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object, None where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def publish(run: Execution, page: ArtifactRef, *, verdict: ArtifactRef, promoted: str) -> dict[str, Any]:
+    """Show a run's outcome on its Prefect and MLflow pages, and return it as plain data."""
+    decision = str(verdict.record.summary["verdict"])
+    reasons = [str(reason) for reason in verdict.record.summary["reasons"]]
+    local = run.folder(page) / "report.html"
+    shown = run.tracking.run_url(Run(page.record.mlflow_run, run.experiment, ""))
+    links = run.links | {"report": str(local), "report_in_mlflow": f"{shown}/artifacts/report.html"}
+    run.tracking.log(
+        run.parent.id,
+        tags={
+            "verdict": decision,
+            "report": links["report_in_mlflow"],
+            "mlflow.note.content": f"**{decision}**\n\n" + "\n".join(f"- {reason}" for reason in reasons)
+            + f"\n\n[report]({links['report_in_mlflow']}) · [Prefect run]({links['prefect_run']})",
+        },
+    )  # fmt: skip
+    lines = [f"# {decision}", *(f"- {reason}" for reason in reasons), "", promoted, ""]
+    lines += [f"[report]({links['report_in_mlflow']}) · [MLflow run]({links['mlflow_run']})"]
+    create_markdown_artifact("\n".join(lines), key="verdict", description=f"verdict of {run.experiment_name}")
+    return {
+        "verdict": decision,
+        "reasons": reasons,
+        "promotion": promoted,
+        "steps": list_steps(run),
+    } | links
+
+
+def list_steps(run: Execution) -> list[dict[str, Any]]:
+    """Return what a run did, step by step, as plain data."""
+    return [
+        {
+            "step": planned.step.name,
+            "title": planned.title,
+            "fingerprint": planned.fingerprint,
+            "cached": run.ref(planned).cached,
+            "seconds": round(run.ref(planned).seconds, 3),
+        }
+        for planned in run.done
+    ]
