@@ -1,0 +1,197 @@
+"""The report: one HTML page that says what was decided and on what evidence, readable without any server or network.
+
+Whatever a model or a data set wrote is shown as text: Jinja escapes it, and links are links only to http and https. A part
+that a run does not have is named as absent, never drawn empty.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+from pydantic import Field
+
+from evaluation import report_plots
+from evaluation.result import ScoreRow
+from evaluation.verdict import Verdict
+from training.config import Config
+
+MOST_WEIGHTS = 1_000_000  # read for the histogram; more add nothing that a reader could see
+
+
+class RewardPair(Config):
+    """Rewards of both models' answers to one held-out prompt."""
+
+    champion: float
+    challenger: float
+
+
+class SampleAnswer(Config):
+    """One held-out prompt and what both models answered."""
+
+    prompt: str
+    champion: str
+    challenger: str
+    champion_reward: float | None = None
+    challenger_reward: float | None = None
+
+
+class StepRow(Config):
+    """One step of the run, for cost and lineage."""
+
+    step: str
+    label: str = ""
+    fingerprint: str
+    cached: bool
+    seconds: float  # of the computation, whenever it was
+    inputs: dict[str, str]  # name -> fingerprint of a step, or digest of a source
+    mlflow_url: str | None = None
+    prefix: str = ""  # where its files lie
+
+    @property
+    def title(self) -> str:
+        return f"{self.step} · {self.label}" if self.label else self.step
+
+
+class ReportData(Config):
+    """Everything the page shows. What a run has not got is None or empty."""
+
+    title: str
+    recipe: str
+    verdict: Verdict
+    champion_scores: tuple[ScoreRow, ...] = ()
+    challenger_scores: tuple[ScoreRow, ...] = ()
+    rewards: tuple[RewardPair, ...] = ()
+    samples: tuple[SampleAnswer, ...] = ()
+    metrics: Path | None = None  # metrics.jsonl of the train step
+    weights: Path | None = None  # weights.parquet of the train step
+    data: dict[str, Any] | None = None  # counts of ingest; `quarantined_by_reason` is drawn
+    reward_model: dict[str, Any] | None = None  # its summary; `accuracy` and `length_baseline_accuracy` are drawn
+    steps: tuple[StepRow, ...] = ()
+    links: dict[str, str] = Field({})
+    config: dict[str, Any] = Field({})
+    provenance: dict[str, Any] = Field({})
+
+
+def render_report(data: ReportData) -> str:
+    """Return the page, about 5 MB of which are the drawing library. Equal data give the equal page."""
+    environment = Environment(
+        loader=PackageLoader("evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"points": show_points, "number": show_number, "seconds": show_seconds, "pretty": show_json}
+    environment.tests["web"] = is_web
+    return environment.get_template("report.html.j2").render(
+        data=data,
+        verdict=data.verdict,
+        charts=draw_charts(data),
+        scores=pair_scores(data),
+        counts=dict(flatten(data.data or {}, without="quarantined_by_reason")),
+        reward_figures=dict(flatten(data.reward_model or {})),
+        provenance=dict(flatten(data.provenance)),
+        names={step.fingerprint: step.title for step in data.steps},
+        plotly=Markup(get_plotlyjs()),
+        plot_config=report_plots.CONFIG,
+    )
+
+
+def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:
+    """Return the charts for which there is data, by name."""
+    charts: dict[str, report_plots.Figure | None] = {}
+    if data.verdict.guards:
+        charts["guards"] = report_plots.plot_guards(data.verdict.guards)
+    if data.rewards:
+        champion, challenger = [p.champion for p in data.rewards], [p.challenger for p in data.rewards]
+        gains = [after - before for after, before in zip(challenger, champion, strict=True)]
+        charts["rewards"] = report_plots.plot_rewards(champion, challenger)
+        charts["gains"] = report_plots.plot_gains(gains, data.verdict.target)
+    if data.metrics:
+        lines = read_metrics(data.metrics)
+        charts["loss"] = report_plots.plot_curve(lines, metric="train/loss", title="loss, nats per token")
+        charts["ess"] = report_plots.plot_curve(lines, metric="train/ess", title="effective sample size, share")
+    if data.weights:
+        charts["weights"] = report_plots.plot_weights(read_weights(data.weights))
+    model = data.reward_model or {}
+    if model.get("accuracy") is not None and model.get("length_baseline_accuracy") is not None:
+        charts["accuracy"] = report_plots.plot_accuracy(model["accuracy"], model["length_baseline_accuracy"])
+    reasons = (data.data or {}).get("quarantined_by_reason")
+    if reasons:
+        charts["quarantine"] = report_plots.plot_counts(reasons, x="rows set aside", colour=report_plots.OPEN)
+    if data.steps:
+        charts["cost"] = report_plots.plot_cost([(step.title, step.seconds, step.cached) for step in data.steps])
+    return {name: figure for name, figure in charts.items() if figure}
+
+
+def pair_scores(data: ReportData) -> list[tuple[ScoreRow | None, ScoreRow | None]]:
+    """Return (champion, challenger) score rows of the same benchmark, task, metric and filter; deciding ones first."""
+
+    def by_key(rows: tuple[ScoreRow, ...]) -> dict[tuple[str, ...], ScoreRow]:
+        return {(row.benchmark, row.task, row.metric, row.filter): row for row in rows}
+
+    champion, challenger = by_key(data.champion_scores), by_key(data.challenger_scores)
+    keys = dict.fromkeys([*challenger, *champion])
+    pairs = [(champion.get(key), challenger.get(key)) for key in keys]
+    return sorted(pairs, key=lambda pair: not any(row and row.decides for row in pair))
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Return the lines of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_weights(path: Path) -> list[float]:
+    """Return the weights of all responses, of the first million at most."""
+    weights: list[float] = []
+    for batch in pq.ParquetFile(path).iter_batches(columns=["weight"]):
+        weights += [weight for row in batch.column("weight").to_pylist() for weight in row]
+        if len(weights) >= MOST_WEIGHTS:
+            break
+    return weights[:MOST_WEIGHTS]
+
+
+def flatten(tree: Mapping[str, Any], *, without: str = "", path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted name, value) of each leaf."""
+    for name, value in tree.items():
+        below = f"{path}{name}"
+        if below == without:
+            continue
+        if isinstance(value, Mapping):
+            yield from flatten(value, without=without, path=f"{below}.")
+        else:
+            yield below, value
+
+
+def show_points(score: float | None, *, sign: bool = False) -> str:
+    """Return a score from 0 to 1 in points of 100, one decimal."""
+    return "" if score is None else f"{100 * score:{'+' if sign else ''}.1f}".replace("-", "−")
+
+
+def show_number(value: Any, *, sign: bool = False) -> str:
+    """Return a number in at most four significant digits, anything else as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:{'+' if sign else ''},}".replace("-", "−")
+    return f"{value:{'+' if sign else ''}.4g}".replace("-", "−")
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a duration as a person would say it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def show_json(value: Any) -> str:
+    """Return indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)
+
+
+def is_web(url: str) -> bool:
+    """Tell whether a link may be one: `javascript:` and its like may not."""
+    return url.startswith(("http://", "https://"))

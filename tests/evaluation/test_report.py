@@ -1,0 +1,212 @@
+"""The report page: complete, honest about what is absent, and safe against what models and data write."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from evaluation.gate import compare_guard, compare_target, conclude
+from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report, show_seconds
+from evaluation.result import ScoreRow
+from evaluation.verdict import Verdict
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} <b>bold</b> & \u2028 \"'"
+
+
+def make_verdict(gain_P: np.ndarray, *, names: tuple[str, ...] = ("mmlu", "bbh")) -> Verdict:
+    right = np.r_[np.ones(200), np.zeros(200)]
+    worse = np.r_[np.zeros(12), np.ones(188 + 10), np.zeros(190)]
+    guards = tuple(compare_guard(name, worse, right, margin=0.05, alpha=0.05) for name in names)
+    target = compare_target("heldout_reward", gain_P, levels=(1.0 + gain_P.mean(), 1.0), alpha=0.05, min_gain=0.0)
+    decision, reasons = conclude(guards, target=target, same_model=False)
+    return Verdict(
+        decision=decision,
+        reasons=reasons,
+        flags=("look at the samples",),
+        guards=guards,
+        target=target,
+        same_model=False,
+        alpha=0.05,
+    )
+
+
+def score(benchmark: str, value: float, *, filter: str = "none", decides: bool = True) -> ScoreRow:
+    return ScoreRow(
+        benchmark=benchmark,
+        task=f"{benchmark}_task",
+        metric="acc",
+        filter=filter,
+        value=value,
+        stderr=0.025,
+        n=400,
+        task_version=1,
+        num_fewshot=0,
+        decides=decides,
+        harness_version="0.4.13",
+    )
+
+
+def make_report(folder: Path, **changes: Any) -> ReportData:
+    """A full report over written files, with every text that a model or user can choose being hostile."""
+    draw = np.random.default_rng(0)
+    gain_P = draw.normal(0.4, 1.0, 80)
+    lines = [{"time": i, "step": i, "total": 40, "train/loss": 3 / (i + 1) + 1, "train/ess": 0.7} for i in range(40)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    weights = draw.dirichlet([1, 1], 300) * 2
+    table = {"row_id": [f"{i:032x}" for i in range(300)], "weight": weights.tolist()}
+    pq.write_table(pa.table(table), folder / "weights.parquet")
+    rows, model = "a" * 64, "b" * 64
+    steps = (
+        StepRow(step="ingest", fingerprint=rows, cached=True, seconds=2.4, inputs={"source": "c" * 64}),
+        StepRow(
+            step="train",
+            label=HOSTILE,
+            fingerprint=model,
+            cached=False,
+            seconds=185.0,
+            inputs={"rows": rows},
+            mlflow_url="http://127.0.0.1:5000/#/runs/1",
+            prefix=f"s3://bucket/{HOSTILE}",
+        ),
+    )
+    full: dict[str, Any] = {
+        "title": f"demo {HOSTILE}",
+        "recipe": "demo",
+        "verdict": make_verdict(gain_P),
+        "champion_scores": (score("mmlu", 0.5), score("bbh", 0.5), score("bbh", 0.1, filter="strict", decides=False)),
+        "challenger_scores": (score("mmlu", 0.495), score("bbh", 0.495)),
+        "rewards": tuple(RewardPair(champion=1.0, challenger=1.0 + float(g)) for g in gain_P),
+        "samples": (SampleAnswer(prompt=HOSTILE, champion=HOSTILE, challenger="", champion_reward=-1.25),),
+        "metrics": folder / "metrics.jsonl",
+        "weights": folder / "weights.parquet",
+        "data": {"rows": 380, "train": 300, "heldout": 80, "quarantined_by_reason": {"empty response": 7, HOSTILE: 2}},
+        "reward_model": {"accuracy": 0.71, "length_baseline_accuracy": 0.58, "pairs": 80},
+        "steps": steps,
+        "links": {"Prefect run": "http://127.0.0.1:4200/runs/1", "S3": "s3://bucket/x", HOSTILE: "javascript:alert(3)"},
+        "config": {"name": HOSTILE},
+        "provenance": {"git": {"commit": "d" * 40, "dirty": False}, "device": HOSTILE},
+    }
+    return ReportData(**(full | changes))
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, the text a reader sees, the styles, and the charts' data."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.pieces: dict[str, list[str]] = {"text": [], "script": [], "style": [], "charts": []}
+        self.inside = "text"
+        self.feed(page)
+        self.text = " ".join(" ".join(self.pieces["text"]).split())
+        self.style = "".join(self.pieces["style"])
+        self.charts: dict[str, Any] = json.loads("".join(self.pieces["charts"]))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag in {"script", "style"}:
+            self.inside = "charts" if ("id", "charts") in attrs else tag
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in {"script", "style"}:
+            self.inside = "text"
+
+    def handle_data(self, data: str) -> None:
+        self.pieces[self.inside].append(data)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return Page(render_report(make_report(tmp_path_factory.mktemp("report"))))
+
+
+def test_says_the_verdict_first_and_why(page: Page) -> None:
+    verdict = make_verdict(np.random.default_rng(0).normal(0.4, 1.0, 80))
+    assert page.text.index(verdict.decision.value) < page.text.index("Benchmarks: champion against challenger")
+    for reason in (*verdict.reasons, *verdict.flags):
+        assert reason in page.text
+
+
+def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None:
+    assert "49.5 ± 2.5" in page.text and "50.0 ± 2.5" in page.text
+    assert "−0.5" in page.text  # difference in points
+    assert "1 computed in this run in 3 min 5 s, 1 found done" in page.text
+    hrefs = [attributes.get("href") for tag, attributes in page.tags if tag == "a"]
+    assert "#step-" + "a" * 16 in hrefs and "http://127.0.0.1:5000/#/runs/1" in hrefs
+    assert set(page.charts) == {
+        *("guards", "rewards", "gains", "loss", "ess", "weights", "accuracy", "quarantine", "cost"),
+    }
+
+
+def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:
+    for name, figure in page.charts.items():
+        assert go.Figure(figure).data, name  # validates every property
+
+
+def test_every_chart_has_a_place_and_every_place_a_chart(page: Page) -> None:
+    places = [attributes["data-chart"] for _, attributes in page.tags if "data-chart" in attributes]
+    assert sorted(places) == sorted(page.charts)
+
+
+def test_hostile_text_stays_text(page: Page) -> None:
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 3  # library, data, drawing
+    assert not {"img", "iframe", "object"} & set(tags)
+    assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
+    hrefs = [attributes.get("href") or "" for _, attributes in page.tags]
+    assert not [href for href in hrefs if href.startswith("javascript")]
+    assert " ".join(HOSTILE.split()) in page.text
+
+
+def test_chart_labels_carry_no_markup(page: Page) -> None:
+    labels = page.charts["quarantine"]["data"][0]["y"] + page.charts["cost"]["data"][0]["y"]
+    assert any("&lt;img" in text for text in labels)
+    assert not [text for text in labels if "<" in text]
+
+
+def test_fetches_nothing(page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert "src" not in attributes and "srcset" not in attributes
+        assert tag != "link" or attributes["href"] == "data:,"
+    assert page.style and "url(" not in page.style and "@import" not in page.style
+
+
+def test_equal_data_give_the_equal_page(tmp_path: Path) -> None:
+    assert render_report(make_report(tmp_path)) == render_report(make_report(tmp_path))
+
+
+def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
+    bare = {"metrics": None, "weights": None, "data": None, "reward_model": None, "config": {}, "provenance": {}}
+    bare |= {name: () for name in ("champion_scores", "challenger_scores", "rewards", "samples", "steps")}
+    page = Page(render_report(make_report(tmp_path, **bare, links={})))
+    for sentence in (
+        "This run has no benchmark scores.",
+        "The rewards of single prompts were not given to this page.",
+        "No sample answers were kept.",
+        "This run trained nothing.",
+        "There are no weights of responses",
+        "The reward model was given, not trained in this run",
+        "The data of this run were not summarised.",
+        "The steps of this run were not given to this page.",
+        "The environment was not recorded.",
+    ):
+        assert sentence in page.text
+    assert set(page.charts) == {"guards"}
+
+
+def test_plain_fine_tuning_has_a_loss_and_no_weights(tmp_path: Path) -> None:
+    data = make_report(tmp_path, weights=None)
+    (tmp_path / "metrics.jsonl").write_text('{"time": 1, "step": 1, "total": 1, "train/loss": 2.0}\n')
+    page = Page(render_report(data))
+    assert "This objective has no weights, so no effective sample size." in page.text
+    assert "loss" in page.charts and "ess" not in page.charts and "weights" not in page.charts
+
+
+def test_durations_read_as_people_say_them() -> None:
+    assert [show_seconds(s) for s in (0.04, 59.9, 61, 3_660)] == ["0.0 s", "59.9 s", "1 min 1 s", "1 h 1 min"]
