@@ -107,8 +107,7 @@ assert refused(lambda: open(os.__file__, "a"), OSError), "the interpreter is wri
 assert set(os.environ) <= {{"PWD", "LC_CTYPE", "LD_LIBRARY_PATH"}}, "environment: " + repr(dict(os.environ))
 launch = open("/proc/1/environ").read()
 assert launch == "", "environment of process 1: " + launch
-inside, outside, _ = open("/proc/self/uid_map").read().split()
-assert outside != "0" and os.getuid() != 0, "runs as the host's root"
+assert os.getuid() != 0, "runs as root"
 children = []
 def fork():
     for _ in range({processes} + 1):

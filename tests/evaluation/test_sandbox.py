@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from evaluation import sandbox
 from evaluation.sandbox import MAX_PROCESSES, REASON_CHARS, Outcome, check_sandbox, run_program
 
 SECONDS = 10.0
+HOST_USER = sandbox.UNPRIVILEGED if os.getuid() == 0 else os.getuid()
 FORK_BOMB = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
 
 
@@ -30,6 +32,18 @@ def processes_of(user: int) -> list[str]:
         if uids is not None and uids.effective == user and status != psutil.STATUS_ZOMBIE:
             found.append(" ".join(process.info["cmdline"] or []))
     return found
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Return whether the condition came true within some seconds."""
+    deadline = time.monotonic() + SECONDS
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+def nothing_left() -> bool:
+    return not any("/python/bin" in command for command in processes_of(HOST_USER))
 
 
 def test_the_probe_holds_here() -> None:
@@ -103,8 +117,10 @@ def test_no_environment_is_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_root_here_is_nobody_there() -> None:
     assert run("import os\nassert (os.getuid(), os.getgid()) == (65534, 65534)").passed
-    outside = run("raise Exception(open('/proc/self/uid_map').read().split()[1])").reason.removeprefix("Exception: ")
-    assert outside == str(65534 if os.getuid() == 0 else os.getuid())
+    with ThreadPoolExecutor(1) as pool:  # seen from outside, where the host's own users are
+        sleeping = pool.submit(run, "import time; time.sleep(2)")
+        assert wait_for(lambda: not nothing_left())
+        assert sleeping.result().passed
     powers = (
         "for line in open('/proc/self/status'):\n    assert not line.startswith('Cap') or int(line.split()[1], 16) == 0"
     )
@@ -115,12 +131,7 @@ def test_root_here_is_nobody_there() -> None:
 def test_a_fork_bomb_is_bounded_and_ends() -> None:
     outcome = run(FORK_BOMB, seconds=2.0)
     assert outcome == Outcome(False, "still running after 2 s")
-    deadline = time.monotonic() + 10
-    while (
-        left := [c for c in processes_of(sandbox.UNPRIVILEGED) if "/python/bin" in c]
-    ) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == []
+    assert wait_for(nothing_left)
     count = "import os, time\nn = 0\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(30)\n        n += 1\nexcept OSError: raise Exception(n)"
     assert 0 < int(run(count).reason.removeprefix("Exception: ")) <= MAX_PROCESSES
 
@@ -128,12 +139,7 @@ def test_a_fork_bomb_is_bounded_and_ends() -> None:
 def test_children_left_behind_end_with_the_program() -> None:
     source = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(600)\n"
     assert run(source).passed
-    deadline = time.monotonic() + 10
-    while (
-        left := [c for c in processes_of(sandbox.UNPRIVILEGED) if "/python/bin" in c]
-    ) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left == []
+    assert wait_for(nothing_left)
 
 
 @pytest.mark.parametrize(
