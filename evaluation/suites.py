@@ -103,3 +103,13 @@ def smoke() -> SuiteConfig:
             ),
         )
     )
+
+
+SUITES = {suite.__name__: suite for suite in (demo, paper, smoke)}
+
+
+def read_suite(name: str) -> SuiteConfig:
+    """Return a suite by name. Raises ValueError naming those there are."""
+    if name not in SUITES:
+        raise ValueError(f"suite {name!r}: no such suite; expected one of {', '.join(SUITES)}")
+    return SUITES[name]()

@@ -9,11 +9,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from infra.settings import Settings
     from infra.stack import ServiceStatus, StackStatus
 
 OWN_PACKAGES = ("flows", "tasks", "training", "evaluation", "infra")
@@ -26,6 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a field of the config; may be repeated.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 
@@ -77,12 +82,20 @@ def start_stack(as_json: Json = False) -> None:
     from infra.stack import up
 
     with progress("starting the stack") as tell:
-        status = up(read_settings(), progress=tell)
+        status = up(read_settings(), progress=tell, on_ready=register_deployments)
     if as_json:
         print_json(describe_stack(status) | {"started": list(status.started)})
         return
     typer.echo(f"started {', '.join(status.started)}" if status.started else "the stack is up already")
     show_places(status)
+
+
+def register_deployments(settings: "Settings") -> None:
+    """Make the deployments that are not there yet."""
+    settings.apply()
+    from flows.deployments import register
+
+    register(settings)
 
 
 @app.command("down")
@@ -150,6 +163,214 @@ def show_table(status: "StackStatus") -> None:
         typer.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         if reason:
             typer.echo(f"  {reason}")
+
+
+# --- runs ---
+
+
+@app.command("run")
+def run_recipe(
+    recipe: Annotated[str, typer.Argument(help="demo, smoke or hh_rlhf; see flows/recipes.py.")],
+    changes: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and run nothing.")] = False,
+    on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
+    as_json: Json = False,
+) -> None:
+    """Align a model by a recipe: ingest, reward, train, evaluate, gate, promote, report."""
+    from flows.overrides import override
+    from flows.recipes import read_recipe
+
+    config = override(read_recipe(recipe), changes or [])
+    if dry_run:
+        return show_plan(config, as_json=as_json)
+    launch("align", config, on=on, as_json=as_json)
+    return None
+
+
+@app.command("benchmark")
+def run_benchmark(
+    model: Annotated[str, typer.Argument(help="A folder, embedded:NAME, hub:ORG/NAME@COMMIT, or STEP/FINGERPRINT.")],
+    files: Annotated[
+        str, typer.Option("--files", help="Folder of benchmark files, or demo:benchmarks.")
+    ] = "demo:benchmarks",
+    suite: Annotated[str, typer.Option("--suite", help="demo, paper or smoke; see evaluation/suites.py.")] = "demo",
+    changes: Set = None,
+    on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
+    as_json: Json = False,
+) -> None:
+    """Run a suite of benchmarks on a model."""
+    from evaluation.suites import read_suite
+    from flows.config import BenchmarkFlowConfig
+    from flows.overrides import override
+
+    config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=read_suite(suite)), changes or [])
+    launch("benchmark", config, on=on, as_json=as_json)
+
+
+@app.command("retrain")
+def run_retrain(
+    recipe: Annotated[str, typer.Argument(help="What to run when there is enough new data.")] = "demo",
+    changes: Set = None,
+    on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
+    as_json: Json = False,
+) -> None:
+    """Train on the pushed batches, if there is news; say why not otherwise."""
+    from flows.config import RetrainConfig
+    from flows.overrides import override
+    from flows.recipes import read_recipe
+
+    base = read_recipe(recipe).model_copy(update={"champion": "current"})
+    launch("retrain", override(RetrainConfig(recipe=base), changes or []), on=on, as_json=as_json)
+
+
+@app.command("push")
+def push_preferences(
+    files: Annotated[list[Path], typer.Argument(help="Preferences as JSON lines, JSON or Parquet.")],
+    as_json: Json = False,
+) -> None:
+    """Store batches of preferences and tell Prefect that they landed."""
+    settings = connect()
+    from prefect.events import emit_event
+
+    from flows.launch import check_servers, push
+    from infra.store import open_store
+
+    check_servers(settings)
+    store = open_store(settings)
+    store.probe()
+    pushed = push(store, files, emit=emit_event)
+    if as_json:
+        return print_json({"pushed": pushed})
+    for item in pushed:
+        typer.echo(f"{item['digest'][:12]}  {'stored' if item['new'] else 'was there already'}  {item['file']}")
+    return None
+
+
+@app.command("report")
+def show_report(
+    run: Annotated[str, typer.Argument(help="A run's Prefect or MLflow id, or report/FINGERPRINT.")],
+    as_json: Json = False,
+) -> None:
+    """Fetch a run's report and say where it lies."""
+    settings = connect()
+    from flows.launch import find_report
+    from infra.store import open_store
+    from tasks.execute import fetch_artifact
+
+    store = open_store(settings)
+    record = find_report(store, run)
+    page = fetch_artifact(store, record, home=settings.home) / "report.html"
+    if as_json:
+        return print_json({"report": str(page), "url": store.url(f"{record.prefix}/report.html")})
+    typer.echo(str(page))
+    return None
+
+
+@app.command("lineage")
+def show_lineage(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="STEP/FINGERPRINT, or any start of a fingerprint.")],
+    as_json: Json = False,
+) -> None:
+    """Show what an artifact came from and what came of it."""
+    settings = connect()
+    from flows.launch import trace
+    from infra.store import open_store
+
+    found = trace(open_store(settings), reference)
+    if as_json:
+        return print_json(found)
+    draw_lineage(found)
+    return None
+
+
+def connect() -> "Settings":
+    """Read the settings and export them to the libraries, which must not be imported before."""
+    from infra.settings import read_settings
+
+    settings = read_settings()
+    settings.apply()
+    return settings
+
+
+def launch(name: str, config: Any, *, on: str, as_json: bool) -> None:
+    """Run a flow here or on the worker and show what came of it."""
+    settings = connect()
+    from rich.console import Console
+
+    from flows.deployments import find_flow
+    from flows.launch import run_here, run_on_worker
+
+    if on == "worker":
+        outcome = run_on_worker(f"{name}/{name}", config, settings=settings)
+    elif on == "here":
+        outcome = run_here(find_flow(name), config, settings=settings, console=Console(stderr=True))
+    else:
+        raise ValueError(f"--on {on!r}: expected here or worker")
+    if as_json:
+        return print_json(outcome)
+    show_outcome(config, outcome)
+    return None
+
+
+def show_plan(config: Any, *, as_json: bool) -> None:
+    """Print a recipe's steps: fingerprint, cached or not, and what changed."""
+    settings = connect()
+    from flows.launch import plan_recipe
+
+    rows = plan_recipe(config, settings=settings)
+    if as_json:
+        return print_json({"steps": rows})
+    for row in rows:
+        typer.echo(f"{'cached' if row['cached'] else 'to do':>6}  {row['fingerprint'][:12]}  {row['title']}")
+        for line in row["changed"][:6]:
+            typer.echo(f"{'':22}{line}")
+    return None
+
+
+def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
+    """Print what a run returned: verdict first, links last."""
+    if "verdict" in outcome:
+        typer.echo(f"\n{outcome['verdict']}")
+        for reason in outcome["reasons"]:
+            typer.echo(f"  - {reason}")
+        typer.echo(f"  {outcome['promotion']}")
+    if outcome.get("started") is False:
+        typer.echo(f"nothing to do: {outcome['reason']}")
+    for name, value in outcome.get("scores", {}).items():
+        typer.echo(f"  {name:40} {value:.6g}")
+    for name in ("prefect_run", "mlflow_run", "report"):
+        if name in outcome:
+            typer.echo(f"  {name.replace('_', ' '):12} {outcome[name]}")
+    steps = outcome.get("steps", [])
+    seconds = sum(step["seconds"] for step in steps)
+    if steps and all(step["cached"] for step in steps):
+        typer.echo(f"{config.name}: all {len(steps)} steps cached, {seconds:.1f} s")
+    elif steps:
+        typer.echo(
+            f"{config.name}: {sum(not step['cached'] for step in steps)} of {len(steps)} steps run, {seconds:.1f} s"
+        )
+    if "verdict" in outcome:
+        typer.echo("the servers stay up; `varflow down` stops them")
+
+
+def draw_lineage(found: dict[str, Any]) -> None:
+    """Print the tree of what an artifact came from, and of what came of it."""
+    from rich.console import Console
+    from rich.tree import Tree
+
+    def grow(tree: Tree, node: dict[str, Any]) -> None:
+        for name, given in node.get("inputs", {}).items():
+            text = given.get("ref") or f"source {given['source']}"
+            grow(tree.add(f"{name}: {text[:40]}", highlight=False), given)
+
+    def grow_uses(tree: Tree, uses: list[dict[str, Any]]) -> None:
+        for use in uses:
+            grow_uses(tree.add(use["ref"][:40], highlight=False), use["used_by"])
+
+    origins, uses = Tree(f"{found['ref'][:40]}  comes from"), Tree("and went into")
+    grow(origins, found)
+    grow_uses(uses, found["used_by"])
+    Console().print(origins, uses)
 
 
 # --- how every verb talks ---

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from evaluation import suites
+import evaluation.suites as suites
 from evaluation.config import GatePolicy
 from flows.config import AlignConfig, GivenReward, TrainedReward
 from training.config import (

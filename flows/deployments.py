@@ -1,0 +1,128 @@
+"""What the worker can be asked to run, in one table: flow, parameters, schedules, triggers."""
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentUpdate
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
+from prefect.deployments.runner import EntrypointType, RunnerDeployment
+from prefect.events import DeploymentEventTrigger
+from prefect.exceptions import ObjectNotFound
+
+from evaluation.suites import demo as demo_suite
+from flows import recipes
+from flows.align import align
+from flows.benchmark import benchmark
+from flows.config import BenchmarkFlowConfig, RetrainConfig
+from flows.retrain import retrain, sweep
+from infra.settings import Settings
+
+DEBOUNCE = timedelta(seconds=20)
+SWEEP_EVERY = timedelta(minutes=15)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One deployment. `schedules` are switched by the user in the Prefect UI and never reset by us."""
+
+    flow: Flow[Any, Any]
+    description: str
+    parameters: dict[str, Any]
+    schedules: tuple[DeploymentScheduleCreate, ...] = ()
+    triggers: tuple[DeploymentEventTrigger, ...] = field(default_factory=tuple)
+
+    @property
+    def name(self) -> str:
+        return f"{self.flow.name}/{self.flow.name}"
+
+
+def table() -> tuple[Entry, ...]:
+    """Return every deployment."""
+    demo = recipes.demo()
+    retraining = RetrainConfig(recipe=demo.model_copy(update={"name": "retrain", "champion": "current"}))
+    landed = DeploymentEventTrigger(
+        name="preferences landed",
+        description="Starts a retrain for pushed batches; what lands within the debounce goes into the same run.",
+        expect={"preferences.landed"},
+        match={"prefect.resource.id": "prefs.*"},
+        threshold=1,
+        within=DEBOUNCE,
+        schedule_after=DEBOUNCE,
+    )
+    return (
+        Entry(
+            align,
+            "Preference data in, a verdict out. The form is the whole configuration; the defaults are the demo's.",
+            {"config": demo.model_dump(mode="json")},
+            (DeploymentScheduleCreate(schedule=CronSchedule(cron="0 2 * * *", timezone="UTC"), active=False),),
+        ),
+        Entry(
+            retrain,
+            "Train on every batch that was pushed, when there is news and no other run is on it.",
+            {"config": retraining.model_dump(mode="json")},
+            (DeploymentScheduleCreate(schedule=CronSchedule(cron="0 3 * * *", timezone="UTC"), active=False),),
+            (landed,),
+        ),
+        Entry(
+            sweep,
+            "Start a retrain for batches that no event told of.",
+            {},
+            (DeploymentScheduleCreate(schedule=IntervalSchedule(interval=SWEEP_EVERY), active=True),),
+        ),
+        Entry(
+            benchmark,
+            "Any suite on any model.",
+            {"config": BenchmarkFlowConfig(model=demo.policy, suite=demo_suite()).model_dump(mode="json")},
+            (DeploymentScheduleCreate(schedule=CronSchedule(cron="0 4 * * *", timezone="UTC"), active=False),),
+        ),
+    )
+
+
+def find_flow(name: str) -> Flow[Any, Any]:
+    """Return the flow of a deployment."""
+    return next(entry.flow for entry in table() if entry.flow.name == name)
+
+
+def register(settings: Settings) -> list[str]:
+    """Create the deployments that are absent and return their names.
+
+    Of those that exist only what the code owns is renewed (entrypoint, form, description); schedules, parameters and
+    triggers belong to the user from the first day on.
+    """
+    created = []
+    with get_client(sync_client=True) as client:
+        for entry in table():
+            deployment = entry.flow.to_deployment(
+                name=entry.flow.name,
+                description=entry.description,
+                parameters=entry.parameters,
+                schedules=list(entry.schedules),
+                triggers=list(entry.triggers),
+                work_pool_name=settings.work_pool,
+                entrypoint_type=EntrypointType.MODULE_PATH,
+            )
+            assert isinstance(deployment, RunnerDeployment)
+            if not renew(client, entry.name, deployment):
+                deployment.apply()
+                created.append(entry.name)
+    return created
+
+
+def renew(client: SyncPrefectClient, name: str, deployment: RunnerDeployment) -> bool:
+    """Update an existing deployment in what the code owns; False where there is none."""
+    try:
+        found = client.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return False
+    client.update_deployment(
+        found.id,
+        DeploymentUpdate(
+            description=deployment.description,
+            entrypoint=deployment.entrypoint,
+            parameter_openapi_schema=deployment._parameter_openapi_schema.model_dump(exclude_unset=True),
+        ),
+    )
+    return True

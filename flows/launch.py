@@ -1,0 +1,176 @@
+"""What the command line does with flows: run one here or on the worker, show its plan, find its report and lineage."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from prefect import Flow
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from flows.align import align, plan_align
+from flows.config import AlignConfig
+from flows.preview import preview
+from infra import ledger, records
+from infra.records import Record
+from infra.settings import Settings
+from infra.stack.health import probe
+from infra.store import Store, open_store
+from tasks.mirror import listener
+from training.config import Config
+
+
+def check_servers(settings: Settings) -> None:
+    """Raise ValueError when Prefect or MLflow does not answer, before anything is begun."""
+    for service, title, variable in (
+        ("prefect", "Prefect", "VARFLOW_PREFECT_API_URL"),
+        ("mlflow", "MLflow", "VARFLOW_MLFLOW_TRACKING_URI"),
+    ):
+        if reason := probe(service, settings):  # type: ignore[arg-type]
+            raise ValueError(f"{title}: {reason}; start it (`varflow up`), or set {variable} to one that runs")
+
+
+def plan_recipe(config: AlignConfig, *, settings: Settings) -> list[dict[str, Any]]:
+    """Return every step of a recipe with its fingerprint, whether it is cached, and what changed."""
+    store = open_store(settings)
+    store.probe()
+    return preview(plan_align(config, store=store, settings=settings).steps(), store=store)
+
+
+def run_here(flow: Flow[Any, Any], config: Config, *, settings: Settings, console: Console) -> dict[str, Any]:
+    """Run a flow in this process against the servers, with bars on the console, and return what it returns."""
+    check_servers(settings)
+    quieten_prefect()
+    with StepBars(console) as bars:
+        token = listener.set(bars)
+        try:
+            return cast(dict[str, Any], flow(config))
+        finally:
+            listener.reset(token)
+
+
+def run_on_worker(deployment: str, config: Config, *, settings: Settings) -> dict[str, Any]:
+    """Hand a flow to the worker of its deployment and return where to follow it."""
+    check_servers(settings)
+    parameters = {"config": config.model_dump(mode="json")}
+    run = cast(FlowRun, run_deployment(deployment, parameters=parameters, timeout=0, as_subflow=False))
+    return {
+        "deployment": deployment,
+        "run": str(run.id),
+        "prefect_run": f"{settings.prefect_ui_url}/runs/flow-run/{run.id}",
+    }
+
+
+def quieten_prefect() -> None:
+    """Keep Prefect's log off the console: it goes to the server, and the bars say the same."""
+    for name in (None, "prefect", "prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler).__name__ == "PrefectConsoleHandler":
+                handler.setLevel(logging.ERROR)
+
+
+class StepBars:
+    """One line for every step that is done, one bar for the one under way."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console, transient=True,
+        )  # fmt: skip
+        self._bar = self._bars.add_task("starting", total=None, figures="")
+
+    def __enter__(self) -> "StepBars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def started(self, title: str) -> None:
+        """Begin a bar."""
+        self._bars.reset(self._bar, description=title, total=None, figures="")
+
+    def progressed(self, title: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar."""
+        figures = "  ".join(f"{name.rpartition('/')[2]} {value:.3g}" for name, value in list(metrics.items())[:2])
+        self._bars.update(self._bar, description=title, completed=done, total=total, figures=figures)
+
+    def finished(self, title: str, *, cached: bool, seconds: float) -> None:
+        """Print the line that stays."""
+        self._console.print(f"{'cached' if cached else f'{seconds:.1f} s':>9}  {title}", highlight=False, markup=False)
+
+
+def find_report(store: Store, run: str) -> Record:
+    """Return the record of a run's report; `run` is its Prefect or MLflow id, or the report's own reference."""
+    if "/" in run:
+        return records.resolve(store, run)
+    found = [record for record in _reports(store) if run in (record.prefect_run, record.mlflow_run)]
+    if not found:
+        known = ", ".join(record.prefect_run for record in sorted(_reports(store), key=lambda r: r.created)[-3:])
+        raise ValueError(
+            f"run {run!r}: no report was written by it; the newest reports are of the runs {known or '(none)'}"
+        )
+    return found[0]
+
+
+def _reports(store: Store) -> list[Record]:
+    found = (store.get(item.name) for item in store.scan("records/report"))
+    return [Record.model_validate_json(item[0]) for item in found if item]
+
+
+def trace(store: Store, reference: str) -> dict[str, Any]:
+    """Return what an artifact came from, back to its sources, and what came of it."""
+    everything = list(records.iterate(store))
+    start = records.resolve(store, reference)
+    by_fingerprint = {record.fingerprint: record for record in everything}
+
+    def upstream(record: Record) -> dict[str, Any]:
+        sources = {}
+        for name, given in record.inputs.items():
+            made = by_fingerprint.get(given)
+            sources[name] = upstream(made) if made else {"source": given}
+        return describe(record) | {"inputs": sources}
+
+    def downstream(record: Record) -> list[dict[str, Any]]:
+        uses = [other for other in everything if record.fingerprint in other.inputs.values()]
+        return [describe(other) | {"used_by": downstream(other)} for other in uses]
+
+    return upstream(start) | {"used_by": downstream(start)}
+
+
+def describe(record: Record) -> dict[str, Any]:
+    """Return a record's line in a lineage."""
+    return {
+        "ref": f"{record.step}/{record.fingerprint}",
+        "created": record.created,
+        "mlflow_run": record.mlflow_run,
+        "prefect_run": record.prefect_run,
+    }
+
+
+def push(store: Store, paths: Iterable[Any], *, emit: Any) -> list[dict[str, Any]]:
+    """Store batches of preferences and tell Prefect of each; a batch that is there already is told of again."""
+    pushed = []
+    for path in paths:
+        if not path.is_file() or path.stat().st_size == 0:
+            raise ValueError(
+                f"{path}: got no file with bytes in it; expected preferences as JSON lines, JSON or Parquet"
+            )
+        digest, new = ledger.receive(store, path)
+        emit(event="preferences.landed", resource={"prefect.resource.id": f"prefs.{digest}", "varflow.file": path.name})
+        pushed.append({"file": str(path), "digest": digest, "new": new})
+    return pushed
+
+
+__all__ = ["align", "check_servers", "find_report", "plan_recipe", "push", "run_here", "run_on_worker", "trace"]
