@@ -1,0 +1,249 @@
+"""The job train: what it writes, that it learns, and what it refuses."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training import reference, train
+from training.job import Job
+
+VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def inputs(
+    tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any, write_rewards: Any, make_job: Callable[..., Job]
+) -> dict[str, Path]:
+    """Ten prompts, the train split scored by a reward that likes short answers, and the reference column."""
+    rows = [
+        make_row(
+            f"Question {i}?",
+            [f"Answer {'very ' * (i % 4)}long", "No", f"Maybe {i}"][: 2 + i % 2],
+            split="heldout" if i == 9 else "train",
+        )
+        for i in range(10)
+    ]
+    folder = write_rows(tmp_path / "rows", rows)
+    rewards = write_rewards(tmp_path / "rewards", {r["row_id"]: [-float(len(a)) for a in r["responses"]] for r in rows})
+    job = make_job(
+        "score_reference", "reference", config={"max_tokens": 128}, inputs={"rows": folder, "reference": tiny_policy}
+    )
+    reference.run(job)
+    return {"rows": folder, "base": tiny_policy, "rewards": rewards, "reference": job.output}
+
+
+def read_summary(job: Job) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((job.output / "summary.json").read_text())
+    return summary
+
+
+def read_metrics(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_writes_a_model_that_loads_and_has_moved(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    job = make_job("train", "a", config={**VAR, "epochs": 2}, inputs=inputs)
+    train.run(job)
+    before, after = (AutoModelForCausalLM.from_pretrained(p) for p in (inputs["base"], job.output))
+    unmoved = [n for (n, a), b in zip(before.named_parameters(), after.parameters(), strict=True) if torch.equal(a, b)]
+    assert unmoved == []
+    assert AutoTokenizer.from_pretrained(job.output).chat_template
+    assert {p.name for p in job.output.iterdir()} >= {
+        "model.safetensors",
+        "config.json",
+        "weights.parquet",
+        "summary.json",
+        "metrics.jsonl",
+    }
+    assert not any(p.name.endswith(".partial") for p in job.output.iterdir())
+    summary, metrics = read_summary(job), read_metrics(job)
+    assert (summary["rows"], summary["responses"], summary["steps"], summary["dropped"]) == (9, 22, 4, 0)
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    assert {m["total"] for m in metrics} == {4}
+    names = "loss grad_norm learning_rate ess weight_max reward_tilt kl_weights argmax_agreement tokens_per_second padding_share logp_ratio"
+    assert all(f"train/{name}" in line for name in names.split() for line in metrics)
+    assert metrics[0]["train/reward_tilt"] > 0
+    assert summary["final_loss"] == metrics[-1]["train/loss"]
+    assert all(isinstance(v, int | float | str) for v in summary.values())
+
+
+def test_first_step_starts_at_the_reference(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    """Base = reference, so before the first update the mean log-ratio is 0 up to the rounding of another batch shape."""
+    job = make_job("train", "a", config=VAR, inputs=inputs)
+    train.run(job)
+    assert abs(read_metrics(job)[0]["train/logp_ratio"]) < 1e-4
+    assert abs(read_metrics(job)[-1]["train/logp_ratio"]) > 1e-3
+
+
+def test_weights_are_those_of_the_objective(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    job = make_job("train", "a", config={**VAR, "lambda_unit": "reward", "lambda_": 3.0}, inputs=inputs)
+    train.run(job)
+    reward = {r["row_id"]: r["reward"] for r in pq.read_table(inputs["rewards"] / "scores.parquet").to_pylist()}
+    scores = {r["row_id"]: r for r in pq.read_table(inputs["reference"] / "scores.parquet").to_pylist()}
+    rows = pq.read_table(job.output / "weights.parquet").to_pylist()
+    assert len(rows) == 9
+    for row in rows:
+        stored = scores[row["row_id"]]
+        score = [
+            logp / n + r / 3.0
+            for logp, n, r in zip(stored["logp"], stored["num_tokens"], reward[row["row_id"]], strict=True)
+        ]
+        total = sum(math.exp(s) for s in score)
+        assert row["weight"] == pytest.approx([len(score) * math.exp(s) / total for s in score], rel=1e-9)
+    summary = read_summary(job)
+    assert summary["lambda"] == 3.0
+    assert 0 < summary["mean_ess"] <= 1
+    assert summary["variance_reference_factor"] > 0
+    assert summary["variance_reward_over_lambda"] > 0
+
+
+def test_training_moves_mass_to_the_better_answers(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    """Against the same training with unit weights, every prompt's best answer gains on its worst."""
+    shared = {"batch_prompts": 4, "max_tokens": 128, "epochs": 8, "learning_rate": 3e-3}
+    configs: dict[str, dict[str, Any]] = {
+        "var": {"objective": "var", "reference_factor": "none", "lambda_": 0.3, **shared},
+        "sft": {"objective": "sft", "responses": "all", **shared},
+    }
+    logps: dict[str, dict[str, list[float]]] = {}
+    for name, config in configs.items():
+        job = make_job("train", name, config=config, inputs=inputs)
+        train.run(job)
+        folders = {"rows": inputs["rows"], "reference": job.output}
+        scored = make_job("score_reference", f"scored-{name}", config={"max_tokens": 128}, inputs=folders)
+        reference.run(scored)
+        logps[name] = {r["row_id"]: r["logp"] for r in pq.read_table(scored.output / "scores.parquet").to_pylist()}
+    rewards = {r["row_id"]: r["reward"] for r in pq.read_table(inputs["rewards"] / "scores.parquet").to_pylist()}
+    for row_id, reward in rewards.items():
+        best, worst = reward.index(max(reward)), reward.index(min(reward))
+        margin = {name: logp[row_id][best] - logp[row_id][worst] for name, logp in logps.items()}
+        assert margin["var"] > margin["sft"]
+
+
+def test_sft_takes_the_chosen_response_or_all(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    folders = {k: v for k, v in inputs.items() if k in ("rows", "base")}
+    config = {"objective": "sft", "batch_prompts": 4, "max_tokens": 128}
+    chosen = make_job("train", "chosen", config=config, inputs=folders)
+    every = make_job("train", "all", config={**config, "responses": "all"}, inputs=folders)
+    train.run(chosen)
+    train.run(every)
+    weights = pq.read_table(chosen.output / "weights.parquet").to_pylist()
+    assert sorted(map(tuple, (w["weight"] for w in weights))) == [(1.0, 0.0)] * 5 + [(1.0, 0.0, 0.0)] * 4
+    assert (read_summary(chosen)["responses"], read_summary(every)["responses"]) == (9, 22)
+
+
+def test_a_warning_where_the_reference_outweighs_the_reward(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    """`sum` sides with short responses; a reward for long ones is not heard."""
+    rewards = pq.read_table(inputs["rewards"] / "scores.parquet").to_pylist()
+    from training.data.rows import RowsWriter
+
+    with RowsWriter(inputs["rewards"] / "scores.parquet", pq.read_schema(inputs["rewards"] / "scores.parquet")) as out:
+        out.write([{**r, "reward": [-v for v in r["reward"]]} for r in rewards])
+    job = make_job("train", "a", config={**VAR, "reference_factor": "sum"}, inputs=inputs)
+    train.run(job)
+    summary = read_summary(job)
+    assert summary["argmax_agreement"] < 0.6
+    assert "heaviest weight" in summary["warning"]
+
+
+def test_equal_responses_count_once_in_a_set_and_each_among_samples(
+    tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any, write_rewards: Any, make_job: Callable[..., Job]
+) -> None:
+    rows = [make_row("One?", ["Yes", "No", "Yes"]), make_row("Two?", ["Yes", "Yes"])]
+    rewards = write_rewards(tmp_path / "rewards", {r["row_id"]: [1.0, 0.0, 1.0][: len(r["responses"])] for r in rows})
+    config = {**VAR, "reference_factor": "none", "lambda_unit": "reward", "lambda_": 1 / math.log(3)}
+    inputs = {"base": tiny_policy, "rewards": rewards}
+    results = {}
+    for regime in ("support", "from_reference"):
+        folder = write_rows(tmp_path / regime, rows, regime=regime)
+        job = make_job("train", f"out-{regime}", config=config, inputs={**inputs, "rows": folder})
+        train.run(job)
+        results[regime] = (
+            {r["row_id"]: r["weight"] for r in pq.read_table(job.output / "weights.parquet").to_pylist()},
+            read_summary(job),
+        )
+    weights, summary = results["support"]
+    assert weights == {rows[0]["row_id"]: pytest.approx([1.5, 0.5, 0.0])}
+    assert summary["dropped_too_few_responses"] == 1
+    weights, _ = results["from_reference"]
+    assert weights[rows[0]["row_id"]] == pytest.approx([9 / 7, 3 / 7, 9 / 7])
+    assert weights[rows[1]["row_id"]] == pytest.approx([1.5, 0.5])
+
+
+def test_a_row_too_long_is_dropped_whole_and_counted(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    job = make_job("train", "a", config={**VAR, "max_tokens": 36}, inputs=inputs)
+    train.run(job)
+    summary = read_summary(job)
+    assert 0 < summary["dropped_too_long"] == summary["dropped"] == 9 - summary["rows"]
+
+
+def test_rows_the_reference_dropped_are_dropped_and_counted(
+    inputs: dict[str, Path], make_job: Callable[..., Job], tiny_policy: Path
+) -> None:
+    short = make_job(
+        "score_reference", "short", config={"max_tokens": 36}, inputs={"rows": inputs["rows"], "reference": tiny_policy}
+    )
+    reference.run(short)
+    dropped = {json.loads(line)["row_id"] for line in (short.output / "dropped.jsonl").read_text().splitlines()}
+    job = make_job("train", "a", config=VAR, inputs={**inputs, "reference": short.output})
+    train.run(job)
+    weights = {r["row_id"] for r in pq.read_table(job.output / "weights.parquet").to_pylist()}
+    assert 0 < read_summary(job)["dropped_not_scored"] <= len(dropped)
+    assert not weights & dropped
+
+
+def edit_scores(folder: Path, target: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Path:
+    import pyarrow as pa
+
+    target.mkdir()
+    table = pq.read_table(folder / "scores.parquet")
+    pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=table.schema), target / "scores.parquet")
+    return target
+
+
+def test_refusals(inputs: dict[str, Path], make_job: Callable[..., Job], tmp_path: Path) -> None:
+    def refuse(message: str, *, config: dict[str, Any] | None = None, **changed: Path | None) -> None:
+        merged = {name: path for name, path in {**inputs, **changed}.items() if path is not None}
+        job = make_job("train", "refused", config={**VAR, **(config or {})}, inputs=merged)
+        with pytest.raises(ValueError, match=message):
+            train.run(job)
+        assert not (job.output / "summary.json").exists()
+
+    fewer = edit_scores(inputs["rewards"], tmp_path / "fewer", lambda rows: rows[:-4])
+    refuse(r"[34] rows of the train split have no reward.*another data set", rewards=fewer)
+    other = edit_scores(
+        inputs["reference"], tmp_path / "other", lambda rows: [{**r, "row_id": r["row_id"][::-1]} for r in rows]
+    )
+    refuse("9 rows of the train split have no reward or no reference", reference=other)
+    retokenised = edit_scores(
+        inputs["reference"],
+        tmp_path / "tokens",
+        lambda rows: [{**r, "num_tokens": [n + 1 for n in r["num_tokens"]]} for r in rows],
+    )
+    refuse("different tokenizers or chat templates", reference=retokenised)
+    nan = edit_scores(
+        inputs["rewards"], tmp_path / "nan", lambda rows: [{**r, "reward": [math.nan] * len(r["reward"])} for r in rows]
+    )
+    refuse("reward: 22 of 22 values are NaN", rewards=nan)
+    short = edit_scores(
+        inputs["rewards"], tmp_path / "short", lambda rows: [{**r, "reward": r["reward"][:1]} for r in rows]
+    )
+    refuse("reward has 1 values, the row [23] responses", rewards=short)
+    refuse("no input `rewards`", rewards=None)
+    refuse("logp_ref: no such column", reference=None, config={"reference_factor": "sum"})
+    refuse("no scores.parquet", rewards=tmp_path)
+    refuse("no row of the train split is left", config={"max_tokens": 8})
+    (inputs["rows"] / "manifest.json").write_text(json.dumps({"regime": "guess"}))
+    refuse("regime is 'guess', expected one of")
+    (inputs["rows"] / "manifest.json").write_text(json.dumps({"regime": "from_behaviour"}))
+    refuse("from_behaviour.*log q")
+    (inputs["rows"] / "manifest.json").unlink()
+    refuse("no manifest.json")
