@@ -1,6 +1,7 @@
 """Talk to supervisord, the one parent of the services, over its socket in the home."""
 
 import http.client
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from supervisor.xmlrpc import Faults
 
 from infra.settings import Service, Settings
 from infra.stack.services import environment, write_configuration
@@ -17,6 +19,10 @@ from infra.stack.state import StackError, run_folder
 
 ANSWER_SECONDS = 10.0
 START_SECONDS = 30.0
+TAIL_BYTES = 65_536
+CAUSE = re.compile(
+    r"^F\d{4} |^\w*(Error|Exception)\b|\b(fatal|panic|denied|no space left)\b", re.IGNORECASE
+)  # F1231: Go's fatal
 
 
 class Daemon:
@@ -30,12 +36,18 @@ class Daemon:
         return {info["name"]: info for info in self._ask("getAllProcessInfo")}
 
     def start(self, service: Service) -> None:
-        """Start a service, without waiting for it."""
-        self._ask("startProcess", service, False)
+        """Start a service, without waiting for it; one that supervisord is starting already is left to it."""
+        try:
+            self._proxy.supervisor.startProcess(service, False)
+        except xmlrpc.client.Fault as fault:
+            if fault.faultCode != Faults.ALREADY_STARTED:
+                raise StackError(f"supervisord cannot start {service}: {fault.faultString}") from fault
+        except (OSError, http.client.HTTPException) as error:
+            raise StackError(f"supervisord did not start {service}: {error}") from error
 
-    def stop(self, service: Service) -> None:
-        """Stop a service, without waiting for it; supervisord kills what does not end in time."""
-        self._ask("stopProcess", service, False)
+    def stop_all(self) -> None:
+        """Stop all services, without waiting for them; supervisord kills what does not end in time."""
+        self._ask("stopAllProcesses", False)
 
     def shutdown(self) -> None:
         """Tell supervisord to end, and wait until it has."""
@@ -106,12 +118,13 @@ def start(settings: Settings) -> Daemon:
     raise StackError(f"supervisord did not start (status {ended.returncode}): {said or f'see {log}'}")
 
 
-def tail(home: Path, service: Service, *, lines: int = 15) -> str:
-    """Return the last lines of a service's log."""
+def read_tail(home: Path, service: Service, *, lines: int = 8, causes: int = 3) -> str:
+    """Return the last lines of a service's log, after the last ones before them that look like the cause of its end."""
     path = home / "logs" / f"{service}.log"
     if not path.exists():
         return f"(no {path})"
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 16_384))
-        text = file.read().decode(errors="replace")
-    return "\n".join(f"  {line[:300]}" for line in text.splitlines()[-lines:])
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        text = file.read().decode(errors="replace").splitlines()
+    likely = [line for line in text[:-lines] if CAUSE.search(line)][-causes:]
+    return "\n".join(f"  {line[:300]}" for line in (*likely, *text[-lines:]))

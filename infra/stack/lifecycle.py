@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import psutil
@@ -12,7 +13,7 @@ from infra.settings import Service, Settings, read_object
 from infra.stack import daemon as supervisord
 from infra.stack.daemon import Daemon
 from infra.stack.health import probe
-from infra.stack.processes import describe_owner, end_processes, is_taken
+from infra.stack.processes import describe_owner, end_processes, find_processes, is_taken
 from infra.stack.runs import cancel_runs
 from infra.stack.services import SERVICES, TITLES, ports
 from infra.stack.state import (
@@ -47,27 +48,24 @@ def up(
     A service whose setting names another server is left alone. Raises StackError, with nothing of a cold start left running.
     """
     wanted = [service for service in services if settings.is_local(service)]
+    for service in set(services).difference(wanted):
+        progress(f"{TITLES[service]} is the one at {_url(service, settings)}, which is not this stack's to start")
     with locked(settings.home, progress=progress):
         settings = with_credentials(settings)
         daemon = supervisord.connect(settings.home)
         cold = daemon is None
-        if daemon is not None:
-            _check_same_stack(settings)
-            missing = _find_missing(daemon, wanted)
-        else:
-            if ended := end_processes(settings.home, grace_seconds=CHECKPOINT_SECONDS):
-                progress(f"ended {len(ended)} processes that an earlier stack left behind")
-            missing = wanted
-        _check_ports(missing, settings)
+        missing = _make_room(daemon, settings, wanted=wanted, progress=progress)
         try:
-            if daemon is None:
+            if daemon is None and missing:
                 write_private(settings.home / "stack.json", json.dumps(describe(settings), indent=1))
                 daemon = supervisord.start(settings)
-            _wait_until_healthy(daemon, settings, wanted=wanted, missing=missing, progress=progress)
+            if daemon is not None:
+                _wait_until_healthy(daemon, settings, wanted=wanted, missing=missing, progress=progress)
             if missing:
                 on_ready(settings)
         except BaseException:
             if cold:
+                progress("stopping what was started")
                 _stop_all(settings, supervisord.connect(settings.home), grace_seconds=5.0)
             raise
         return StackStatus(settings, _look(daemon, settings, services), tuple(missing))
@@ -81,9 +79,7 @@ def down(settings: Settings, *, progress: Progress = lambda message: None) -> Do
         settings = with_credentials(settings)
         daemon = supervisord.connect(settings.home)
         running = _running(daemon)
-        cancelled: tuple[str, ...] = ()
-        if running or not settings.is_local("prefect"):
-            cancelled = cancel_runs(settings, progress=progress) if "worker" in running or "prefect" in running else ()
+        cancelled = cancel_runs(settings, progress=progress) if running or find_processes(settings.home) else ()
         progress("stopping " + (", ".join(TITLES[service] for service in running) or "what is left"))
         ended = _stop_all(settings, daemon, grace_seconds=CHECKPOINT_SECONDS)
         return DownReport(stopped=tuple(running), cancelled=cancelled, ended=tuple(ended))
@@ -101,9 +97,23 @@ def _running(daemon: Daemon | None) -> list[Service]:
     return [service for service in SERVICES if found.get(service, {}).get("pid")]
 
 
-def _find_missing(daemon: Daemon, wanted: Sequence[Service]) -> list[Service]:
-    running = _running(daemon)
-    return [service for service in wanted if service not in running]
+def _make_room(
+    daemon: Daemon | None, settings: Settings, *, wanted: Sequence[Service], progress: Progress
+) -> Sequence[Service]:
+    """End what an earlier life left, check the ports, and return the services to be started."""
+    if daemon is None:
+        missing = wanted
+        if ended := end_processes(settings.home, grace_seconds=CHECKPOINT_SECONDS):
+            progress(f"ended {len(ended)} processes that an earlier stack left behind")
+    else:
+        _check_same_stack(settings)
+        running = _running(daemon)
+        missing = [service for service in wanted if service not in running]
+        for service in missing:
+            if service != "worker":  # its runs may live on
+                end_processes(settings.home, service=service, grace_seconds=0)
+    _check_ports(missing, settings)
+    return missing
 
 
 def _check_same_stack(settings: Settings) -> None:
@@ -137,30 +147,38 @@ def _wait_until_healthy(
     healthy: set[Service] = set()
     to_start = list(missing)
     lives: dict[Service, set[int]] = {service: set() for service in wanted}
-    while len(healthy) < len(wanted):
-        for service in list(to_start):
-            if all(need in healthy or need not in wanted for need in NEEDS.get(service, ())):
-                daemon.start(service)
-                to_start.remove(service)
-        view = daemon.processes()
-        for service in [service for service in wanted if service not in healthy and service not in to_start]:
-            info = view[service]
-            reason = (
-                probe(service, settings, started=info["start"]) if info["pid"] else info["spawnerr"] or "not running"
-            )
-            lives[service].add(info["start"])
-            seconds = time.monotonic() - began
-            if not reason:
-                healthy.add(service)
-                if missing:
-                    progress(f"{TITLES[service]} is up ({seconds:.0f} s)")
-            elif len(lives[service]) > LIVES or info["statename"] == "FATAL" or seconds > START_SECONDS:
-                raise StackError(
-                    f"{TITLES[service]} did not start within {seconds:.0f} s: {reason}; the end of its log "
-                    f"({settings.home / 'logs' / service}.log):\n{supervisord.tail(settings.home, service)}"
-                )
-        if len(healthy) < len(wanted):
+    with ThreadPoolExecutor(len(SERVICES)) as pool:
+        while True:
+            for service in list(to_start):
+                if all(need in healthy or need not in wanted for need in NEEDS.get(service, ())):
+                    daemon.start(service)
+                    to_start.remove(service)
+            view = daemon.processes()
+            asked = [service for service in wanted if service not in healthy and service not in to_start]
+            faults = pool.map(_find_fault, asked, [view[service] for service in asked], repeat(settings))
+            for service, reason in zip(asked, faults, strict=True):
+                lives[service].add(view[service]["start"])
+                seconds = time.monotonic() - began
+                if not reason:
+                    healthy.add(service)
+                    if missing:
+                        progress(f"{TITLES[service]} is up ({seconds:.0f} s)")
+                elif len(lives[service]) > LIVES or seconds > START_SECONDS:
+                    raise StackError(
+                        f"{TITLES[service]} did not start within {seconds:.0f} s: {reason}; mend that and run `varflow up` "
+                        f"again; from its log, {settings.home / 'logs' / service}.log:\n"
+                        f"{supervisord.read_tail(settings.home, service)}"
+                    )
+            if len(healthy) == len(wanted):
+                return
             time.sleep(0.2)
+
+
+def _find_fault(service: Service, info: dict[str, Any], settings: Settings) -> str:
+    """Return why a service does not do its work, "" if it does."""
+    if not info["pid"]:
+        return info["spawnerr"] or "its process is not running"
+    return probe(service, settings, started=info["start"])
 
 
 def _stop_all(settings: Settings, daemon: Daemon | None, *, grace_seconds: float) -> list[str]:
@@ -168,9 +186,7 @@ def _stop_all(settings: Settings, daemon: Daemon | None, *, grace_seconds: float
     home = settings.home
     if daemon is not None:
         try:
-            running = _running(daemon)
-            for service in running:
-                daemon.stop(service)
+            daemon.stop_all()
             deadline = time.monotonic() + STOP_SECONDS
             while _running(daemon) and time.monotonic() < deadline:
                 time.sleep(0.1)
@@ -189,16 +205,22 @@ def _look(daemon: Daemon | None, settings: Settings, services: Sequence[Service]
         return tuple(pool.map(lambda service: _look_at(service, view.get(service), settings), services))
 
 
-def _look_at(service: Service, info: dict[str, Any] | None, settings: Settings) -> ServiceStatus:
+def _url(service: Service, settings: Settings) -> str:
     urls = {"s3": settings.s3_endpoint or "AWS S3", "mlflow": settings.mlflow_tracking_uri}
-    url = urls.get(service, settings.prefect_api_url)
+    return urls.get(service, settings.prefect_api_url)
+
+
+def _look_at(service: Service, info: dict[str, Any] | None, settings: Settings) -> ServiceStatus:
+    url = _url(service, settings)
     if not settings.is_local(service):
         reason = probe(service, settings)
         return ServiceStatus(service, "external", not reason, url, detail=reason)
+    if info is None and (left := find_processes(settings.home, service=service)):
+        reason = "supervisord is gone, this process is left; run `varflow up`"
+        return ServiceStatus(service, "orphaned", False, url, pid=left[0].pid, detail=reason)
     if info is None or not info["pid"]:
-        spawn_error = (info or {}).get("spawnerr", "")
         state = "failed" if info and info["statename"] in ("FATAL", "BACKOFF") else "stopped"
-        return ServiceStatus(service, state, False, url, detail=spawn_error or "run `varflow up`")
+        return ServiceStatus(service, state, False, url, detail=(info or {}).get("spawnerr") or "run `varflow up`")
     reason = probe(service, settings, started=info["start"])
     return ServiceStatus(
         service=service,

@@ -29,7 +29,7 @@ class StackError(Exception):
 
 @dataclass(frozen=True)
 class ServiceStatus:
-    """One service: `state` is running, starting, failed, stopped or external; `detail` says why it is not healthy."""
+    """One service: `state` is running, starting, failed, stopped, orphaned or external; `detail` says why it is not healthy."""
 
     service: Service
     state: str
