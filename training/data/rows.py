@@ -93,9 +93,9 @@ class RowsWriter:
 
 
 def join_parts(parts: Sequence[Path], target: Path, *, schema: pa.Schema) -> None:
-    """Write `target` from finished parts in order, one batch at a time."""
+    """Write the columns of `schema` from finished parts in order to `target`, one batch at a time."""
     with RowsWriter(target, schema) as out:
         for part in parts:
             with pq.ParquetFile(part, pre_buffer=False) as file:
-                for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
+                for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=schema.names, use_threads=False):
                     out.write_batch(batch.cast(schema))

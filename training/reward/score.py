@@ -1,0 +1,115 @@
+"""The job score_rewards: the reward of every response under a reward model, once, as a stored column.
+
+The rows go through in windows. A finished window is a file in `work/parts`, so a killed job loses at most the window it was
+in, and memory does not grow with the number of rows.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.config import RewardScoreConfig, Runtime
+from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
+from training.job import Job
+from training.metrics import MetricsWriter
+from training.model import start_torch
+from training.reward.scorer import RewardScorer, load_scorer
+from training.reward.statistics import RewardStatistics
+
+SCHEMA = pa.schema(
+    [
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field("reward", pa.list_(pa.float64()), nullable=False),  # in the order of the row's responses
+    ]
+)
+PART_SCHEMA = SCHEMA.append(pa.field("cut", pa.int32(), nullable=False))  # responses of the row that did not fit whole
+WINDOW_ROWS = 256
+BAD_ROWS_SHOWN = 5
+
+
+def run(job: Job) -> None:
+    """Score every row of both splits: `output/scores.parquet`, `output/summary.json`."""
+    config = RewardScoreConfig.model_validate(job.config)
+    runtime = Runtime.model_validate(job.runtime)
+    device = start_torch(runtime)
+    started = time.monotonic()
+    scorer = load_scorer(
+        job.inputs["scorer"],
+        render=config.render,
+        max_tokens=config.max_tokens,
+        precision=config.precision,
+        device=device,
+    )
+    scorer.check()
+    parts = score_windows(job, scorer, budget=runtime.microbatch_tokens)
+    if not parts:
+        raise ValueError(f"rows folder {job.inputs['rows']}: got no rows, expected at least one; ingest a source first")
+    join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
+    summary = summarise(job, parts)
+    job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def windows(job: Job) -> Iterator[tuple[pa.RecordBatch, Path]]:
+    """Yield the rows in windows, each with the file that holds its rewards when it is done."""
+    for number, window in enumerate(read_rows(job.inputs["rows"], batch_rows=WINDOW_ROWS)):
+        yield window, job.work / "parts" / f"part-{number:06d}.parquet"
+
+
+def score_windows(job: Job, scorer: RewardScorer, *, budget: int) -> list[Path]:
+    """Score every window that has no finished part yet; return the parts in the order of the rows."""
+    (job.work / "parts").mkdir(parents=True, exist_ok=True)
+    total = pq.ParquetFile(find_rows_file(job.inputs["rows"])).metadata.num_rows
+    parts: list[Path] = []
+    done = 0
+    with MetricsWriter(job.output / "metrics.jsonl", total=total) as metrics:
+        for window, part in windows(job):
+            parts.append(part)
+            done += window.num_rows
+            if is_finished(part, window.column("row_id").to_pylist()):
+                continue
+            job.check_stop()
+            started = time.monotonic()
+            num_responses = score_window(scorer, window.to_pylist(), part=part, budget=budget)
+            metrics.write(done, {"score/responses_per_second": num_responses / (time.monotonic() - started)})
+    return parts
+
+
+def is_finished(part: Path, row_ids: list[str]) -> bool:
+    """Return whether a part is there and of these very rows."""
+    return part.is_file() and pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist() == row_ids
+
+
+def score_window(scorer: RewardScorer, rows: list[dict[str, Any]], *, part: Path, budget: int) -> int:
+    """Score some rows, write their part, return the number of responses. ValueError names rows without a finite reward."""
+    prompts = [row["prompt"] for row in rows for _ in row["responses"]]
+    responses = [response for row in rows for response in row["responses"]]
+    rewards, cut = scorer.score(prompts, responses, budget=budget)
+    ends = np.cumsum([len(row["responses"]) for row in rows])[:-1]
+    by_row = list(zip(rows, np.split(rewards, ends), np.split(cut, ends), strict=True))
+    bad = [row["row_id"] for row, reward, _ in by_row if not np.isfinite(reward).all()]
+    if bad:
+        raise ValueError(
+            f"reward model {scorer.model.name_or_path}: got NaN or infinite rewards for {len(bad)} of {len(rows)} rows "
+            f"({', '.join(bad[:BAD_ROWS_SHOWN])}), expected finite ones; try precision float32, or another model"
+        )
+    with RowsWriter(part, PART_SCHEMA) as out:
+        out.write([{"row_id": row["row_id"], "reward": r.tolist(), "cut": int(c.sum())} for row, r, c in by_row])
+    return len(responses)
+
+
+def summarise(job: Job, parts: list[Path]) -> dict[str, float | int]:
+    """Return the figures of the whole column, read window by window."""
+    statistics, cut = RewardStatistics(), 0
+    for (window, part), expected in zip(windows(job), parts, strict=True):
+        assert part == expected
+        scored = pq.read_table(part).to_pylist()
+        for row, score in zip(window.to_pylist(), scored, strict=True):
+            chars = [len(response) for response in row["responses"]]
+            statistics.add(score["reward"], chars=chars, preferred=row["preferred"], split=row["split"])
+            cut += score["cut"]
+    return statistics.summarise() | {"cut_responses": cut}

@@ -1,0 +1,135 @@
+"""A sequence-classification model as a scorer: prompt and response in, one number out, whatever shared its batch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from training.config import Precision, RewardRender
+from training.data.batch import pack_by_tokens
+from training.model import DTYPES, check_context, check_model_folder, check_vocabulary
+from training.reward.render import RewardInput, RewardRenderer
+
+# B responses of a batch, T tokens
+
+TOLERANCE = {Precision.float32: 1e-4, Precision.bfloat16: 5e-2}  # of a score, absolute below 1 and relative above
+PROBES = (
+    ("Hi", "Hello."),
+    ("What is the capital of France?", "Paris. " * 24),
+    ("Please explain in some detail why the sky is blue by day and red in the evening.", "No."),
+)
+
+
+class RewardScorer:
+    """Scores pairs of prompt and response under one loaded model."""
+
+    def __init__(self, model: Any, renderer: RewardRenderer, *, precision: Precision) -> None:
+        self.model = model
+        self.renderer = renderer
+        self.precision = precision
+
+    def score(
+        self, prompts: Sequence[list[dict[str, str]]], responses: Sequence[str], *, budget: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the float64 reward of responses[n] to prompts[n], and whether the pair was cut to fit.
+
+        A forward pass takes at most `budget` tokens, padding included. It never decides what is computed.
+        """
+        inputs = self.renderer(prompts, responses)
+        rewards = np.empty(len(inputs), dtype=np.float64)
+        for members in pack_by_tokens([len(item.ids) for item in inputs], budget=budget):
+            rewards[members] = score_batch(self.model, [inputs[n] for n in members]).numpy()
+        return rewards, np.array([item.cut for item in inputs])
+
+    def check(self) -> None:
+        """Raise ValueError unless scores are finite and do not depend on what else is in the batch.
+
+        Three pairs of unlike lengths are scored alone and together, where the shorter ones are padded. A model whose padding
+        leaks, or that reads its score at the wrong token, gives itself away here.
+        """
+        prompts = [[{"role": "user", "content": question}] for question, _ in PROBES]
+        inputs = self.renderer(prompts, [answer for _, answer in PROBES])
+        alone = np.concatenate([score_batch(self.model, [item]).numpy() for item in inputs])
+        together = score_batch(self.model, inputs).numpy()
+        error = np.abs(alone - together) / np.maximum(1.0, np.abs(alone))
+        if not error.max() <= TOLERANCE[self.precision]:  # also when a score is NaN
+            raise ValueError(
+                f"reward model {self.model.name_or_path}: scores depend on the batch; alone {alone.tolist()}, together "
+                f"{together.tolist()}, expected a difference of at most {TOLERANCE[self.precision]:g}; "
+                "check its padding token, or take another model"
+            )
+
+
+def score_batch(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
+    """Return the rewards of one forward pass, float64 [B] on the CPU; a batch too large for the device is halved."""
+    try:
+        with torch.inference_mode():
+            return compute_rewards(model, inputs).double().cpu()
+    except torch.OutOfMemoryError:
+        if len(inputs) == 1:
+            raise
+        torch.cuda.empty_cache()
+    half = len(inputs) // 2  # outside the handler, which would hold the failed batch's tensors alive
+    return torch.cat([score_batch(model, inputs[:half]), score_batch(model, inputs[half:])])
+
+
+def compute_rewards(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
+    """Return the rewards [B] of inputs padded on the right, with gradient where gradients are on."""
+    T = max(len(item.ids) for item in inputs)
+    shape = (len(inputs), T)
+    ids_BT = torch.full(shape, model.config.pad_token_id, dtype=torch.int64)
+    mask_BT = torch.zeros(shape, dtype=torch.int64)
+    segments_BT = torch.zeros(shape, dtype=torch.int64)
+    for row, item in enumerate(inputs):
+        ids_BT[row, : len(item.ids)] = torch.tensor(item.ids)
+        mask_BT[row, : len(item.ids)] = 1
+        segments_BT[row, : len(item.ids)] = torch.tensor(item.segments or 0)
+    device = model.device
+    more = {} if inputs[0].segments is None else {"token_type_ids": segments_BT.to(device)}
+    logits: Tensor = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), **more).logits
+    return logits[:, 0]
+
+
+def load_scorer(
+    folder: Path, *, render: RewardRender, max_tokens: int, precision: Precision, device: torch.device
+) -> RewardScorer:
+    """Load a reward model from a local folder, or raise ValueError that says what makes it none."""
+    check_model_folder(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True
+    )
+    if model.config.num_labels != 1:
+        raise ValueError(
+            f"reward model {folder}: got a head of {model.config.num_labels} labels, expected 1; "
+            "take a model trained for rewards, or train one with reward_model"
+        )
+    if loaded["missing_keys"]:
+        raise ValueError(
+            f"reward model {folder}: no weights for {sorted(loaded['missing_keys'])}, expected all of them; "
+            "a model without a trained head gives noise: train one with reward_model"
+        )
+    check_vocabulary(model, tokenizer, folder)
+    set_pad_token(model, tokenizer, folder)
+    check_context(model, max_tokens)
+    renderer = RewardRenderer(tokenizer, render=render, max_tokens=max_tokens)
+    return RewardScorer(model.to(device).eval(), renderer, precision=precision)
+
+
+def set_pad_token(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Make the model's pad id the tokenizer's; decoders find the token to read by it. ValueError where there is none."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"reward model {folder}: the tokenizer has no pad token, so rows of unlike length cannot share a batch; "
+            "expected pad_token in tokenizer_config.json"
+        )
+    if model.config.pad_token_id not in (None, tokenizer.pad_token_id):
+        raise ValueError(
+            f"reward model {folder}: the model pads with id {model.config.pad_token_id}, its tokenizer with "
+            f"{tokenizer.pad_token_id}; expected one id; mend config.json or tokenizer_config.json"
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
