@@ -15,8 +15,8 @@ class MirrorConfig(Config):
 @step(version=1)
 def mirror(config: MirrorConfig, attempt: Attempt) -> Metrics:
     """Lay benchmark files out as the stock tasks of lm-eval read them, offline. Input: `raw`."""
-    build_mirror(attempt.inputs["raw"], attempt.output / "mirror")
-    return {}
+    rows = build_mirror(attempt.inputs["raw"], attempt.output)
+    return {"mirror/files": float(len(rows)), "mirror/rows": float(sum(rows.values()))}
 
 
 @step(version=1)

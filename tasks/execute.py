@@ -187,10 +187,10 @@ class Execution:
         """Show a step's figures on the parent run too, where runs are compared; a cached step links to its run."""
         prefix = "champion/" if planned.label == "champion" else ""
         metrics = {f"{prefix}{name}": value for name, value in ref.record.summary["metrics"].items()}
-        metrics[f"cost/{planned.title.replace(' · ', '_')}_seconds"] = ref.record.cost["wall_seconds"]
+        metrics[f"cost/{planned.key}_seconds"] = ref.record.cost["wall_seconds"]
         state = "cached" if ref.cached else "computed"
         tag = f"{state} {ref.name} run {ref.record.mlflow_run}"
-        self.tracking.log(self.parent.id, metrics=points(metrics), tags={f"step.{planned.title}": tag})
+        self.tracking.log(self.parent.id, metrics=points(metrics), tags={f"step.{planned.key}": tag})
 
     def _tags(self, planned: Planned | None = None) -> dict[str, str]:
         facts = provenance.describe()

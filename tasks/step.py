@@ -96,6 +96,11 @@ class Planned:
     def title(self) -> str:
         return f"{self.step.name} · {self.label}" if self.label else self.step.name
 
+    @property
+    def key(self) -> str:
+        """The title in the characters that MLflow allows in names."""
+        return self.title.replace(" · ", "/").replace(" ", "_")
+
     def walk(self) -> "Iterator[Planned]":
         """Yield every step this one needs, and itself last; each fingerprint once."""
         seen: set[str] = set()
