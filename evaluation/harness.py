@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import importlib.metadata
 import random
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,25 +26,26 @@ import huggingface_hub.constants
 import lm_eval.tasks
 import numpy as np
 import transformers
+from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import set_torch_seed
 
 from evaluation.config import BenchmarkConfig
 from evaluation.samples import score_rows, write_samples
-from evaluation.sandbox import check_sandbox, run_program
+from evaluation.sandbox import SandboxedCodeEval, check_sandbox
 from evaluation.watch import Watch
 from training.config import Precision, Runtime
 from training.job import write_json
 from training.model import check_model_folder, resolve_device
 
 HARNESS_VERSION = importlib.metadata.version("lm_eval")
-STOCK_FOLDERS = {
-    "mmlu": "mmlu/default",
-    "gsm8k": "gsm8k",
-    "humaneval": "humaneval",
-    "bbh_cot_fewshot": "bbh/cot_fewshot",
-}
+STOCK_FOLDERS = (
+    "mmlu/default",
+    "gsm8k",
+    "humaneval",
+    "bbh",
+)  # what a mirror can serve; the whole index takes ten seconds
 TYPICAL_PROMPT_TOKENS = 256  # the default budget of 2,048 tokens makes batches of 8
 PROBE_FIRST, PROBE_LAST = 16, 8
 POSITIONS = "max_position_embeddings"
@@ -117,7 +119,11 @@ def check_request(config: BenchmarkConfig, *, model_folder: Path) -> None:
 
 @contextlib.contextmanager
 def offline(cache: Path) -> Iterator[None]:
-    """Keep the Hugging Face libraries from the network, and their copies of the data in `cache`."""
+    """Keep the Hugging Face libraries from the network, and their copies of the data in `cache`, emptied first.
+
+    `datasets` knows a copy by the relative path of its source: a shared cache serves one mirror's rows for another's.
+    """
+    shutil.rmtree(cache, ignore_errors=True)
     before = (
         huggingface_hub.constants.HF_HUB_OFFLINE,
         datasets.config.HF_HUB_OFFLINE,
@@ -134,47 +140,19 @@ def offline(cache: Path) -> Iterator[None]:
 
 
 def load_tasks(config: BenchmarkConfig, *, mirror: Path) -> dict[str, Any]:
-    """Return lm-eval's task objects by name, groups taken apart, their rows read from the mirror.
-
-    Only the folders that are needed are indexed: the whole index takes ten seconds and is asked for other tasks alone.
-    """
+    """Return lm-eval's task objects by name, groups taken apart, their rows read from the mirror."""
     stock = Path(lm_eval.tasks.__file__).parent
-    folders = {
-        stock / folder for name in config.tasks for head, folder in STOCK_FOLDERS.items() if name.startswith(head)
-    }
-    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=sorted(folders))
-    if not set(config.tasks) <= set(manager.all_tasks):
-        manager = lm_eval.tasks.TaskManager()
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[stock / name for name in STOCK_FOLDERS])
     for name in config.tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5)
             raise ValueError(
-                f"benchmark {config.name}: lm-eval {HARNESS_VERSION} has no task {name!r}; "
-                f"nearest: {', '.join(near) or 'none'}; correct `tasks`"
+                f"benchmark {config.name}: lm-eval {HARNESS_VERSION} has no task {name!r} among MMLU, GSM8K, HumanEval and "
+                f"BBH; nearest: {', '.join(near) or 'none'}; correct `tasks`"
             )
     with contextlib.chdir(mirror), sandboxed_code_eval(seconds=config.sandbox_seconds):
         loaded: dict[str, Any] = manager.load(list(config.tasks))["tasks"]
     return loaded
-
-
-class SandboxedCodeEval:
-    """Stands in for the metric `code_eval`: the same call and answer, with every program run in the sandbox."""
-
-    def __init__(self, *, seconds: float) -> None:
-        self._seconds = seconds
-
-    def compute(
-        self, *, references: list[str], predictions: list[list[str]], k: list[int]
-    ) -> tuple[dict[str, float], Any]:
-        """Return ({"pass@1": share of the problems whose one program passes its test}, outcome by problem)."""
-        assert k == [1] and all(len(programs) == 1 for programs in predictions), (
-            "one program a problem, scored by pass@1"
-        )
-        outcomes = [
-            run_program(f"{programs[0]}\n{test}", seconds=self._seconds)
-            for programs, test in zip(predictions, references, strict=True)
-        ]
-        return {"pass@1": float(np.mean([outcome.passed for outcome in outcomes]))}, outcomes
 
 
 @contextlib.contextmanager
@@ -218,8 +196,15 @@ def check_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
             wrong = f"has no metric {config.metric!r}, expected one of {', '.join(metrics)}"
         elif config.num_fewshot is not None and own != config.num_fewshot:
             wrong = f"takes {own} shots and no other number, got {config.num_fewshot}"
+        elif task.get_config("output_type") == "generate_until" and answer_cap(task) >= config.max_length:
+            wrong = f"generates {answer_cap(task)} tokens, which at max_length {config.max_length} leaves no room for a prompt"
         if wrong:
             raise ValueError(f"benchmark {config.name}: the task {name} {wrong}; correct the benchmark's settings")
+
+
+def answer_cap(task: Any) -> int:
+    """Return the most tokens that a generating task may answer with."""
+    return int(task.get_config("generation_kwargs").get("max_gen_toks", DEFAULT_MAX_GEN_TOKS))
 
 
 class WatchedLM(HFLM):

@@ -17,6 +17,7 @@ Any subset of benchmarks, subjects and tasks may be there; `missing_data` says w
 """
 
 import csv
+import difflib
 import gzip
 import hashlib
 import io
@@ -36,6 +37,8 @@ MMLU, GSM8K, HUMANEVAL, BBH = "cais/mmlu", "openai/gsm8k", "openai/openai_humane
 MMLU_HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 MMLU_SPLITS = {"test": "test", "dev": "dev", "val": "validation"}
 HUMANEVAL_CONFIG = "openai_humaneval"
+GSM8K_TASKS = ("gsm8k", "gsm8k_cot", "gsm8k_cot_zeroshot", "gsm8k_cot_llama")
+HUMANEVAL_TASKS = ("humaneval", "humaneval_instruct")
 
 SUBJECT_NAMES = """
     abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
@@ -225,16 +228,30 @@ def missing_data(folder: Path, benchmarks: Iterable[BenchmarkConfig]) -> list[st
         files = needed_files(task)
         needed.update(files)
         if not files:
-            unknown.add(f"data of task {task} (a mirror holds MMLU, GSM8K, HumanEval and BBH)")
+            near = difflib.get_close_matches(task, known_tasks(), n=3)
+            unknown.add(f"data of task {task!r}, which no mirror holds (nearest: {', '.join(near) or 'none'})")
     needed |= {f"{name.rsplit('/', 2)[0]}/README.md" for name in needed}
     return sorted(name for name in needed if not (folder / name).is_file()) + sorted(unknown)
 
 
+def known_tasks() -> list[str]:
+    """Return the stock tasks that a mirror is made for, to suggest one for a misspelt name."""
+    subjects = [f"mmlu_{name}" for name in MMLU_SUBJECTS]
+    return [
+        "mmlu",
+        *subjects,
+        *GSM8K_TASKS,
+        *HUMANEVAL_TASKS,
+        "bbh_cot_fewshot",
+        *(f"bbh_cot_fewshot_{t}" for t in BBH_TASKS),
+    ]
+
+
 def needed_files(task: str) -> list[str]:
     """Return the mirror's files that an lm-eval task reads; empty for a task of another benchmark."""
-    if task == "gsm8k" or re.fullmatch(r"gsm8k_cot(_zeroshot|_llama)?", task):
+    if task in GSM8K_TASKS:
         return [f"{GSM8K}/main/{split}.parquet" for split in ("train", "test")]
-    if task in ("humaneval", "humaneval_64", "humaneval_instruct"):
+    if task in HUMANEVAL_TASKS:
         return [f"{HUMANEVAL}/{HUMANEVAL_CONFIG}/test.parquet"]
     if task == "mmlu" or (subject := task.removeprefix("mmlu_")) in MMLU_SUBJECTS:
         subjects = MMLU_SUBJECTS if task == "mmlu" else [subject]

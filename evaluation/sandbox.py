@@ -192,6 +192,26 @@ def check_sandbox() -> None:
         )
 
 
+class SandboxedCodeEval:
+    """Stands in for the metric `code_eval`: the same call and answer, with every program run in the sandbox."""
+
+    def __init__(self, *, seconds: float) -> None:
+        self._seconds = seconds
+
+    def compute(
+        self, *, references: list[str], predictions: list[list[str]], k: list[int]
+    ) -> tuple[dict[str, float], list[Outcome]]:
+        """Return ({"pass@1": share of the problems whose one program passes its test}, outcome by problem)."""
+        assert k == [1] and all(len(programs) == 1 for programs in predictions), (
+            "one program a problem, scored by pass@1"
+        )
+        outcomes = [
+            run_program(f"{programs[0]}\n{test}", seconds=self._seconds)
+            for programs, test in zip(predictions, references, strict=True)
+        ]
+        return {"pass@1": sum(outcome.passed for outcome in outcomes) / len(outcomes)}, outcomes
+
+
 def sandbox_command() -> list[str]:
     """Return the command line up to and including the interpreter inside the sandbox."""
     stage = Path(stage_interpreter().name)
