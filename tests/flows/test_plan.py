@@ -1,0 +1,115 @@
+"""Identity of a plan: what changes a fingerprint, what does not, and how far a change reaches. Nothing runs here."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows import recipes
+from flows.align import plan_align
+from flows.config import AlignConfig
+from flows.overrides import override
+from flows.recipes import RECIPES, smoke
+from infra.settings import Settings, read_settings
+from infra.store import Store
+from training.config import SftConfig
+
+NOWHERE = Store(bucket="nowhere", endpoint="http://127.0.0.1:9", access_key="none", secret_key="none")
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    return read_settings(home=tmp_path / "home")
+
+
+def fingerprints(config: AlignConfig, settings: Settings) -> dict[str, str]:
+    """Return title -> fingerprint of every step of a plan, made without any server."""
+    steps = plan_align(config, store=NOWHERE, settings=settings).steps()
+    return {step.title: step.fingerprint for step in steps}
+
+
+def changed(config: AlignConfig, settings: Settings, *changes: str) -> set[str]:
+    before, after = fingerprints(config, settings), fingerprints(override(config, changes), settings)
+    assert before.keys() == after.keys()
+    return {title for title in before if before[title] != after[title]}
+
+
+def test_the_plan_is_the_same_each_time_and_names_each_step_once(settings: Settings) -> None:
+    plan = fingerprints(smoke(), settings)
+    assert plan == fingerprints(smoke(), settings)
+    assert len(set(plan.values())) == len(plan)
+    assert list(plan)[:2] == ["mirror", "ingest"] and list(plan)[-2:] == ["gate", "report"]
+
+
+def test_lambda_changes_training_and_what_follows_and_nothing_else(settings: Settings) -> None:
+    after = changed(smoke(), settings, "train.lambda_=0.25")
+    assert after == {
+        "train", "generate · challenger", "score_rewards · challenger", "evaluate · mmlu_part challenger",
+        "evaluate · gsm8k_part challenger", "gate", "report",
+    }  # fmt: skip
+
+
+def test_the_gates_margins_change_the_verdict_alone(settings: Settings) -> None:
+    assert changed(smoke(), settings, "gate.alpha=0.01") == {"gate", "report"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["runtime.device=cpu", "runtime.microbatch_tokens=64", "runtime.threads=2", "runtime.checkpoint_every_steps=7"],
+)
+def test_runtime_is_no_identity(settings: Settings, change: str) -> None:
+    assert changed(smoke(), settings, change) == set()
+
+
+def test_every_field_but_runtime_and_names_is_identity(settings: Settings) -> None:
+    config = smoke()
+    for path in (
+        "ingest.heldout_fraction=0.3", "reward.scoring.max_tokens=65", "reference.max_tokens=300", "train.seed=5",
+        "heldout.seed=5", "suite.benchmarks.0.seed=5", "gate.min_target_gain=0.5",
+    ):  # fmt: skip
+        assert changed(config, settings, path), path
+
+
+def test_where_a_source_lies_is_no_identity_and_what_it_holds_is(settings: Settings, tmp_path: Path) -> None:
+    demo = Path(recipes.__file__).parent / "demo" / "preferences.jsonl"
+    copy = tmp_path / "elsewhere" / "preferences.jsonl"
+    copy.parent.mkdir()
+    shutil.copy(demo, copy)
+    config = smoke().model_copy(update={"preferences": str(copy)})
+    assert fingerprints(config, settings) == fingerprints(smoke(), settings)
+    with copy.open("a") as file:
+        file.write('{"prompt": "p", "chosen": "a", "rejected": "b"}\n')
+    assert "ingest" in {t for t, f in fingerprints(config, settings).items() if f != fingerprints(smoke(), settings)[t]}
+
+
+def test_sft_needs_no_scores_of_the_stored_responses(settings: Settings) -> None:
+    plan = fingerprints(smoke().model_copy(update={"train": SftConfig()}), settings)
+    assert "score_reference" not in plan and "score_rewards · preferences" not in plan
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_complete_and_survive_json(name: str) -> None:
+    config = RECIPES[name]()
+    assert AlignConfig.model_validate_json(config.model_dump_json()) == config
+    assert set(config.gate.margins) == {benchmark.name for benchmark in config.suite.benchmarks}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("train.lamda_=1", "unknown key 'lamda_'; expected lambda_"),
+        ("train.lambda_", "got no '='"),
+        ("train.lambda_=-1", r"train\.var\.lambda_: Input should be greater than 0; got -1"),
+        ("train.lambda_=NaN", "finite"),
+        ("policy.x=1", "unknown key 'x'"),
+    ],
+)
+def test_a_bad_override_says_what_is_expected(change: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        override(smoke(), [change])
+
+
+@pytest.mark.parametrize("reference", ["absent/folder", "demo:absent", "hub:org/name@main", "hub:org/name"])
+def test_a_source_that_is_not_there_is_refused_when_the_plan_is_made(settings: Settings, reference: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a path, demo:|expected a commit of 40 hex digits"):
+        fingerprints(smoke().model_copy(update={"policy": reference}), settings)
