@@ -146,7 +146,7 @@ class Trainer:
             # Weights, gradients and optimiser stay in float32; bfloat16 is what the matrix products run in.
             with torch.autocast(kind, dtype=torch.bfloat16, enabled=not wide):
                 part = self.work.part(self.model, step, members)
-            part.loss.backward()  # type: ignore[no-untyped-call]
+            part.loss.backward()
             total.add(part)
         return total
 

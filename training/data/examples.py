@@ -126,7 +126,7 @@ def make_example(
     logp_ref_K = pick(row, reference, "logp", places)
     if reference is not None:
         scored_K = pick(row, reference, "num_tokens", places)
-        if not np.array_equal(scored_K, num_tokens_K):
+        if scored_K is None or not np.array_equal(scored_K, num_tokens_K):
             raise ValueError(
                 f"row {row['row_id']}: the reference was scored on {scored_K} trained tokens, here they are {num_tokens_K}; "
                 "expected the same; reference and base have different tokenizers or chat templates: score with this base"

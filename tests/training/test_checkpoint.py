@@ -1,0 +1,175 @@
+"""Checkpoints: a run killed anywhere ends with the same bits, and a checkpoint of another run is refused."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from training import train
+from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
+from training.job import EXIT_INTERRUPTED, Job
+
+IDENTITY = {"config": {"lambda_": 1.0}, "plan": "abc"}
+CPU = torch.device("cpu")
+
+
+def make_trained() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    for _ in range(3):
+        model(torch.randn(8, 3)).square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model, optimiser
+
+
+def save(folder: Path, *, step: int, identity: dict[str, Any] = IDENTITY) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model, optimiser = make_trained()
+    progress = Progress(step=step, metrics_bytes=17, loss=0.5, skipped=1, skipped_rows=["a"], tokens=9, seconds=1.5)
+    save_checkpoint(folder, model=model, optimiser=optimiser, progress=progress, rng=read_rng(CPU), identity=identity)
+    return model, optimiser
+
+
+def restore(folder: Path, *, identity: dict[str, Any] = IDENTITY) -> tuple[nn.Module, torch.optim.Optimizer, Progress]:
+    torch.manual_seed(99)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, device=CPU)
+    return model, optimiser, progress
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    model, optimiser = save(tmp_path, step=3)
+    expected_draw = torch.randn(4)
+    again, other, progress = restore(tmp_path)
+    assert torch.equal(torch.randn(4), expected_draw)
+    assert progress == Progress(
+        step=3, metrics_bytes=17, loss=0.5, skipped=1, skipped_rows=["a"], tokens=9, seconds=1.5
+    )
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    batch = torch.randn(8, 3)
+    for net, stepper in ((model, optimiser), (again, other)):
+        net(batch).square().sum().backward()
+        stepper.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_the_newest_wins_and_the_older_is_deleted(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        save(tmp_path, step=step)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000009"]
+    (tmp_path / "step-00000011.partial").mkdir()  # killed while writing
+    assert restore(tmp_path)[2].step == 9
+    save(tmp_path, step=12)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000012"]
+
+
+def test_nothing_but_safetensors_and_json(tmp_path: Path) -> None:
+    save(tmp_path, step=1)
+    files = {p.name for p in (tmp_path / "step-00000001").iterdir()}
+    assert files == {"model.safetensors", "optimiser.safetensors", "rng.safetensors", "state.json"}
+
+
+def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
+    assert restore(tmp_path / "none")[2] == Progress()
+
+
+def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
+    save(tmp_path, step=1)
+    with pytest.raises(ValueError, match=r"another run \(plan: got 'abc', expected 'xyz'\)"):
+        restore(tmp_path, identity={**IDENTITY, "plan": "xyz"})
+    with pytest.raises(ValueError, match=r"config: got \{'lambda_': 1.0\}, expected \{'lambda_': 2.0\}"):
+        restore(tmp_path, identity={**IDENTITY, "config": {"lambda_": 2.0}})
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimiser.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    save(tmp_path, step=1)
+    path = tmp_path / "step-00000001" / name
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"step-00000001: damaged .*delete it to start over"):
+        restore(tmp_path)
+
+
+@pytest.fixture
+def train_inputs(tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any) -> dict[str, str]:
+    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(12)]
+    return {"rows": str(write_rows(tmp_path / "rows", rows)), "base": str(tiny_policy)}
+
+
+def write_job(folder: Path, inputs: dict[str, str]) -> Path:
+    folder.mkdir()
+    config = {
+        "objective": "sft",
+        "responses": "all",
+        "batch_prompts": 4,
+        "epochs": 4,
+        "max_tokens": 96,
+        "learning_rate": 1e-3,
+    }
+    runtime = {"device": "cpu", "threads": 1, "microbatch_tokens": 64, "checkpoint_every_steps": 3}
+    raw = {"job": "train", "config": config, "runtime": runtime, "inputs": inputs}
+    (folder / "job.json").write_text(
+        json.dumps({**raw, "output": str(folder / "output"), "work": str(folder / "work")})
+    )
+    return folder / "job.json"
+
+
+def start(job_file: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+    with (job_file.parent / "log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "training", str(job_file)], env=environment, stdout=log, stderr=log
+        )
+
+
+def interrupt(job_file: Path, number: int, *, after_steps: int) -> int:
+    """Start the job, send the signal once the metrics tell of `after_steps` steps, return the exit status."""
+    child = start(job_file)
+    metrics = job_file.parent / "output" / "metrics.jsonl"
+    while child.poll() is None and (not metrics.is_file() or metrics.read_bytes().count(b"\n") < after_steps):
+        time.sleep(0.002)
+    child.send_signal(number)
+    return child.wait()
+
+
+def read_figures(folder: Path) -> list[dict[str, Any]]:
+    """Return the metrics without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "train/tokens_per_second")} for line in lines]
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Return the summary without what depends on the clock."""
+    summary = json.loads((folder / "output" / "summary.json").read_text())
+    return {k: v for k, v in summary.items() if k not in ("wall_seconds", "tokens_per_second")}
+
+
+def test_killed_and_stopped_runs_end_bit_identical(tmp_path: Path, train_inputs: dict[str, str]) -> None:
+    """Real child processes: SIGKILL at a random step, SIGTERM at a later one, then a run to the end."""
+    whole = write_job(tmp_path / "whole", train_inputs)
+    cut = write_job(tmp_path / "cut", train_inputs)
+    train.run(Job.read(whole))
+    kill_after = random.randrange(1, 8)
+    assert interrupt(cut, signal.SIGKILL, after_steps=kill_after) == -signal.SIGKILL
+    resumed_from = [p.name for p in (cut.parent / "work" / "checkpoints").glob("step-*[0-9]")]
+    assert interrupt(cut, signal.SIGTERM, after_steps=9) == EXIT_INTERRUPTED, (cut.parent / "log").read_text()
+    assert not (cut.parent / "output" / "summary.json").exists()
+    train.run(Job.read(cut))
+    context = f"killed after {kill_after} steps, resumed from {resumed_from}"
+    for name in ("model.safetensors", "weights.parquet"):
+        assert (cut.parent / "output" / name).read_bytes() == (whole.parent / "output" / name).read_bytes(), context
+    assert read_figures(cut.parent) == read_figures(whole.parent), context
+    assert len(read_figures(cut.parent)) == 12
+    assert read_summary(cut.parent) == read_summary(whole.parent)

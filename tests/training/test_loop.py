@@ -1,0 +1,168 @@
+"""The loop: schedule, decay groups, clipping, skipped steps; told of nothing but steps, parts and a scalar loss."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from training.checkpoint import Progress
+from training.config import Precision, Runtime, Schedule
+from training.job import Job
+from training.loop import Part, Settings, Trainer, learning_rate, make_optimiser, run_steps
+
+
+def settings(**changes: Any) -> Settings:
+    base: dict[str, Any] = {
+        "learning_rate": 0.1,
+        "weight_decay": 0.0,
+        "schedule": Schedule.constant,
+        "warmup_fraction": 0.0,
+        "max_grad_norm": 1e9,
+        "precision": Precision.float32,
+        "seed": 0,
+    }
+    return Settings(**{**base, **changes})
+
+
+class Line:
+    """Fit y = w x + b on four points in each step, squares summed and divided by four; `broken` steps give NaN."""
+
+    def __init__(self, num_steps: int, *, broken: Sequence[int] = ()) -> None:
+        self.num_steps = num_steps
+        self._broken = broken
+
+    def cut(self, step: int, *, budget: int) -> list[list[int]]:
+        return [list(range(4))[i : i + budget] for i in range(0, 4, budget)]
+
+    def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
+        x = torch.tensor([[float(m)] for m in members])
+        loss = ((model(x) - 3 * x - 1) ** 2).sum() / 4
+        return Part(
+            loss * (math.nan if step in self._broken else 1.0), num_tokens=len(members), num_padded=2 * len(members)
+        )
+
+    def describe(self, step: int) -> dict[str, float]:
+        return {"own": float(step)}
+
+    def row_ids(self, step: int) -> list[str]:
+        return [f"step{step}-row{n}" for n in range(2)]
+
+
+def make_line() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(1, 1)
+
+
+@pytest.fixture
+def job(make_job: Callable[..., Job]) -> Job:
+    return make_job("train", "loop", config={}, inputs={})
+
+
+def run(model: nn.Module, work: Line, job: Job, *, budget: int = 4, **changes: Any) -> Progress:
+    runtime = Runtime(microbatch_tokens=budget, checkpoint_every_steps=0)
+    return run_steps(model, work, settings(**changes), job=job, runtime=runtime, identity={})
+
+
+def test_it_trains_and_says_so(job: Job) -> None:
+    model = make_line()
+    progress = run(model, Line(300), job)
+    assert (model.weight.item(), model.bias.item()) == (pytest.approx(3, abs=0.05), pytest.approx(1, abs=0.1))
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 301))
+    assert lines[7]["train/own"] == 7
+    assert lines[0]["train/padding_share"] == 0.5
+    assert (progress.tokens, progress.skipped) == (1200, 0)
+
+
+def test_accumulation_is_a_sum(job: Job) -> None:
+    losses, gradients = [], []
+    for budget in (1, 3, 4):
+        model = make_line()
+        trainer = Trainer(
+            model,
+            make_optimiser(model, settings()),
+            Line(1),
+            settings(),
+            Runtime(microbatch_tokens=budget),
+            job,
+            Progress(),
+        )
+        total = trainer.accumulate(0)
+        assert total is not None
+        losses.append(total.loss)
+        gradients.append([p.grad.item() for p in model.parameters() if p.grad is not None])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    assert gradients[1] == pytest.approx(gradients[0], rel=1e-6) and gradients[2] == pytest.approx(
+        gradients[0], rel=1e-6
+    )
+
+
+def test_learning_rate_by_hand() -> None:
+    linear = settings(schedule=Schedule.linear, warmup_fraction=0.2)
+    rates = [learning_rate(linear, step, num_steps=10) for step in range(10)]
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125])
+    cosine = [learning_rate(settings(schedule=Schedule.cosine), step, num_steps=4) for step in range(4)]
+    assert cosine == pytest.approx([0.1, 0.05 * (1 + math.sqrt(0.5)), 0.05, 0.05 * (1 - math.sqrt(0.5))])
+    assert {learning_rate(settings(), step, num_steps=4) for step in range(4)} == {0.1}
+    assert learning_rate(settings(warmup_fraction=1.0), 9, num_steps=10) == pytest.approx(0.1)
+
+
+def test_matrices_decay_norms_and_biases_do_not() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Embedding(4, 2))
+    optimiser = make_optimiser(model, settings(weight_decay=0.3))
+    decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
+    got = {name: decay[id(p)] for name, p in model.named_parameters()}
+    assert got == {"0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.3}
+
+
+def test_gradients_are_clipped_to_the_norm(job: Job) -> None:
+    model = make_line()
+    trainer = Trainer(
+        model,
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        Line(1),
+        settings(learning_rate=1.0, max_grad_norm=0.25),
+        Runtime(),
+        job,
+        Progress(),
+    )
+    before = [p.item() for p in model.parameters()]
+    figures = trainer.take_step()
+    assert figures is not None and figures["train/grad_norm"] > 1
+    moved = math.sqrt(sum((p.item() - b) ** 2 for p, b in zip(model.parameters(), before, strict=True)))
+    assert moved == pytest.approx(0.25, rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(job: Job) -> None:
+    whole, broken = make_line(), make_line()
+    progress = run(broken, Line(3, broken=[1]), job)
+    assert progress.skipped == 1
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    assert lines[1]["train/loss_nonfinite"] == 1 and "train/loss" not in lines[1]
+    assert [line["train/skipped"] for line in lines] == [0, 1, 1]
+    assert all(torch.isfinite(p).all() for p in broken.parameters())
+    (job.output / "metrics.jsonl").unlink()
+    run(whole, Line(2), job)  # the same line, one step fewer and none broken
+    assert [p.item() for p in whole.parameters()] == [p.item() for p in broken.parameters()]
+
+
+def test_three_in_a_row_stop_the_run_and_name_the_rows(job: Job) -> None:
+    with pytest.raises(ValueError, match=r"3 steps in a row.*step3-row0, step3-row1, step4-row0.*step5-row1; lower"):
+        run(make_line(), Line(9, broken=[0, 1, 3, 4, 5]), job)
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(job: Job, tmp_path: Path) -> None:
+    class Steep(Line):
+        def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
+            root = model.weight.sum().sub(model.weight.detach().sum()).abs().sqrt()  # value 0, slope infinite
+            return Part(root, num_tokens=1, num_padded=1)
+
+    model = make_line()
+    before = [p.clone() for p in model.parameters()]
+    assert run(model, Steep(2), job).skipped == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

@@ -1,0 +1,143 @@
+"""The job reward_model: it learns a rule, its figures are right, and it stops below its floor."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from training import reward_model
+from training.config import RewardModelConfig, RewardRender, Runtime
+from training.job import Interrupted, Job
+from training.reward.scorer import load_scorer
+from training.reward_model import binomial_interval, measure_accuracy, share_of_wins
+
+CONFIG = {"epochs": 6, "batch_prompts": 8, "learning_rate": 3e-3, "max_tokens": 64, "seed": 1}
+
+
+@pytest.fixture
+def rows(tmp_path: Path, make_row: Any, write_rows: Any) -> Path:
+    """The preferred response mentions bread, is never the longer one, and stands at either place."""
+    made = []
+    for i in range(48):
+        good, bad = f"bake bread {i}", f"the sky is blue today and so on {i}"
+        responses = [good, bad] if i % 2 else [bad, good]
+        made.append(
+            make_row(f"Please explain {i}", responses, preferred=1 - i % 2, split="heldout" if i % 4 == 0 else "train")
+        )
+    made.append(make_row("Nobody said", ["a", "b"], preferred=None))
+    made.append(make_row("Equal", ["same", "same"]))
+    return write_rows(tmp_path / "rows", made)
+
+
+def test_learns_the_rule_and_reports_its_figures(
+    rows: Path, tiny_reward_model: Path, make_job: Callable[..., Job]
+) -> None:
+    inputs = {"rows": rows, "base": tiny_reward_model}
+    job = make_job("reward_model", "a", config=CONFIG, inputs=inputs, microbatch_tokens=256)
+    reward_model.run(job)
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert (
+        summary["rows"],
+        summary["rows_heldout"],
+        summary["dropped_no_preference"],
+        summary["dropped_equal_responses"],
+    ) == (36, 12, 1, 1)
+    assert summary["accuracy"] == 1.0
+    assert summary["length_baseline_accuracy"] == 0.0
+    assert summary["accuracy_low"] == pytest.approx(0.025 ** (1 / 12)) and summary["accuracy_high"] == 1.0
+    assert summary["dropout"] == 0.1
+    assert AutoModelForSequenceClassification.from_pretrained(job.output).config.num_labels == 1
+    scorer = load_scorer(
+        job.output,
+        render=RewardRender.text_pair,
+        max_tokens=64,
+        precision=RewardModelConfig().precision,
+        device=torch.device("cpu"),
+    )
+    scorer.check()
+    prompt = [{"role": "user", "content": "Please explain 99"}]
+    rewards, _ = scorer.score([prompt, prompt], ["bake bread 99", "the sky is blue today and so on 99"], budget=256)
+    assert rewards[0] > rewards[1]
+
+
+def test_a_single_label_head_is_made_from_the_seed(rows: Path, tiny_reward_model: Path) -> None:
+    config = RewardModelConfig.model_validate(CONFIG)
+    first, _ = reward_model.load_base(tiny_reward_model, config, device=torch.device("cpu"))
+    second, _ = reward_model.load_base(tiny_reward_model, config, device=torch.device("cpu"))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_stopped_run_ends_with_the_same_model(
+    rows: Path, tiny_reward_model: Path, make_job: Callable[..., Job]
+) -> None:
+    """Dropout is on here, so the random generator's state must come back with the checkpoint."""
+    inputs = {"rows": rows, "base": tiny_reward_model}
+    config = {**CONFIG, "epochs": 2}
+    whole = make_job("reward_model", "whole", config=config, inputs=inputs)
+    reward_model.run(whole)
+    job = make_job("reward_model", "cut", config=config, inputs=inputs, checkpoint_every_steps=0)
+
+    class StopAtFourth:
+        calls = 0
+
+        def is_set(self) -> bool:
+            self.calls += 1
+            return self.calls >= 8
+
+    with pytest.raises(Interrupted):
+        reward_model.run(Job(**{**job.__dict__, "stop": StopAtFourth()}))
+    steps_done = len((job.output / "metrics.jsonl").read_text().splitlines())
+    assert 0 < steps_done < 10
+    reward_model.run(job)
+    assert (job.output / "model.safetensors").read_bytes() == (whole.output / "model.safetensors").read_bytes()
+
+
+def test_stops_below_the_floor(
+    tmp_path: Path, tiny_reward_model: Path, make_row: Any, write_rows: Any, make_job: Callable[..., Job]
+) -> None:
+    """Every pair is preferred both ways, so nothing is there to learn and no model is right more than half the time."""
+    made = [
+        make_row(f"Please {i}", [f"bake bread {i}", f"the sky {i}"][:: 1 if way else -1], split=split)
+        for i in range(8)
+        for way in (0, 1)
+        for split in ("train", "heldout")
+    ]
+    folder = write_rows(tmp_path / "both", made)
+    config = {**CONFIG, "epochs": 1, "min_accuracy": 0.6}
+    job = make_job("reward_model", "a", config=config, inputs={"rows": folder, "base": tiny_reward_model})
+    with pytest.raises(ValueError, match=r"accuracy is 0\.500 .* expected at least 0\.6; take more rows"):
+        reward_model.run(job)
+    assert not (job.output / "summary.json").exists()
+
+
+def test_no_heldout_pairs_is_an_error(
+    tmp_path: Path, tiny_reward_model: Path, make_row: Any, write_rows: Any, make_job: Callable[..., Job]
+) -> None:
+    folder = write_rows(tmp_path / "few", [make_row("One", ["a", "b"])])
+    job = make_job("reward_model", "a", config=CONFIG, inputs={"rows": folder, "base": tiny_reward_model})
+    with pytest.raises(ValueError, match="no pair of the heldout split is left"):
+        reward_model.run(job)
+
+
+def test_figures_by_hand() -> None:
+    assert share_of_wins(np.array([1.0, 0.0, 1.0, 2.0])) == 0.5  # a win, a tie, a loss
+    low, high = binomial_interval(60, 100)
+    assert (low, high) == (pytest.approx(0.49721, abs=1e-5), pytest.approx(0.69671, abs=1e-5))  # R: binom.test(60, 100)
+    assert binomial_interval(0, 10) == (0.0, pytest.approx(1 - 0.025 ** (1 / 10)))
+
+
+def test_accuracy_does_not_depend_on_the_batch(rows: Path, tiny_reward_model: Path) -> None:
+    config = RewardModelConfig.model_validate(CONFIG)
+    model, tokenizer = reward_model.load_base(tiny_reward_model, config, device=torch.device("cpu"))
+    renderer = reward_model.RewardRenderer(tokenizer, render=config.render, max_tokens=64)
+    pairs = reward_model.load_pairs(rows, renderer, split="heldout")
+    model.eval()
+    assert Runtime().microbatch_tokens > 1
+    assert measure_accuracy(model, pairs, budget=1) == measure_accuracy(model, pairs, budget=2048)

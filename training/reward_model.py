@@ -1,0 +1,209 @@
+"""The job reward_model: preferred and rejected responses in, a sequence-classification model with one label out.
+
+Trained by the same loop as the policy, with the objective bradley_terry. Its accuracy stands beside that of "the longer response
+wins": on several preference sets a small reward model is no better, and then it is not a reward.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import beta
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from training.config import RewardModelConfig, Runtime, Schedule
+from training.data.batch import pack_by_tokens
+from training.data.examples import Example
+from training.data.rows import read_rows
+from training.job import Job
+from training.loop import Settings, run_steps
+from training.model import check_context, check_model_folder, check_vocabulary, save_policy, start_torch
+from training.objectives.bradley_terry import BradleyTerry
+from training.reward.render import RewardInput, RewardRenderer
+from training.reward.scorer import compute_rewards, score_batch, set_pad_token
+from training.steps import Steps
+
+# B responses of a micro-batch
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The usable rows of a split; the first response of each is the preferred one."""
+
+    examples: list[Example]
+    num_chars: list[list[int]]  # of each example's responses, for the length baseline
+    dropped: Counter[str]
+
+
+def run(job: Job) -> None:
+    """Train and write the model folder, `metrics.jsonl` and `summary.json`. ValueError below the accuracy floor."""
+    config = RewardModelConfig.model_validate(job.config)
+    runtime = Runtime.model_validate(job.runtime)
+    device = start_torch(runtime)
+    started = time.monotonic()
+    model, tokenizer = load_base(job.inputs["base"], config, device=device)
+    renderer = RewardRenderer(tokenizer, render=config.render, max_tokens=config.max_tokens)
+    pairs = {split: load_pairs(job.inputs["rows"], renderer, split=split) for split in ("train", "heldout")}
+    steps = Steps(
+        pairs["train"].examples,
+        BradleyTerry(),
+        RewardForward(),
+        batch_prompts=config.batch_prompts,
+        epochs=config.epochs,
+        seed=config.seed,
+    )
+    identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
+    model.train()  # the base's own dropout, drawn from the run's seed
+    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity)
+    model.eval()
+    accuracy = measure_accuracy(model, pairs["heldout"], budget=runtime.microbatch_tokens)
+    check_accuracy(accuracy, config)
+    save_policy(model, tokenizer, job.output)
+    job.write_summary(
+        {
+            "steps": steps.num_steps,
+            "skipped_steps": progress.skipped,
+            "rows": len(pairs["train"].examples),
+            "rows_heldout": len(pairs["heldout"].examples),
+            "final_loss": progress.loss,
+            "tokens": progress.tokens,
+            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+            "dropout": max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0),
+            **accuracy,
+            **count_dropped(pairs),
+            "wall_seconds": round(time.monotonic() - started, 3),
+        }
+    )
+
+
+def load_base(folder: Path, config: RewardModelConfig, *, device: torch.device) -> tuple[Any, Any]:
+    """Return (model with one label, tokenizer) in float32; a head that the base lacks is drawn from the seed."""
+    check_model_folder(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    torch.manual_seed(config.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=1, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    check_vocabulary(model, tokenizer, folder)
+    set_pad_token(model, tokenizer, folder)
+    check_context(model, config.max_tokens)
+    return model.to(device), tokenizer
+
+
+class RewardForward:
+    """One value per sample: the reward."""
+
+    def length(self, sample: RewardInput) -> int:
+        """Return the tokens of prompt and response."""
+        return len(sample.ids)
+
+    def identity(self, sample: RewardInput) -> bytes:
+        """Return ids and segments."""
+        return repr((sample.ids, sample.segments)).encode()
+
+    def values(self, model: Any, samples: Sequence[RewardInput]) -> tuple[Tensor, int]:
+        """Return reward_B, float64, and the padded size."""
+        return compute_rewards(model, samples).double(), len(samples) * max(len(sample.ids) for sample in samples)
+
+
+def make_settings(config: RewardModelConfig) -> Settings:
+    """Return what the loop needs of a config: after warm-up the learning rate falls linearly."""
+    return Settings(
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        schedule=Schedule.linear,
+        warmup_fraction=config.warmup_fraction,
+        max_grad_norm=config.max_grad_norm,
+        precision=config.precision,
+        seed=config.seed,
+    )
+
+
+def load_pairs(rows: Path, renderer: RewardRenderer, *, split: str) -> Pairs:
+    """Return the rows of a split with a preferred response and at least one different other; ValueError where there are none."""
+    pairs = Pairs(examples=[], num_chars=[], dropped=Counter())
+    for batch in read_rows(rows, split=split):
+        for row in batch.to_pylist():
+            responses, preferred = row["responses"], row["preferred"]
+            if preferred is None:
+                pairs.dropped["no_preference"] += 1
+                continue
+            others = [k for k, text in enumerate(responses) if k != preferred and text != responses[preferred]]
+            if not others:
+                pairs.dropped["equal_responses"] += 1
+                continue
+            places = (preferred, *others)
+            texts = [responses[k] for k in places]
+            samples = renderer([row["prompt"]] * len(texts), texts)
+            pairs.examples.append(
+                Example(
+                    row_id=row["row_id"],
+                    samples=tuple(samples),
+                    places=places,
+                    num_responses=len(responses),
+                    num_tokens_K=np.array([len(sample.ids) for sample in samples]),
+                )
+            )
+            pairs.num_chars.append([len(text) for text in texts])
+    if not pairs.examples:
+        counts = (
+            ", ".join(f"{count} {reason}" for reason, count in sorted(pairs.dropped.items())) or "the split is empty"
+        )
+        raise ValueError(
+            f"rows folder {rows}: no pair of the {split} split is left ({counts}); expected rows with a preferred response; "
+            "add preferences, or change heldout_fraction"
+        )
+    return pairs
+
+
+def measure_accuracy(model: Any, pairs: Pairs, *, budget: int) -> dict[str, float]:
+    """Return the share of held-out prompts whose preferred response wins, with its 95 % interval, and the length baseline."""
+    samples = [sample for example in pairs.examples for sample in example.samples]
+    rewards = np.empty(len(samples))
+    for members in pack_by_tokens([len(sample.ids) for sample in samples], budget=budget):
+        rewards[members] = score_batch(model, [samples[n] for n in members]).numpy()
+    ends = np.cumsum([len(example.samples) for example in pairs.examples])[:-1]
+    wins = sum(share_of_wins(reward_K) for reward_K in np.split(rewards, ends))
+    count = len(pairs.examples)
+    low, high = binomial_interval(wins, count)
+    length_wins = sum(share_of_wins(np.array(chars, dtype=float)) for chars in pairs.num_chars)
+    return {
+        "accuracy": wins / count,
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "length_baseline_accuracy": length_wins / count,
+    }
+
+
+def share_of_wins(value_K: np.ndarray) -> float:
+    """Return the share of the others that the first value exceeds; ties count half."""
+    return float(((value_K[0] > value_K[1:]) + 0.5 * (value_K[0] == value_K[1:])).mean())
+
+
+def binomial_interval(wins: float, count: int) -> tuple[float, float]:
+    """Return the exact (Clopper-Pearson) 95 % interval of a share; a prompt is one trial, however many responses it has."""
+    low = float(beta.ppf(0.025, wins, count - wins + 1)) if wins > 0 else 0.0
+    high = float(beta.ppf(0.975, wins + 1, count - wins)) if wins < count else 1.0
+    return low, high
+
+
+def check_accuracy(accuracy: dict[str, float], config: RewardModelConfig) -> None:
+    """Raise ValueError below the floor: a reward that does not know the preferences would train the policy on noise."""
+    if accuracy["accuracy"] < config.min_accuracy:
+        raise ValueError(
+            f"reward model: held-out pairwise accuracy is {accuracy['accuracy']:.3f} (95 % interval {accuracy['accuracy_low']:.3f} "
+            f"to {accuracy['accuracy_high']:.3f}; the longer response wins {accuracy['length_baseline_accuracy']:.3f}); "
+            f"expected at least {config.min_accuracy}; take more rows, more epochs or a stronger base, or lower min_accuracy"
+        )
+
+
+def count_dropped(pairs: dict[str, Pairs]) -> dict[str, int]:
+    """Return the dropped rows of both splits by reason."""
+    total = sum((p.dropped for p in pairs.values()), Counter[str]())
+    return {"dropped": total.total()} | {f"dropped_{reason}": count for reason, count in sorted(total.items())}
