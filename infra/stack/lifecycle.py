@@ -28,7 +28,7 @@ from infra.stack.state import (
     write_private,
 )
 
-START_SECONDS = 120.0
+START_SECONDS = 300.0  # a busy machine; what crashes is told sooner, by LIVES
 STOP_SECONDS = 45.0
 CHECKPOINT_SECONDS = 65.0  # what a compute child may take to save its work, and a little
 LIVES = 3  # a service that died so often while starting will not start
