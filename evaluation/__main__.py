@@ -2,15 +2,18 @@
 
 import sys
 
-from training.job import Job, main
+from training.job import EXIT_USER_ERROR, Job, main
 
 
 def benchmark(job: Job) -> None:
-    """Run one benchmark; torch and lm-eval are imported only now."""
+    """Run one benchmark; its modules are imported only now."""
     from evaluation.benchmark import run
 
     run(job)
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.stderr.write("usage: python -m evaluation JOB.json [LIFELINE_FD]\n")
+        sys.exit(EXIT_USER_ERROR)
     sys.exit(main({"benchmark": benchmark}, sys.argv[1:]))

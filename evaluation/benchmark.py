@@ -5,10 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evaluation.config import BenchmarkConfig
-from evaluation.harness import evaluate
 from evaluation.mirror import missing_data
 from training.config import Runtime
 from training.job import Job, write_json
@@ -34,6 +31,10 @@ def run(job: Job) -> None:
             f"benchmark {config.name}: the mirror {mirror} lacks {len(missing)} files: {', '.join(missing)}; "
             "add their raw files and build the mirror again, or take the tasks out of the suite"
         )
+    import torch  # seconds, and only now that there is something to do
+
+    from evaluation.harness import evaluate
+
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     rows = evaluate(

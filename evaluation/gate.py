@@ -45,8 +45,7 @@ def decide(
             f"gate: no result of the guarded {', '.join(absent)}; got {sorted(pairs) or 'none'}; run it first"
         )
     guards = tuple(
-        compare_guard(name, *pairs[name], margin=margin, alpha=policy.alpha)
-        for name, margin in sorted(policy.margins.items())
+        compare_guard(name, *pairs[name], margin=margin, alpha=policy.alpha) for name, margin in policy.margins.items()
     )
     gains, levels = _pair_rewards(rewards_challenger, rewards_champion, prompts=prompts)
     target = compare_target(policy.target, gains, levels=levels, alpha=policy.alpha, min_gain=policy.min_target_gain)
@@ -168,7 +167,8 @@ def flag_guard(guard: GuardVerdict) -> list[str]:
     if guard.margin < guard.smallest_margin:
         flags.append(
             f"{guard.benchmark}: {guard.n} items at discordance {guard.discordance:.3f} can hold a margin of "
-            f"{guard.smallest_margin:.3f} or more; the policy's {guard.margin:.3f} would often hold back an equal model"
+            f"{100 * guard.smallest_margin:.1f} points or more; the policy's {100 * guard.margin:g} would often hold back "
+            "an equal model"
         )
     if guard.champion == 0 or guard.challenger == 0:
         who = (
@@ -233,33 +233,31 @@ def _test_continuous(difference_N: Scores, *, margin: float, alpha: float) -> di
 
 def _explain_guard(guard: GuardVerdict) -> str:
     numbers = (
-        f"{guard.champion:.3f} -> {guard.challenger:.3f} on {guard.n} items, difference {guard.difference:+.3f} "
-        f"[{guard.low:+.3f}, {guard.high:+.3f}] at {guard.confidence:.0%}"
+        f"{100 * guard.champion:.1f} → {100 * guard.challenger:.1f} on {guard.n} items, difference "
+        f"{100 * guard.difference:+.1f} [{100 * guard.low:+.1f}, {100 * guard.high:+.1f}] points at {guard.confidence:.0%}"
     )
+    margin = f"{100 * guard.margin:g} points"
     if guard.state is GuardState.non_inferior:
-        return f"{guard.benchmark}: not worse by {guard.margin:g} or more: {numbers}"
+        return f"{guard.benchmark}: not worse by {margin} or more: {numbers}"
     if guard.state is GuardState.inferior:
-        return f"{guard.benchmark}: shown worse than the margin of {guard.margin:g}: {numbers}"
+        return f"{guard.benchmark}: shown worse than the margin of {margin}: {numbers}"
     would = "no number of items at these rates would"
     if guard.items_to_decide is not None:
         would = f"about {guard.items_to_decide} items at these rates would"
-    return f"{guard.benchmark}: undecided against the margin of {guard.margin:g}: {numbers}; {would} decide it"
+    return f"{guard.benchmark}: undecided against the margin of {margin}: {numbers}; {would} decide it"
 
 
 def _explain_target(target: TargetVerdict) -> str:
     bound = f" above {target.min_gain:g}" if target.min_gain else ""
+    p_value = f"= {target.p_value:.2g}" if target.p_value >= 1e-4 else "< 0.0001"
     numbers = (
-        f"{target.champion:+.3f} -> {target.challenger:+.3f} over {target.n} prompts, gain {target.gain:+.3f} "
-        f"[{target.low:+.3f}, {target.high:+.3f}] at {target.confidence:.0%}, p = {target.p_value:.2g}"
+        f"{target.champion:.3f} → {target.challenger:.3f} over {target.n} prompts, gain {target.gain:+.3f} "
+        f"[{target.low:+.3f}, {target.high:+.3f}] at {target.confidence:.0%}, p {p_value}"
     )
     if target.superior:
         return f"{target.name}: a gain{bound} is shown: {numbers}"
-    if target.prompts_to_decide is None:
-        return (
-            f"{target.name}: a gain{bound} is not shown: {numbers}; no number of prompts at these rates would show it"
-        )
-    more = f"about {target.prompts_to_decide} prompts at these rates would show it"
-    return f"{target.name}: a gain{bound} is not shown: {numbers}; {more}"
+    would = "no number of prompts" if target.prompts_to_decide is None else f"about {target.prompts_to_decide} prompts"
+    return f"{target.name}: a gain{bound} is not shown: {numbers}; {would} at these rates would show it"
 
 
 def _pair_benchmarks(
@@ -293,8 +291,6 @@ def _pair_rewards(
 
 
 def _flag_limits(results: list[BenchmarkResult]) -> list[str]:
-    limited = [result for result in results if result.profile.get("limit") is not None]
-    return [
-        f"{result.benchmark}: limited to {result.profile['limit']} items per task; not the benchmark's full score"
-        for result in limited
-    ]
+    limits = {result.benchmark: result.profile.get("config", {}).get("limit") for result in results}
+    cut = ", ".join(f"{name} ({limit} items per task)" for name, limit in limits.items() if limit is not None)
+    return [f"limited, and so no full score: {cut}"] if cut else []

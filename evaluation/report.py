@@ -82,7 +82,13 @@ def render_report(data: ReportData) -> str:
     environment = Environment(
         loader=PackageLoader("evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"points": show_points, "number": show_number, "seconds": show_seconds, "pretty": show_json}
+    environment.filters |= {
+        "points": show_points,
+        "number": show_number,
+        "reward": show_reward,
+        "seconds": show_seconds,
+        "pretty": show_json,
+    }
     environment.tests["web"] = is_web
     return environment.get_template("report.html.j2").render(
         data=data,
@@ -167,6 +173,11 @@ def flatten(tree: Mapping[str, Any], *, without: str = "", path: str = "") -> It
 def show_points(score: float | None, *, sign: bool = False) -> str:
     """Return a score from 0 to 1 in points of 100, one decimal."""
     return "" if score is None else f"{100 * score:{'+' if sign else ''}.1f}".replace("-", "−")
+
+
+def show_reward(reward: float, *, sign: bool = False) -> str:
+    """Return a reward with three decimals."""
+    return f"{reward:{'+' if sign else ''}.3f}".replace("-", "−")
 
 
 def show_number(value: Any, *, sign: bool = False) -> str:

@@ -71,9 +71,15 @@ def plot_guards(guards: Sequence[GuardVerdict]) -> Figure:
         "hovertext": [f"{label(guard.benchmark)}: margin {100 * guard.margin:g} points" for guard in guards],
         "hoverinfo": "text",
     }
-    layout = _layout(height=130 + 52 * len(guards), x="challenger minus champion, points")
+    layout = _layout(height=130 + 52 * len(guards), x="challenger minus champion, points", legend=True)
     layout["xaxis"] |= {"zeroline": True, "zerolinewidth": 2}
-    layout["yaxis"] |= {"type": "category", "categoryarray": names[::-1], "automargin": True, "showgrid": False}
+    layout["yaxis"] |= {
+        "type": "category",
+        "dtick": 1,
+        "categoryarray": names[::-1],
+        "automargin": True,
+        "showgrid": False,
+    }
     return {"data": [*traces, margins], "layout": layout}
 
 
@@ -84,7 +90,7 @@ def plot_rewards(champion: Sequence[float], challenger: Sequence[float]) -> Figu
         _bars(_count(values, edges), edges, name=name, colour=colour) | {"opacity": 0.62}
         for name, values, colour in (("champion", champion, CHAMPION), ("challenger", challenger, CHALLENGER))
     ]
-    layout = _layout(height=300, x="held-out reward", y="prompts") | {"barmode": "overlay", "bargap": 0.04}
+    layout = _layout(height=300, x="held-out reward", y="prompts", legend=True) | {"barmode": "overlay", "bargap": 0.04}
     return {"data": traces, "layout": layout}
 
 
@@ -94,9 +100,8 @@ def plot_gains(gains: Sequence[float], target: TargetVerdict) -> Figure:
     bars = _bars(_count(gains, edges), edges, name="prompts", colour=CHALLENGER)
     layout = _layout(height=300, x="gain in reward on the same prompt", y="prompts") | {
         "bargap": 0.04,
-        "showlegend": False,
         "shapes": [
-            _band(target.low, target.high),
+            _band(target.low, target.high, colour=GOOD if target.superior else OPEN),
             _line(0.0, dash="solid", colour=CHAMPION),
             _line(target.gain, dash="dash", colour=GOOD if target.superior else OPEN),
         ],
@@ -118,7 +123,7 @@ def plot_curve(lines: Sequence[Mapping[str, float]], *, metric: str, title: str)
         "marker": {"size": 5},
         "hovertemplate": "step %{x}: %{y:.4g}<extra></extra>",
     }
-    return {"data": [trace], "layout": _layout(height=260, x="optimiser step", y=title) | {"showlegend": False}}
+    return {"data": [trace], "layout": _layout(height=260, x="optimiser step", y=title)}
 
 
 def plot_weights(weights: Sequence[float]) -> Figure:
@@ -126,7 +131,7 @@ def plot_weights(weights: Sequence[float]) -> Figure:
     edges = _edges(weights)
     bars = _bars(_count(weights, edges), edges, name="responses", colour=CHALLENGER)
     layout = _layout(height=260, x="weight of a response (1: as in plain fine-tuning)", y="responses")
-    layout |= {"bargap": 0.04, "showlegend": False, "shapes": [_line(1.0, dash="dash", colour=CHAMPION)]}
+    layout |= {"bargap": 0.04, "shapes": [_line(1.0, dash="dash", colour=CHAMPION)]}
     return {"data": [bars], "layout": layout}
 
 
@@ -143,8 +148,8 @@ def plot_counts(counts: Mapping[str, float], *, x: str, colour: str = CHALLENGER
         "textposition": "auto",
         "hoverinfo": "none",
     }
-    layout = _layout(height=90 + 34 * len(ordered), x=x) | {"showlegend": False, "bargap": 0.35}
-    layout["yaxis"] |= {"type": "category", "automargin": True, "showgrid": False}
+    layout = _layout(height=90 + 34 * len(ordered), x=x) | {"bargap": 0.35}
+    _bar_axes(layout)
     return {"data": [bars], "layout": layout}
 
 
@@ -161,9 +166,9 @@ def plot_accuracy(accuracy: float, baseline: float) -> Figure:
         "textposition": "auto",
         "hoverinfo": "none",
     }
-    layout = _layout(height=190, x="held-out pairs ranked right, %") | {"showlegend": False, "bargap": 0.35}
+    layout = _layout(height=190, x="held-out pairs ranked right, %") | {"bargap": 0.35}
+    _bar_axes(layout)
     layout["xaxis"] |= {"range": [0, 100]}
-    layout["yaxis"] |= {"automargin": True, "showgrid": False}
     layout["shapes"] = [_line(50.0, dash="dot", colour=CHAMPION)]
     return {"data": [bars], "layout": layout}
 
@@ -190,23 +195,40 @@ def plot_cost(steps: Sequence[tuple[str, float, bool]]) -> Figure:
                     "hoverinfo": "text",
                 }
             )
-    layout = _layout(height=130 + 26 * len(steps), x="seconds") | {"barmode": "overlay", "bargap": 0.3}
-    layout["yaxis"] |= {"type": "category", "categoryarray": titles[::-1], "automargin": True, "showgrid": False}
+    layout = _layout(height=130 + 26 * len(steps), x="seconds", legend=True) | {"barmode": "overlay", "bargap": 0.3}
+    _bar_axes(layout)
+    layout["yaxis"] |= {"categoryarray": titles[::-1]}
     return {"data": traces, "layout": layout}
 
 
-def _layout(*, height: int, x: str, y: str = "") -> dict[str, Any]:
-    axis = {"zeroline": False, "fixedrange": True, "automargin": True, "ticks": "", "showline": False}
+def _bar_axes(layout: dict[str, Any]) -> None:
+    """Give horizontal bars a name each, and few enough ticks for a narrow screen."""
+    layout["xaxis"] |= {"nticks": 4}
+    layout["yaxis"] |= {"type": "category", "dtick": 1, "automargin": True, "showgrid": False}
+
+
+def _layout(*, height: int, x: str, y: str = "", legend: bool = False) -> dict[str, Any]:
+    title = {"font": {"size": 13}}
+    # Invisible ticks keep the labels off the marks.
+    ticks = {"ticks": "outside", "ticklen": 6, "tickcolor": "rgba(0,0,0,0)"}
+    axis = {
+        "zeroline": False,
+        "fixedrange": True,
+        "automargin": True,
+        "showline": False,
+        "tickangle": 0,
+        "nticks": 8,
+    } | ticks
     return {
         "height": height,
-        "margin": {"l": 8, "r": 16, "t": 36, "b": 8},
+        "margin": {"l": 8, "r": 16, "t": 36 if legend else 10, "b": 8},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": FONT, "size": 13},
-        "xaxis": axis | {"title": {"text": x}},
-        "yaxis": axis | ({"title": {"text": y}} if y else {}),
+        "xaxis": axis | {"title": title | {"text": x}},
+        "yaxis": axis | ({"title": title | {"text": y}} if y else {}),
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"},
-        "showlegend": True,
+        "showlegend": legend,
         "dragmode": False,
         "hoverlabel": {"bgcolor": "#20262d", "bordercolor": "#20262d", "font": {"color": "#ffffff"}, "align": "left"},
     }
@@ -244,7 +266,7 @@ def _line(x: float, *, dash: str, colour: str) -> dict[str, Any]:
     return {"type": "line", "xref": "x", "yref": "paper", **ends, "line": {"color": colour, "width": 2, "dash": dash}}
 
 
-def _band(low: float, high: float) -> dict[str, Any]:
+def _band(low: float, high: float, *, colour: str) -> dict[str, Any]:
     ends = {"x0": low, "x1": high, "y0": 0, "y1": 1}
     band = {"type": "rect", "xref": "x", "yref": "paper", **ends, "line": {"width": 0}, "layer": "below"}
-    return band | {"fillcolor": "rgba(46,158,91,0.22)"}
+    return band | {"fillcolor": colour, "opacity": 0.25}

@@ -42,6 +42,8 @@ class Execution:
         self.tracking = Tracking(settings.mlflow_tracking_uri)
         self.refs: dict[str, ArtifactRef] = {}
         self.done: list[Planned] = []
+        self._shown: Metrics = {}
+        self._tagged: dict[str, str] = {}
         self.prefect_run = str(flow_run.id or "")
         self.config, self.experiment_name = dict(config), experiment
         self.parent: Run
@@ -58,6 +60,7 @@ class Execution:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._show()
         self._finish(self.parent, kind)
 
     @property
@@ -184,13 +187,27 @@ class Execution:
         return folders
 
     def _mirror(self, planned: Planned, ref: ArtifactRef) -> None:
-        """Show a step's figures on the parent run too, where runs are compared; a cached step links to its run."""
-        prefix = "champion/" if planned.label == "champion" else ""
+        """Show a step's figures on the parent run too, where runs are compared; a cached step links to its run.
+
+        What cached steps have to say goes in one request, since there may be nothing else to wait for.
+        """
+        prefix = "champion/" if planned.label.endswith("champion") else ""
         metrics = {f"{prefix}{name}": value for name, value in ref.record.summary["metrics"].items()}
         metrics[f"cost/{planned.key}_seconds"] = ref.record.cost["wall_seconds"]
+        self._shown |= metrics
         state = "cached" if ref.cached else "computed"
-        tag = f"{state} {ref.name} run {ref.record.mlflow_run}"
-        self.tracking.log(self.parent.id, metrics=points(metrics), tags={f"step.{planned.key}": tag})
+        self._tagged[f"step.{planned.key}"] = f"{state} {ref.name} run {ref.record.mlflow_run}"
+        if not ref.cached:
+            self._show()
+
+    def _show(self) -> None:
+        """Send what `_mirror` gathered; a server that is away costs the mirror, not the run."""
+        try:
+            self.tracking.log(self.parent.id, metrics=points(self._shown), tags=self._tagged)
+        except TrackingError as error:
+            get_run_logger().warning("the parent run shows less than was done: %s", error)
+            return
+        self._shown, self._tagged = {}, {}
 
     def _tags(self, planned: Planned | None = None) -> dict[str, str]:
         facts = provenance.describe()

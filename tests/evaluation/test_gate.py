@@ -88,7 +88,7 @@ def test_rejects_a_guard_shown_worse_than_its_margin_whatever_the_target() -> No
     verdict = judge(flip(1000, right=500, won=5, lost=120), gain=5.0)
     assert verdict.decision is Decision.reject
     assert verdict.guards[0].state is GuardState.inferior
-    assert "mmlu: shown worse than the margin of 0.05: 0.500 -> 0.385 on 1000 items" in verdict.reasons[0]
+    assert "mmlu: shown worse than the margin of 5 points: 50.0 → 38.5 on 1000 items" in verdict.reasons[0]
 
 
 def test_holds_an_undecided_guard_and_says_how_many_items_would_decide() -> None:
@@ -186,13 +186,15 @@ def test_rows_of_one_prompt_count_once() -> None:
 
 def test_flags_margins_that_n_cannot_hold_and_zero_scores() -> None:
     verdict = judge(flip(8, right=0, won=0, lost=0))
-    assert any("8 items at discordance 0.000 can hold a margin of 0.411 or more" in flag for flag in verdict.flags)
+    assert any(
+        "8 items at discordance 0.000 can hold a margin of 41.1 points or more" in flag for flag in verdict.flags
+    )
     assert any("both models scored 0 on all 8 items" in flag for flag in verdict.flags)
     assert verdict.decision is Decision.hold
 
 
 def test_flags_limits_and_unguarded_benchmarks() -> None:
-    limited = PROFILE | {"limit": 40}
+    limited = PROFILE | {"config": {"limit": 40}}
     ours, theirs = rewards(0.5)
     verdict = decide(
         GatePolicy(margins={}),
@@ -203,7 +205,7 @@ def test_flags_limits_and_unguarded_benchmarks() -> None:
         same_model=False,
     )
     assert any("bbh was measured and is not guarded" in flag for flag in verdict.flags)
-    assert any("limited to 40 items" in flag for flag in verdict.flags)
+    assert any("limited, and so no full score: bbh (40 items per task)" in flag for flag in verdict.flags)
 
 
 def test_partial_credit_takes_a_paired_t_interval() -> None:

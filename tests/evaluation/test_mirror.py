@@ -91,11 +91,13 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_all_that_a_suite_lacks_is_listed_at_once(mirror: Path) -> None:
     present = benchmark("mmlu_anatomy", "mmlu_virology", "gsm8k", "humaneval", "bbh_cot_fewshot_navigate")
     assert missing_data(mirror, [present]) == []
-    assert missing_data(mirror, [benchmark("mmlu_astronomy"), benchmark("bbh_cot_fewshot_snarks", "mmlu_anatomie")]) == [
+    assert missing_data(
+        mirror, [benchmark("mmlu_astronomy"), benchmark("bbh_cot_fewshot_snarks", "mmlu_anatomie")]
+    ) == [
         "SaylorTwift/bbh/snarks/test.parquet",
         "cais/mmlu/astronomy/dev.parquet",
         "cais/mmlu/astronomy/test.parquet",
-        "data of task 'mmlu_anatomie', which no mirror holds (nearest: mmlu_anatomy, mmlu_astronomy)",
+        "data of task 'mmlu_anatomie', which no mirror holds (nearest: mmlu_anatomy, mmlu_astronomy, mmlu_management)",
     ]
     assert len(missing_data(mirror, [benchmark("mmlu")])) == 2 * (57 - 2)
     assert len(missing_data(mirror, [benchmark("bbh_cot_fewshot")])) == 27 - 2

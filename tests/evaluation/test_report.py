@@ -136,7 +136,7 @@ def test_says_the_verdict_first_and_why(page: Page) -> None:
 def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None:
     assert "49.5 ± 2.5" in page.text and "50.0 ± 2.5" in page.text
     assert "−0.5" in page.text  # difference in points
-    assert "1 computed in this run in 3 min 5 s, 1 found done" in page.text
+    assert "1 computed in this run, 3 min 5 s of work, 1 found done" in page.text
     hrefs = [attributes.get("href") for tag, attributes in page.tags if tag == "a"]
     assert "#step-" + "a" * 16 in hrefs and "http://127.0.0.1:5000/#/runs/1" in hrefs
     assert set(page.charts) == {
