@@ -1,0 +1,65 @@
+"""The report in a real Chromium: every chart is drawn, nothing is fetched, nothing a model wrote runs."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evaluation.gate import compare_target
+from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
+from evaluation.verdict import Decision, Verdict
+
+ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+
+
+def write_page(folder: Path) -> Path:
+    gain_P = np.random.default_rng(0).normal(0.4, 1.0, 60)
+    target = compare_target("heldout_reward", gain_P, levels=(0.4, 0.0), alpha=0.05, min_gain=0.0)
+    verdict = Verdict(
+        decision=Decision.promote, reasons=(ATTACK,), flags=(), guards=(), target=target, same_model=False, alpha=0.05
+    )
+    data = ReportData(
+        title=f"a run {ATTACK}",
+        recipe="demo",
+        verdict=verdict,
+        rewards=tuple(RewardPair(champion=0.0, challenger=float(gain)) for gain in gain_P),
+        samples=(SampleAnswer(prompt=ATTACK, champion=ATTACK, challenger=ATTACK),),
+        data={"rows": 5, "quarantined_by_reason": {ATTACK: 3}},
+        reward_model={"accuracy": 0.7, "length_baseline_accuracy": 0.6},
+        steps=(StepRow(step="train", label=ATTACK, fingerprint="a" * 64, cached=False, seconds=3.0, inputs={}),),
+    )
+    (folder / "report.html").write_text(render_report(data))
+    return folder / "report.html"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_draws_offline_and_runs_nothing_foreign(tmp_path: Path, scheme: Any, width: int) -> None:
+    from playwright.sync_api import sync_playwright
+
+    chromium = shutil.which("chromium")
+    assert chromium, "the browser tests need Debian's chromium: apt-get install -y chromium"
+    path, said, asked = write_page(tmp_path), [], []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        page = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}).new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        page.wait_for_function("[...document.querySelectorAll('.chart')].every((c) => c.querySelector('svg.main-svg'))")
+        drawn = page.locator(".chart").evaluate_all("nodes => nodes.map((node) => node.dataset.chart)")
+        wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
+        title = page.title()
+        browser.close()
+    assert said == [] and asked == [path.as_uri()]
+    assert set(drawn) == {"rewards", "gains", "accuracy", "quarantine", "cost"}
+    assert title.startswith("PROMOTE · a run </script>")  # shown, not run
+    assert not wide
