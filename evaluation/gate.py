@@ -19,6 +19,8 @@ from evaluation.verdict import Decision, GuardState, GuardVerdict, TargetVerdict
 from training.job import write_json
 
 BOOTSTRAP_SEED = 20_241_105  # fixed, so that equal inputs give the equal verdict
+FEW_ITEMS = 50  # by enumeration, the score test's error rate at alpha 0.05 is 0.06 at most from here up (docs/gate.md)
+TANGO = "Tango score interval"
 Scores = NDArray[np.float64]
 
 
@@ -177,6 +179,8 @@ def flag_guard(guard: GuardVerdict) -> list[str]:
         flags.append(
             f"{guard.benchmark}: {who} scored 0 on all {guard.n} items; look at the samples before believing it"
         )
+    if guard.n < FEW_ITEMS and guard.method == TANGO:
+        flags.append(f"{guard.benchmark}: {guard.n} items are few; the test can err in 9 % of cases where 5 % is asked")
     if guard.discordance == 0:
         flags.append(f"{guard.benchmark}: both models score alike on every one of {guard.n} items")
     return flags
@@ -208,7 +212,7 @@ def _test_binary(won: int, lost: int, *, n: int, margin: float, alpha: float) ->
         "critical": float(stats.norm.ppf(1 - alpha)),
         "low": low,
         "high": high,
-        "method": "Tango score interval",
+        "method": TANGO,
         "p_difference": 2 * min(p_one_sided, 1 - p_one_sided),
         "detectable_difference": statistics.detectable_difference(n, discordance=discordance, alpha=alpha),
         "smallest_margin": statistics.smallest_margin(n, discordance=discordance, alpha=alpha),

@@ -190,6 +190,7 @@ def test_flags_margins_that_n_cannot_hold_and_zero_scores() -> None:
         "8 items at discordance 0.000 can hold a margin of 41.1 points or more" in flag for flag in verdict.flags
     )
     assert any("both models scored 0 on all 8 items" in flag for flag in verdict.flags)
+    assert any("8 items are few" in flag for flag in verdict.flags)
     assert verdict.decision is Decision.hold
 
 

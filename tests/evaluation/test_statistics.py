@@ -161,15 +161,13 @@ def test_detectable_difference_of_the_four_benchmarks(n: int, points: float) -> 
 def test_detectable_difference_has_its_power_by_enumeration() -> None:
     n, psi, alpha = 400, 0.1, 0.05
     delta = statistics.detectable_difference(n, discordance=psi, alpha=alpha)
+    discordant = np.arange(n + 1)
     power = 0.0
-    for won in range(n + 1):
-        for lost in range(min(n - won, 60) + 1):
-            if won > 90:
-                continue
-            if statistics.mcnemar_midp(won, lost) <= alpha if won + lost else False:
-                power += stats.multinomial.pmf(
-                    [won, lost, n - won - lost], n, [(psi + delta) / 2, (psi - delta) / 2, 1 - psi]
-                )
+    for count, chance in zip(discordant, stats.binom.pmf(discordant, n, psi), strict=True):
+        if chance > 1e-9:
+            won = np.arange(count + 1)
+            shown = [statistics.mcnemar_midp(int(w), int(count - w)) <= alpha for w in won]
+            power += chance * float(stats.binom.pmf(won, count, (1 + delta / psi) / 2)[shown].sum())
     assert power == pytest.approx(0.8, abs=0.02)
 
 
@@ -200,17 +198,41 @@ def test_items_to_decide_do_decide() -> None:
     assert statistics.items_to_decide(0.0, n=n, alpha=0.05) is None
 
 
-@pytest.mark.parametrize("margin", [0.05, 0.1])
-def test_guard_at_its_margin_passes_no_more_often_than_alpha(margin: float) -> None:
-    """The size of the non-inferiority test by enumeration at n = 164: the true difference is minus the margin."""
-    n, psi, alpha = 164, 0.14, 0.05
-    p_won, p_lost = (psi - margin) / 2, (psi + margin) / 2
-    size = 0.0
-    for won in range(40):
-        for lost in range(60):
-            if statistics.score_statistic(won, lost, n=n, difference=-margin) > stats.norm.ppf(1 - alpha):
-                size += stats.multinomial.pmf([won, lost, n - won - lost], n, [p_won, p_lost, 1 - psi])
-    assert size <= 0.06
+def passing_rate(n: int, *, margin: float, difference: float, discordance: float) -> float:
+    """Return how often a guard passes, by adding up every outcome."""
+    p_won, p_lost = (discordance + difference) / 2, (discordance - difference) / 2
+    won, lost = (axis.ravel() for axis in np.meshgrid(np.arange(n + 1), np.arange(n + 1)))
+    counts = np.stack([won, lost, n - won - lost], axis=1)[won + lost <= n]
+    chance = stats.multinomial.pmf(counts, n, [p_won, p_lost, 1 - discordance])
+    z = stats.norm.ppf(0.95)
+    likely = chance > 1e-9
+    return sum(
+        float(p)
+        for (w, x, _), p in zip(counts[likely].tolist(), chance[likely], strict=True)
+        if statistics.score_statistic(w, x, n=n, difference=-margin) > z
+    )
+
+
+@pytest.mark.parametrize(("n", "bound"), [(10, 0.09), (50, 0.06), (164, 0.06)])
+@pytest.mark.parametrize("margin", [0.05, 0.1, 0.35])
+@pytest.mark.parametrize("extra", [0.0, 0.1, 0.4])
+def test_guard_at_its_margin_passes_about_as_often_as_alpha(n: int, bound: float, margin: float, extra: float) -> None:
+    assert passing_rate(n, margin=margin, difference=-margin, discordance=margin + extra) <= bound
+
+
+@pytest.mark.parametrize(
+    ("n", "margin", "passes"), [(36, 0.25, 0.99), (10, 0.45, 0.94), (8, 0.45, 0.94), (16, 0.35, 0.97)]
+)
+def test_equal_models_pass_the_margins_that_small_demos_are_advised(n: int, margin: float, passes: float) -> None:
+    assert passing_rate(n, margin=margin, difference=0.0, discordance=0.1) >= passes
+
+
+def test_smallest_margin_lets_equal_models_pass_at_a_real_size() -> None:
+    margin = statistics.smallest_margin(1319, discordance=0.1, alpha=0.05)
+    z = stats.norm.ppf(0.95)
+    draws = np.random.default_rng(0).multinomial(1319, [0.05, 0.05, 0.9], size=4000)
+    passed = [statistics.score_statistic(int(w), int(x), n=1319, difference=-margin) > z for w, x, _ in draws]
+    assert np.mean(passed) == pytest.approx(0.95, abs=0.012)
 
 
 @pytest.mark.parametrize(
