@@ -1,0 +1,249 @@
+"""Generation: the policy's own distribution, the same answers in any batch, resumed after a kill, nothing dropped silently."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList
+
+from training import generate
+from training.config import Device, GenerateConfig, Precision
+from training.data.schema import SCHEMA
+from training.job import Job
+from training.model import load_policy, resolve_device
+from training.render import render_prompt
+from training.sampling import InverseCdf, cut_at_stop, draw_noise, find_stop_ids, generate_batch
+
+CONFIG = {"split": "heldout", "max_new_tokens": 24, "max_prompt_tokens": 100}
+
+
+@pytest.fixture
+def rows(tmp_path: Path, make_row: Callable[..., dict[str, Any]], write_rows: Callable[..., Path]) -> Path:
+    """Write 16 held-out prompts of many lengths between others."""
+    made = [make_row(f"{'why ' * (n % 9)}{n}?", ["A", "B"], split="train" if n % 2 else "heldout") for n in range(32)]
+    return write_rows(tmp_path / "rows", made)
+
+
+def run(
+    make_job: Callable[..., Job], folder: str, *, inputs: dict[str, Path], tokens: int = 2048, **changes: Any
+) -> Job:
+    job = make_job("generate", folder, config=CONFIG | changes, inputs=inputs, microbatch_tokens=tokens)
+    generate.run(job)
+    return job
+
+
+def read(job: Job) -> list[dict[str, Any]]:
+    return pq.read_table(job.output / "responses.parquet").to_pylist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_the_batch_does_not_change_an_answer(tiny_policy: Path, temperature: float) -> None:
+    """Greedy or sampled, token by token: alone, two together, eight together."""
+    config = GenerateConfig(max_new_tokens=32, temperature=temperature, seed=3)
+    model, tokenizer = load_policy(tiny_policy, precision=Precision.float32, device=resolve_device(Device.cpu))
+    stop_ids = find_stop_ids(model, tokenizer)
+    prompts = [render_prompt(tokenizer, [{"role": "user", "content": "why " * n + "?"}]) for n in range(8)]
+    noise_BS = np.stack([draw_noise(f"{n:032x}", 0, config=config) for n in range(8)])
+
+    def answer(size: int) -> list[list[int]]:
+        spans = [slice(begin, begin + size) for begin in range(0, 8, size)]
+        batches = [
+            generate_batch(model, prompts[s], noise_BS=noise_BS[s], stop_ids=stop_ids, config=config) for s in spans
+        ]
+        return [tokens for batch in batches for tokens in batch]
+
+    assert answer(1) == answer(2) == answer(8)
+    assert len({tuple(tokens) for tokens in answer(8)}) > 1
+
+
+def test_greedy_is_the_argmax_of_the_plain_model(tiny_policy: Path) -> None:
+    config = GenerateConfig(max_new_tokens=12, temperature=0)
+    model, tokenizer = load_policy(tiny_policy, precision=Precision.float32, device=resolve_device(Device.cpu))
+    plain = LlamaForCausalLM.from_pretrained(tiny_policy)
+    prompt = render_prompt(tokenizer, [{"role": "user", "content": "Please explain"}])
+    longer = render_prompt(tokenizer, [{"role": "user", "content": "Please explain why the sky is blue."}])
+    stop_ids = find_stop_ids(model, tokenizer)
+    got, _ = generate_batch(model, [prompt, longer], noise_BS=np.zeros((2, 12)), stop_ids=stop_ids, config=config)
+    ids = list(prompt)
+    with torch.no_grad():
+        for token in got:
+            assert plain(torch.tensor([ids])).logits[0, -1].argmax().item() == token
+            ids.append(token)
+
+
+def test_the_models_own_settings_do_not_leak_in(tiny_policy: Path) -> None:
+    """Folders of published models carry such settings; every one of them changes the distribution."""
+    config = GenerateConfig(max_new_tokens=16, temperature=1.0)
+    model, tokenizer = load_policy(tiny_policy, precision=Precision.float32, device=resolve_device(Device.cpu))
+    prompt = [render_prompt(tokenizer, [{"role": "user", "content": "Hi"}])]
+    noise_BS = draw_noise("ab" * 16, 0, config=config)[None]
+    stop_ids = find_stop_ids(model, tokenizer)
+    clean = generate_batch(model, prompt, noise_BS=noise_BS, stop_ids=stop_ids, config=config)
+    for name, value in {
+        "do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 5.0, "min_new_tokens": 16,
+        "no_repeat_ngram_size": 1, "num_beams": 3,
+    }.items():  # fmt: skip
+        setattr(model.generation_config, name, value)
+    assert generate_batch(model, prompt, noise_BS=noise_BS, stop_ids=stop_ids, config=config) == clean
+
+
+def draw(scores: list[float], uniforms: np.ndarray, **changes: Any) -> np.ndarray:
+    """Return the tokens drawn at these places of one distribution."""
+    config = GenerateConfig(max_new_tokens=1, **changes)
+    noise_BS = torch.from_numpy(uniforms)[:, None]
+    scores_BV = torch.tensor([scores] * len(uniforms))
+    chosen = LogitsProcessorList([InverseCdf(noise_BS, config=config)])(torch.zeros(len(uniforms), 1).long(), scores_BV)
+    return chosen.argmax(-1).numpy()
+
+
+def test_a_token_is_drawn_where_the_number_falls() -> None:
+    scores = np.log([0.5, 0.25, 0.125, 0.125]).tolist()
+    places = np.array([0.0, 0.49, 0.51, 0.74, 0.76, 0.86, 0.88, 1 - 2**-53])
+    assert draw(scores, places).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert draw(scores, places, top_k=2).tolist() == [0, 0, 0, 1, 1, 1, 1, 1]  # 2/3 and 1/3
+    assert draw(scores, places, top_p=0.5).tolist() == [0] * 8
+    # temperature 1/2 squares the odds: 16 : 4 : 1 : 1
+    assert draw(scores, places, temperature=0.5).tolist() == [0, 0, 0, 1, 1, 1, 1, 3]
+    assert draw([-np.inf, 0.0, -np.inf], np.array([0.0, 0.5, 1 - 2**-53])).tolist() == [1, 1, 1]
+
+
+def test_samples_have_the_policys_frequencies() -> None:
+    probabilities = np.array([0.4, 0.3, 0.2, 0.1])
+    config = GenerateConfig(max_new_tokens=1)
+    uniforms = np.array([draw_noise(f"{n:032x}", k, config=config)[0] for n in range(2000) for k in range(2)])
+    counts = np.bincount(draw(np.log(probabilities).tolist(), uniforms), minlength=4)
+    chi_squared = ((counts - 4000 * probabilities) ** 2 / (4000 * probabilities)).sum()
+    assert chi_squared < 16.3  # the 99.9 % quantile with 3 degrees of freedom
+
+
+def test_noise_belongs_to_seed_row_and_sample() -> None:
+    config, other = GenerateConfig(seed=1), GenerateConfig(seed=2)
+    base = draw_noise("0a" * 16, 0, config=config)
+    assert np.array_equal(base, draw_noise("0a" * 16, 0, config=config))
+    for changed in (
+        draw_noise("0b" * 16, 0, config=config),
+        draw_noise("0a" * 16, 1, config=config),
+        draw_noise("0a" * 16, 0, config=other),
+    ):
+        assert not np.isclose(base, changed).any()
+
+
+def test_rows_keep_their_ids_and_stand_in_the_schema(
+    rows: Path, tiny_policy: Path, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "WINDOW_PROMPTS", 5)
+    job = run(make_job, "a", inputs={"rows": rows, "policy": tiny_policy}, samples_per_prompt=3, seed=5)
+    source = [row for row in pq.read_table(rows / "rows.parquet").to_pylist() if row["split"] == "heldout"]
+    assert pq.read_schema(job.output / "responses.parquet").equals(SCHEMA)
+    got = read(job)
+    for name in ("row_id", "split", "prompt", "line"):
+        assert [row[name] for row in got] == [row[name] for row in source]
+    assert {row["source"] for row in got} == {tiny_policy.name} and {row["preferred"] for row in got} == {None}
+    assert all(len(row["responses"]) == len(row["truncated"]) == 3 for row in got)
+    assert any(len(set(row["responses"])) > 1 for row in got)
+    summary = json.loads((job.output / "summary.json").read_text())
+    flags = [flag for row in got for flag in row["truncated"]]
+    assert summary["prompts"] == 16 and summary["responses"] == 48 and summary["dropped"] == 0
+    assert summary["truncated_share"] == pytest.approx(np.mean(flags))
+    other = run(make_job, "b", inputs={"rows": rows, "policy": tiny_policy}, samples_per_prompt=3, seed=5, tokens=1)
+    assert read(other) == got  # one at a time
+
+
+def test_truncated_means_that_no_stop_token_came(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
+    job = run(make_job, "t", inputs={"rows": rows, "policy": tiny_policy}, samples_per_prompt=3, max_new_tokens=90)
+    got = [row for path in sorted((job.work / "parts").iterdir()) for row in pq.read_table(path).to_pylist()]
+    flags = [(cut, n) for row in got for cut, n in zip(row["truncated"], row["num_tokens"], strict=True)]
+    assert {cut for cut, _ in flags} == {True, False}  # a random policy stops at one token in 384
+    assert all(n == 90 for cut, n in flags if cut) and min(n for cut, n in flags if not cut) < 90
+    assert not any("<|im_end|>" in response for row in got for response in row["responses"])
+
+
+def test_empty_answers_are_kept_and_counted(
+    rows: Path, tiny_policy: Path, make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    folder = tmp_path / "silent"
+    AutoTokenizer.from_pretrained(tiny_policy).save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(tiny_policy)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # all logits equal: greedy takes id 0, the BOS, which is no text
+    model.save_pretrained(folder)
+    job = run(make_job, "silent", inputs={"rows": rows, "policy": folder}, temperature=0, max_new_tokens=4)
+    assert [row["responses"] for row in read(job)] == [[""]] * 16
+    assert [row["truncated"] for row in read(job)] == [[True]] * 16
+    assert json.loads((job.output / "summary.json").read_text())["empty_responses"] == 16
+
+
+def test_an_answer_ends_with_its_first_stop_token() -> None:
+    assert cut_at_stop([5, 6, 1, 2, 2], [1, 2]) == [5, 6, 1]
+    assert cut_at_stop([1, 2], [1, 2]) == [1]
+    assert cut_at_stop([5, 6], [1, 2]) == [5, 6]
+
+
+def test_a_limit_takes_the_first_row_ids(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
+    job = run(make_job, "limit", inputs={"rows": rows, "policy": tiny_policy}, limit=3)
+    ids = sorted(row["row_id"] for row in pq.read_table(rows / "rows.parquet").to_pylist() if row["split"] == "heldout")
+    assert sorted(row["row_id"] for row in read(job)) == ids[:3]
+
+
+def test_long_prompts_are_dropped_and_named(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    source = [row for row in pq.read_table(rows / "rows.parquet").to_pylist() if row["split"] == "heldout"]
+    lengths = {row["row_id"]: len(render_prompt(tokenizer, row["prompt"])) for row in source}
+    cap = sorted(lengths.values())[len(lengths) // 2]
+    job = run(make_job, "long", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=cap)
+    dropped = [json.loads(line)["row_id"] for line in (job.output / "dropped.jsonl").read_text().splitlines()]
+    assert sorted(dropped) == sorted(row_id for row_id, length in lengths.items() if length > cap) != []
+    assert sorted(dropped + [row["row_id"] for row in read(job)]) == sorted(lengths)
+    assert json.loads((job.output / "summary.json").read_text())["dropped"] == len(dropped)
+    with pytest.raises(ValueError, match="all 16 prompts of the heldout split have more than 8 tokens"):
+        run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=8)
+    with pytest.raises(ValueError, match="context of 1024 tokens"):
+        run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=1020)
+
+
+def test_an_empty_split_is_refused(
+    tmp_path: Path, tiny_policy: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
+) -> None:
+    train_only = write_rows(tmp_path / "train_only", [make_row("Hi", ["A", "B"])])
+    with pytest.raises(ValueError, match="got no rows in the heldout split"):
+        run(make_job, "empty", inputs={"rows": train_only, "policy": tiny_policy})
+
+
+def test_a_killed_job_answers_only_the_rest(
+    tmp_path: Path, tiny_policy: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
+) -> None:
+    num_windows = 3
+    made = [
+        make_row(f"Question {n}?", ["A", "B"], split="heldout") for n in range(num_windows * generate.WINDOW_PROMPTS)
+    ]
+    inputs = {"rows": write_rows(tmp_path / "many", made), "policy": tiny_policy}
+    config = CONFIG | {"seed": 7, "max_new_tokens": 60}
+    job = make_job("generate", "killed", config=config, inputs=inputs)
+    path = tmp_path / "job.json"
+    paths = {"output": str(job.output), "work": str(job.work), "inputs": {k: str(v) for k, v in inputs.items()}}
+    path.write_text(json.dumps({"job": "generate", "config": config, "runtime": job.runtime} | paths))
+    process = subprocess.Popen([sys.executable, "-m", "training", str(path)], stderr=subprocess.PIPE, text=True)
+    parts, deadline = job.work / "parts", time.monotonic() + 200
+    while not list(parts.glob("*.parquet")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {part.name: part.stat().st_mtime_ns for part in parts.glob("*.parquet")}
+    assert 1 <= len(finished) < num_windows and not (job.output / "responses.parquet").exists()
+    generate.run(job)
+    assert {name: (parts / name).stat().st_mtime_ns for name in finished} == finished
+    assert len((job.output / "metrics.jsonl").read_text().splitlines()) == num_windows - len(finished)
+    whole = make_job("generate", "whole", config=config, inputs=inputs)
+    generate.run(whole)
+    assert read(job) == read(whole)

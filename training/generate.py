@@ -1,0 +1,197 @@
+"""The job generate: responses sampled from a policy for the prompts of one split.
+
+The prompts go through in windows. A finished window is a file in `work/parts`, so a killed job goes on with the next one.
+Rows keep their id, so that what two policies answered to the same prompt can be laid side by side.
+"""
+
+import heapq
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.config import GenerateConfig, Runtime
+from training.data.batch import pack_by_tokens
+from training.data.rows import RowsWriter, join_parts, read_rows
+from training.data.schema import SCHEMA
+from training.job import Job
+from training.metrics import MetricsWriter
+from training.model import check_context, load_policy, start_torch
+from training.render import render_prompt
+from training.sampling import draw_noise, find_stop_ids, generate_batch
+
+PART_SCHEMA = SCHEMA.append(pa.field("num_tokens", pa.list_(pa.int32())))  # new tokens, stop token included
+WINDOW_PROMPTS = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A row and the ids of its prompt."""
+
+    row: dict[str, Any]
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What answering one window needs."""
+
+    model: Any
+    tokenizer: Any
+    stop_ids: list[int]
+    config: GenerateConfig
+    budget: int
+    source: str
+
+
+def run(job: Job) -> None:
+    """Answer the prompts of a split: `output/responses.parquet`, `output/dropped.jsonl`, `output/summary.json`."""
+    config = GenerateConfig.model_validate(job.config)
+    runtime = Runtime.model_validate(job.runtime)
+    device = start_torch(runtime)
+    started = time.monotonic()
+    policy = job.inputs["policy"]
+    model, tokenizer = load_policy(policy, precision=config.precision, device=device)
+    check_context(model, config.max_prompt_tokens + config.max_new_tokens)
+    generator = Generator(
+        model, tokenizer, find_stop_ids(model, tokenizer), config, runtime.microbatch_tokens, source=policy.name
+    )
+    row_ids = choose_rows(job.inputs["rows"], config=config)
+    parts, dropped = generate_windows(job, generator, row_ids=row_ids)
+    if not parts:
+        raise ValueError(
+            f"rows folder {job.inputs['rows']}: all {dropped} prompts of the {config.split} split have more than "
+            f"{config.max_prompt_tokens} tokens; raise max_prompt_tokens"
+        )
+    join_parts(parts, job.output / "responses.parquet", schema=SCHEMA)
+    summary = summarise(parts) | {"dropped": dropped}
+    job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def choose_rows(folder: Path, *, config: GenerateConfig) -> set[str]:
+    """Return the ids of the rows to answer: all of the split, or the first `limit` of it in the order of their ids."""
+    batches = read_rows(folder, split=config.split, columns=["row_id"])
+    ids = (row_id for batch in batches for row_id in batch.column("row_id").to_pylist())
+    chosen = set(ids) if config.limit is None else set(heapq.nsmallest(config.limit, ids))
+    if not chosen:
+        raise ValueError(f"rows folder {folder}: got no rows in the {config.split} split, expected at least one")
+    return chosen
+
+
+def read_windows(folder: Path, *, split: str, row_ids: set[str]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the chosen rows in file order, WINDOW_PROMPTS at a time."""
+    window: list[dict[str, Any]] = []
+    for batch in read_rows(folder, split=split, columns=["row_id", "prompt", "line"]):
+        for row in batch.to_pylist():
+            if row["row_id"] in row_ids:
+                window.append(row)
+            if len(window) == WINDOW_PROMPTS:
+                yield window
+                window = []
+    if window:
+        yield window
+
+
+def generate_windows(job: Job, generator: Generator, *, row_ids: set[str]) -> tuple[list[Path], int]:
+    """Answer every window that has no finished part yet; return the parts in order and how many prompts were dropped."""
+    config, parts, done, dropped = generator.config, [], 0, 0
+    (job.work / "parts").mkdir(parents=True, exist_ok=True)
+    partial = job.output / "dropped.jsonl.partial"
+    windows = read_windows(job.inputs["rows"], split=config.split, row_ids=row_ids)
+    with MetricsWriter(job.output / "metrics.jsonl", total=len(row_ids)) as metrics, partial.open("w") as too_long:
+        for number, rows in enumerate(windows):
+            prompts = [Prompt(row, render_prompt(generator.tokenizer, row["prompt"])) for row in rows]
+            fitting = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
+            for prompt in prompts:
+                if len(prompt.ids) > config.max_prompt_tokens:
+                    entry = {
+                        "row_id": prompt.row["row_id"],
+                        "reason": "too_long",
+                        "detail": f"{len(prompt.ids)} tokens",
+                    }
+                    too_long.write(json.dumps(entry) + "\n")
+            done, dropped = done + len(rows), dropped + len(prompts) - len(fitting)
+            part = job.work / "parts" / f"part-{number:06d}.parquet"
+            if not fitting:
+                continue
+            parts.append(part)
+            if is_finished(part, [prompt.row["row_id"] for prompt in fitting]):
+                continue
+            started = time.monotonic()
+            num_tokens = answer_window(job, generator, fitting, part=part)
+            metrics.write(done, {"generate/tokens_per_second": num_tokens / (time.monotonic() - started)})
+    partial.replace(job.output / "dropped.jsonl")
+    return parts, dropped
+
+
+def is_finished(part: Path, row_ids: list[str]) -> bool:
+    """Return whether a part is there and of these very rows."""
+    return part.is_file() and pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist() == row_ids
+
+
+def answer_window(job: Job, generator: Generator, prompts: list[Prompt], *, part: Path) -> int:
+    """Answer some prompts K times each, write their part, return the number of new tokens."""
+    config, tokenizer = generator.config, generator.tokenizer
+    items = [(prompt, sample) for prompt in prompts for sample in range(config.samples_per_prompt)]
+    answers: list[list[int]] = [[] for _ in items]
+    lengths = [len(prompt.ids) + config.max_new_tokens for prompt, _ in items]
+    for members in pack_by_tokens(lengths, budget=generator.budget):
+        job.check_stop()
+        chosen = [items[n] for n in members]
+        noise_BS = np.stack([draw_noise(prompt.row["row_id"], sample, config=config) for prompt, sample in chosen])
+        new = generate_batch(
+            generator.model,
+            [prompt.ids for prompt, _ in chosen],
+            noise_BS=noise_BS,
+            stop_ids=generator.stop_ids,
+            config=config,
+        )
+        for n, tokens in zip(members, new, strict=True):
+            answers[n] = tokens
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    K = config.samples_per_prompt
+    with RowsWriter(part, PART_SCHEMA) as out:
+        out.write(
+            [
+                {
+                    "row_id": prompt.row["row_id"],
+                    "split": config.split,
+                    "prompt": prompt.row["prompt"],
+                    "responses": texts[n * K : (n + 1) * K],
+                    "preferred": None,
+                    "truncated": [tokens[-1] not in generator.stop_ids for tokens in answers[n * K : (n + 1) * K]],
+                    "source": generator.source,
+                    "line": prompt.row["line"],
+                    "num_tokens": [len(tokens) for tokens in answers[n * K : (n + 1) * K]],
+                }
+                for n, prompt in enumerate(prompts)
+            ]
+        )
+    return sum(map(len, answers))
+
+
+def summarise(parts: list[Path]) -> dict[str, float | int]:
+    """Return the figures of all responses, read part by part."""
+    prompts = responses = truncated = empty = chars = tokens = 0
+    for part in parts:
+        for row in pq.read_table(part, columns=["responses", "truncated", "num_tokens"]).to_pylist():
+            prompts += 1
+            responses += len(row["responses"])
+            truncated += sum(row["truncated"])
+            empty += sum(not response.strip() for response in row["responses"])
+            chars += sum(map(len, row["responses"]))
+            tokens += sum(row["num_tokens"])
+    return {
+        "prompts": prompts,
+        "responses": responses,
+        "truncated_share": truncated / responses,
+        "empty_responses": empty,
+        "mean_response_chars": chars / responses,
+        "mean_response_tokens": tokens / responses,
+    }

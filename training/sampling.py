@@ -1,0 +1,111 @@
+"""Sampling from a causal language model with noise that belongs to the sample, not to the batch.
+
+Every step draws one uniform number per sample and takes the token at that place of the cumulative distribution. The numbers
+come from (seed, row, sample) alone, so batch size, order and device do not change which noise a sample gets, and two
+policies answer the same prompt with the same noise: their difference is less noisy.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from training.config import GenerateConfig
+from training.render import render_prompt, special_ids
+
+# B samples of a batch, T prompt tokens, S new tokens, V vocabulary
+
+
+def draw_noise(row_id: str, sample: int, *, config: GenerateConfig) -> np.ndarray:
+    """Return the uniform numbers in [0, 1) of one sample, float64 [S]."""
+    generator = np.random.Generator(np.random.PCG64([config.seed, int(row_id, 16), sample]))
+    return generator.random(config.max_new_tokens)
+
+
+class InverseCdf(LogitsProcessor):
+    """Leaves one token per sample: the one at u in the cumulative distribution, after temperature, top-k and top-p."""
+
+    def __init__(self, noise_BS: Tensor, *, config: GenerateConfig) -> None:
+        self._noise_BS = noise_BS
+        self._step = 0
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(config.temperature))])
+        if config.top_k:
+            self._warpers.append(TopKLogitsWarper(config.top_k))
+        if config.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(config.top_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores_BV with 0 at the drawn token and -inf elsewhere, so that greedy search takes it."""
+        cdf_BV = self._warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
+        total_B1 = cdf_BV[:, -1:]
+        place_B1 = self._noise_BS[:, self._step, None] * total_B1
+        # u * total may round up to total, behind the last token that has any probability
+        place_B1 = torch.minimum(place_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+        self._step += 1
+        token_B1 = torch.searchsorted(cdf_BV, place_B1, right=True)
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
+
+
+def find_stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids that end an answer: the tokenizer's and the model's own, and the one the chat template writes."""
+    probe = [{"role": "user", "content": "a"}]
+    prompt_ids = render_prompt(tokenizer, probe)
+    turns = [*probe, {"role": "assistant", "content": "b"}]
+    ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    markers = special_ids(tokenizer)
+    written = [token for token in ids[len(prompt_ids) :] if token in markers][:1]
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    stop_ids = sorted({token for token in (*own, tokenizer.eos_token_id, *written) if token is not None})
+    if not stop_ids:
+        raise ValueError(
+            f"model {model.name_or_path}: no token ends an answer; expected eos_token in tokenizer_config.json"
+        )
+    return stop_ids
+
+
+def generate_batch(
+    model: Any, prompts: Sequence[list[int]], *, noise_BS: np.ndarray, stop_ids: list[int], config: GenerateConfig
+) -> list[list[int]]:
+    """Return the new tokens after each prompt, up to `max_new_tokens`, the stop token last where the model wrote one.
+
+    Nothing of the model's own generation settings is used: they often carry top_k = 50 or a repetition penalty, and a sample
+    of that is no sample of the policy.
+    """
+    T = max(map(len, prompts))
+    ids_BT = torch.full((len(prompts), T), stop_ids[0], dtype=torch.int64)
+    mask_BT = torch.zeros((len(prompts), T), dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids_BT[row, T - len(prompt) :] = torch.tensor(prompt)
+        mask_BT[row, T - len(prompt) :] = 1
+    device = model.device
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=config.max_new_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
+    )
+    model.generation_config = settings  # generate() fills what is unset from the model's own
+    noise = torch.from_numpy(noise_BS).to(device)
+    draw = LogitsProcessorList([InverseCdf(noise, config=config)] if config.temperature > 0 else [])
+    with torch.inference_mode():
+        out_BS = model.generate(
+            input_ids=ids_BT.to(device),
+            attention_mask=mask_BT.to(device),
+            generation_config=settings,
+            logits_processor=draw,
+        )[:, T:].tolist()
+    return [cut_at_stop(new, stop_ids) for new in out_BS]
+
+
+def cut_at_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:
+    """Return the tokens up to and including the first stop token."""
+    ends = [n for n, token in enumerate(tokens) if token in stop_ids]
+    return tokens[: ends[0] + 1] if ends else tokens
