@@ -116,6 +116,17 @@ class Settings(BaseSettings):
             raise ValueError("only one of s3_access_key and s3_secret_key is set; set both or neither")
         return self
 
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        bases = self.weed_ports.values()
+        taken = {self.prefect_port, self.mlflow_port, *bases, *(base + GRPC_OFFSET for base in bases)}
+        if len(taken) < 2 + 2 * len(bases):
+            raise ValueError(
+                f"prefect_port={self.prefect_port}, mlflow_port={self.mlflow_port} and s3_port={self.s3_port} overlap; "
+                f"SeaweedFS takes {self.s3_port} to {self.s3_port + len(bases) - 1}, and the same + {GRPC_OFFSET}"
+            )
+        return self
+
     @property
     def weed_ports(self) -> dict[str, int]:
         """Name each port SeaweedFS listens on, besides the same + 10000 for gRPC."""
@@ -151,6 +162,7 @@ class Settings(BaseSettings):
             "DO_NOT_TRACK": "1",
             "MLFLOW_TRACKING_URI": self.mlflow_tracking_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             "AWS_DEFAULT_REGION": self.s3_region,
         }
         if self.is_local("prefect"):  # else the user's own profile, which may hold the key of that server

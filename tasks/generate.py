@@ -10,5 +10,5 @@ def generate(config: GenerateConfig, attempt: Attempt) -> Metrics:
     summary = attempt.run_child("training", "generate")
     return {
         "generate/truncated_share": float(summary["truncated_share"]),
-        "generate/mean_tokens": float(summary["mean_tokens"]),
+        "generate/mean_tokens": float(summary["mean_response_tokens"]),
     }
