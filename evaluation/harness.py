@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,6 +47,7 @@ STOCK_FOLDERS = (
     "humaneval",
     "bbh",
 )  # what a mirror can serve; the whole index takes ten seconds
+HUMANEVAL_MODULE = "lm_eval.tasks.humaneval.utils"
 TYPICAL_PROMPT_TOKENS = 256  # the default budget of 2,048 tokens makes batches of 8
 PROBE_FIRST, PROBE_LAST = 16, 8
 POSITIONS = "max_position_embeddings"
@@ -157,8 +159,12 @@ def load_tasks(config: BenchmarkConfig, *, mirror: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def sandboxed_code_eval(*, seconds: float) -> Iterator[None]:
-    """While tasks are loaded, `evaluate.load("code_eval")` returns the sandboxed one, and nothing else can be loaded."""
+    """While tasks are loaded, `evaluate.load("code_eval")` returns the sandboxed one, and nothing else can be loaded.
+
+    lm-eval keeps the modules of its tasks, and HumanEval's takes its metric when it is first loaded; so it is forgotten.
+    """
     original = hf_evaluate.load
+    sys.modules.pop(HUMANEVAL_MODULE, None)
 
     def load(name: str, *_: Any, **__: Any) -> SandboxedCodeEval:
         if name != "code_eval":

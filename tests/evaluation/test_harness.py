@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,16 @@ def test_humaneval_programs_pass_by_their_tests_alone(tiny_policy: Path, mirror:
     (row,) = result.rows
     assert (row["metric"], row["filter"], row["value"], row["n"]) == ("pass@1", "create_test", 0.5, 2)
     assert row["decides"]
+
+
+def test_a_metric_loaded_earlier_is_never_used(
+    tiny_policy: Path, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Result(tiny_policy, mirror, HUMANEVAL, folder=tmp_path / "a").row("humaneval", "create_test")["value"] == 0.5
+    kept = sys.modules["lm_eval.tasks.humaneval.utils"]
+    monkeypatch.setattr(kept, "compute_", None)  # as another's, which would run programs in this process
+    assert Result(tiny_policy, mirror, HUMANEVAL, folder=tmp_path / "b").row("humaneval", "create_test")["value"] == 0.5
+    assert sys.modules["lm_eval.tasks.humaneval.utils"] is not kept
 
 
 def test_code_eval_is_the_sandbox() -> None:
