@@ -124,14 +124,15 @@ def score_window(scorer: Scorer, rows: list[dict[str, Any]], part: Path) -> int:
         samples += rendered
         owners.append((row["row_id"], len(rendered)))
     logps = score_samples(scorer, samples)
+    scores, begin = [], 0
+    for row_id, count in owners:
+        span = slice(begin, begin + count)
+        num_tokens = [sample.num_trained for sample in samples[span]]
+        scores.append({"row_id": row_id, "logp": logps[span], "num_tokens": num_tokens})
+        begin += count
     write_lines(dropped_file(part), dropped)
     with RowsWriter(part, SCHEMA) as out:
-        begin = 0
-        for row_id, count in owners:
-            span = slice(begin, begin + count)
-            num_tokens = [sample.num_trained for sample in samples[span]]
-            out.write([{"row_id": row_id, "logp": logps[span], "num_tokens": num_tokens}])
-            begin += count
+        out.write(scores)
     return sum(len(sample.ids_T) for sample in samples)
 
 
