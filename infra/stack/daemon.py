@@ -14,6 +14,7 @@ import psutil
 from supervisor.xmlrpc import Faults
 
 from infra.settings import Service, Settings
+from infra.stack.processes import await_end
 from infra.stack.services import environment, write_configuration
 from infra.stack.state import StackError, run_folder
 
@@ -53,7 +54,7 @@ class Daemon:
         """Tell supervisord to end, and wait until it has."""
         process = psutil.Process(self._ask("getPID"))
         self._ask("shutdown")
-        process.wait(ANSWER_SECONDS)
+        await_end(process, seconds=ANSWER_SECONDS)
 
     def _ask(self, method: str, *arguments: Any) -> Any:
         try:

@@ -7,6 +7,7 @@ behind. So everything the stack starts carries a mark in its environment, which 
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -49,8 +50,18 @@ def end_processes(home: Path, *, service: Service | None = None, grace_seconds: 
                 process.kill() if late else process.terminate()
             except psutil.Error:
                 continue
-        psutil.wait_procs(found, timeout=max(0.2, min(2.0, deadline - time.monotonic())))
+        pause = time.monotonic() + min(2.0, max(0.2, deadline - time.monotonic()))
+        for process in found:
+            with suppress(psutil.Error):
+                await_end(process, seconds=pause - time.monotonic())
     return list(ended.values())
+
+
+def await_end(process: psutil.Process, *, seconds: float) -> None:
+    """Wait until a process has ended, if only as a zombie: not every container has an init that takes note of the dead."""
+    deadline = time.monotonic() + seconds
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def command_line(process: psutil.Process) -> str:

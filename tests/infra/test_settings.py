@@ -101,6 +101,13 @@ def test_every_fault_is_named_in_one_error_without_the_secret(monkeypatch: pytes
     assert SECRET not in text
 
 
+def test_ports_that_overlap_are_refused() -> None:
+    with pytest.raises(ValueError, match="mlflow_port=8335 and s3_port=8333 overlap; SeaweedFS takes 8333 to 8336"):
+        read_settings(mlflow_port=8335)
+    with pytest.raises(ValueError, match="overlap"):
+        read_settings(prefect_port=18_333)
+
+
 def test_half_a_pair_of_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VARFLOW_S3_SECRET_KEY", SECRET)
     with pytest.raises(ValueError, match="only one of s3_access_key and s3_secret_key is set") as error:
