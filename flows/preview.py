@@ -18,7 +18,7 @@ def preview(steps: Iterable[Planned], *, store: Store) -> list[dict[str, Any]]:
     rows = []
     for planned in steps:
         record = records.find(store, step=planned.step.name, fingerprint=planned.fingerprint)
-        changed = [] if record else nearest_difference(planned, store=store)
+        changed = [] if record else shorten(nearest_difference(planned, store=store))
         rows.append({
             "step": planned.step.name,
             "title": planned.title,
@@ -37,3 +37,10 @@ def nearest_difference(planned: Planned, *, store: Store) -> list[str]:
         others += [Record.model_validate_json(found[0])] if found else []
     differences = [diff_identities(other.identity, planned.identity) for other in others]
     return min(differences, key=len, default=[])
+
+
+def shorten(differences: list[str]) -> list[str]:
+    """Return the differences with those of inputs as one line of names: their fingerprints tell nobody anything."""
+    inputs = [line.removeprefix("inputs.").partition(":")[0] for line in differences if line.startswith("inputs.")]
+    others = [line for line in differences if not line.startswith("inputs.")]
+    return others + ([f"inputs: {', '.join(inputs)}"] if inputs else [])

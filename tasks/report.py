@@ -51,7 +51,11 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             data=read_json(inputs["rows"] / "summary.json"),
             reward_model=read_json(inputs["scorer"] / "summary.json"),
             steps=tuple(describe_step(planned, execution) for planned in execution.done),
-            links=execution.links | {"S3": execution.store.url("mlflow/" + execution.experiment_name)},
+            links={
+                "Prefect run": execution.links["prefect_run"],
+                "MLflow run": execution.links["mlflow_run"],
+                "S3": execution.store.url("mlflow/" + execution.experiment_name),
+            },
             config=execution.config,
             provenance=provenance.describe(),
         )
