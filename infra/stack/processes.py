@@ -21,14 +21,11 @@ def find_processes(home: Path, *, service: Service | None = None) -> list[psutil
     """Return the living processes that carry the mark of this home (and service), without this one and its parents."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
-    for process in psutil.process_iter():
-        try:
-            if process.pid in own or process.status() == psutil.STATUS_ZOMBIE:
-                continue
-            environment = process.environ()
-        except (psutil.Error, OSError):  # gone meanwhile, or another user's
+    for process in psutil.process_iter(["status", "environ"]):  # None where it is another user's
+        inherited = process.info["environ"] or {}
+        if process.pid in own or process.info["status"] == psutil.STATUS_ZOMBIE:
             continue
-        if environment.get(STACK_MARK) == str(home) and service in (None, environment.get(SERVICE_MARK)):
+        if inherited.get(STACK_MARK) == str(home) and service in (None, inherited.get(SERVICE_MARK)):
             found.append(process)
     return found
 
