@@ -7,8 +7,6 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from evaluation.config import GatePolicy
-from evaluation.gate import decide
-from evaluation.result import read_result
 from tasks.step import Attempt, Metrics, step
 from training.job import write_json
 
@@ -19,6 +17,9 @@ CHALLENGER, CHAMPION = "challenger", "champion"
 def gate(config: GatePolicy, attempt: Attempt) -> Metrics:
     """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), and for both of them
     `<who>_rewards` and `<who>_<benchmark>`."""
+    from evaluation.gate import decide  # SciPy takes a second, which a run that finds its verdict need not spend
+    from evaluation.result import read_result
+
     inputs = attempt.inputs
     results = {
         who: [read_result(inputs[name]) for name in sorted(inputs) if name.startswith(f"{who}_eval_")]

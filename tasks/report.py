@@ -2,20 +2,21 @@
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pyarrow.parquet as pq
 from prefect.artifacts import create_markdown_artifact
 
-from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
-from evaluation.result import ScoreRow
-from evaluation.verdict import Verdict
 from infra import provenance
 from infra.tracking import Run
 from tasks.execute import Execution, StepAttempt
 from tasks.gate import CHALLENGER, CHAMPION, read_rewards
 from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
 from training.config import Config
+
+if TYPE_CHECKING:
+    from evaluation.report import SampleAnswer, StepRow
+    from evaluation.result import ScoreRow
 
 SAMPLES_SHOWN = 8
 
@@ -29,6 +30,9 @@ class ReportConfig(Config):
 @step(version=1)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
+    from evaluation.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
+    from evaluation.verdict import Verdict
+
     attempt = cast(StepAttempt, attempt)  # the page tells of the run it is made in: its steps, costs and links
     inputs, execution = attempt.inputs, attempt.execution
     verdict = Verdict.model_validate_json((inputs["gate"] / "verdict.json").read_text())
@@ -64,8 +68,10 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     return {}
 
 
-def describe_step(planned: Planned, execution: Execution) -> StepRow:
+def describe_step(planned: Planned, execution: Execution) -> "StepRow":
     """Return a step as the page lists it: identity, cost, and where to look."""
+    from evaluation.report import StepRow
+
     ref = execution.ref(planned)
     record = ref.record
     run = Run(record.mlflow_run, execution.experiment, "")
@@ -81,16 +87,20 @@ def describe_step(planned: Planned, execution: Execution) -> StepRow:
     )
 
 
-def read_scores(inputs: Any, who: str) -> tuple[ScoreRow, ...]:
+def read_scores(inputs: Any, who: str) -> "tuple[ScoreRow, ...]":
     """Return all score rows of one model."""
+    from evaluation.result import ScoreRow
+
     folders = [inputs[name] for name in sorted(inputs) if name.startswith(f"{who}_eval_")]
     return tuple(
         ScoreRow.model_validate(row) for folder in folders for row in json.loads((folder / "scores.json").read_text())
     )
 
 
-def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> tuple[SampleAnswer, ...]:
+def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> "tuple[SampleAnswer, ...]":
     """Return held-out prompts with both answers: those whose reward moved most, up and down by turns."""
+    from evaluation.report import SampleAnswer
+
     answers = {
         who: {
             row["row_id"]: row
