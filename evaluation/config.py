@@ -59,7 +59,7 @@ class GatePolicy(Config):
 
     margins: dict[str, float] = Field(
         title="Margins",
-        description="For each guarded benchmark the largest loss, in score from 0 to 1, that is still acceptable.",
+        description='JSON: for each guarded benchmark the largest loss that is still acceptable, in score from 0 to 1, such as {"mmlu": 0.01}.',
     )
     target: Literal["heldout_reward"] = Field(
         "heldout_reward", title="Target", description="What must be better with confidence."

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from evaluation.config import GatePolicy, SuiteConfig
 from training.config import (
@@ -14,6 +14,7 @@ from training.config import (
     RewardModelConfig,
     RewardScoreConfig,
     Runtime,
+    show_as_choice,
 )
 
 REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, or STEP/FINGERPRINT of the store."
@@ -22,7 +23,9 @@ REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, or STEP/FINGERP
 class TrainedReward(Config):
     """A reward model trained on the train split before it scores anything."""
 
-    kind: Literal["trained"] = "trained"
+    model_config = ConfigDict(title="train one")
+
+    kind: Literal["trained"] = Field("trained", title="Kind")
     base: str = Field("embedded:minilm-l6-v2", title="Base model", description=REFERENCE_FORMS)
     training: RewardModelConfig = Field(RewardModelConfig(), title="Training")
     scoring: RewardScoreConfig = Field(RewardScoreConfig(), title="Scoring")
@@ -31,13 +34,18 @@ class TrainedReward(Config):
 class GivenReward(Config):
     """A reward model taken as it is: a sequence-classification model with one label."""
 
-    kind: Literal["given"] = "given"
+    model_config = ConfigDict(title="take one as it is")
+
+    kind: Literal["given"] = Field("given", title="Kind")
     model: str = Field(title="Reward model", description=REFERENCE_FORMS)
     scoring: RewardScoreConfig = Field(RewardScoreConfig(), title="Scoring")
 
 
+AnyReward = Annotated[TrainedReward | GivenReward, Field(discriminator="kind", json_schema_extra=show_as_choice)]
+
+
 class AlignConfig(Config):
-    """One alignment from preference data to a verdict. Everything but `runtime` is identity."""
+    """One alignment, from preference data to a verdict. Whatever is changed here, but Runtime, is computed anew."""
 
     name: str = Field(
         pattern=r"^[a-z][a-z0-9_]{0,40}$",
@@ -56,7 +64,7 @@ class AlignConfig(Config):
         description="A file or folder, demo:preferences, hub:datasets/ORG/NAME@COMMIT, or batches:DIGEST.",
     )
     ingest: IngestConfig = Field(title="Ingestion")
-    reward: Annotated[TrainedReward | GivenReward, Field(discriminator="kind")] = Field(TrainedReward(), title="Reward")
+    reward: AnyReward = Field(TrainedReward(), title="Reward model")
     reference: ReferenceScoreConfig = Field(ReferenceScoreConfig(), title="Reference log-probabilities")
     train: AnyTrainConfig = Field(title="Training")
     heldout: GenerateConfig = Field(

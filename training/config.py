@@ -5,7 +5,7 @@ Every class here is identity: each field is hashed into the fingerprint of the s
 """
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,17 @@ class Config(BaseModel):
     """Base of every configuration: frozen, closed, defaults only here."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def show_as_choice(schema: dict[str, Any]) -> None:
+    """Make the Prefect form draw a discriminated union as a choice: of `anyOf` it makes tabs, of `oneOf` a field of raw JSON.
+
+    Both say the same here, where each member's tag excludes the others. The union's default is left out, since the form
+    would put one member's values into whichever is chosen; each member shows its own.
+    """
+    schema["anyOf"] = schema.pop("oneOf")
+    del schema["discriminator"]
+    schema.pop("default", None)
 
 
 class Precision(StrEnum):
@@ -43,7 +54,7 @@ class SourceFormat(StrEnum):
 class IngestConfig(Config):
     """Source rows -> one row schema, split by prompt, the unusable ones quarantined with reasons."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1] = Field(1, title="Row schema", description="Version of the rows that are written.")
     format: SourceFormat = Field(
         SourceFormat.auto, title="Source format", description="Shape of a source row; auto looks at the first row."
     )
@@ -89,7 +100,9 @@ class RewardRender(StrEnum):
 class RewardModelConfig(Config):
     """Bradley-Terry training of a sequence-classification reward model on the train split."""
 
-    objective: Literal["bradley_terry"] = "bradley_terry"
+    objective: Literal["bradley_terry"] = Field(
+        "bradley_terry", title="Objective", description="Preferred responses score higher than the others."
+    )
     render: RewardRender = Field(
         RewardRender.text_pair, title="Rendering", description="text_pair for encoders, chat_template for decoders."
     )
@@ -108,7 +121,7 @@ class RewardModelConfig(Config):
     )
     max_grad_norm: float = Field(1.0, gt=0, title="Gradient clipping", description="Largest gradient norm, above 0.")
     precision: Precision = Precision.float32
-    seed: int = Field(0, ge=0, title="Seed", description="At least 0.")
+    seed: int = Field(0, ge=0, title="Seed", description="Order of the rows and the new head; at least 0.")
     min_accuracy: float = Field(
         0.0,
         ge=0,
@@ -121,7 +134,9 @@ class RewardModelConfig(Config):
 class RewardScoreConfig(Config):
     """Reward of every response under a sequence-classification model."""
 
-    render: RewardRender = RewardRender.text_pair
+    render: RewardRender = Field(
+        RewardRender.text_pair, title="Rendering", description="text_pair for encoders, chat_template for decoders."
+    )
     max_tokens: int = Field(
         256,
         ge=8,
@@ -146,7 +161,9 @@ class ReferenceScoreConfig(Config):
 class GenerateConfig(Config):
     """Responses sampled from a policy for the prompts of one split."""
 
-    split: Literal["train", "heldout"] = "heldout"
+    split: Literal["train", "heldout"] = Field(
+        "heldout", title="Split", description="Whose prompts: those trained on, or those kept out."
+    )
     limit: int | None = Field(
         None,
         ge=1,
@@ -171,7 +188,7 @@ class GenerateConfig(Config):
         768, ge=8, title="Longest prompt", description="Prompts with more tokens are dropped and counted; at least 8."
     )
     precision: Precision = Precision.float32
-    seed: int = Field(0, ge=0, title="Seed", description="At least 0.")
+    seed: int = Field(0, ge=0, title="Seed", description="Noise of the sampling; at least 0.")
 
 
 class Schedule(StrEnum):
@@ -239,7 +256,9 @@ class LambdaUnit(StrEnum):
 class VarConfig(TrainConfig):
     """Variational Alignment with Re-weighting, arXiv 2502.11026: SFT weighted by pi_ref exp(r / lambda)."""
 
-    objective: Literal["var"] = "var"
+    model_config = ConfigDict(title="VAR")
+
+    objective: Literal["var"] = Field("var", title="Objective")
     lambda_: float = Field(
         1.0,
         gt=0,
@@ -265,13 +284,15 @@ class VarConfig(TrainConfig):
 class SftConfig(TrainConfig):
     """Unweighted supervised fine-tuning: the baseline."""
 
-    objective: Literal["sft"] = "sft"
+    model_config = ConfigDict(title="SFT")
+
+    objective: Literal["sft"] = Field("sft", title="Objective")
     responses: Literal["chosen", "all"] = Field(
         "chosen", title="Responses", description="chosen: the preferred response. all: every response with unit weight."
     )
 
 
-AnyTrainConfig = Annotated[VarConfig | SftConfig, Field(discriminator="objective")]
+AnyTrainConfig = Annotated[VarConfig | SftConfig, Field(discriminator="objective", json_schema_extra=show_as_choice)]
 
 
 class Device(StrEnum):
