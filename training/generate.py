@@ -7,7 +7,7 @@ Rows keep their id, so that what two policies answered to the same prompt can be
 import heapq
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from training.data.batch import pack_by_tokens
 from training.data.rows import RowsWriter, join_parts, read_rows
 from training.data.schema import SCHEMA
 from training.job import Job
+from training.memory import run_in_halves
 from training.metrics import MetricsWriter
 from training.model import check_context, load_policy, start_torch
 from training.render import render_prompt
@@ -48,6 +49,12 @@ class Generator:
     config: GenerateConfig
     budget: int
     source: str
+
+    def answer(self, items: Sequence[tuple[Prompt, int]]) -> list[list[int]]:
+        """Return the new tokens of each (prompt, number of its sample), drawn in one batch."""
+        noise_BS = np.stack([draw_noise(prompt.row["row_id"], sample, config=self.config) for prompt, sample in items])
+        prompts = [prompt.ids for prompt, _ in items]
+        return generate_batch(self.model, prompts, noise_BS=noise_BS, stop_ids=self.stop_ids, config=self.config)
 
 
 def run(job: Job) -> None:
@@ -137,25 +144,16 @@ def is_finished(part: Path, row_ids: list[str]) -> bool:
 
 def answer_window(job: Job, generator: Generator, prompts: list[Prompt], *, part: Path) -> int:
     """Answer some prompts K times each, write their part, return the number of new tokens."""
-    config, tokenizer = generator.config, generator.tokenizer
-    items = [(prompt, sample) for prompt in prompts for sample in range(config.samples_per_prompt)]
+    config, K = generator.config, generator.config.samples_per_prompt
+    items = [(prompt, sample) for prompt in prompts for sample in range(K)]
     answers: list[list[int]] = [[] for _ in items]
-    lengths = [len(prompt.ids) + config.max_new_tokens for prompt, _ in items]
-    for members in pack_by_tokens(lengths, budget=generator.budget):
+    # The budget bounds the pass over the prompts. A later pass has one token a sample, and costs the same for few as for many.
+    for members in pack_by_tokens([len(prompt.ids) for prompt, _ in items], budget=generator.budget):
         job.check_stop()
-        chosen = [items[n] for n in members]
-        noise_BS = np.stack([draw_noise(prompt.row["row_id"], sample, config=config) for prompt, sample in chosen])
-        new = generate_batch(
-            generator.model,
-            [prompt.ids for prompt, _ in chosen],
-            noise_BS=noise_BS,
-            stop_ids=generator.stop_ids,
-            config=config,
-        )
+        new = run_in_halves(generator.answer, [items[n] for n in members])
         for n, tokens in zip(members, new, strict=True):
             answers[n] = tokens
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    K = config.samples_per_prompt
+    texts = generator.tokenizer.batch_decode(answers, skip_special_tokens=True)
     with RowsWriter(part, PART_SCHEMA) as out:
         out.write(
             [

@@ -165,7 +165,7 @@ def test_memory_does_not_grow_with_the_rows(
     )
     peaks = {}
     for count in (1_000, 100_000):
-        rows = write_rows(tmp_path / str(count), [make_uneven(make_row, n) for n in range(count)])
+        rows = write_rows(tmp_path / str(count), [make_row(f"{n}?", ["Yes.", f"No {n}"]) for n in range(count)])
         job = make_job("score_rewards", f"m{count}", config=CONFIG, inputs={"rows": rows, "scorer": tiny_reward_model})
         path = write_job(job, tmp_path / str(count))
         command = [sys.executable, "-c", watch, sys.executable, "-m", "training", str(path)]

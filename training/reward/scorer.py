@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.config import Precision, RewardRender
 from training.data.batch import pack_by_tokens
+from training.memory import run_in_halves
 from training.model import DTYPES, check_context, check_model_folder, check_vocabulary
 from training.reward.render import RewardInput, RewardRenderer
 
@@ -66,15 +67,12 @@ class RewardScorer:
 
 def score_batch(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
     """Return the rewards of one forward pass, float64 [B] on the CPU; a batch too large for the device is halved."""
-    try:
+
+    def score(batch: Sequence[RewardInput]) -> list[float]:
         with torch.inference_mode():
-            return compute_rewards(model, inputs).double().cpu()
-    except torch.OutOfMemoryError:
-        if len(inputs) == 1:
-            raise
-        torch.cuda.empty_cache()
-    half = len(inputs) // 2  # outside the handler, which would hold the failed batch's tensors alive
-    return torch.cat([score_batch(model, inputs[:half]), score_batch(model, inputs[half:])])
+            return compute_rewards(model, batch).double().tolist()
+
+    return torch.tensor(run_in_halves(score, inputs), dtype=torch.float64)
 
 
 def compute_rewards(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
