@@ -57,6 +57,7 @@ def demo() -> SuiteConfig:
                 num_fewshot=4,
                 metric="exact_match",
                 filter="strict-match",
+                limit=8,
                 max_gen_toks=48,
             ),
             BenchmarkConfig(
@@ -73,7 +74,7 @@ def demo() -> SuiteConfig:
                 metric="exact_match",
                 filter="get-answer",
                 limit=3,
-                max_gen_toks=48,
+                max_gen_toks=128,  # shorter ones end before the answer
             ),
         )
     )
