@@ -1,10 +1,12 @@
 """The `varflow` command. Every verb is thin: it reads the settings, makes one call and shows the answer.
 
 What a verb reports goes to stdout (with `--json`: one JSON object and nothing else), progress and errors go to stderr. Exit
-status: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Libraries are imported inside the verbs: `--help` has to be instant.
+status: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTERM. Libraries are imported inside the verbs:
+`--help` has to be instant.
 """
 
 import json
+import signal
 import sys
 import time
 import traceback
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from infra.stack import ServiceStatus, StackStatus
 
 STARTED = time.monotonic()  # of the command, imports included: what its user waits for
+STOPPED_BY = {128 + number: number.name for number in (signal.SIGINT, signal.SIGTERM)}  # exit status, as shells have it
 OWN_PACKAGES = ("flows", "tasks", "training", "evaluation", "infra")
 
 app = typer.Typer(
@@ -39,8 +42,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 def main() -> None:
     """Run the command line. `--debug` counts wherever it stands."""
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app(arguments, prog_name="varflow")
+    except SystemExit as end:
+        if end.code in STOPPED_BY:
+            what = STOPPED_BY[end.code]
+            sys.stderr.write(f"varflow: stopped by {what}; what is done stays, and the same command goes on from there\n")
+        raise
     except Exception as error:  # noqa: BLE001 - the last frame: whatever failed is told in one message
         if len(arguments) < len(sys.argv) - 1:
             traceback.print_exc()

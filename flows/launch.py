@@ -72,11 +72,11 @@ def run_on_worker(deployment: str, config: Config, *, settings: Settings) -> dic
 
 
 def quieten_prefect() -> None:
-    """Keep Prefect's log off the console: it goes to the server, and the bars say the same."""
+    """Keep Prefect's log off the console: it goes to the server, the bars say the same, and the command tells of errors."""
     for name in (None, "prefect", "prefect.flow_runs", "prefect.task_runs"):
         for handler in logging.getLogger(name).handlers:
             if type(handler).__name__ == "PrefectConsoleHandler":
-                handler.setLevel(logging.ERROR)
+                handler.setLevel(logging.CRITICAL + 1)  # at ERROR it prints a traceback for each frame it is in
 
 
 class StepBars:

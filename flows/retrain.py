@@ -65,8 +65,9 @@ def identify(config: RetrainConfig) -> str:
 def claim(store: Store, *, snapshot: str, recipe: str, run: str) -> str:
     """Claim a snapshot; return '' when it is ours, else who has it.
 
-    A claim whose run is over without a word (killed, cancelled) is taken over; one that failed or is done stays: the same
-    data would fail, or be trained on, again.
+    A claim whose run is over without a word is taken over: cancelled or crashed, says Prefect, or killed, of which Prefect
+    hears nothing when no worker minded the run. One that failed or is done stays: the same data would fail, or be trained
+    on, again.
     """
     held = ledger.read_claim(store, snapshot, recipe)
     if held is None:
@@ -78,7 +79,7 @@ def claim(store: Store, *, snapshot: str, recipe: str, run: str) -> str:
         return (
             f"snapshot {snapshot[:12]} was {found['state']} by run {found['run']} at {found['at']}: {found['outcome']}"
         )
-    if is_alive(found["run"]):
+    if is_alive(found["run"]) and not ledger.is_gone(found["process"]):
         return f"snapshot {snapshot[:12]} is being trained on by run {found['run']} since {found['at']}"
     taken = ledger.claim(store, snapshot=snapshot, recipe=recipe, run=run, over=etag)
     return "" if taken else "another run took the claim over just now"
