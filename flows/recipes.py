@@ -42,7 +42,8 @@ def demo() -> AlignConfig:
         heldout=GenerateConfig(max_new_tokens=48, temperature=0.0, max_prompt_tokens=192),
         benchmarks="demo:benchmarks",
         suite=suites.demo(),
-        gate=GatePolicy(margins={benchmark.name: 0.35 for benchmark in suites.demo().benchmarks}),
+        # wide, as so few items can hold no less: equal models pass all four in most runs (docs/gate.md)
+        gate=GatePolicy(margins={"mmlu_part": 0.25, "gsm8k_part": 0.45, "humaneval_part": 0.45, "bbh_part": 0.55}),
         champion="base",  # pinned, so that a second run measures against the same model and finds every step done
         runtime=Runtime(device=Device.cpu),
     )
