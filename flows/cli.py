@@ -48,7 +48,9 @@ def main() -> None:
     except SystemExit as end:
         if end.code in STOPPED_BY:
             what = STOPPED_BY[end.code]
-            sys.stderr.write(f"varflow: stopped by {what}; what is done stays, and the same command goes on from there\n")
+            sys.stderr.write(
+                f"varflow: stopped by {what}; what is done stays, and the same command goes on from there\n"
+            )
         raise
     except Exception as error:  # noqa: BLE001 - the last frame: whatever failed is told in one message
         if len(arguments) < len(sys.argv) - 1:

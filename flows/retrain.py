@@ -14,6 +14,7 @@ from flows.align import align
 from flows.config import RetrainConfig
 from infra import ledger
 from infra.fingerprint import fingerprint
+from infra.provenance import is_gone
 from infra.settings import read_settings
 from infra.store import Store, open_store
 
@@ -79,7 +80,7 @@ def claim(store: Store, *, snapshot: str, recipe: str, run: str) -> str:
         return (
             f"snapshot {snapshot[:12]} was {found['state']} by run {found['run']} at {found['at']}: {found['outcome']}"
         )
-    if is_alive(found["run"]) and not ledger.is_gone(found["process"]):
+    if is_alive(found["run"]) and not is_gone(found["process"]):
         return f"snapshot {snapshot[:12]} is being trained on by run {found['run']} since {found['at']}"
     taken = ledger.claim(store, snapshot=snapshot, recipe=recipe, run=run, over=etag)
     return "" if taken else "another run took the claim over just now"

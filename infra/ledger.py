@@ -6,17 +6,13 @@ a recipe, and is put where none was: of several triggers for the same news, one 
 """
 
 import json
-import os
-import socket
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from infra.fingerprint import fingerprint
+from infra.provenance import name_process
 from infra.store import PreconditionFailed, Store, digest_bytes
 
 
@@ -94,22 +90,6 @@ def claim(store: Store, *, snapshot: str, recipe: str, run: str, over: str | Non
         held = read_claim(store, snapshot, recipe)
         return bool(held and held[0]["run"] == run)  # our own write, whose answer was lost
     return True
-
-
-def name_process() -> dict[str, Any]:
-    """Return host, pid and start (unix seconds) of this process: together no other process ever has them."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def is_gone(process: Mapping[str, Any]) -> bool:
-    """Tell whether a named process of this host has ended. Of another host's nothing is known: False."""
-    if process["host"] != socket.gethostname():
-        return False
-    try:
-        found = psutil.Process(process["pid"])
-        return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - process["started"]) > 1.0
-    except psutil.NoSuchProcess:
-        return True
 
 
 def settle(store: Store, *, snapshot: str, recipe: str, run: str, state: str, outcome: str) -> None:

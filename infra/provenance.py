@@ -1,17 +1,22 @@
-"""Where a result came from: code, environment, host."""
+"""Where a result came from: code, environment, host, process."""
 
+import os
 import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from infra.fingerprint import digest_file
 
 ROOT = Path(__file__).resolve().parent.parent
+CLOCK_SECONDS = 10.0  # by which the start of a process may seem to move when the clock is set
 PACKAGES = ("torch", "transformers", "lm-eval", "prefect", "mlflow", "pyarrow", "numpy")
 
 
@@ -29,6 +34,22 @@ def describe() -> dict[str, Any]:
         "command": " ".join(Path(part).name if i == 0 else part for i, part in enumerate(sys.argv[:3])),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def name_process() -> dict[str, Any]:
+    """Return host, pid and start (unix seconds) of this process. A pid alone is given again, soon in a container."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def is_gone(process: Mapping[str, Any]) -> bool:
+    """Tell whether a named process of this host has ended. Of another host's nothing is known: False."""
+    if process["host"] != socket.gethostname():
+        return False
+    try:
+        found = psutil.Process(process["pid"])
+        return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - process["started"]) > CLOCK_SECONDS
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _git(*words: str) -> str:

@@ -4,6 +4,7 @@ MLflow owns comparison. It is a mirror: the truth of a step is its record, the t
 may change between attempts are tags, since MLflow's params cannot change. NaN and inf never reach it.
 """
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,9 @@ from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
 
+from infra.provenance import is_gone, name_process
+
+PROCESS_TAG = "varflow.process"  # of every run: who is to close it
 METRICS_A_BATCH = 1000  # MLflow's limit on one log_batch
 PARAMS_A_BATCH = 100
 PARAM_CHARS = 6000
@@ -63,7 +67,9 @@ class Tracking:
 
     def start_run(self, experiment: str, *, name: str, tags: Mapping[str, str], parent: str | None = None) -> Run:
         """Create a run in state RUNNING; `parent` makes it a child."""
-        tags = dict(tags) | ({"mlflow.parentRunId": parent} if parent else {})
+        tags = (
+            dict(tags) | ({"mlflow.parentRunId": parent} if parent else {}) | {PROCESS_TAG: json.dumps(name_process())}
+        )
         tags = {key: value[:TAG_CHARS] for key, value in tags.items()}
         run = self._ask(lambda: self._client.create_run(experiment, run_name=name, tags=tags))
         return Run(run.info.run_id, experiment, run.info.artifact_uri)
@@ -94,20 +100,20 @@ class Tracking:
         assert status in {"FINISHED", "FAILED", "KILLED"}, status
         self._ask(lambda: self._client.set_terminated(run, status=status))
 
-    def close_orphans(self, experiment: str, *, host: str, is_alive: Any) -> list[str]:
-        """Mark KILLED every RUNNING run of this host whose process `is_alive(pid)` says is gone; return their ids.
+    def close_orphans(self, experiment: str) -> list[str]:
+        """Mark KILLED every RUNNING run whose process was on this host and is gone; return their ids.
 
         A flow ended by SIGKILL cannot close its own runs.
         """
         runs = self._ask(
             lambda: self._client.search_runs(
                 [experiment],
-                f"attributes.status = 'RUNNING' and tags.`varflow.host` = '{host}'",
+                f"attributes.status = 'RUNNING' and tags.`{PROCESS_TAG}` LIKE '%'",
                 run_view_type=ViewType.ACTIVE_ONLY,
                 max_results=200,
             )
         )
-        orphans = [run.info.run_id for run in runs if not is_alive(int(run.data.tags.get("varflow.pid", "0")))]
+        orphans = [run.info.run_id for run in runs if is_gone(json.loads(run.data.tags[PROCESS_TAG]))]
         for run in orphans:
             self.finish(run, status=RunStatus.to_string(RunStatus.KILLED))
         return orphans

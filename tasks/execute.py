@@ -2,9 +2,7 @@
 
 import fcntl
 import json
-import os
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -15,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import psutil
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
@@ -52,7 +49,7 @@ class Execution:
         self.store.probe()
         location = self.store.url(f"mlflow/{self.experiment_name}")
         self.experiment = self.tracking.ensure_experiment(self.experiment_name, artifact_location=location)
-        self.tracking.close_orphans(self.experiment, host=socket.gethostname(), is_alive=psutil.pid_exists)
+        self.tracking.close_orphans(self.experiment)
         self.parent = self.tracking.start_run(self.experiment, name=str(flow_run.name), tags=self._tags())
         self.tracking.log(self.parent.id, params=flatten(self.config))
         return self
@@ -213,7 +210,6 @@ class Execution:
         facts = provenance.describe()
         tags = {
             "varflow.host": facts["host"],
-            "varflow.pid": str(os.getpid()),
             "git.commit": facts["commit"],
             "prefect.run": self.prefect_url,
         }
