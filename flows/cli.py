@@ -5,6 +5,7 @@ status: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTE
 `--help` has to be instant.
 """
 
+import errno
 import json
 import signal
 import sys
@@ -61,6 +62,10 @@ def main() -> None:
 
 def explain(error: Exception) -> str:
     """Say what failed. An error that nobody foresaw is called ours, and says how to see where it comes from."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        from infra.settings import read_settings
+
+        return f"{error}; make room on the disk of {read_settings().home}, or set VARFLOW_HOME to a folder on another, and run it again"
     foreseen = isinstance(error, ValueError | OSError) or type(error).__module__.split(".")[0] in OWN_PACKAGES
     if foreseen:
         return str(error)

@@ -10,6 +10,7 @@ import math
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,10 @@ class Digests:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._memory = sqlite3.connect(path, timeout=30, isolation_level=None)
-        self._memory.execute("create table if not exists digests (state text primary key, digest text)")
+        try:
+            self._memory.execute("create table if not exists digests (state text primary key, digest text)")
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{path}: {error}; make room on its disk, or remove this file: it is a cache") from error
 
     def of(self, path: Path) -> str:
         """Return the digest of a file, or of a folder's names and files (hidden ones left out).
@@ -97,7 +101,8 @@ class Digests:
         if found:
             return str(found[0])
         digest = digest_file(path)
-        self._memory.execute("insert or replace into digests values (?, ?)", (state, digest))
+        with suppress(sqlite3.OperationalError):  # a full disk
+            self._memory.execute("insert or replace into digests values (?, ?)", (state, digest))
         return digest
 
 

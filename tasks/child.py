@@ -7,6 +7,7 @@ never through a thread: Prefect delivers a cancellation to the main thread alone
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.job import EXIT_INTERRUPTED, EXIT_USER_ERROR, write_json
+from training.job import EXIT_CANNOT_WRITE, EXIT_INTERRUPTED, EXIT_USER_ERROR, write_json
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this process
@@ -151,6 +152,11 @@ def _raise_for_exit(job: ChildJob, status: int) -> None:
         if status == EXIT_USER_ERROR:
             raise UserError(f"{job.name}: {error['message']}")
         raise StepFailed(f"{job.name}: {error['type']}: {error['message']}\nlog: {log}")
+    if status == EXIT_CANNOT_WRITE:
+        raise StepFailed(
+            f"{job.name}: No space left on device: {shutil.disk_usage(job.folder).free} bytes are free at {job.folder}; make "
+            "room, or set VARFLOW_HOME to a folder on another disk, and run the same command again"
+        )
     if status == EXIT_INTERRUPTED:
         raise StepFailed(f"{job.name}: stopped on request; run the same command again to go on from its checkpoint")
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])

@@ -8,7 +8,8 @@ A job file is one JSON object::
 what the first one left, and goes on from there. The parent learns of the work through files alone: `output/metrics.jsonl`
 (see training.metrics), `output/summary.json` at the end, `work/error.json` on failure.
 
-Exit status: 0 done, 2 the user's mistake (error.json says which), 75 stopped on request and resumable, anything else a fault.
+Exit status: 0 done, 2 the user's mistake (error.json says which), 74 the disk takes no more, 75 stopped on request and
+resumable, anything else a fault.
 """
 
 import json
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_USER_ERROR = 2
+EXIT_CANNOT_WRITE = 74  # EX_IOERR: not even error.json could be written
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, the work goes on from its checkpoint
 TEARDOWN_SECONDS = 60.0  # from the parent's death to the end of the whole process group, checkpoint included
 
@@ -129,7 +131,10 @@ def run_job(jobs: Mapping[str, Callable[[Job], None]], job: Job) -> int:
         sys.stderr.write(f"{job.name}: stopped on request; a rerun goes on from here\n")
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last frame of the process: the parent is told, then it ends
-        traceback.print_exc()
-        write_json(job.work / "error.json", {"type": type(error).__name__, "message": str(error)})
+        try:
+            write_json(job.work / "error.json", {"type": type(error).__name__, "message": str(error)})
+            traceback.print_exc()
+        except OSError:  # a full disk takes no last words
+            return EXIT_CANNOT_WRITE
         return EXIT_USER_ERROR if isinstance(error, (ValueError, FileNotFoundError)) else 1
     return 0
