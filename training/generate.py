@@ -43,6 +43,7 @@ class Prompt:
 class Generator:
     """What answering one window needs."""
 
+    job: Job
     model: Any
     tokenizer: Any
     stop_ids: list[int]
@@ -54,7 +55,14 @@ class Generator:
         """Return the new tokens of each (prompt, number of its sample), drawn in one batch."""
         noise_BS = np.stack([draw_noise(prompt.row["row_id"], sample, config=self.config) for prompt, sample in items])
         prompts = [prompt.ids for prompt, _ in items]
-        return generate_batch(self.model, prompts, noise_BS=noise_BS, stop_ids=self.stop_ids, config=self.config)
+        return generate_batch(
+            self.model,
+            prompts,
+            noise_BS=noise_BS,
+            stop_ids=self.stop_ids,
+            config=self.config,
+            check_stop=self.job.check_stop,
+        )
 
 
 def run(job: Job) -> None:
@@ -67,10 +75,16 @@ def run(job: Job) -> None:
     model, tokenizer = load_policy(policy, precision=config.precision, device=device)
     check_context(model, config.max_prompt_tokens + config.max_new_tokens)
     generator = Generator(
-        model, tokenizer, find_stop_ids(model, tokenizer), config, runtime.microbatch_tokens, source=policy.name
+        job=job,
+        model=model,
+        tokenizer=tokenizer,
+        stop_ids=find_stop_ids(model, tokenizer),
+        config=config,
+        budget=runtime.microbatch_tokens,
+        source=policy.name,
     )
     row_ids = choose_rows(job.inputs["rows"], config=config)
-    parts, dropped = generate_windows(job, generator, row_ids=row_ids)
+    parts, dropped = generate_windows(generator, row_ids=row_ids)
     if not parts:
         raise ValueError(
             f"rows folder {job.inputs['rows']}: all {dropped} prompts of the {config.split} split have more than "
@@ -105,9 +119,9 @@ def read_windows(folder: Path, *, split: str, row_ids: set[str]) -> Iterator[lis
         yield window
 
 
-def generate_windows(job: Job, generator: Generator, *, row_ids: set[str]) -> tuple[list[Path], int]:
+def generate_windows(generator: Generator, *, row_ids: set[str]) -> tuple[list[Path], int]:
     """Answer every window that has no finished part yet; return the parts in order and how many prompts were dropped."""
-    config, parts, done, dropped = generator.config, [], 0, 0
+    job, config, parts, done, dropped = generator.job, generator.config, [], 0, 0
     (job.work / "parts").mkdir(parents=True, exist_ok=True)
     partial = job.output / "dropped.jsonl.partial"
     windows = read_windows(job.inputs["rows"], split=config.split, row_ids=row_ids)
@@ -131,7 +145,7 @@ def generate_windows(job: Job, generator: Generator, *, row_ids: set[str]) -> tu
             if is_finished(part, [prompt.row["row_id"] for prompt in fitting]):
                 continue
             started = time.monotonic()
-            num_tokens = answer_window(job, generator, fitting, part=part)
+            num_tokens = answer_window(generator, fitting, part=part)
             metrics.write(done, {"generate/tokens_per_second": num_tokens / (time.monotonic() - started)})
     partial.replace(job.output / "dropped.jsonl")
     return parts, dropped
@@ -142,14 +156,13 @@ def is_finished(part: Path, row_ids: list[str]) -> bool:
     return part.is_file() and pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist() == row_ids
 
 
-def answer_window(job: Job, generator: Generator, prompts: list[Prompt], *, part: Path) -> int:
+def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) -> int:
     """Answer some prompts K times each, write their part, return the number of new tokens."""
     config, K = generator.config, generator.config.samples_per_prompt
     items = [(prompt, sample) for prompt in prompts for sample in range(K)]
     answers: list[list[int]] = [[] for _ in items]
     # The budget bounds the pass over the prompts. A later pass has one token a sample, and costs the same for few as for many.
     for members in pack_by_tokens([len(prompt.ids) for prompt, _ in items], budget=generator.budget):
-        job.check_stop()
         new = run_in_halves(generator.answer, [items[n] for n in members])
         for n, tokens in zip(members, new, strict=True):
             answers[n] = tokens

@@ -5,7 +5,7 @@ come from (seed, row, sample) alone, so batch size, order and device do not chan
 policies answer the same prompt with the same noise: their difference is less noisy.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,18 @@ class InverseCdf(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
 
 
+class Heed(LogitsProcessor):
+    """Asks at every token whether to go on: a batch of long answers outlasts the patience of whoever wants to stop it."""
+
+    def __init__(self, check_stop: Callable[[], None]) -> None:
+        self._check_stop = check_stop
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores unchanged, or raise what the check raises."""
+        self._check_stop()
+        return scores
+
+
 def find_stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """Return the ids that end an answer: the tokenizer's and the model's own, and the one the chat template writes."""
     probe = [{"role": "user", "content": "a"}]
@@ -75,11 +87,17 @@ def find_stop_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def generate_batch(
-    model: Any, prompts: Sequence[list[int]], *, noise_BS: np.ndarray, stop_ids: list[int], config: GenerateConfig
+    model: Any,
+    prompts: Sequence[list[int]],
+    *,
+    noise_BS: np.ndarray,
+    stop_ids: list[int],
+    config: GenerateConfig,
+    check_stop: Callable[[], None],
 ) -> list[list[int]]:
     """Return the new tokens after each prompt, up to `max_new_tokens`, the stop token last where the model wrote one.
 
-    Nothing of the model's own generation settings is used: they often carry top_k = 50 or a repetition penalty, and a sample
+    `check_stop` is called before every token; what it raises ends the batch. Nothing of the model's own generation settings is used: they often carry top_k = 50 or a repetition penalty, and a sample
     of that is no sample of the policy.
     """
     T = max(map(len, prompts))
@@ -94,13 +112,13 @@ def generate_batch(
     )
     model.generation_config = settings  # generate() fills what is unset from the model's own
     noise = torch.from_numpy(noise_BS).to(device)
-    draw = LogitsProcessorList([InverseCdf(noise, config=config)] if config.temperature > 0 else [])
+    draw = [InverseCdf(noise, config=config)] if config.temperature > 0 else []
     with torch.inference_mode():
         out_BS = model.generate(
             input_ids=ids_BT.to(device),
             attention_mask=mask_BT.to(device),
             generation_config=settings,
-            logits_processor=draw,
+            logits_processor=LogitsProcessorList([Heed(check_stop), *draw]),
         )[:, T:].tolist()
     return [cut_at_stop(new, stop_ids) for new in out_BS]
 

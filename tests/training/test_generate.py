@@ -19,10 +19,15 @@ from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList
 from training import generate
 from training.config import Device, GenerateConfig, Precision
 from training.data.schema import SCHEMA
-from training.job import Job
+from training.job import Interrupted, Job
 from training.model import load_policy, resolve_device
 from training.render import render_prompt
 from training.sampling import InverseCdf, cut_at_stop, draw_noise, find_stop_ids, generate_batch
+
+
+def go_on() -> None:
+    """Never stop."""
+
 
 CONFIG = {"split": "heldout", "max_new_tokens": 24, "max_prompt_tokens": 100}
 
@@ -58,7 +63,8 @@ def test_the_batch_does_not_change_an_answer(tiny_policy: Path, temperature: flo
     def answer(size: int) -> list[list[int]]:
         spans = [slice(begin, begin + size) for begin in range(0, 8, size)]
         batches = [
-            generate_batch(model, prompts[s], noise_BS=noise_BS[s], stop_ids=stop_ids, config=config) for s in spans
+            generate_batch(model, prompts[s], noise_BS=noise_BS[s], stop_ids=stop_ids, config=config, check_stop=go_on)
+            for s in spans
         ]
         return [tokens for batch in batches for tokens in batch]
 
@@ -73,7 +79,9 @@ def test_greedy_is_the_argmax_of_the_plain_model(tiny_policy: Path) -> None:
     prompt = render_prompt(tokenizer, [{"role": "user", "content": "Please explain"}])
     longer = render_prompt(tokenizer, [{"role": "user", "content": "Please explain why the sky is blue."}])
     stop_ids = find_stop_ids(model, tokenizer)
-    got, _ = generate_batch(model, [prompt, longer], noise_BS=np.zeros((2, 12)), stop_ids=stop_ids, config=config)
+    got, _ = generate_batch(
+        model, [prompt, longer], noise_BS=np.zeros((2, 12)), stop_ids=stop_ids, config=config, check_stop=go_on
+    )
     ids = list(prompt)
     with torch.no_grad():
         for token in got:
@@ -88,13 +96,13 @@ def test_the_models_own_settings_do_not_leak_in(tiny_policy: Path) -> None:
     prompt = [render_prompt(tokenizer, [{"role": "user", "content": "Hi"}])]
     noise_BS = draw_noise("ab" * 16, 0, config=config)[None]
     stop_ids = find_stop_ids(model, tokenizer)
-    clean = generate_batch(model, prompt, noise_BS=noise_BS, stop_ids=stop_ids, config=config)
+    clean = generate_batch(model, prompt, noise_BS=noise_BS, stop_ids=stop_ids, config=config, check_stop=go_on)
     for name, value in {
         "do_sample": True, "top_k": 1, "temperature": 0.1, "repetition_penalty": 5.0, "min_new_tokens": 16,
         "no_repeat_ngram_size": 1, "num_beams": 3,
     }.items():  # fmt: skip
         setattr(model.generation_config, name, value)
-    assert generate_batch(model, prompt, noise_BS=noise_BS, stop_ids=stop_ids, config=config) == clean
+    assert generate_batch(model, prompt, noise_BS=noise_BS, stop_ids=stop_ids, config=config, check_stop=go_on) == clean
 
 
 def draw(scores: list[float], uniforms: np.ndarray, **changes: Any) -> np.ndarray:
@@ -187,6 +195,24 @@ def test_an_answer_ends_with_its_first_stop_token() -> None:
     assert cut_at_stop([5, 6, 1, 2, 2], [1, 2]) == [5, 6, 1]
     assert cut_at_stop([1, 2], [1, 2]) == [1]
     assert cut_at_stop([5, 6], [1, 2]) == [5, 6]
+
+
+def test_a_stop_is_heeded_within_a_batch(tiny_policy: Path) -> None:
+    config = GenerateConfig(max_new_tokens=500, temperature=0)
+    model, tokenizer = load_policy(tiny_policy, precision=Precision.float32, device=resolve_device(Device.cpu))
+    prompt = [render_prompt(tokenizer, [{"role": "user", "content": "Hi"}])]
+    asked = []
+
+    def stop_at_third() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise Interrupted("generate")
+
+    with pytest.raises(Interrupted):
+        generate_batch(
+            model, prompt, noise_BS=np.zeros((1, 500)), stop_ids=[1], config=config, check_stop=stop_at_third
+        )
+    assert len(asked) == 3
 
 
 def test_a_limit_takes_the_first_row_ids(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
