@@ -64,9 +64,15 @@ class AlignConfig(Config):
         description="A file or folder, demo:preferences, hub:datasets/ORG/NAME@COMMIT, or batches:DIGEST.",
     )
     ingest: IngestConfig = Field(title="Ingestion")
-    reward: AnyReward = Field(TrainedReward(), title="Reward model")
+    reward: AnyReward = Field(
+        TrainedReward(),
+        title="Reward model",
+        description="What scores the responses: trained first, or taken as it is.",
+    )
     reference: ReferenceScoreConfig = Field(ReferenceScoreConfig(), title="Reference log-probabilities")
-    train: AnyTrainConfig = Field(title="Training")
+    train: AnyTrainConfig = Field(
+        title="Training", description="The objective with its numbers: VAR, or SFT as the baseline."
+    )
     heldout: GenerateConfig = Field(
         GenerateConfig(),
         title="Held-out responses",
