@@ -28,15 +28,16 @@ def demo() -> AlignConfig:
         preferences="demo:preferences",
         ingest=IngestConfig(responses=ResponseRegime.support, heldout_fraction=0.2, max_invalid_fraction=0.08),
         reward=TrainedReward(
-            training=RewardModelConfig(epochs=4, max_tokens=128), scoring=RewardScoreConfig(max_tokens=128)
+            training=RewardModelConfig(learning_rate=1e-4, epochs=4, batch_prompts=8, max_tokens=128),
+            scoring=RewardScoreConfig(max_tokens=128),
         ),
         reference=ReferenceScoreConfig(max_tokens=192),
         train=VarConfig(
             # mean: over responses this short the sum differs by tens of nats within a pair and drowns the reward
             reference_factor=ReferenceFactor.mean,
             lambda_=0.5,
-            learning_rate=2e-5,
-            batch_prompts=16,
+            learning_rate=1e-4,
+            batch_prompts=8,
             max_tokens=192,
         ),
         heldout=GenerateConfig(max_new_tokens=48, temperature=0.0, max_prompt_tokens=192),
