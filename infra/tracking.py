@@ -20,7 +20,7 @@ PROCESS_TAG = "varflow.process"  # of every run: who is to close it
 METRICS_A_BATCH = 1000  # MLflow's limit on one log_batch
 PARAMS_A_BATCH = 100
 PARAM_CHARS = 6000
-TAG_CHARS = 5000
+TAG_CHARS = 8000  # MLflow's limit
 
 
 class TrackingError(Exception):
@@ -118,9 +118,13 @@ class Tracking:
             self.finish(run, status=RunStatus.to_string(RunStatus.KILLED))
         return orphans
 
-    def run_url(self, run: Run) -> str:
-        """Return the page of a run."""
-        return f"{self.uri}/#/experiments/{run.experiment}/runs/{run.id}"
+    def run_url(self, run: Run, *, artifact: str = "") -> str:
+        """Return the page of a run, or of one of its artifacts.
+
+        Without the last words MLflow opens its pages for traces of agents, with neither the list of runs nor the registry.
+        """
+        path = f"/artifacts/{artifact}" if artifact else ""
+        return f"{self.uri}/#/experiments/{run.experiment}/runs/{run.id}{path}?workflowType=machine_learning"
 
     def experiment_of(self, run: str) -> str:
         """Return the id of a run's experiment."""

@@ -15,7 +15,7 @@ def promote(execution: Execution, *, model: str, challenger: ArtifactRef, over: 
     `over` is the reference of the champion it was measured against. Doing it again changes nothing.
     """
 
-    @task(name="promote", persist_result=False, cache_policy=NO_CACHE)
+    @task(name="promote", task_run_name="promote", persist_result=False, cache_policy=NO_CACHE)
     def move(challenger_name: str, decision: str) -> str:
         if decision != "PROMOTE":
             return f"{decision}: the champion of {model!r} stays"

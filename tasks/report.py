@@ -140,26 +140,34 @@ def publish(run: Execution, page: ArtifactRef, *, verdict: ArtifactRef, promoted
     decision = str(verdict.record.summary["verdict"])
     reasons = [str(reason) for reason in verdict.record.summary["reasons"]]
     local = run.folder(page) / "report.html"
-    shown = run.tracking.run_url(Run(page.record.mlflow_run, run.experiment, ""))
-    links = run.links | {"report": str(local), "report_in_mlflow": f"{shown}/artifacts/report.html"}
-    run.tracking.log(
-        run.parent.id,
-        tags={
-            "verdict": decision,
-            "report": links["report_in_mlflow"],
-            "mlflow.note.content": f"**{decision}**\n\n" + "\n".join(f"- {reason}" for reason in reasons)
-            + f"\n\n[report]({links['report_in_mlflow']}) · [Prefect run]({links['prefect_run']})",
-        },
-    )  # fmt: skip
-    lines = [f"# {decision}", *(f"- {reason}" for reason in reasons), "", promoted, ""]
-    lines += [f"[report]({links['report_in_mlflow']}) · [MLflow run]({links['mlflow_run']})"]
-    create_markdown_artifact("\n".join(lines), key="verdict", description=f"verdict of {run.experiment_name}")
+    shown = run.tracking.run_url(Run(page.record.mlflow_run, run.experiment, ""), artifact="report.html")
+    links = run.links | {"report": str(local), "report_in_mlflow": shown}
+    text = write_outline(run, decision=decision, reasons=reasons, promoted=promoted, links=links)
+    run.tracking.log(run.parent.id, tags={"verdict": decision, "report": shown, "mlflow.note.content": text})
+    create_markdown_artifact(text, key="verdict", description=f"{run.experiment_name}: {decision}")
     return {
         "verdict": decision,
         "reasons": reasons,
         "promotion": promoted,
         "steps": list_steps(run),
     } | links
+
+
+def write_outline(run: Execution, *, decision: str, reasons: list[str], promoted: str, links: dict[str, str]) -> str:
+    """Return the outcome in Markdown: verdict, reasons, links, and every step with the run that computed it."""
+    steps = []
+    for planned in run.done:
+        row = describe_step(planned, run)
+        state = "cached" if row.cached else "computed"
+        steps.append(
+            f"| [{planned.title}]({row.mlflow_url}) | {state} | {row.seconds:.1f} | `{row.fingerprint[:12]}` |"
+        )
+    pages = (("Report", "report_in_mlflow"), ("MLflow run", "mlflow_run"), ("Prefect run", "prefect_run"))
+    return "\n".join([
+        f"# {decision}", "", *(f"- {reason}" for reason in reasons), "", promoted, "",
+        " · ".join(f"[{title}]({links[name]})" for title, name in pages), "",
+        "| step | state | seconds to compute | fingerprint |", "|---|---|---|---|", *steps,
+    ])  # fmt: skip
 
 
 def list_steps(run: Execution) -> list[dict[str, Any]]:
