@@ -1,0 +1,35 @@
+"""What can be asked after a run: lineage, report, benchmark."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.faults.command import Command
+
+
+def test_lineage_leads_back_to_the_sources_and_on_to_the_report(varflow: Command, done: dict[str, Any]) -> None:
+    prints = {step["step"]: step["fingerprint"] for step in done["steps"]}
+    trained = f"train/{prints['train']}"
+    found = varflow.ask("lineage", trained)
+    assert found["ref"] == trained and found["inputs"].keys() == {"rows", "base", "rewards", "reference"}
+    assert found["inputs"]["rows"]["ref"] == f"ingest/{prints['ingest']}"
+    assert found["inputs"]["rows"]["inputs"]["source"].keys() == {"source"}
+    assert f"report/{prints['report']}" in [use["ref"] for use in found["used_by"]]
+    assert varflow.ask("lineage", prints["train"][:12])["ref"] == trained
+    told = varflow.refuse("lineage", "train/ffffffff")
+    assert "got 0 records that match, expected one" in told
+
+
+def test_the_report_is_found_by_its_run(varflow: Command, done: dict[str, Any]) -> None:
+    for run in (done["prefect_run"].rpartition("/")[2], f"report/{done['steps'][-1]['fingerprint']}"):
+        page = Path(varflow.ask("report", run)["report"])
+        assert page.read_text().startswith("<!doctype html>") or "<html" in page.read_text()[:200]
+        assert str(page) == done["report"]
+    told = varflow.refuse("report", "nobody")
+    assert "run 'nobody': no report was written by it" in told
+
+
+def test_a_benchmark_of_a_model(varflow: Command, done: dict[str, Any]) -> None:
+    found = varflow.ask("benchmark", "demo:tiny-policy", "--suite", "smoke", "--set", "runtime.threads=1")
+    assert {"eval/mmlu_part/acc", "eval/gsm8k_part/exact_match"} <= found["scores"].keys()
+    assert {step["step"] for step in found["steps"]} == {"mirror", "evaluate"}
+    assert {"prefect_run", "mlflow_run"} <= found.keys()

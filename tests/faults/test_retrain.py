@@ -1,0 +1,158 @@
+"""New preferences start one retrain, however often they are told of; what was killed is taken over, what failed is not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId, LogFilter, LogFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
+
+from flows.config import RetrainConfig
+from flows.overrides import override
+from flows.recipes import smoke
+from infra import ledger
+from infra.settings import Settings
+from infra.store import Store, open_store
+from tests.faults.command import (
+    Command,
+    await_child,
+    await_no_children,
+    killed_at_the_end,
+    prefect_at,
+    small,
+    wait_until,
+)
+
+EMIT = "from prefect.events import emit_event; emit_event('preferences.landed', resource={'prefect.resource.id': 'prefs.%s'})"
+RUN = "from prefect.deployments import run_deployment; run_deployment('%s', timeout=0, as_subflow=False)"
+
+
+def write_batch(path: Path, *, rows: int = 24, about: str = "bread") -> Path:
+    """Write preferences as a user would push them."""
+    lines = [
+        {"prompt": f"What of {about}, take {n}?", "chosen": f"Take {n} of it.", "rejected": f"No {about} is {n}."}
+        for n in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def claims(store: Store) -> list[dict[str, Any]]:
+    """Return every claim of a store."""
+    found = (store.get(item.name) for item in store.scan("retrains"))
+    return [json.loads(item[0]) for item in found if item]
+
+
+class Deployment:
+    """A deployment as its server knows it."""
+
+    def __init__(self, settings: Settings, name: str) -> None:
+        self._settings, self.name = settings, name
+        with prefect_at(settings), get_client(sync_client=True) as client:
+            self.id: UUID = client.read_deployment_by_name(name).id
+
+    def set_parameters(self, parameters: dict[str, Any]) -> None:
+        """Change what its runs are started with."""
+        with prefect_at(self._settings), get_client(sync_client=True) as client:
+            client.update_deployment(self.id, DeploymentUpdate(parameters=parameters))
+
+    def runs(self) -> list[FlowRun]:
+        """Return its runs."""
+        chosen = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[self.id]))
+        with prefect_at(self._settings), get_client(sync_client=True) as client:
+            return client.read_flow_runs(flow_run_filter=chosen)
+
+    def ended(self) -> list[FlowRun]:
+        """Return its runs that are over, [] while one is not."""
+        runs = [run for run in self.runs() if run.state and run.state.type != "SCHEDULED"]
+        return runs if all(run.state and run.state.is_final() for run in runs) else []
+
+    def said(self, run: FlowRun) -> str:
+        """Return what a run logged."""
+        with prefect_at(self._settings), get_client(sync_client=True) as client:
+            return "\n".join(
+                log.message for log in client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])))
+            )
+
+
+def run_python(varflow: Command, text: str) -> None:
+    """Run a line of Python with the stack's settings in a process of its own."""
+    call = ["-c", f"from infra.settings import read_settings; read_settings().apply(); {text}"]
+    subprocess.run([sys.executable, *call], env=varflow.environment({}), check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_one_batch_told_of_six_times_is_one_retrain_and_the_sweep_finds_the_untold(
+    varflow: Command, store: Store, stack: Settings, deployed: None, done: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe = override(smoke().model_copy(update={"name": "landed", "champion": "current"}), small()[1::2])
+    config = RetrainConfig(recipe=recipe).model_dump(mode="json")
+    retrain, sweep = Deployment(stack, "retrain/retrain"), Deployment(stack, "sweep/sweep")
+    retrain.set_parameters({"config": config})
+
+    batch = write_batch(tmp_path / "bread.jsonl")
+    pushed = [varflow.ask("push", str(batch))["pushed"][0] for _ in range(5)]
+    assert [item["new"] for item in pushed] == [True, False, False, False, False]
+    run_python(varflow, EMIT % pushed[0]["digest"])
+    run_python(varflow, RUN % retrain.name)
+    run_python(varflow, RUN % retrain.name)
+    runs = wait_until("the event's retrain", lambda: len(retrain.runs()) >= 3 and retrain.ended())
+    assert {run.state_type for run in runs} == {"COMPLETED"}
+    (claim,) = claims(store)
+    assert claim["state"] == "done" and claim["outcome"] in {"PROMOTE", "HOLD", "REJECT"}
+    assert ledger.consumed(store, claim["recipe"]) == {pushed[0]["digest"]}
+    said = {str(run.id): retrain.said(run) for run in runs}
+    assert [run for run, text in said.items() if "nothing to do: " not in text] == [claim["run"]]
+
+    retrain.set_parameters({"config": config | {"min_new_bytes": 10**9}})
+    untold, _ = ledger.receive(store, write_batch(tmp_path / "tea.jsonl", about="tea"))
+    before = {run.id for run in retrain.runs()}
+    run_python(varflow, RUN % sweep.name)
+    runs = wait_until("the sweep's retrain", lambda: [r for r in retrain.ended() if r.id not in before])
+    assert any("1 new batches with" in retrain.said(run) for run in runs)
+    assert untold not in ledger.claimed(store), "a run that declines claims nothing"
+
+
+def test_a_retrain_that_failed_is_not_repeated_for_the_same_batches(
+    elsewhere: Command, stack: Settings, tmp_path: Path
+) -> None:
+    words = small(below="recipe.", name="retrain_failed")
+    again = elsewhere.ask("retrain", "smoke", *words)
+    assert again["started"] is False and again["reason"].startswith("0 new batches with 0 bytes, expected at least 1")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": \n' * 8)
+    ledger.receive(open_store(elsewhere.settings), tmp_path / "broken.jsonl")
+    told = elsewhere.refuse("retrain", "smoke", *words)
+    assert "8 of 8 rows are unusable" in told
+    (claim,) = claims(open_store(elsewhere.settings))
+    assert claim["state"] == "failed" and claim["outcome"] in told
+    again = elsewhere.ask("retrain", "smoke", *words)
+    assert again["started"] is False and f"was failed by run {claim['run']}" in again["reason"]
+
+
+@pytest.mark.slow
+def test_a_retrain_that_was_killed_is_taken_over_by_the_next(
+    elsewhere: Command, stack: Settings, tmp_path: Path
+) -> None:
+    words = small(below="recipe.", name="retrain_killed")
+    store = open_store(elsewhere.settings)
+    ledger.receive(store, write_batch(tmp_path / "bread.jsonl"))
+    with killed_at_the_end(elsewhere.start("retrain", "smoke", *words)) as flow:
+        await_child(flow, elsewhere.settings.home, "score_rewards")
+        (killed,) = claims(store)
+        again = elsewhere.ask("retrain", "smoke", *words)
+        assert again["started"] is False and f"is being trained on by run {killed['run']}" in again["reason"]
+        flow.kill()
+        flow.communicate()
+    await_no_children(elsewhere.settings.home)
+    assert killed["state"] == "running"
+    outcome = elsewhere.ask("retrain", "smoke", *words)
+    assert outcome["started"] is True and outcome["verdict"] in {"PROMOTE", "HOLD", "REJECT"}
+    (claim,) = claims(store)
+    assert (claim["state"], claim["snapshot"]) == ("done", killed["snapshot"]) and claim["run"] != killed["run"]
+    assert elsewhere.ask("retrain", "smoke", *words)["started"] is False
