@@ -36,7 +36,7 @@ def demo() -> AlignConfig:
             # mean: over responses this short the sum differs by tens of nats within a pair and drowns the reward
             reference_factor=ReferenceFactor.mean,
             lambda_=0.5,
-            learning_rate=1e-4,
+            learning_rate=3e-5,
             batch_prompts=8,
             max_tokens=192,
         ),
