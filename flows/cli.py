@@ -266,17 +266,18 @@ def push_preferences(
 
 @app.command("report")
 def show_report(
-    run: Annotated[str, typer.Argument(help="A run's Prefect or MLflow id, or report/FINGERPRINT.")],
+    run: Annotated[str, typer.Argument(help="A run's Prefect or MLflow id or page, or report/FINGERPRINT.")],
     as_json: Json = False,
 ) -> None:
     """Fetch a run's report and say where it lies."""
     settings = connect()
     from flows.launch import find_report
     from infra.store import open_store
+    from infra.tracking import Tracking
     from tasks.execute import fetch_artifact
 
     store = open_store(settings)
-    record = find_report(store, run)
+    record = find_report(store, run, tracking=Tracking(settings.mlflow_tracking_uri))
     page = fetch_artifact(store, record, home=settings.home) / "report.html"
     if as_json:
         return print_json({"report": str(page), "url": store.url(f"{record.prefix}/report.html")})

@@ -26,6 +26,7 @@ from infra.records import Record
 from infra.settings import Settings
 from infra.stack.health import probe
 from infra.store import Store, open_store
+from infra.tracking import Tracking
 from tasks.mirror import listener
 from training.config import Config
 
@@ -111,17 +112,20 @@ class StepBars:
         self._console.print(f"{'cached' if cached else f'{seconds:.1f} s':>9}  {title}", highlight=False, markup=False)
 
 
-def find_report(store: Store, run: str) -> Record:
-    """Return the record of a run's report; `run` is its Prefect or MLflow id, or the report's own reference."""
+def find_report(store: Store, run: str, *, tracking: Tracking) -> Record:
+    """Return the record of the report that a run ended with, written by it or found.
+
+    `run` is its Prefect or MLflow id, the address of one of these pages, or the report's own reference.
+    """
+    if run.startswith(("http://", "https://")):
+        run = run.partition("?")[0].rstrip("/").rpartition("/")[2]
     if "/" in run:
         return records.resolve(store, run)
-    found = [record for record in _reports(store) if run in (record.prefect_run, record.mlflow_run)]
-    if not found:
+    said = tracking.find_tags(run).get("step.report", "").split()  # computed|cached STEP/FINGERPRINT run ID
+    if not said:
         known = ", ".join(record.prefect_run for record in sorted(_reports(store), key=lambda r: r.created)[-3:])
-        raise ValueError(
-            f"run {run!r}: no report was written by it; the newest reports are of the runs {known or '(none)'}"
-        )
-    return found[0]
+        raise ValueError(f"run {run!r}: it has no report; the newest reports are of the runs {known or '(none)'}")
+    return records.resolve(store, said[1])
 
 
 def _reports(store: Store) -> list[Record]:

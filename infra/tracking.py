@@ -118,6 +118,16 @@ class Tracking:
             self.finish(run, status=RunStatus.to_string(RunStatus.KILLED))
         return orphans
 
+    def find_tags(self, run: str) -> dict[str, str]:
+        """Return the tags of the run with this id, or of the parent run of the Prefect flow run with it; {} without one."""
+        experiments = [found.experiment_id for found in self._ask(self._client.search_experiments)]
+        for condition in (f"attributes.run_id = '{run}'", f"tags.`prefect.run` LIKE '%/{run}'"):
+            runs = self._ask(lambda c=condition: self._client.search_runs(experiments, c, max_results=1000))
+            for found in runs:
+                if "mlflow.parentRunId" not in found.data.tags:
+                    return dict(found.data.tags)
+        return {}
+
     def run_url(self, run: Run, *, artifact: str = "") -> str:
         """Return the page of a run, or of one of its artifacts.
 

@@ -19,7 +19,9 @@ from infra.records import Record
 from infra.settings import Settings
 from infra.store import Store
 
-CALL = "from flows.cli import main; main()"
+CALL = (  # a job that a shell put into the background ignores SIGINT, and so would all that it starts
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from flows.cli import main; main()"
+)
 FOREIGN = ("VARFLOW_", "PREFECT_", "MLFLOW_", "AWS_")
 PATIENCE_SECONDS = 600.0  # of a busy machine; nothing here asserts how long something took
 BENCHMARK = {
