@@ -27,6 +27,6 @@ def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
     metrics: Metrics = {}
     for row in rows:
         if row["decides"]:
-            name = f"eval/{row['benchmark']}/{row['metric']}"
+            name = f"eval/{row['benchmark']}/{row['metric'].replace('@', '_at_')}"  # MLflow takes no @ in names
             metrics |= {name: row["value"], f"{name}_stderr": row["stderr"], f"eval/{row['benchmark']}/n": row["n"]}
     return metrics
