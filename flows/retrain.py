@@ -17,6 +17,7 @@ from infra.fingerprint import fingerprint
 from infra.provenance import is_gone
 from infra.settings import read_settings
 from infra.store import Store, open_store
+from tasks.child import StepFailed
 
 
 @flow(name="retrain", persist_result=False)
@@ -39,7 +40,7 @@ def retrain(config: RetrainConfig) -> dict[str, Any]:
         return decline(held)
     try:
         outcome = align(config.recipe.model_copy(update={"preferences": f"batches:{snapshot}"}))
-    except Exception as error:
+    except (StepFailed, ValueError) as error:  # anything else is no word on these data: whoever comes next takes over
         ledger.settle(store, snapshot=snapshot, recipe=recipe, run=run, state="failed", outcome=str(error)[:2000])
         raise
     ledger.settle(store, snapshot=snapshot, recipe=recipe, run=run, state="done", outcome=outcome["verdict"])

@@ -135,6 +135,18 @@ def test_a_retrain_that_failed_is_not_repeated_for_the_same_batches(
     assert again["started"] is False and f"was failed by run {claim['run']}" in again["reason"]
 
 
+def test_a_retrain_that_met_trouble_with_a_server_is_tried_again(
+    elsewhere: Command, done: dict[str, Any], tmp_path: Path
+) -> None:
+    """The experiment `smoke` has its artifacts elsewhere, so MLflow and the store do not go together: no fault of the data."""
+    words = small(below="recipe.", name="smoke")
+    ledger.receive(open_store(elsewhere.settings), write_batch(tmp_path / "bread.jsonl"))
+    for _ in range(2):
+        assert "its artifacts lie at" in elsewhere.refuse("retrain", "smoke", *words)
+    (claim,) = claims(open_store(elsewhere.settings))
+    assert claim["state"] == "running", "nobody's any more: its run is over"
+
+
 @pytest.mark.slow
 def test_a_retrain_that_was_killed_is_taken_over_by_the_next(
     elsewhere: Command, stack: Settings, tmp_path: Path
