@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["tests.stack_fixture"]  # the fixtures `s3` and `stack`: real servers, started when a test asks for them
+# the fixtures `s3` and `stack`: real servers, started when a test asks for them
+pytest_plugins = ["tests.stack_fixture"]
 
 REAL_DATA_VARIABLE = "VARFLOW_TEST_DATA"
 
