@@ -1,4 +1,4 @@
-"""What each step's result follows from, as a digest of syntax trees: comments, docstrings and layout do not count.
+"""What each step's result follows from, as a digest of its sources: comments, docstrings and white space do not count.
 
 `python -m tests.golden.step_sources` writes the digests of today. Do that after raising a step's version, or, with the
 version as it was, to declare that a change of the code does not change what comes out.
@@ -6,7 +6,9 @@ version as it was, to declare that a change of the code does not change what com
 
 import ast
 import hashlib
+import io
 import json
+import tokenize
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +76,23 @@ def imported(path: Path) -> list[str]:
 
 
 def strip(path: Path) -> str:
-    """Return a module's syntax tree as text, without docstrings."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    """Return a module's text without comments, docstrings and white space. No syntax tree: its print changes with Python."""
+    text = path.read_text()
+    lines = text.splitlines(keepends=True)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column] + "\n"
+    for node in ast.walk(ast.parse(text)):
         body = getattr(node, "body", None)
         if (
             isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
             and body
             and ast.get_docstring(node, clean=False)
         ):
-            node.body = body[1:] or [ast.Pass()]
-    return ast.dump(tree)
+            for row in range(body[0].lineno, (body[0].end_lineno or 0) + 1):
+                lines[row - 1] = ""
+    return "".join("".join(lines).split())
 
 
 def describe() -> dict[str, dict[str, Any]]:
