@@ -23,6 +23,7 @@ from tests.faults.command import (
     Command,
     await_child,
     await_no_children,
+    finish,
     killed_at_the_end,
     prefect_at,
     small,
@@ -163,8 +164,9 @@ def test_a_retrain_that_was_killed_is_taken_over_by_the_next(
         flow.communicate()
     await_no_children(elsewhere.settings.home)
     assert killed["state"] == "running"
-    outcome = elsewhere.ask("retrain", "smoke", *words)
-    assert outcome["started"] is True and outcome["verdict"] in {"PROMOTE", "HOLD", "REJECT"}
-    (claim,) = claims(store)
-    assert (claim["state"], claim["snapshot"]) == ("done", killed["snapshot"]) and claim["run"] != killed["run"]
-    assert elsewhere.ask("retrain", "smoke", *words)["started"] is False
+    with killed_at_the_end(elsewhere.start("retrain", "smoke", *words)) as flow:
+        await_child(flow, elsewhere.settings.home, "score_rewards")
+        (claim,) = claims(store)
+        flow.terminate()
+        assert finish(flow).returncode == 143
+    assert (claim["state"], claim["snapshot"]) == ("running", killed["snapshot"]) and claim["run"] != killed["run"]

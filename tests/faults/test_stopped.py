@@ -94,7 +94,9 @@ def test_killed_between_upload_and_the_record_known(
     assert "RUNNING" not in statuses(stack, "upload").values()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_lets_the_training_save_and_the_next_run_go_on(
     varflow: Command, store: Store, stack: Settings, done: dict[str, Any], number: signal.Signals, status: int
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_signal_lets_the_training_save_and_the_next_run_go_on(
     assert first_metric_time(store, stack, outcome) < stopped_at, "its first steps are those of the stopped run"
 
 
+@pytest.mark.slow
 def test_cancelled_from_the_api_and_taken_up_by_a_later_run(
     varflow: Command, store: Store, stack: Settings, deployed: None, done: dict[str, Any]
 ) -> None:
