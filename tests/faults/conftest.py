@@ -1,5 +1,6 @@
 """One real stack and one finished run of the small recipe, shared by all tests of this folder."""
 
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,12 @@ def done(varflow: Command) -> dict[str, Any]:
 
 
 @pytest.fixture
-def elsewhere(varflow: Command, stack: Settings, request: pytest.FixtureRequest, tmp_path: Path) -> Command:
+def elsewhere(varflow: Command, stack: Settings, tmp_path: Path) -> Command:
     """Give the command with a prefix of the bucket and a home of its own, on the same servers.
 
-    Experiments keep the place they were made with: give the recipe a name of its own too.
+    Experiments keep the place they were made with: give the recipe the prefix for a name.
     """
-    changed = {"home": tmp_path / "home", "s3_prefix": f"test-{abs(hash(request.node.nodeid)) % 10**8}"}
+    changed = {"home": tmp_path / "home", "s3_prefix": f"test_{uuid.uuid4().hex[:8]}"}
     return Command(stack.model_copy(update=changed), varflow.folder)
 
 

@@ -123,7 +123,7 @@ def test_one_batch_told_of_six_times_is_one_retrain_and_the_sweep_finds_the_unto
 def test_a_retrain_that_failed_is_not_repeated_for_the_same_batches(
     elsewhere: Command, stack: Settings, tmp_path: Path
 ) -> None:
-    words = small(below="recipe.", name="retrain_failed")
+    words = small(below="recipe.", name=elsewhere.settings.s3_prefix)
     again = elsewhere.ask("retrain", "smoke", *words)
     assert again["started"] is False and again["reason"].startswith("0 new batches with 0 bytes, expected at least 1")
     (tmp_path / "broken.jsonl").write_text('{"prompt": \n' * 8)
@@ -152,7 +152,7 @@ def test_a_retrain_that_met_trouble_with_a_server_is_tried_again(
 def test_a_retrain_that_was_killed_is_taken_over_by_the_next(
     elsewhere: Command, stack: Settings, tmp_path: Path
 ) -> None:
-    words = small(below="recipe.", name="retrain_killed")
+    words = small(below="recipe.", name=elsewhere.settings.s3_prefix)
     store = open_store(elsewhere.settings)
     ledger.receive(store, write_batch(tmp_path / "bread.jsonl"))
     with killed_at_the_end(elsewhere.start("retrain", "smoke", *words)) as flow:
