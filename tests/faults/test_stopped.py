@@ -13,6 +13,7 @@ from infra.stack.http import ask
 from infra.store import Store
 from tasks.execute import fetch_artifact
 from tests.faults.command import (
+    BENCHMARK,
     Command,
     await_child,
     await_no_children,
@@ -47,7 +48,7 @@ def first_metric_time(store: Store, settings: Settings, outcome: dict[str, Any])
 @pytest.mark.slow
 def test_killed_in_each_stage_then_finished(varflow: Command, store: Store, stack: Settings) -> None:
     """One pass from nothing to the end, with kill -9 of the flow in every stage on the way."""
-    fresh = small(name="killed", ingest__max_row_chars=19_999, **LONG, **{"suite__benchmarks__0__seed": 99})
+    fresh = small(name="killed", ingest__max_row_chars=19_999, suite__benchmarks=[BENCHMARK | {"seed": 99}], **LONG)
     kept: dict[str, tuple[str, str]] = {}
     for stage in STAGES:
         with killed_at_the_end(varflow.start("run", "smoke", *fresh)) as flow:
