@@ -99,6 +99,7 @@ def mirror_alias(tracking_uri: str, *, model: str, champion: Champion, tags: dic
             version = client.create_model_version(
                 model, source=move.source, run_id=move.mlflow_run,
                 tags={"varflow.ref": move.ref, "varflow.verdict": move.verdict} | tags,
+                await_creation_for=0,  # nothing is copied, so there is nothing to wait for
             )  # fmt: skip
         client.set_registered_model_alias(model, alias, version.version)
         chosen = chosen or str(version.version)
