@@ -49,7 +49,7 @@ def first_metric_time(store: Store, settings: Settings, outcome: dict[str, Any])
 def test_killed_in_each_stage_then_finished(varflow: Command, store: Store, stack: Settings) -> None:
     """One pass from nothing to the end, with kill -9 of the flow in every stage on the way."""
     fresh = small(name="killed", ingest__max_row_chars=19_999, suite__benchmarks=[BENCHMARK | {"seed": 99}], **LONG)
-    kept: dict[str, tuple[str, str]] = {}
+    kept = read_records(store)
     for stage in STAGES:
         with killed_at_the_end(varflow.start("run", "smoke", *fresh)) as flow:
             await_child(flow, stack.home, stage, metric_lines=3 if stage == "train" else 0)
