@@ -36,7 +36,7 @@ def make_settings(home: Path) -> Settings:
 @pytest.fixture(scope="session")
 def stack_home() -> Iterator[Settings]:
     """Give the settings of the session's stack, nothing started yet; it is stopped at the end, also after failures."""
-    with tempfile.TemporaryDirectory(prefix="varflow-tests-") as folder:
+    with tempfile.TemporaryDirectory(prefix="varflow-tests-", ignore_cleanup_errors=True) as folder:
         settings = make_settings(Path(folder) / "home")
         try:
             yield settings
