@@ -89,6 +89,7 @@ def run_python(varflow: Command, text: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)
 def test_one_batch_told_of_six_times_is_one_retrain_and_the_sweep_finds_the_untold(
     varflow: Command, store: Store, stack: Settings, deployed: None, done: dict[str, Any], tmp_path: Path
 ) -> None:
