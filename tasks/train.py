@@ -4,7 +4,7 @@ from tasks.step import Attempt, Metrics, step
 from training.config import TrainConfig
 
 
-@step(version=1)
+@step(version=2)
 def train(config: TrainConfig, attempt: Attempt) -> Metrics:
     """Train the policy on scored responses. Inputs: `rows`, `base`; for VAR `rewards` and `reference` too."""
     summary = attempt.run_child("training", "train")

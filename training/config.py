@@ -303,12 +303,24 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Layout(StrEnum):
+    """How prompts and responses lie in a forward pass; the numbers are the same."""
+
+    tree = "tree"
+    rows = "rows"
+
+
 class Runtime(Config):
     """How the work is done. Never part of a fingerprint."""
 
     device: Device = Field(Device.auto, title="Device", description="auto takes an accelerator where there is one.")
     microbatch_tokens: int = Field(
         2048, ge=1, title="Micro-batch", description="Token budget of one forward pass, padding included; at least 1."
+    )
+    layout: Layout = Field(
+        Layout.tree,
+        title="Layout",
+        description="tree: a policy reads each prompt once, with its responses behind it. rows: separate sequences, for a model whose attention cannot be shared.",
     )
     threads: int | None = Field(
         None, ge=1, title="Threads", description="CPU threads of a child process; at least 1, empty for all cores."

@@ -4,46 +4,59 @@ Hidden states are gathered before the output head, and the head runs over chunks
 [positions, vocabulary] is never held at once.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from training.data.batch import MicroBatch
+from training.config import Layout
+from training.data.batch import MicroBatch, collate, lay_out
+from training.render import Rendered
+from training.tree import enable_trees
 
 # B sequences, T tokens, P positions that predict a trained token, C positions of a chunk, H hidden, V vocabulary
 
+MAX_LAYOUT_GAP = {
+    torch.float64: 1e-6,
+    torch.float32: 1e-4,
+    torch.bfloat16: 3e-2,
+}  # nats per token; a wrong mask is far off
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 
 def sum_logps(model: Any, micro: MicroBatch) -> Tensor:
-    """Return logp_B in nats, float64: the log-probability of each sequence's trained tokens, stop token included.
+    """Return logp_B in nats, float64: the log-probability of each sample's trained tokens, stop token included.
 
     Differentiable in the model's parameters. The log-softmax runs in float32 (float64 for a float64 model).
     """
-    logp_P = trained_logps(model, micro)
-    B, T = micro.ids_BT.shape
-    # A copy into place and a sum over rows is deterministic on every device; adding by index is not.
-    logp_BT = logp_P.new_zeros(B * T, dtype=torch.float64).index_copy(0, micro.predictor_P, logp_P.double())
-    return logp_BT.view(B, T).sum(dim=1)
+    parts = trained_logps(model, micro).double().split(micro.trained)
+    return torch.stack([logp_P.sum() for logp_P in parts])
 
 
 def trained_logps(model: Any, micro: MicroBatch) -> Tensor:
-    """Return logp_P: the log-probability of every trained token of the micro-batch, row after row."""
+    """Return logp_P: the log-probability of every trained token of the micro-batch, sample after sample."""
+    tree = micro.tree
     output = model.base_model(
-        input_ids=micro.ids_BT, attention_mask=micro.attention_BT, position_ids=micro.position_BT, use_cache=False
+        input_ids=micro.ids_BT,
+        attention_mask=tree.no_mask() if tree else micro.attention_BT,
+        position_ids=micro.position_BT,
+        use_cache=False,
+        **({"tree": tree} if tree else {}),
     )
     hidden_BTH = output.last_hidden_state
     hidden_PH = hidden_BTH.flatten(0, 1).index_select(0, micro.predictor_P)
     head = model.get_output_embeddings()
-    logp_P: Tensor = ChunkedLogp.apply(hidden_PH, head.weight, head.bias, micro.target_P)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    logp_P: Tensor = ChunkedLogp.apply(hidden_PH, head.weight, head.bias, micro.target_P, softcap)
     return logp_P
 
 
 def check_head(model: Any) -> None:
-    """Raise ValueError unless hidden states times output embedding are the model's logits.
+    """Raise ValueError unless hidden states times output embedding, capped as the config says, are the model's logits.
 
-    Some architectures scale or cap their logits behind the head; log-probabilities computed here would be of another model.
+    Some architectures scale their logits behind the head; log-probabilities computed here would be of another model.
     """
     kind = model.config.model_type
     head = model.get_output_embeddings()
@@ -55,11 +68,40 @@ def check_head(model: Any) -> None:
     with torch.no_grad():
         expected = model(input_ids=ids_BT, use_cache=False).logits
         got = head(model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
+        if softcap := getattr(model.config, "final_logit_softcapping", None):
+            got = softcap * torch.tanh(got / softcap)
     gap = (expected - got).abs().max().item()
     if not gap <= 1e-4 * max(1.0, expected.abs().max().item()):
         raise ValueError(
-            f"model type {kind}: its logits differ by {gap:.3g} from hidden states times output embedding (scaled or "
-            "capped logits); expected equal ones; this architecture is not supported"
+            f"model type {kind}: its logits differ by {gap:.3g} from hidden states times output embedding (scaled "
+            "logits); expected equal ones; this architecture is not supported"
+        )
+
+
+def check_layout(model: Any, groups: Sequence[Sequence[Rendered]], *, layout: Layout, device: torch.device) -> None:
+    """Make a model ready for a layout. ValueError unless log-probabilities in it are what each response gives alone.
+
+    `groups` are the responses of some prompts; longer ones show more, as with windows of attention or positions that depend
+    on the length.
+    """
+    samples = [sample for group in groups for sample in group]
+    group_B = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    with torch.inference_mode():
+        expected = torch.cat([trained_logps(model, collate([sample], device=device)) for sample in samples])
+        if layout == Layout.tree:
+            enable_trees(model)
+        got = trained_logps(model, lay_out(samples, group_B, device=device, layout=layout))
+    gap = (got - expected).abs().mean().item()
+    bound = MAX_LAYOUT_GAP[next(model.parameters()).dtype]
+    if not gap <= bound:
+        remedy = (
+            "its attention cannot be shared: set runtime.layout to rows"
+            if layout == Layout.tree
+            else "what it computes depends on the longest row beside it (dynamic RoPE, say): lower max_tokens until no row is that long"
+        )
+        raise ValueError(
+            f"model type {model.config.model_type}, layout {layout.value}: log-probabilities differ by {gap:.3g} nats per token from those of "
+            f"each response alone; expected at most {bound}; {remedy}"
         )
 
 
@@ -67,8 +109,16 @@ class ChunkedLogp(torch.autograd.Function):
     """log softmax(hidden W^T + b)[target] for each position, recomputing the logits chunk by chunk in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_PH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, target_P: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_PH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        target_P: Tensor,
+        softcap: float | None = None,
+    ) -> Tensor:
         kind = hidden_PH.device.type
+        ctx.softcap = softcap
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_PH.dtype
         with torch.autocast(kind, enabled=False):
             matrix_VH = weight_VH.to(ctx.dtype)
@@ -76,7 +126,7 @@ class ChunkedLogp(torch.autograd.Function):
             logz_P = hidden_PH.new_empty(len(target_P), dtype=wide)
             logp_P = torch.empty_like(logz_P)
             for rows in chunks(len(target_P), vocabulary=len(matrix_VH)):
-                logits_CV = chunk_logits(hidden_PH[rows].to(ctx.dtype), matrix_VH, bias_V)
+                logits_CV = chunk_logits(hidden_PH[rows].to(ctx.dtype), matrix_VH, bias_V, softcap)
                 logz_P[rows] = logits_CV.logsumexp(dim=1)
                 logp_P[rows] = logits_CV.gather(1, target_P[rows, None]).squeeze(1) - logz_P[rows]
         ctx.save_for_backward(hidden_PH, weight_VH, bias_V, target_P, logz_P)
@@ -84,7 +134,7 @@ class ChunkedLogp(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         hidden_PH, weight_VH, bias_V, target_P, logz_P = ctx.saved_tensors
         matrix_VH = weight_VH.to(ctx.dtype)
         grad_hidden_PH = torch.empty_like(hidden_PH)
@@ -93,22 +143,27 @@ class ChunkedLogp(torch.autograd.Function):
         for rows in chunks(len(target_P), vocabulary=len(matrix_VH)):
             hidden_CH = hidden_PH[rows].to(ctx.dtype)
             # d logp / d logits = onehot(target) - softmax; written over the logits to hold one chunk only.
-            logits_CV = chunk_logits(hidden_CH, matrix_VH, bias_V)
+            logits_CV = chunk_logits(hidden_CH, matrix_VH, bias_V, ctx.softcap)
+            slope_CV = None if ctx.softcap is None else 1.0 - (logits_CV / ctx.softcap).square_()
             logits_CV.sub_(logz_P[rows, None]).exp_().mul_(-grad_P[rows, None])
             logits_CV.scatter_add_(1, target_P[rows, None], grad_P[rows, None])
+            if slope_CV is not None:
+                logits_CV.mul_(slope_CV)  # d cap tanh(z / cap) / dz = 1 - tanh^2
             if grad_bias_V is not None:
                 grad_bias_V += logits_CV.sum(dim=0)
             grad_CV = logits_CV.to(ctx.dtype)
             grad_hidden_PH[rows] = (grad_CV @ matrix_VH).to(grad_hidden_PH.dtype)
             grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
-        return grad_hidden_PH, grad_weight_VH.to(weight_VH.dtype), grad_bias_V, None
+        return grad_hidden_PH, grad_weight_VH.to(weight_VH.dtype), grad_bias_V, None, None
 
 
-def chunk_logits(hidden_CH: Tensor, matrix_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Return logits_CV in float32 or wider."""
+def chunk_logits(hidden_CH: Tensor, matrix_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+    """Return logits_CV in float32 or wider, capped at +-softcap where the model does so."""
     logits_CV = hidden_CH @ matrix_VH.T
     logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-    return logits_CV if bias_V is None else logits_CV.add_(bias_V)
+    if bias_V is not None:
+        logits_CV.add_(bias_V)
+    return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
 
 
 def chunks(count: int, *, vocabulary: int) -> list[slice]:

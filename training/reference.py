@@ -12,15 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
 from training.config import ReferenceScoreConfig, Runtime
-from training.data.batch import collate, pack_by_tokens
+from training.data.batch import cut, lay_out
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.job import Job
-from training.logprobs import check_head, sum_logps
+from training.logprobs import check_head, check_layout, sum_logps
 from training.metrics import MetricsWriter
 from training.model import check_context, load_policy, start_torch
 from training.render import Rendered, Renderer, UnusableRow
@@ -35,6 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 WINDOW_ROWS = 64
+COLUMNS = ["row_id", "prompt", "responses", "truncated"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def run(job: Job) -> None:
     check_context(model, config.max_tokens)
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
+    prepare_layout(scorer)
     parts = score_windows(scorer)
     summary = assemble(parts, job)
     if summary["rows"] == 0:
@@ -73,6 +76,16 @@ def run(job: Job) -> None:
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
+def prepare_layout(scorer: Scorer) -> None:
+    """Make the model ready for the layout, after a look at the longest rows of the first window."""
+    for window in read_rows(scorer.job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS):
+        rendered, _ = render_rows(scorer.renderer, window.to_pylist())
+        longest = sorted(rendered.values(), key=lambda samples: max(len(sample.ids_T) for sample in samples))
+        if longest:
+            check_layout(scorer.model, longest[-2:], layout=scorer.runtime.layout, device=scorer.device)
+            return
+
+
 def score_windows(scorer: Scorer) -> list[Path]:
     """Score every window that has no finished part yet; return the parts in the order of the rows."""
     job = scorer.job
@@ -82,8 +95,7 @@ def score_windows(scorer: Scorer) -> list[Path]:
     parts: list[Path] = []
     done = 0
     with MetricsWriter(job.output / "metrics.jsonl", total=total) as metrics:
-        columns = ["row_id", "prompt", "responses", "truncated"]
-        for window in read_rows(job.inputs["rows"], columns=columns, batch_rows=WINDOW_ROWS):
+        for window in read_rows(job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS):
             part = folder / f"part-{len(parts):06d}.parquet"
             parts.append(part)
             done += window.num_rows
@@ -112,41 +124,49 @@ def is_finished(part: Path, row_ids: list[str]) -> bool:
 
 def score_window(scorer: Scorer, rows: list[dict[str, Any]], part: Path) -> int:
     """Render and score some rows, write their part, return the tokens that went through the model."""
-    samples: list[Rendered] = []
-    owners: list[tuple[str, int]] = []  # row and its number of responses
-    dropped: list[dict[str, str]] = []
-    for row in rows:
-        try:
-            rendered = scorer.renderer.row(row["prompt"], row["responses"], row["truncated"])
-        except UnusableRow as unusable:
-            dropped.append({"row_id": row["row_id"], "reason": unusable.reason, "detail": str(unusable)})
-            continue
-        samples += rendered
-        owners.append((row["row_id"], len(rendered)))
-    logps = score_samples(scorer, samples)
-    scores, begin = [], 0
-    for row_id, count in owners:
-        span = slice(begin, begin + count)
-        num_tokens = [sample.num_trained for sample in samples[span]]
-        scores.append({"row_id": row_id, "logp": logps[span], "num_tokens": num_tokens})
-        begin += count
+    rendered, dropped = render_rows(scorer.renderer, rows)
+    logps, tokens = score_groups(scorer, list(rendered.values()))
+    scores = [
+        {"row_id": row_id, "logp": logp_K, "num_tokens": [sample.num_trained for sample in samples]}
+        for (row_id, samples), logp_K in zip(rendered.items(), logps, strict=True)
+    ]
     write_lines(dropped_file(part), dropped)
     with RowsWriter(part, SCHEMA) as out:
         out.write(scores)
-    return sum(len(sample.ids_T) for sample in samples)
+    return tokens
 
 
-def score_samples(scorer: Scorer, samples: list[Rendered]) -> list[float]:
-    """Return the log-probability of each sample, in nats, in their order."""
-    logps = [0.0] * len(samples)
-    lengths = [len(sample.ids_T) for sample in samples]
-    for members in pack_by_tokens(lengths, budget=scorer.runtime.microbatch_tokens):
+def render_rows(
+    renderer: Renderer, rows: list[dict[str, Any]]
+) -> tuple[dict[str, list[Rendered]], list[dict[str, str]]]:
+    """Return the responses of each row by its id, and the rows that cannot be rendered with their reasons."""
+    rendered: dict[str, list[Rendered]] = {}
+    dropped: list[dict[str, str]] = []
+    for row in rows:
+        try:
+            rendered[row["row_id"]] = renderer.row(row["prompt"], row["responses"], row["truncated"])
+        except UnusableRow as unusable:
+            dropped.append({"row_id": row["row_id"], "reason": unusable.reason, "detail": str(unusable)})
+    return rendered, dropped
+
+
+def score_groups(scorer: Scorer, groups: list[list[Rendered]]) -> tuple[list[list[float]], int]:
+    """Return the log-probabilities of each group's responses, in nats, and the tokens that went through the model."""
+    samples = [sample for group in groups for sample in group]
+    counts = [len(group) for group in groups]
+    group_R = np.repeat(np.arange(len(groups)), counts)
+    logp_R = np.zeros(len(samples))
+    tokens = 0
+    layout = scorer.runtime.layout
+    for members in cut(samples, group_R, budget=scorer.runtime.microbatch_tokens, whole_groups=False, layout=layout):
         scorer.job.check_stop()
+        chosen = [samples[index] for index in members]
+        micro = lay_out(chosen, group_R[members], device=scorer.device, layout=layout)
         with torch.inference_mode():
-            values = sum_logps(scorer.model, collate(samples, members, device=scorer.device)).tolist()
-        for member, value in zip(members, values, strict=True):
-            logps[member] = value
-    return logps
+            logp_R[members] = sum_logps(scorer.model, micro).cpu().numpy()
+        tokens += micro.num_tokens
+    ends = np.cumsum(counts)
+    return [logp_R[end - n : end].tolist() for n, end in zip(counts, ends, strict=True)], tokens
 
 
 def assemble(parts: list[Path], job: Job) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.stats import beta
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.config import RewardModelConfig, Runtime, Schedule
-from training.data.batch import pack_by_tokens
+from training.data.batch import cut_rows, pack_by_tokens
 from training.data.examples import Example
 from training.data.rows import read_rows
 from training.job import Job
@@ -27,7 +27,7 @@ from training.model import check_context, check_model_folder, check_vocabulary, 
 from training.objectives.bradley_terry import BradleyTerry
 from training.reward.render import RewardInput, RewardRenderer
 from training.reward.scorer import compute_rewards, score_batch, set_pad_token
-from training.steps import Steps
+from training.steps import Forwarded, Steps
 
 # B responses of a micro-batch
 
@@ -99,17 +99,20 @@ def load_base(folder: Path, config: RewardModelConfig, *, device: torch.device) 
 class RewardForward:
     """One value per sample: the reward."""
 
-    def length(self, sample: RewardInput) -> int:
-        """Return the tokens of prompt and response."""
-        return len(sample.ids)
-
     def identity(self, sample: RewardInput) -> bytes:
         """Return ids and segments."""
         return repr((sample.ids, sample.segments)).encode()
 
-    def values(self, model: Any, samples: Sequence[RewardInput]) -> tuple[Tensor, int]:
-        """Return reward_B, float64, and the padded size."""
-        return compute_rewards(model, samples).double(), len(samples) * max(len(sample.ids) for sample in samples)
+    def cut(
+        self, samples: Sequence[RewardInput], group_R: np.ndarray, *, budget: int, whole_groups: bool
+    ) -> list[list[int]]:
+        """Return micro-batches of separate rows."""
+        return cut_rows([len(sample.ids) for sample in samples], group_R, budget=budget, whole_groups=whole_groups)
+
+    def values(self, model: Any, samples: Sequence[RewardInput], group_B: np.ndarray) -> Forwarded:
+        """Return reward_B, float64."""
+        lengths = [len(sample.ids) for sample in samples]
+        return Forwarded(compute_rewards(model, samples).double(), sum(lengths), len(lengths) * max(lengths))
 
 
 def make_settings(config: RewardModelConfig) -> Settings:

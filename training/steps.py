@@ -6,14 +6,13 @@
 import json
 from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.batch import digest_plan, pack_by_tokens, plan_steps
+from training.data.batch import digest_plan, plan_steps
 from training.data.examples import Example
 from training.loop import Part
 from training.objectives.objective import Columns, FloatArray, Objective
@@ -22,19 +21,27 @@ from training.objectives.weights import check_weights, describe_weights
 # R responses of a global batch, B of a micro-batch, K of a row
 
 
+class Forwarded(NamedTuple):
+    """What a forward pass gives: one value per sample, and how many tokens went through the model."""
+
+    value_B: Tensor
+    num_tokens: int  # without padding
+    num_padded: int  # with padding
+
+
 class Forward(Protocol):
     """How a model turns samples into one value each."""
-
-    def length(self, sample: Any) -> int:
-        """Return the tokens of a sample."""
-        ...
 
     def identity(self, sample: Any) -> bytes:
         """Return what a sample is, for the digest of the plan."""
         ...
 
-    def values(self, model: Any, samples: Sequence[Any]) -> tuple[Tensor, int]:
-        """Return value_B and the number of tokens with padding."""
+    def cut(self, samples: Sequence[Any], group_R: np.ndarray, *, budget: int, whole_groups: bool) -> list[list[int]]:
+        """Return micro-batches as indices, each within a budget of tokens."""
+        ...
+
+    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
+        """Run one micro-batch; samples of a group are neighbours."""
         ...
 
 
@@ -100,6 +107,10 @@ class Steps:
         """Return the ids of a step's rows."""
         return [example.row_id for example in self.rows(step)]
 
+    def samples(self, step: int) -> list[Any]:
+        """Return the responses of a step."""
+        return [sample for example in self.rows(step) for sample in example.samples]
+
     def columns(self, step: int) -> Columns:
         """Return the stored columns of a step."""
         return gather_columns(self.rows(step))
@@ -114,30 +125,25 @@ class Steps:
 
     def cut(self, step: int, *, budget: int) -> list[list[int]]:
         """Return the micro-batches of a step as positions among its responses."""
-        lengths = [self._forward.length(sample) for example in self.rows(step) for sample in example.samples]
-        if not self._objective.whole_groups:
-            return pack_by_tokens(lengths, budget=budget)
-        group_R = self.columns(step).group_R
-        members = [np.flatnonzero(group_R == group).tolist() for group in range(len(self._rows[step]))]
-        sizes = [len(m) * max(lengths[index] for index in m) for m in members]
-        return [list(chain(*(members[g] for g in sorted(groups)))) for groups in pack_by_tokens(sizes, budget=budget)]
+        whole = self._objective.whole_groups
+        return self._forward.cut(self.samples(step), self.columns(step).group_R, budget=budget, whole_groups=whole)
 
     def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
         """Run some responses of a step and return their share of its loss and figures."""
         columns = self.columns(step)
-        samples = [sample for example in self.rows(step) for sample in example.samples]
-        chosen = [samples[index] for index in members]
-        value_B, num_padded = self._forward.values(model, chosen)
-        weight_B = torch.from_numpy(self._weights[step][list(members)]).to(value_B.device)
-        group_B = torch.from_numpy(columns.group_R[list(members)]).to(value_B.device)
+        samples = self.samples(step)
+        group_B = columns.group_R[list(members)]
+        out = self._forward.values(model, [samples[index] for index in members], group_B)
+        device = out.value_B.device
+        weight_B = torch.from_numpy(self._weights[step][list(members)]).to(device)
         denominator = self._objective.denominator(columns, mean_tokens=self.mean_tokens)
         figures = {}
         if columns.logp_ref_R is not None:
-            ratio_B = value_B.detach().cpu().numpy() - columns.logp_ref_R[list(members)]
+            ratio_B = out.value_B.detach().cpu().numpy() - columns.logp_ref_R[list(members)]
             figures["logp_ratio"] = float(ratio_B.sum() / len(columns.group_R))
         return Part(
-            loss=self._objective.loss_sum(value_B, weight_B, group_B) / denominator,
-            num_tokens=sum(self._forward.length(sample) for sample in chosen),
-            num_padded=num_padded,
+            loss=self._objective.loss_sum(out.value_B, weight_B, torch.from_numpy(group_B).to(device)) / denominator,
+            num_tokens=out.num_tokens,
+            num_padded=out.num_padded,
             figures=figures,
         )

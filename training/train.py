@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import TypeAdapter
-from torch import Tensor
 
 from training.config import (
     AnyTrainConfig,
+    Layout,
     Precision,
     ReferenceFactor,
     ResponseRegime,
@@ -22,7 +22,7 @@ from training.config import (
     TrainConfig,
     VarConfig,
 )
-from training.data.batch import collate
+from training.data.batch import cut, lay_out
 from training.data.examples import (
     Example,
     load_examples,
@@ -35,7 +35,7 @@ from training.data.examples import (
 )
 from training.data.rows import RowsWriter
 from training.job import Job
-from training.logprobs import check_head, sum_logps
+from training.logprobs import check_head, check_layout, sum_logps
 from training.loop import Progress, Settings, run_steps
 from training.model import check_context, load_policy, save_policy, start_torch
 from training.objectives.objective import Columns, Objective
@@ -43,7 +43,7 @@ from training.objectives.sft import Sft
 from training.objectives.var import Var, lambda_in_reward_units, reference_factor, within_group_variance
 from training.objectives.weights import argmax_agrees, describe_weights
 from training.render import Rendered, Renderer
-from training.steps import Steps, gather_columns
+from training.steps import Forwarded, Steps, gather_columns
 
 LOG = logging.getLogger(__name__)
 WEIGHTS_SCHEMA = pa.schema(
@@ -68,11 +68,12 @@ def run(job: Job) -> None:
     check_head(model)
     check_context(model, config.max_tokens)
     examples, dropped = gather_examples(job, config, Renderer(tokenizer, max_tokens=config.max_tokens))
+    check_layout(model, longest_groups(examples), layout=runtime.layout, device=device)
     objective = make_objective(job, config, gather_columns(examples))
     steps = Steps(
         examples,
         objective,
-        PolicyForward(device),
+        PolicyForward(device, runtime.layout),
         batch_prompts=config.batch_prompts,
         epochs=config.epochs,
         seed=config.seed,
@@ -89,21 +90,30 @@ class PolicyForward:
     """One value per sample: the log-probability of its trained tokens. Dropout is 0, in training too: the model stays in
     evaluation mode, since the weighted likelihood is that of the policy and not of a randomly thinned one."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, layout: Layout) -> None:
         self._device = device
-
-    def length(self, sample: Rendered) -> int:
-        """Return the tokens of prompt and response."""
-        return len(sample.ids_T)
+        self._layout = layout
 
     def identity(self, sample: Rendered) -> bytes:
         """Return token ids and span."""
         return sample.ids_T.tobytes() + sample.start.to_bytes(8, "little")
 
-    def values(self, model: Any, samples: Sequence[Rendered]) -> tuple[Tensor, int]:
-        """Return logp_B in nats and the padded size."""
-        micro = collate(samples, range(len(samples)), device=self._device)
-        return sum_logps(model, micro), micro.ids_BT.numel()
+    def cut(
+        self, samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool
+    ) -> list[list[int]]:
+        """Return micro-batches in the layout."""
+        return cut(samples, group_R, budget=budget, whole_groups=whole_groups, layout=self._layout)
+
+    def values(self, model: Any, samples: Sequence[Rendered], group_B: np.ndarray) -> Forwarded:
+        """Return logp_B in nats."""
+        micro = lay_out(samples, group_B, device=self._device, layout=self._layout)
+        return Forwarded(sum_logps(model, micro), micro.num_tokens, micro.ids_BT.numel())
+
+
+def longest_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
+    """Return the responses of the two rows with the longest ones."""
+    longest = sorted(examples, key=lambda example: max(len(sample.ids_T) for sample in example.samples))
+    return [example.samples for example in longest[-2:]]
 
 
 def gather_examples(job: Job, config: TrainConfig, renderer: Renderer) -> tuple[list[Example], Counter[str]]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from training.config import Normaliser, Precision, ReferenceFactor, ResponseRegime, Runtime, Schedule
+from training.config import Layout, Normaliser, Precision, ReferenceFactor, ResponseRegime, Runtime, Schedule
 from training.data.examples import Example
 from training.job import Job
 from training.loop import Settings, run_steps
@@ -22,6 +22,7 @@ from training.objectives.var import Var
 from training.render import Rendered
 from training.steps import Steps
 from training.train import PolicyForward
+from training.tree import enable_trees
 
 GOLDEN = Path(__file__).with_name("var_trajectory.json")
 VOCABULARY = 61
@@ -72,7 +73,7 @@ def make_example(rng: np.random.Generator, name: str) -> Example:
     )
 
 
-def run_trajectory(folder: Path) -> list[dict[str, float]]:
+def run_trajectory(folder: Path, layout: Layout = Layout.rows) -> list[dict[str, float]]:
     rng = np.random.default_rng(20)
     model = make_model(rng)
     examples = [make_example(rng, f"row{n}") for n in range(20)]
@@ -82,17 +83,22 @@ def run_trajectory(folder: Path) -> list[dict[str, float]]:
         normaliser=Normaliser.per_prompt,
         reference_factor=ReferenceFactor.mean,
     )
-    work = Steps(examples, objective, PolicyForward(torch.device("cpu")), batch_prompts=4, epochs=4, seed=5)
+    if layout == Layout.tree:
+        enable_trees(model)
+    work = Steps(examples, objective, PolicyForward(torch.device("cpu"), layout), batch_prompts=4, epochs=4, seed=5)
     job = Job(name="train", config={}, runtime={}, inputs={}, output=folder, work=folder)
     run_steps(model, work, SETTINGS, job=job, runtime=Runtime(microbatch_tokens=100), identity={})
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{name: line[f"train/{name}"] for name in FIGURES} for line in lines]
 
 
-def test_twenty_steps_are_those_on_file(tmp_path: Path) -> None:
-    got, expected = run_trajectory(tmp_path), json.loads(GOLDEN.read_text())
+@pytest.mark.parametrize("layout", list(Layout))
+def test_twenty_steps_are_those_on_file(layout: Layout, tmp_path: Path) -> None:
+    got, expected = run_trajectory(tmp_path, layout), json.loads(GOLDEN.read_text())
     assert len(got) == len(expected) == 20
     for step, (line, golden) in enumerate(zip(got, expected, strict=True)):
+        if layout == Layout.tree:
+            assert line.pop("padding_share") == 0.0 < golden.pop("padding_share")
         assert line == pytest.approx(golden, rel=1e-7, abs=1e-10), f"step {step}"
     assert got[-1]["loss"] < got[0]["loss"]
 

@@ -1,5 +1,6 @@
 """Small models in float64 and a batch with unequal lengths, weights and first tokens, run through the real engine."""
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from training.checkpoint import Progress
-from training.config import Normaliser, Precision, ReferenceFactor, ResponseRegime, Runtime, Schedule
+from training.config import Layout, Normaliser, Precision, ReferenceFactor, ResponseRegime, Runtime, Schedule
 from training.data.examples import Example
 from training.job import Job
 from training.loop import Settings, Trainer, make_optimiser
@@ -21,6 +23,7 @@ from training.objectives.var import Var
 from training.render import Rendered
 from training.steps import Steps
 from training.train import PolicyForward
+from training.tree import enable_trees
 
 VOCABULARY = 61
 CONFIGS = {
@@ -34,6 +37,16 @@ CONFIGS = {
         num_key_value_heads=2,
         initializer_range=0.3,
         tie_word_embeddings=True,
+    ),
+    "sliding": MistralConfig(  # a window shorter than most rows
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        sliding_window=5,
     ),
 }
 SETTINGS = Settings(
@@ -54,7 +67,8 @@ def wide_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, hidden: Tensor) -> Tensor:
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    for norm in (LlamaRMSNorm, MistralRMSNorm):
+        monkeypatch.setattr(norm, "forward", forward)
 
 
 @pytest.fixture
@@ -63,7 +77,7 @@ def make_model() -> Callable[..., Any]:
 
     def make(name: str, *, dtype: torch.dtype = torch.float64) -> Any:
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
+        return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name])).to(dtype).eval()
 
     return make
 
@@ -114,12 +128,20 @@ def accumulate(tmp_path: Path) -> Callable[..., tuple[float, dict[str, Tensor]]]
     """Return a function that runs one step up to its gradients, before clipping and AdamW, with the loop's own code."""
 
     def run(
-        model: Any, examples: Sequence[Example], objective: Objective, *, budget: int = 10_000, forward: Any = None
+        model: Any,
+        examples: Sequence[Example],
+        objective: Objective,
+        *,
+        budget: int = 10_000,
+        layout: Layout = Layout.tree,
+        forward: Any = None,
     ) -> tuple[float, dict[str, Tensor]]:
+        if layout == Layout.tree:
+            enable_trees(model)
         work = Steps(
             examples,
             objective,
-            forward or PolicyForward(torch.device("cpu")),
+            forward or PolicyForward(torch.device("cpu"), layout),
             batch_prompts=len(examples),
             epochs=1,
             seed=0,

@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.config import ReferenceFactor, ResponseRegime
+from training.config import Layout, ReferenceFactor, ResponseRegime
 from training.data.batch import MicroBatch
 from training.logprobs import sum_logps
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
 from training.objectives.var import Var
+from training.steps import Forwarded
+from training.train import PolicyForward
 
 Gradients = dict[str, Tensor]
 
@@ -64,16 +66,10 @@ def test_micro_batches_change_nothing(
         assert_close(got, expected, bound=bound)
 
 
-class LeftPadded:
+class LeftPadded(PolicyForward):
     """The engine's forward with padding on the other side."""
 
-    def length(self, sample: Any) -> int:
-        return len(sample.ids_T)
-
-    def identity(self, sample: Any) -> bytes:
-        return sample.ids_T.tobytes()
-
-    def values(self, model: Any, samples: Any) -> tuple[Tensor, int]:
+    def values(self, model: Any, samples: Any, group_B: np.ndarray) -> Forwarded:
         T = max(len(s.ids_T) for s in samples)
         ids, mask = (torch.zeros(len(samples), T, dtype=torch.long) for _ in range(2))
         predictors, targets = [], []
@@ -87,12 +83,12 @@ class LeftPadded:
             ids_BT=ids,
             predictor_P=torch.tensor(predictors),
             target_P=torch.tensor(targets),
-            members=(),
-            num_tokens=0,
+            trained=tuple(sample.num_trained for sample in samples),
+            num_tokens=int(mask.sum()),
             attention_BT=mask,
             position_BT=(mask.cumsum(1) - 1).clamp(min=0),
         )
-        return sum_logps(model, micro), ids.numel()
+        return Forwarded(sum_logps(model, micro), micro.num_tokens, ids.numel())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -101,11 +97,32 @@ def test_left_right_and_no_padding_agree(
     name: str, make_model: Any, make_examples: Any, var_objective: Var, accumulate: Any
 ) -> None:
     model, examples = make_model(name), make_examples()
-    _, right = accumulate(model, examples, var_objective)
-    _, alone = accumulate(model, examples, var_objective, budget=1)
-    _, left = accumulate(model, examples, var_objective, forward=LeftPadded())
+    _, right = accumulate(model, examples, var_objective, layout=Layout.rows)
+    _, alone = accumulate(model, examples, var_objective, layout=Layout.rows, budget=1)
+    left_padded = LeftPadded(torch.device("cpu"), Layout.rows)
+    _, left = accumulate(model, examples, var_objective, layout=Layout.rows, forward=left_padded)
     assert_close(alone, right, bound=1e-10)
     assert_close(left, right, bound=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "sliding"])
+@pytest.mark.usefixtures("wide_norm")
+def test_shared_prompts_packed_trees_and_separate_rows_agree(
+    name: str,
+    dtype: torch.dtype,
+    bound: float,
+    make_model: Any,
+    make_examples: Any,
+    var_objective: Var,
+    accumulate: Any,
+) -> None:
+    """All prompts in one sequence; one tree at a time; groups cut into trees that repeat their prompt; rows."""
+    model, examples = make_model(name, dtype=dtype), make_examples(6, num_responses=4)
+    _, rows = accumulate(model, examples, var_objective, layout=Layout.rows)
+    for budget in (10_000, 40, 25, 1):
+        _, trees = accumulate(model, examples, var_objective, budget=budget)
+        assert_close(trees, rows, bound=bound)
 
 
 def test_unit_weights_are_sft_bit_for_bit(

@@ -52,7 +52,7 @@ def test_collate_cell_by_cell() -> None:
         Rendered(ids_T=np.array([9], dtype=np.int32), start=1),
         Rendered(ids_T=np.array([1, 2, 3], dtype=np.int32), start=2),
     ]
-    micro = collate(samples, [2, 0], device=torch.device("cpu"))
+    micro = collate([samples[2], samples[0]], device=torch.device("cpu"))
     assert micro.ids_BT.tolist() == [[1, 2, 3, 0], [5, 6, 7, 8]]
     assert micro.predictor_P.tolist() == [
         1,
@@ -60,4 +60,4 @@ def test_collate_cell_by_cell() -> None:
         4 + 2,
     ]  # token 3 is predicted at 1; 7 and 8 in the second row at 1 and 2
     assert micro.target_P.tolist() == [3, 7, 8]
-    assert (micro.members, micro.num_tokens) == ((2, 0), 7)
+    assert (micro.trained, micro.num_tokens) == ((1, 2), 7)

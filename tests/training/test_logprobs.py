@@ -1,12 +1,19 @@
 """Log-probabilities: equal to the whole model's log-softmax, in value and gradient, for every family, chunk and padding."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from training import logprobs
 from training.data.batch import MicroBatch, collate
@@ -24,6 +31,7 @@ SMALL: dict[str, Any] = {
     "head_dim": 4,
     "initializer_range": 0.3,
 }
+SMALL_COHERE = {name: value for name, value in SMALL.items() if name != "head_dim"}
 CONFIGS = {
     "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
     "qwen2": Qwen2Config(**SMALL),
@@ -71,7 +79,7 @@ def test_values_and_gradients_equal_the_plain_ones(
     weights = torch.tensor([0.3, 2.0, 0.0, 1.7], dtype=torch.float64)
     expected = plain_logps(model, samples)
     expected_gradients = gradients(model, (weights * expected).sum())
-    got = sum_logps(model, collate(samples, range(4), device=CPU))
+    got = sum_logps(model, collate(samples, device=CPU))
     got_gradients = gradients(model, (weights * got).sum())
     # The stock Llama norm computes in float32, hence the looser bound there.
     bound = 1e-10 if name == "gpt2" else 2e-5
@@ -84,8 +92,8 @@ def test_values_and_gradients_equal_the_plain_ones(
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_left_right_and_no_padding_agree(name: str) -> None:
     model, samples = make_model(name), make_samples()
-    alone = torch.cat([sum_logps(model, collate(samples, [i], device=CPU)) for i in range(4)])
-    right = sum_logps(model, collate(samples, range(4), device=CPU))
+    alone = torch.cat([sum_logps(model, collate([samples[i]], device=CPU)) for i in range(4)])
+    right = sum_logps(model, collate(samples, device=CPU))
     left = sum_logps(model, pad_left(samples))
     assert torch.allclose(right, alone, rtol=0, atol=1e-10 if name == "gpt2" else 2e-5)
     assert torch.allclose(left, alone, rtol=0, atol=1e-10 if name == "gpt2" else 2e-5)
@@ -105,7 +113,7 @@ def pad_left(samples: list[Rendered]) -> MicroBatch:
         ids_BT=ids,
         predictor_P=torch.tensor(predictors),
         target_P=torch.tensor(targets),
-        members=tuple(range(len(samples))),
+        trained=tuple(sample.num_trained for sample in samples),
         num_tokens=int(mask.sum()),
         attention_BT=mask,
         position_BT=(mask.cumsum(1) - 1).clamp(min=0),
@@ -147,18 +155,40 @@ def test_never_holds_positions_times_vocabulary() -> None:
 def test_float32_stays_close_to_float64_and_keeps_its_type() -> None:
     samples = make_samples()
     wide, narrow = make_model("gpt2"), make_model("gpt2", dtype=torch.float32)
-    got = sum_logps(narrow, collate(samples, range(4), device=CPU))
-    assert torch.allclose(got, sum_logps(wide, collate(samples, range(4), device=CPU)), rtol=1e-5, atol=1e-4)
+    got = sum_logps(narrow, collate(samples, device=CPU))
+    assert torch.allclose(got, sum_logps(wide, collate(samples, device=CPU)), rtol=1e-5, atol=1e-4)
     (-got.sum()).backward()
     assert all(p.grad.dtype == torch.float32 for p in narrow.parameters())
 
 
-def test_capped_logits_are_refused_by_name(tiny_policy: Path) -> None:
+def test_capped_logits_are_those_of_the_model() -> None:
+    """Gemma 2 caps its logits behind the head and its attention scores before the softmax."""
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        **{**SMALL, "initializer_range": 1.0}, final_logit_softcapping=2.0, attn_logit_softcapping=3.0
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    check_head(model)
+    samples = make_samples()
+    expected = plain_logps(model, samples)
+    got = sum_logps(model, collate(samples, device=CPU))
+    assert torch.allclose(got, expected, rtol=0, atol=2e-4)  # the stock norm computes in float32
+    plain = gradients(model, expected.sum())
+    for a, b in zip(gradients(model, sum_logps(model, collate(samples, device=CPU)).sum()), plain, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_chunked_logp_with_a_cap_passes_finite_differences() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ChunkedLogp.apply, (hidden, weight, None, torch.tensor([0, 6, 3, 3, 1]), 1.5))
+
+
+def test_scaled_logits_are_refused_by_name() -> None:
     for name in CONFIGS:
         check_head(make_model(name, dtype=torch.float32))
     torch.manual_seed(0)
-    capped = AutoModelForCausalLM.from_config(
-        Gemma2Config(**{**SMALL, "initializer_range": 2.0}, final_logit_softcapping=1.0)
-    )
-    with pytest.raises(ValueError, match=r"gemma2.*scaled or capped"):
-        check_head(capped.eval())
+    scaled = AutoModelForCausalLM.from_config(CohereConfig(**SMALL_COHERE, logit_scale=0.25))
+    with pytest.raises(ValueError, match=r"cohere.*scaled"):
+        check_head(scaled.eval())

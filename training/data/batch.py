@@ -7,14 +7,17 @@ on a token budget and change nothing but speed.
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from training.config import Layout
 from training.render import Rendered
+from training.tree import Tree
 
-# B sequences of a micro-batch, T tokens, P positions that predict a trained token
+# R responses of a global batch, B sequences or samples of a micro-batch, T tokens, P positions that predict a trained token
 
 
 def plan_steps(num_rows: int, *, batch_prompts: int, epochs: int, seed: int) -> list[list[int]]:
@@ -63,37 +66,137 @@ def pack_by_tokens(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
     return batches
 
 
+def cut(
+    samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool, layout: Layout
+) -> list[list[int]]:
+    """Return micro-batches as indices, each within a budget of tokens; a lone sample above it gets one of its own."""
+    if layout == Layout.tree:
+        return cut_trees(samples, group_R, budget=budget, whole_groups=whole_groups)
+    return cut_rows([len(sample.ids_T) for sample in samples], group_R, budget=budget, whole_groups=whole_groups)
+
+
+def cut_rows(lengths: Sequence[int], group_R: np.ndarray, *, budget: int, whole_groups: bool) -> list[list[int]]:
+    """Return micro-batches of separate rows, as indices; `whole_groups` keeps the responses of a prompt together."""
+    if not whole_groups:
+        return pack_by_tokens(lengths, budget=budget)
+    groups = members_of_groups(group_R)
+    sizes = [len(members) * max(lengths[index] for index in members) for members in groups]
+    return [list(chain(*(groups[g] for g in sorted(batch)))) for batch in pack_by_tokens(sizes, budget=budget)]
+
+
+def cut_trees(samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool) -> list[list[int]]:
+    """Return micro-batches of trees, as indices, whose tokens (a prompt once, its responses behind it) stay within `budget`.
+
+    A group above the budget is cut into trees that repeat its prompt, unless `whole_groups`. Fullest first into the first batch
+    with room: within 11/9 of the fewest batches.
+    """
+    branches = [
+        part
+        for members in members_of_groups(group_R)
+        for part in ([members] if whole_groups else split_group(samples, members, budget=budget))
+    ]
+    sizes = [samples[part[0]].start + sum(samples[index].num_trained for index in part) for part in branches]
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for place in sorted(range(len(branches)), key=lambda place: (-sizes[place], place)):
+        fits = next((b for b, left in enumerate(room) if sizes[place] <= left), None)
+        if fits is None:
+            batches.append([])
+            room.append(budget)
+            fits = len(batches) - 1
+        batches[fits] += branches[place]
+        room[fits] -= sizes[place]
+    return batches
+
+
+def split_group(samples: Sequence[Rendered], members: Sequence[int], *, budget: int) -> list[list[int]]:
+    """Return a group's members in parts that each fit the budget with their prompt; a part has at least one."""
+    parts: list[list[int]] = []
+    size = 0
+    for index in members:
+        size += samples[index].num_trained
+        if not parts or size > budget:
+            parts.append([])
+            size = samples[index].start + samples[index].num_trained
+        parts[-1].append(index)
+    return parts
+
+
+def members_of_groups(group_R: np.ndarray) -> list[list[int]]:
+    """Return the indices of each group's responses; a group's responses are neighbours."""
+    return [part.tolist() for part in np.split(np.arange(len(group_R)), np.flatnonzero(np.diff(group_R)) + 1)]
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one forward pass, padded on the right.
+    """Sequences of one forward pass: rows padded on the right, or one flat sequence of trees.
 
-    Under causal attention nothing real ever sees padding on its right, so neither mask nor positions are given by default.
+    Under causal attention nothing real ever sees padding on its right, so rows need neither mask nor positions.
     """
 
     ids_BT: Tensor  # int64
     predictor_P: Tensor  # int64, flat index in [B * T] of the token before each trained one
-    target_P: Tensor  # int64, the trained tokens
-    members: tuple[int, ...]  # which samples these are
+    target_P: Tensor  # int64, the trained tokens, sample after sample
+    trained: tuple[int, ...]  # trained tokens of each sample
     num_tokens: int  # without padding
     attention_BT: Tensor | None = None
     position_BT: Tensor | None = None
+    tree: Tree | None = None
 
 
-def collate(samples: Sequence[Rendered], members: Sequence[int], *, device: torch.device) -> MicroBatch:
-    """Pad the samples named by `members` into one micro-batch."""
-    chosen = [samples[index] for index in members]
-    T = max(len(sample.ids_T) for sample in chosen)
-    ids_BT = np.zeros((len(chosen), T), dtype=np.int64)
-    for row, sample in enumerate(chosen):
+def lay_out(samples: Sequence[Rendered], group_B: np.ndarray, *, device: torch.device, layout: Layout) -> MicroBatch:
+    """Return a micro-batch of samples; those of a group are neighbours."""
+    if layout == Layout.tree:
+        return collate_trees(samples, group_B, device=device)
+    return collate(samples, device=device)
+
+
+def collate(samples: Sequence[Rendered], *, device: torch.device) -> MicroBatch:
+    """Pad samples into one micro-batch, a row each."""
+    T = max(len(sample.ids_T) for sample in samples)
+    ids_BT = np.zeros((len(samples), T), dtype=np.int64)
+    for row, sample in enumerate(samples):
         ids_BT[row, : len(sample.ids_T)] = sample.ids_T
     predictor_P = np.concatenate(
-        [row * T + np.arange(sample.start - 1, len(sample.ids_T) - 1) for row, sample in enumerate(chosen)]
+        [row * T + np.arange(sample.start - 1, len(sample.ids_T) - 1) for row, sample in enumerate(samples)]
     )
-    target_P = np.concatenate([sample.ids_T[sample.start :] for sample in chosen]).astype(np.int64)
     return MicroBatch(
         ids_BT=torch.from_numpy(ids_BT).to(device),
         predictor_P=torch.from_numpy(predictor_P).to(device),
-        target_P=torch.from_numpy(target_P).to(device),
-        members=tuple(members),
-        num_tokens=sum(len(sample.ids_T) for sample in chosen),
+        target_P=gather_targets(samples, device=device),
+        trained=tuple(sample.num_trained for sample in samples),
+        num_tokens=sum(len(sample.ids_T) for sample in samples),
     )
+
+
+def collate_trees(samples: Sequence[Rendered], group_B: np.ndarray, *, device: torch.device) -> MicroBatch:
+    """Lay samples end to end, the prompt of neighbours of one group once."""
+    groups = members_of_groups(group_B)
+    ids: list[np.ndarray] = []
+    predictors: list[np.ndarray] = []
+    end = 0
+    for members in groups:
+        first = samples[members[0]]
+        ids.append(first.ids_T[: first.start])
+        prompt_end = end = end + first.start
+        for sample in (samples[index] for index in members):
+            ids.append(sample.ids_T[sample.start :])
+            # the prompt's last token predicts the first of every response
+            predictors.append(np.r_[prompt_end - 1, np.arange(end, end + sample.num_trained - 1)])
+            end += sample.num_trained
+    lengths = tuple((samples[m[0]].start, *(samples[index].num_trained for index in m)) for m in groups)
+    tree = Tree(lengths=lengths, device=device)
+    return MicroBatch(
+        ids_BT=torch.from_numpy(np.concatenate(ids).astype(np.int64)[None]).to(device),
+        predictor_P=torch.from_numpy(np.concatenate(predictors)).to(device),
+        target_P=gather_targets(samples, device=device),
+        trained=tuple(sample.num_trained for sample in samples),
+        num_tokens=end,
+        position_BT=torch.from_numpy(tree.positions()[None]).to(device),
+        tree=tree,
+    )
+
+
+def gather_targets(samples: Sequence[Rendered], *, device: torch.device) -> Tensor:
+    """Return target_P, sample after sample."""
+    return torch.from_numpy(np.concatenate([s.ids_T[s.start :] for s in samples]).astype(np.int64)).to(device)

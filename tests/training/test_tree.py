@@ -1,0 +1,154 @@
+"""Trees: prompts shared, sequences packed, and every log-probability that of a separate row."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from training.config import Layout
+from training.data.batch import collate, collate_trees, cut_trees
+from training.logprobs import check_layout, sum_logps
+from training.render import Rendered
+from training.tree import Tree, attend_blocks, attend_segments, enable_trees
+
+CPU = torch.device("cpu")
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+HEADS = {"head_dim": 4}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL, **HEADS),
+    "gpt2": GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3),
+    "mistral": MistralConfig(**SMALL, sliding_window=6),
+    "gemma2": Gemma2Config(**SMALL, **HEADS, sliding_window=6, attn_logit_softcapping=2.0),
+    "gemma3": Gemma3TextConfig(**SMALL, **HEADS, sliding_window=6),
+}
+
+
+def make_model(name: str) -> Any:
+    torch.manual_seed(0)
+    # eager is the one stock attention that caps scores
+    stock = {"attn_implementation": "eager"} if name == "gemma2" else {}
+    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), **stock).float().eval()
+
+
+def make_group(rng: np.random.Generator, prompt: int, *responses: int) -> list[Rendered]:
+    ids = rng.integers(0, 61, size=prompt)
+    return [
+        Rendered(ids_T=np.r_[ids, rng.integers(0, 61, size=size)].astype(np.int32), start=prompt) for size in responses
+    ]
+
+
+def make_groups() -> list[list[Rendered]]:
+    rng = np.random.default_rng(0)
+    return [make_group(rng, 9, 4, 11, 1), make_group(rng, 1, 3), make_group(rng, 14, 2, 12)]
+
+
+def test_a_tree_cell_by_cell() -> None:
+    first = [
+        Rendered(ids_T=np.array([5, 6, 7], dtype=np.int32), start=2),
+        Rendered(ids_T=np.array([5, 6, 8, 9], dtype=np.int32), start=2),
+    ]
+    second = Rendered(ids_T=np.array([1, 2, 3], dtype=np.int32), start=1)
+    micro = collate_trees([*first, second], np.array([4, 4, 7]), device=CPU)
+    assert micro.ids_BT.tolist() == [[5, 6, 7, 8, 9, 1, 2, 3]]
+    assert micro.position_BT is not None and micro.position_BT.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2]]
+    assert micro.target_P.tolist() == [7, 8, 9, 2, 3]
+    assert micro.predictor_P.tolist() == [1, 1, 3, 5, 6]  # token 6 predicts the first token of both its responses
+    assert (micro.trained, micro.num_tokens) == ((1, 2, 2), 8)
+    assert micro.tree is not None and micro.tree.lengths == ((2, 1, 2), (1, 2))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_log_probabilities_are_those_of_separate_rows(name: str) -> None:
+    model, groups = make_model(name), make_groups()
+    samples = [sample for group in groups for sample in group]
+    group_B = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    with torch.no_grad():
+        expected = torch.cat([sum_logps(model, collate([sample], device=CPU)) for sample in samples])
+        check_layout(model, groups, layout=Layout.tree, device=CPU)
+        got = sum_logps(model, collate_trees(samples, group_B, device=CPU))
+    assert torch.allclose(got, expected, rtol=0, atol=1e-4)
+
+
+def test_a_model_with_its_own_attention_is_refused_by_name() -> None:
+    torch.manual_seed(0)
+    alibi = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=61, hidden_size=16, n_layer=2, n_head=4)).eval()
+    with pytest.raises(ValueError, match=r"bloom.*runtime.layout to rows"):
+        check_layout(alibi, make_groups(), layout=Layout.tree, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("layout", "remedy"), [(Layout.tree, "runtime.layout to rows"), (Layout.rows, "lower max_tokens")]
+)
+def test_positions_that_depend_on_the_length_are_refused_by_name(layout: Layout, remedy: str) -> None:
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0}
+    config = LlamaConfig(**SMALL, max_position_embeddings=8, rope_parameters=rope)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=rf"llama.*nats per token.*{remedy}"):
+        check_layout(model, make_groups(), layout=layout, device=CPU)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_one_masked_call_equals_segment_by_segment(window: int | None, softcap: float | None) -> None:
+    """FlexAttention's mask, uncompiled on a CPU, against segments: the GPU's path with the CPU's numbers."""
+    tree = Tree(lengths=((9, 4, 11, 1), (1, 3), (14, 2, 12)), device=CPU)
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, sum(tree.segments), 16)
+    key, value = torch.randn(2, 1, 2, sum(tree.segments), 16)
+    got = attend_blocks(query, key, value, tree, window=window, softcap=softcap, scaling=0.25)
+    wide = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
+    expected = attend_segments(query, *wide, tree, window=window, softcap=softcap, scaling=0.25)
+    assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+
+
+def test_cut_keeps_the_budget_and_every_response() -> None:
+    rng = np.random.default_rng(1)
+    groups = [make_group(rng, int(p), *rng.integers(1, 30, size=3)) for p in rng.integers(1, 60, size=40)]
+    samples = [sample for group in groups for sample in group]
+    group_R = np.repeat(np.arange(40), 3)
+    batches = cut_trees(samples, group_R, budget=128, whole_groups=False)
+    assert sorted(index for batch in batches for index in batch) == list(range(120))
+    sizes = [collate_trees([samples[i] for i in batch], group_R[batch], device=CPU).num_tokens for batch in batches]
+    assert max(sizes) <= 128
+    assert sum(sizes) / (128 * len(sizes)) > 0.85
+    whole = cut_trees(samples, group_R, budget=16, whole_groups=True)
+    assert all(len(set(group_R[batch])) == 1 for batch in whole) and len(whole) == 40
+
+
+def test_a_group_above_the_budget_repeats_its_prompt() -> None:
+    samples = make_group(np.random.default_rng(0), 10, 5, 5, 5, 40)
+    assert cut_trees(samples, np.zeros(4, dtype=int), budget=20, whole_groups=False) == [[3], [0, 1], [2]]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+def test_plain_calls_are_as_before_when_trees_are_enabled(name: str) -> None:
+    model = make_model(name)
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        enable_trees(model)
+        assert torch.allclose(model(input_ids=ids).logits, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,183 @@
+"""The tree layout: each prompt once, its responses behind it, prompts end to end in one flat sequence without padding.
+
+A response sees its prompt and itself, never a sibling, and its positions go on from the prompt's end: K responses cost
+P + KR tokens instead of K (P + R), and their log-probabilities are those of separate rows.
+
+On a CPU attention runs segment by segment, so nothing is computed that is masked away. On a GPU one FlexAttention call
+takes the whole sequence, with the mask as blocks.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+# T tokens of the flat sequence; q, k tokens of a segment; heads N of size D
+
+ATTENTION = "varflow_tree"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where prompts and responses lie in the flat sequence: for each prompt its length, then those of its responses."""
+
+    lengths: tuple[tuple[int, ...], ...]
+    device: torch.device
+    _masks: dict[tuple[int | None, torch.dtype], Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def segments(self) -> list[int]:
+        """Lengths of all prompts and responses, in order."""
+        return [length for group in self.lengths for length in group]
+
+    def positions(self) -> np.ndarray:
+        """Return position_T: from 0 in a prompt, from the prompt's end in each of its responses."""
+        return np.concatenate(
+            [np.arange(n) + (group[0] if place else 0) for group in self.lengths for place, n in enumerate(group)]
+        )
+
+    def response_masks(self, window: int | None, dtype: torch.dtype) -> list[list[Tensor]]:
+        """Return for each prompt's each response the additive mask [q, prompt + q]; made once, used in every layer."""
+        key = (window, dtype)
+        if key not in self._masks:
+            self._masks[key] = [
+                [causal_mask(n, group[0] + n, window, dtype, self.device) for n in group[1:]] for group in self.lengths
+            ]
+        masks: list[list[Tensor]] = self._masks[key]
+        return masks
+
+    def block_mask(self, window: int | None) -> Any:
+        """Return FlexAttention's mask of the whole sequence."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        key = (window, torch.bool)
+        if key not in self._masks:
+            count = len(self.segments)
+            segment_T = self._on_device(np.repeat(np.arange(count), self.segments))
+            group_T = self._on_device(np.repeat(np.arange(len(self.lengths)), [sum(group) for group in self.lengths]))
+            is_prompt = [place == 0 for group in self.lengths for place in range(len(group))]
+            prompt_T = self._on_device(np.repeat(is_prompt, self.segments))
+            position_T = self._on_device(self.positions())
+
+            def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                reachable = (group_T[q] == group_T[k]) & (prompt_T[k] | (segment_T[q] == segment_T[k]))
+                distance = position_T[q] - position_T[k]
+                near = distance < window if window else True
+                return reachable & (distance >= 0) & near
+
+            T = len(position_T)
+            self._masks[key] = create_block_mask(sees, None, None, T, T, device=self.device)
+        return self._masks[key]
+
+    def no_mask(self) -> Tensor:
+        """Return what a model is given as its mask, so that it makes none: the tree says it all."""
+        return torch.zeros(1, 1, 1, 1, device=self.device)
+
+    def _on_device(self, values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+
+def causal_mask(q: int, k: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return [q, k]: 0 where the last q of k tokens may look, -inf elsewhere."""
+    distance = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
+    hidden = distance < 0
+    if window:
+        hidden |= distance >= window
+    return torch.zeros(q, k, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))
+
+
+def enable_trees(model: Any) -> None:
+    """Let a model's attention take a `tree`. ValueError where its attention is its own and takes no other."""
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of plain calls, whose windows are in the mask alone
+    model.set_attn_implementation(ATTENTION)
+    if model.config._attn_implementation != ATTENTION:
+        raise ValueError(
+            f"model type {model.config.model_type}: its attention cannot be replaced, so prompts cannot be shared; set "
+            "runtime.layout to rows"
+        )
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: query [1, N, T, D] in, [1, T, N, D] out. Without a tree it is plain SDPA."""
+    tree: Tree | None = options.pop("tree", None)
+    if tree is None:
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return out, None
+    window, softcap = options.get("sliding_window"), options.get("softcap")
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    if query.device.type == "cuda":
+        return attend_blocks(query, key, value, tree, window=window, softcap=softcap, scaling=scaling), None
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return attend_segments(query, key, value, tree, window=window, softcap=softcap, scaling=scaling), None
+
+
+def attend_segments(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None, softcap: float | None, scaling: float
+) -> Tensor:
+    """Attend prompt by prompt and response by response. One split each: slicing would cost a full gradient a slice."""
+    q, k, v = (iter(tensor.split(tree.segments, dim=2)) for tensor in (query, key, value))
+    masks = tree.response_masks(window, query.dtype)
+    out: list[Tensor] = []
+    for group, group_masks in zip(tree.lengths, masks, strict=True):
+        prompt_q, prompt_k, prompt_v = next(q), next(k), next(v)
+        if group[0]:
+            mask = causal_mask(group[0], group[0], window, query.dtype, query.device) if window or softcap else None
+            out.append(attend_dense(prompt_q, prompt_k, prompt_v, mask, softcap=softcap, scaling=scaling))
+        for mask in group_masks:
+            response_k, response_v = torch.cat([prompt_k, next(k)], dim=2), torch.cat([prompt_v, next(v)], dim=2)
+            out.append(attend_dense(next(q), response_k, response_v, mask, softcap=softcap, scaling=scaling))
+    return torch.cat([part.transpose(1, 2) for part in out], dim=1)
+
+
+def attend_dense(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, softcap: float | None, scaling: float
+) -> Tensor:
+    """Attend under an additive mask, causally without one; capped scores have no fused kernel."""
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    assert mask is not None
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap)) + mask
+    return scores.softmax(dim=-1) @ value
+
+
+def attend_blocks(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None, softcap: float | None, scaling: float
+) -> Tensor:
+    """Attend with FlexAttention over the whole sequence."""
+
+    out: Tensor = flex_attention_on(query.device.type)(
+        query, key, value, score_mod=cap_scores(softcap), block_mask=tree.block_mask(window), scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return out.transpose(1, 2).contiguous()
+
+
+@cache
+def cap_scores(softcap: float | None) -> Any:
+    """Return the score function of a cap; always the same one, or every layer would be compiled anew."""
+    if softcap is None:
+        return None
+
+    def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return cap
+
+
+@cache
+def flex_attention_on(kind: str) -> Any:
+    """Return FlexAttention, compiled where there is a GPU: without it, it would hold all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if kind == "cuda" else flex_attention
