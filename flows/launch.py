@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from flows.align import align, plan_align
+from flows.cancel import cancellable
 from flows.config import AlignConfig
 from flows.preview import preview
 from infra import ledger, records
@@ -55,7 +56,8 @@ def run_here(flow: Flow[Any, Any], config: Config, *, settings: Settings, consol
     with StepBars(console) as bars:
         token = listener.set(bars)
         try:
-            return cast(dict[str, Any], flow(config))
+            with cancellable(flow) as run:
+                return cast(dict[str, Any], run(config))
         finally:
             listener.reset(token)
 

@@ -149,3 +149,23 @@ def test_cancelled_from_the_api_and_taken_up_by_a_later_run(
     assert list(statuses(stack, "cancelled").values()).count("KILLED") == 2, "the run and its training"
     outcome = varflow.ask("run", "smoke", *words)
     assert first_metric_time(store, stack, outcome) < seen_at
+
+
+def test_cancelled_from_the_api_in_the_callers_own_process(
+    varflow: Command, store: Store, stack: Settings, done: dict[str, Any]
+) -> None:
+    """No worker watches such a run; it watches itself, lets the child save, and says that it was cancelled."""
+    words = small(name="cancelled_here", train__seed=4, **LONG)
+    running = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+    with killed_at_the_end(varflow.start("run", "smoke", *words)) as flow:
+        await_child(flow, stack.home, "train", metric_lines=3)
+        (run,) = ask(f"{stack.prefect_api_url}/flow_runs/filter", running)
+        api = f"{stack.prefect_api_url}/flow_runs/{run['id']}"
+        ask(f"{api}/set_state", {"state": {"type": "CANCELLING"}, "force": False})
+        ended = finish(flow)
+    assert ended.returncode == 143, ended.stderr
+    assert find_children(stack.home) == []
+    assert ask(api)["state_type"] == "CANCELLED"
+    assert list(statuses(stack, "cancelled_here").values()).count("KILLED") == 2, "the run and its training"
+    outcome = varflow.ask("run", "smoke", *words)
+    assert outcome["steps"][-1]["step"] == "report"
