@@ -26,7 +26,7 @@ from tasks.score import score_reference, score_rewards
 from tasks.sources import resolve_source
 from tasks.step import Given, Planned, Source, Step
 from tasks.train import train
-from training.config import Config
+from training.config import Config, StoredColumn
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         scorer = source(config.reward.model)
     score = config.reward.scoring
     columns: dict[str, Given] = {}
-    if config.train.objective == "var":
+    if StoredColumn.rewards in config.train.columns:
         columns["rewards"] = plan(score_rewards, score, {"rows": rows, "scorer": scorer}, label="preferences")
+    if StoredColumn.reference in config.train.columns:
         columns["reference"] = plan(score_reference, config.reference, {"rows": rows, "reference": policy})
     data: dict[str, Given] = {"rows": rows, "base": policy}
     challenger = plan(train, config.train, data | columns)

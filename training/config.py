@@ -5,7 +5,7 @@ Every class here is identity: each field is hashed into the fingerprint of the s
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -199,8 +199,17 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+class StoredColumn(StrEnum):
+    """A column of numbers for the stored responses, by the name of the input that brings it to training."""
+
+    rewards = "rewards"
+    reference = "reference"
+
+
 class TrainConfig(Config):
     """What every objective shares."""
+
+    columns: ClassVar[tuple[StoredColumn, ...]] = ()  # what is scored before this objective trains
 
     learning_rate: float = Field(1e-5, gt=0, title="Learning rate", description="Peak AdamW learning rate, above 0.")
     weight_decay: float = Field(
@@ -257,6 +266,7 @@ class VarConfig(TrainConfig):
     """Variational Alignment with Re-weighting, arXiv 2502.11026: SFT weighted by pi_ref exp(r / lambda)."""
 
     model_config = ConfigDict(title="VAR")
+    columns: ClassVar = (StoredColumn.rewards, StoredColumn.reference)
 
     objective: Literal["var"] = Field("var", title="Objective")
     lambda_: float = Field(
@@ -292,7 +302,31 @@ class SftConfig(TrainConfig):
     )
 
 
-AnyTrainConfig = Annotated[VarConfig | SftConfig, Field(discriminator="objective", json_schema_extra=show_as_choice)]
+class DpoConfig(TrainConfig):
+    """Direct preference optimisation, arXiv 2305.18290: preferred against each other response, with stored reference log-probabilities."""
+
+    model_config = ConfigDict(title="DPO")
+    columns: ClassVar = (StoredColumn.reference,)
+
+    objective: Literal["dpo"] = Field("dpo", title="Objective")
+    beta: float = Field(
+        0.1,
+        gt=0,
+        title="Beta",
+        description="Strength of the pull towards the reference, above 0: small follows the preferences, large the reference.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        title="Label smoothing",
+        description="Share of preferences taken to be the wrong way round, from 0 to below 0.5.",
+    )
+
+
+AnyTrainConfig = Annotated[
+    VarConfig | SftConfig | DpoConfig, Field(discriminator="objective", json_schema_extra=show_as_choice)
+]
 
 
 class Device(StrEnum):

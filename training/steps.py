@@ -109,8 +109,8 @@ class Steps:
         return self._weights[step]
 
     def describe(self, step: int) -> dict[str, float]:
-        """Return the figures of a step's weights."""
-        return describe_weights(self.columns(step), self._weights[step])
+        """Return the figures of a step's weights; nothing where they count comparisons within a prompt."""
+        return {} if self._objective.whole_groups else describe_weights(self.columns(step), self._weights[step])
 
     def cut(self, step: int, *, budget: int) -> list[list[int]]:
         """Return the micro-batches of a step as positions among its responses."""
@@ -129,14 +129,15 @@ class Steps:
         chosen = [samples[index] for index in members]
         value_B, num_padded = self._forward.values(model, chosen)
         weight_B = torch.from_numpy(self._weights[step][list(members)]).to(value_B.device)
-        group_B = torch.from_numpy(columns.group_R[list(members)]).to(value_B.device)
+        columns_B = columns.take(members)
         denominator = self._objective.denominator(columns, mean_tokens=self.mean_tokens)
-        figures = {}
-        if columns.logp_ref_R is not None:
-            ratio_B = value_B.detach().cpu().numpy() - columns.logp_ref_R[list(members)]
-            figures["logp_ratio"] = float(ratio_B.sum() / len(columns.group_R))
+        value_R = value_B.detach().cpu().numpy()
+        sums = self._objective.figures(value_R, columns_B)
+        figures = {name: value / len(columns.row_ids) for name, value in sums.items()}
+        if columns_B.logp_ref_R is not None:
+            figures["logp_ratio"] = float((value_R - columns_B.logp_ref_R).sum() / len(columns.group_R))
         return Part(
-            loss=self._objective.loss_sum(value_B, weight_B, group_B) / denominator,
+            loss=self._objective.loss_sum(value_B, weight_B, columns_B) / denominator,
             num_tokens=sum(self._forward.length(sample) for sample in chosen),
             num_padded=num_padded,
             figures=figures,

@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,17 +15,20 @@ from torch import Tensor
 
 from training.config import (
     AnyTrainConfig,
+    DpoConfig,
     Precision,
     ReferenceFactor,
     ResponseRegime,
     Runtime,
     SftConfig,
+    StoredColumn,
     TrainConfig,
     VarConfig,
 )
 from training.data.batch import collate
 from training.data.examples import (
     Example,
+    Select,
     load_examples,
     read_dropped,
     read_regime,
@@ -32,15 +36,17 @@ from training.data.examples import (
     select_all,
     select_chosen,
     select_distinct,
+    select_preferred_first,
 )
 from training.data.rows import RowsWriter
 from training.job import Job
 from training.logprobs import check_head, sum_logps
 from training.loop import Progress, Settings, run_steps
 from training.model import check_context, load_policy, save_policy, start_torch
+from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, Objective
 from training.objectives.sft import Sft
-from training.objectives.var import Var, lambda_in_reward_units, reference_factor, within_group_variance
+from training.objectives.var import Var, check_rewards, lambda_in_reward_units, reference_factor, within_group_variance
 from training.objectives.weights import argmax_agrees, describe_weights
 from training.render import Rendered, Renderer
 from training.steps import Steps, gather_columns
@@ -59,7 +65,7 @@ MIN_ARGMAX_AGREEMENT = 0.6
 
 def run(job: Job) -> None:
     """Train and write the model folder, `metrics.jsonl`, `weights.parquet` and `summary.json` to `output`."""
-    config = TypeAdapter[VarConfig | SftConfig](AnyTrainConfig).validate_python(job.config)
+    config = TypeAdapter[VarConfig | SftConfig | DpoConfig](AnyTrainConfig).validate_python(job.config)
     runtime = Runtime.model_validate(job.runtime)
     device = start_torch(runtime)
     started = time.monotonic()
@@ -77,11 +83,12 @@ def run(job: Job) -> None:
         epochs=config.epochs,
         seed=config.seed,
     )
-    write_weights(job, steps)
+    if not objective.whole_groups:  # comparisons within a prompt weigh no response
+        write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
     progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity)
     save_policy(model, tokenizer, job.output)
-    figures = summarise_run(steps, progress, dropped) | summarise_weights(steps, objective)
+    figures = summarise_run(steps, progress, dropped) | summarise_objective(steps, objective)
     job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
@@ -109,35 +116,49 @@ class PolicyForward:
 def gather_examples(job: Job, config: TrainConfig, renderer: Renderer) -> tuple[list[Example], Counter[str]]:
     """Return the examples that the objective trains on, with the columns it needs, and the dropped rows by reason."""
     rows = job.inputs["rows"]
-    if isinstance(config, SftConfig):
-        return load_examples(rows, renderer, select=select_chosen if config.responses == "chosen" else select_all)
-    if "rewards" not in job.inputs:
-        raise ValueError(
-            f"train: no input `rewards`; got {sorted(job.inputs)}; the objective var needs rewards; score the rows"
-        )
-    reference_folder = job.inputs.get("reference")
-    reference = None
+    rewards = reference = None
     unscored: set[str] = set()
-    if reference_folder is not None:
-        reference = read_scores(reference_folder, "logp", columns=["num_tokens"])
-        unscored = read_dropped(reference_folder)
-    is_fixed_set = read_regime(rows) == ResponseRegime.support
+    if StoredColumn.rewards in config.columns:
+        if "rewards" not in job.inputs:
+            raise ValueError(
+                f"train: no input `rewards`; got {sorted(job.inputs)}; the objective var needs rewards; score the rows"
+            )
+        rewards = read_scores(job.inputs["rewards"], "reward")
+    # Whether an objective can do without the reference is its own to say: not every regime of VAR looks at it.
+    if StoredColumn.reference in config.columns and "reference" in job.inputs:
+        reference = read_scores(job.inputs["reference"], "logp", columns=["num_tokens"])
+        unscored = read_dropped(job.inputs["reference"])
+    select, min_responses = choose_responses(config, read_regime(rows))
     return load_examples(
         rows,
         renderer,
-        # A set holds each response once; among samples a repetition is evidence.
-        select=select_distinct if is_fixed_set else select_all,
-        rewards=read_scores(job.inputs["rewards"], "reward"),
+        select=select,
+        rewards=rewards,
         reference=reference,
-        min_responses=2 if is_fixed_set else 1,
+        min_responses=min_responses,
         unscored=frozenset(unscored),
     )
+
+
+def choose_responses(config: TrainConfig, regime: ResponseRegime) -> tuple[Select, int]:
+    """Return which responses of a row are trained on, and the fewest that make a row worth keeping.
+
+    A fixed set holds each response once; among samples a repetition is evidence.
+    """
+    is_fixed_set = regime == ResponseRegime.support
+    if isinstance(config, SftConfig):
+        return select_chosen if config.responses == "chosen" else select_all, 1
+    if isinstance(config, DpoConfig):
+        return partial(select_preferred_first, distinct=is_fixed_set), 2
+    return (select_distinct, 2) if is_fixed_set else (select_all, 1)
 
 
 def make_objective(job: Job, config: TrainConfig, columns: Columns) -> Objective:
     """Return the objective; `columns` are those of the whole train split, for lambda's unit."""
     if isinstance(config, SftConfig):
         return Sft()
+    if isinstance(config, DpoConfig):
+        return Dpo(beta=config.beta, label_smoothing=config.label_smoothing)
     assert isinstance(config, VarConfig)
     return Var(
         lambda_=lambda_in_reward_units(config, columns),
@@ -191,20 +212,23 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
     return summary | {f"dropped_{reason}": count for reason, count in sorted(dropped.items())}
 
 
-def summarise_weights(steps: Steps, objective: Objective) -> dict[str, Any]:
+def summarise_objective(steps: Steps, objective: Objective) -> dict[str, Any]:
     """Return what the weights of the last epoch did; for VAR with lambda and what reward and reference contribute."""
+    if objective.whole_groups:
+        return {}
     last = range(steps.num_steps - steps.steps_per_epoch, steps.num_steps)
     columns = gather_columns([example for step in last for example in steps.rows(step)])
     weight_R = np.concatenate([steps.weights(step) for step in last])
     summary: dict[str, Any] = {f"mean_{k}": v for k, v in describe_weights(columns, weight_R).items() if k == "ess"}
     if not isinstance(objective, Var):
         return summary
+    reward_R = check_rewards(columns)
     agreement = float(argmax_agrees(columns, weight_R).mean())
     summary |= {
         "lambda": objective.lambda_,
         "regime": objective.regime.value,
         "argmax_agreement": agreement,
-        "variance_reward_over_lambda": within_group_variance(columns.reward_R, columns.group_R) / objective.lambda_**2,
+        "variance_reward_over_lambda": within_group_variance(reward_R, columns.group_R) / objective.lambda_**2,
     }
     if objective.regime == ResponseRegime.support and objective.reference_factor != ReferenceFactor.none:
         factor_R = reference_factor(columns, objective)

@@ -17,6 +17,7 @@ from torch import Tensor
 from training.config import ReferenceFactor, ResponseRegime
 from training.data.batch import MicroBatch
 from training.logprobs import sum_logps
+from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
 from training.objectives.var import Var
@@ -62,6 +63,17 @@ def test_micro_batches_change_nothing(
         other_loss, got = accumulate(model, examples, var_objective, budget=budget)
         assert other_loss == pytest.approx(loss, rel=bound)
         assert_close(got, expected, bound=bound)
+
+
+@pytest.mark.usefixtures("wide_norm")
+def test_micro_batches_change_nothing_of_dpo(make_model: Any, make_examples: Any, accumulate: Any) -> None:
+    """A prompt's comparisons stay in one forward pass; how many prompts share it is indifferent."""
+    model, examples = make_model("llama"), make_examples(8, num_responses=3)
+    loss, expected = accumulate(model, examples, Dpo(beta=0.2))
+    for budget in (1, 60, 120):
+        other_loss, got = accumulate(model, examples, Dpo(beta=0.2), budget=budget)
+        assert other_loss == pytest.approx(loss, rel=1e-10)
+        assert_close(got, expected, bound=1e-10)
 
 
 class LeftPadded:

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from training.config import Normaliser, ReferenceFactor, ResponseRegime, VarConfig
+from training.config import DpoConfig, Normaliser, ReferenceFactor, ResponseRegime, VarConfig
 from training.objectives.bradley_terry import BradleyTerry
+from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns
 from training.objectives.sft import Sft
 from training.objectives.var import Var, lambda_in_reward_units, within_group_variance
@@ -207,23 +208,93 @@ def test_sft_is_var_with_unit_weights() -> None:
     data = columns([[0.0, 1.0], [2.0, 0.0]])
     weights = Sft().weigh(data)
     assert weights.tolist() == [1, 1, 1, 1] == sampled(1e300).weigh(data).tolist()
-    value, weight, group = torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor(weights), torch.tensor(data.group_R)
-    assert Sft().loss_sum(value, weight, group).item() == 15 == sampled().loss_sum(value, weight, group).item()
+    value, weight = torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor(weights)
+    assert Sft().loss_sum(value, weight, data).item() == 15 == sampled().loss_sum(value, weight, data).item()
     assert Sft().denominator(data, mean_tokens=3.0) == 12 == sampled().denominator(data, mean_tokens=3.0)
 
 
 def test_bradley_terry_by_hand() -> None:
     data = columns([[0.0, 0.0], [0.0, 0.0, 0.0]])
     value = torch.tensor([LOG3, 0.0, 0.0, LOG3, 0.0], dtype=torch.float64)
-    weight, group = torch.tensor(BradleyTerry().weigh(data)), torch.tensor(data.group_R)
+    weight = torch.tensor(BradleyTerry().weigh(data))
     # sigmoid(log 3) = 3/4; the second prompt: sigmoid(-log 3) = 1/4 and sigmoid(0) = 1/2, each half
     expected = -math.log(3 / 4) - (math.log(1 / 4) + math.log(1 / 2)) / 2
-    assert BradleyTerry().loss_sum(value, weight, group).item() == pytest.approx(expected, abs=1e-12)
+    assert BradleyTerry().loss_sum(value, weight, data).item() == pytest.approx(expected, abs=1e-12)
     assert BradleyTerry().denominator(data, mean_tokens=9.0) == 2
-    alone = BradleyTerry().loss_sum(value[2:], weight[2:], group[2:]).item()
+    alone = BradleyTerry().loss_sum(value[2:], weight[2:], data.take([2, 3, 4])).item()
     assert alone == pytest.approx(expected + math.log(3 / 4), abs=1e-12)
     with pytest.raises(ValueError, match="row1: a single response"):
         BradleyTerry().weigh(columns([[0.0, 0.0], [0.0]]))
+
+
+def dpo_loss(objective: Dpo, data: Columns, values: list[float]) -> float:
+    value, weight = torch.tensor(values, dtype=torch.float64), torch.tensor(objective.weigh(data))
+    return objective.loss_sum(value, weight, data).item() / objective.denominator(data, mean_tokens=9.0)
+
+
+def test_dpo_by_hand() -> None:
+    # beta 0.5; implicit rewards are half the log-ratios: chosen 0 and rejected -log 3, so sigmoid(log 3) = 3/4
+    pair = columns([[0.0, 0.0]], [[-2.0, -5.0]])
+    values = [-2.0, -5.0 - 2 * LOG3]
+    assert dpo_loss(Dpo(beta=0.5), pair, values) == pytest.approx(-math.log(3 / 4), abs=1e-14)
+    smooth = -0.9 * math.log(3 / 4) - 0.1 * math.log(1 / 4)
+    assert dpo_loss(Dpo(beta=0.5, label_smoothing=0.1), pair, values) == pytest.approx(smooth, abs=1e-14)
+    # the policy that is the reference: log 2, whatever the responses are
+    assert dpo_loss(Dpo(beta=0.1), pair, [-2.0, -5.0]) == pytest.approx(LOG2, abs=1e-15)
+
+
+def test_dpo_of_more_rejected_is_the_mean_over_them_within_a_prompt() -> None:
+    data = columns([[0.0, 0.0], [0.0, 0.0, 0.0]], [[0.0, 0.0], [-1.0, -1.0, -1.0]])
+    values = [LOG3, 0.0, -1.0, LOG3 - 1, -1.0]
+    # sigmoid(log 3) = 3/4; then sigmoid(-log 3) = 1/4 and sigmoid(0) = 1/2, each half; the mean over both prompts
+    expected = (-math.log(3 / 4) - (math.log(1 / 4) + math.log(1 / 2)) / 2) / 2
+    assert dpo_loss(Dpo(beta=1.0), data, values) == pytest.approx(expected, abs=1e-14)
+    figures = Dpo(beta=1.0).figures(np.array(values), data)
+    assert figures["rewards/chosen"] == pytest.approx(LOG3 + 0.0)
+    assert figures["rewards/rejected"] == pytest.approx(0.0 + LOG3 / 2)
+    assert figures["rewards/margins"] == pytest.approx(LOG3 - LOG3 / 2)
+    assert figures["rewards/accuracies"] == pytest.approx(1 + (0 + 0.5) / 2)
+
+
+def test_dpo_sees_differences_from_the_reference_alone() -> None:
+    """A constant on both log-probabilities of a response, and one on all of a prompt's, changes nothing (dyadic: exactly)."""
+    values, logps = [-2.0, -7.5, -3.25], [-1.0, -6.0, -4.5]
+    before = dpo_loss(Dpo(beta=0.5), columns([[0.0] * 3], [logps]), values)
+    moved = [v + c for v, c in zip(values, (64.0, -16.0, 8.0), strict=True)]
+    moved_logps = [logp + c for logp, c in zip(logps, (64.0, -16.0, 8.0), strict=True)]
+    assert dpo_loss(Dpo(beta=0.5), columns([[0.0] * 3], [moved_logps]), moved) == before
+    assert dpo_loss(Dpo(beta=0.5), columns([[0.0] * 3], [logps]), [v - 1024.0 for v in values]) == before
+
+
+def test_dpo_stays_finite_and_pulls_apart_only_where_it_is_wrong() -> None:
+    data = columns([[0.0, 0.0]], [[0.0, 0.0]])
+    weight = torch.tensor(Dpo(beta=1.0).weigh(data))
+    for margin, gradient in ((1e4, 0.0), (-1e4, -1.0), (0.0, -0.5)):
+        value = torch.tensor([margin, 0.0], dtype=torch.float64, requires_grad=True)
+        loss = Dpo(beta=1.0).loss_sum(value, weight, data)
+        loss.backward()
+        assert loss.isfinite() and value.grad is not None
+        assert value.grad.tolist() == pytest.approx([gradient, -gradient], abs=1e-15)  # - beta sigmoid(-margin)
+
+
+def test_dpo_refusals_name_rows() -> None:
+    with pytest.raises(ValueError, match=r"logp_ref: no such column; the objective dpo needs one.*reference"):
+        Dpo(beta=0.1).weigh(columns([[0.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"logp_ref: 1 of 2 values are NaN or infinite, in 1 rows \(first: row0\)"):
+        Dpo(beta=0.1).weigh(columns([[0.0, 1.0]], [[-1.0, math.nan]]))
+    with pytest.raises(ValueError, match="row1: a single response"):
+        Dpo(beta=0.1).weigh(columns([[0.0, 0.0], [0.0]], [[-1.0, -1.0], [-1.0]]))
+    for field in ({"beta": 0.0}, {"beta": math.nan}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(field))):
+            DpoConfig.model_validate(field)
+
+
+def test_columns_of_some_responses_keep_their_groups() -> None:
+    data = columns([[1.0, 2.0], [3.0], [4.0, 5.0]], [[-1.0, -2.0], [-3.0], [-4.0, -5.0]])
+    some = data.take([4, 0, 3])
+    assert some.row_ids == ("row0", "row2") and some.group_R.tolist() == [1, 0, 1]
+    assert some.reward_R is not None and some.logp_ref_R is not None
+    assert (some.reward_R.tolist(), some.logp_ref_R.tolist()) == ([5, 1, 4], [-5, -1, -4])
 
 
 def test_sampled_target_approaches_the_optimum_as_one_over_root_k() -> None:

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import reference, train
+from training.data.examples import select_preferred_first
 from training.job import Job
 
 VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
@@ -138,6 +139,55 @@ def test_sft_takes_the_chosen_response_or_all(inputs: dict[str, Path], make_job:
     assert (read_summary(chosen)["responses"], read_summary(every)["responses"]) == (9, 22)
 
 
+DPO = {"objective": "dpo", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 3e-3, "epochs": 6}
+
+
+def test_dpo_learns_the_preferences_from_stored_reference_log_probabilities(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    job = make_job("train", "dpo", config=DPO, inputs={k: v for k, v in inputs.items() if k != "rewards"})
+    train.run(job)
+    metrics, summary = read_metrics(job), read_summary(job)
+    # the base is the reference: no implicit reward, a loss of log 2, up to the rounding of another batch shape
+    assert metrics[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(metrics[0]["train/rewards/chosen"]) < 1e-4 and abs(metrics[0]["train/rewards/margins"]) < 1e-4
+    last = metrics[-1]
+    assert last["train/loss"] < 0.5 and last["train/rewards/accuracies"] == 1.0
+    assert last["train/rewards/margins"] > 0.5
+    assert last["train/rewards/margins"] == pytest.approx(
+        last["train/rewards/chosen"] - last["train/rewards/rejected"], abs=1e-9
+    )
+    assert "train/ess" not in last and "mean_ess" not in summary  # comparisons weigh no response
+    assert not (job.output / "weights.parquet").exists()
+    assert (summary["rows"], summary["responses"], summary["dropped"]) == (9, 22, 0)
+
+
+def test_dpo_takes_the_preferred_response_first_and_leaves_out_rows_without_one(
+    tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any, make_job: Callable[..., Job]
+) -> None:
+    made = [
+        make_row("Last?", ["No", "Maybe", "Yes"], preferred=2),
+        make_row("Twice?", ["Yes", "No", "Yes", "No"], preferred=2),
+        make_row("Nobody said?", ["Yes", "No"], preferred=None),
+        make_row("All equal?", ["Yes", "Yes"], preferred=0),
+        make_row("Too long?", ["Yes", "word " * 200], preferred=0),
+    ]
+    for regime, responses in (("support", 5), ("from_reference", 6)):  # of "Twice?": Yes, No; or Yes, No, No
+        rows = write_rows(tmp_path / regime, made, regime=regime)
+        folders = {"rows": rows, "reference": tiny_policy}
+        scored = make_job("score_reference", f"scored-{regime}", config={"max_tokens": 128}, inputs=folders)
+        reference.run(scored)
+        inputs = {"rows": rows, "base": tiny_policy, "reference": scored.output}
+        job = make_job("train", f"dpo-{regime}", config={**DPO, "epochs": 1}, inputs=inputs)
+        train.run(job)
+        summary = read_summary(job)
+        assert (summary["rows"], summary["responses"]) == (2, responses)
+        assert (summary["dropped_too_few_responses"], summary["dropped_not_scored"]) == (2, 1)
+    assert select_preferred_first(made[0], distinct=True) == [2, 0, 1]
+    assert select_preferred_first(made[1], distinct=True) == [2, 1]
+    assert select_preferred_first(made[1], distinct=False) == [2, 1, 3]
+
+
 def test_a_warning_where_the_reference_outweighs_the_reward(
     inputs: dict[str, Path], make_job: Callable[..., Job]
 ) -> None:
@@ -212,7 +262,8 @@ def edit_scores(folder: Path, target: Path, change: Callable[[list[dict[str, Any
 def test_refusals(inputs: dict[str, Path], make_job: Callable[..., Job], tmp_path: Path) -> None:
     def refuse(message: str, *, config: dict[str, Any] | None = None, **changed: Path | None) -> None:
         merged = {name: path for name, path in {**inputs, **changed}.items() if path is not None}
-        job = make_job("train", "refused", config={**VAR, **(config or {})}, inputs=merged)
+        changed_config = {name: value for name, value in {**VAR, **(config or {})}.items() if value is not None}
+        job = make_job("train", "refused", config=changed_config, inputs=merged)
         with pytest.raises(ValueError, match=message):
             train.run(job)
         assert not (job.output / "summary.json").exists()
@@ -239,6 +290,7 @@ def test_refusals(inputs: dict[str, Path], make_job: Callable[..., Job], tmp_pat
     refuse("reward has 1 values, the row [23] responses", rewards=short)
     refuse("no input `rewards`", rewards=None)
     refuse("logp_ref: no such column", reference=None, config={"reference_factor": "sum"})
+    refuse("logp_ref: no such column; the objective dpo", reference=None, config=DPO | {"reference_factor": None})
     refuse("no scores.parquet", rewards=tmp_path)
     refuse("no row of the train split is left", config={"max_tokens": 8})
     (inputs["rows"] / "manifest.json").write_text(json.dumps({"regime": "guess"}))

@@ -157,6 +157,18 @@ def pick(
     return np.array([values[k] for k in places], dtype=np.float64)
 
 
+def select_preferred_first(row: dict[str, Any], *, distinct: bool) -> list[int]:
+    """Select the preferred response, then those that differ from it; nothing where nobody said which is preferred.
+
+    `distinct` takes each text once, as a fixed set holds it; among samples a repetition is evidence.
+    """
+    if row["preferred"] is None:
+        return []
+    responses = row["responses"]
+    places = select_distinct(row) if distinct else select_all(row)
+    return [row["preferred"], *(k for k in places if responses[k] != responses[row["preferred"]])]
+
+
 def select_chosen(row: dict[str, Any]) -> list[int]:
     """Select the preferred response; nothing where nobody said which."""
     return [] if row["preferred"] is None else [row["preferred"]]

@@ -16,14 +16,14 @@ import numpy as np
 from torch import Tensor
 
 from training.config import LambdaUnit, Normaliser, ReferenceFactor, ResponseRegime, VarConfig
-from training.objectives.objective import Columns, FloatArray, largest_of_sets
+from training.objectives.objective import Columns, FloatArray, Objective, check_column, largest_of_sets
 from training.objectives.sft import weighted_nll
 
 # R responses of a global batch, G groups (prompts)
 
 
 @dataclass(frozen=True)
-class Var:
+class Var(Objective):
     """The weighted SFT loss sum_i w_i sum_t nll_it / (N * Tbar). `lambda_` is in units of the stored reward."""
 
     lambda_: float
@@ -39,19 +39,18 @@ class Var:
 
     def weigh(self, columns: Columns) -> FloatArray:
         """Return weight_R >= 0 in float64, sum N over the global batch."""
-        check_rewards(columns)
+        reward_R = check_rewards(columns)
         set_R = columns.group_R if self.normaliser == Normaliser.per_prompt else np.zeros_like(columns.group_R)
         if self.normaliser == Normaliser.per_prompt:
             check_groups(columns)
         factor_R = reference_factor(columns, self) if self.regime == ResponseRegime.support else 0.0
-        assert columns.reward_R is not None
-        return softmax_weights(columns.reward_R, factor_R, set_R, lambda_=self.lambda_)
+        return softmax_weights(reward_R, factor_R, set_R, lambda_=self.lambda_)
 
     def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
         """Return N * Tbar: the loss reads as nats per token."""
         return len(columns.group_R) * mean_tokens
 
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, group_R: Tensor) -> Tensor:
+    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
         """Return the negative log-likelihood, weighted and summed."""
         return weighted_nll(value_R, weight_R)
 
@@ -77,12 +76,13 @@ def reference_factor(columns: Columns, objective: Var) -> FloatArray:
     """Return f(l): the summed log-probability, its mean over trained tokens, or zeros. Checked only where it is used."""
     if objective.reference_factor == ReferenceFactor.none:
         return np.zeros(len(columns.group_R))
-    check_column(columns, columns.logp_ref_R, "logp_ref", "score the reference again")
-    assert columns.logp_ref_R is not None
+    logp_ref_R = check_column(
+        columns, columns.logp_ref_R, "logp_ref", objective="var", remedy="score the reference again"
+    )
     if objective.reference_factor == ReferenceFactor.mean:
-        mean: FloatArray = columns.logp_ref_R / columns.num_tokens_R
+        mean: FloatArray = logp_ref_R / columns.num_tokens_R
         return mean
-    return columns.logp_ref_R
+    return logp_ref_R
 
 
 def lambda_in_reward_units(config: VarConfig, columns: Columns) -> float:
@@ -93,8 +93,7 @@ def lambda_in_reward_units(config: VarConfig, columns: Columns) -> float:
     check_lambda(config.lambda_)
     if config.lambda_unit == LambdaUnit.reward:
         return config.lambda_
-    check_rewards(columns)
-    variance = within_group_variance(columns.reward_R, columns.group_R)
+    variance = within_group_variance(check_rewards(columns), columns.group_R)
     if not variance > 0:
         raise ValueError(
             "lambda_unit reward_std: within every prompt all rewards are equal, so there is no standard deviation to count in; "
@@ -103,9 +102,8 @@ def lambda_in_reward_units(config: VarConfig, columns: Columns) -> float:
     return config.lambda_ * math.sqrt(variance)
 
 
-def within_group_variance(value_R: FloatArray | None, group_R: np.ndarray) -> float:
+def within_group_variance(value_R: FloatArray, group_R: np.ndarray) -> float:
     """Return the pooled variance within groups, unbiased; 0 where every group has a single member."""
-    assert value_R is not None
     count_G = np.bincount(group_R)
     mean_G = np.bincount(group_R, weights=value_R) / count_G
     degrees = int((count_G - 1).sum())
@@ -135,22 +133,9 @@ def check_regime(regime: ResponseRegime, factor: ReferenceFactor) -> None:
         )
 
 
-def check_rewards(columns: Columns) -> None:
-    """Raise ValueError for missing, NaN or infinite rewards, with the rows."""
-    check_column(columns, columns.reward_R, "reward", "score the rewards again")
-
-
-def check_column(columns: Columns, value_R: FloatArray | None, name: str, remedy: str) -> None:
-    """Raise ValueError unless the column is there and finite."""
-    if value_R is None:
-        raise ValueError(f"{name}: no such column; the objective var needs one for these responses; {remedy}")
-    bad_R = ~np.isfinite(value_R)
-    if bad_R.any():
-        rows = [columns.row_ids[g] for g in np.unique(columns.group_R[bad_R])]
-        raise ValueError(
-            f"{name}: {int(bad_R.sum())} of {len(value_R)} values are NaN or infinite, in {len(rows)} rows "
-            f"(first: {', '.join(rows[:3])}); expected finite numbers; {remedy}"
-        )
+def check_rewards(columns: Columns) -> FloatArray:
+    """Return the rewards; ValueError, with the rows, for missing, NaN or infinite ones."""
+    return check_column(columns, columns.reward_R, "reward", objective="var", remedy="score the rewards again")
 
 
 def check_groups(columns: Columns) -> None:
