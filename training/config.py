@@ -7,7 +7,7 @@ Every class here is identity: each field is hashed into the fingerprint of the s
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -260,6 +260,7 @@ class LambdaUnit(StrEnum):
 
     reward = "reward"
     reward_std = "reward_std"
+    ess_target = "ess_target"
 
 
 class VarConfig(TrainConfig):
@@ -273,12 +274,12 @@ class VarConfig(TrainConfig):
         1.0,
         gt=0,
         title="Lambda",
-        description="Temperature of the reward, above 0: small follows the reward, large the reference.",
+        description="Temperature of the reward, above 0: small follows the reward, large the reference. Of ess_target: a share, up to 1.",
     )
     lambda_unit: LambdaUnit = Field(
         LambdaUnit.reward_std,
         title="Unit of lambda",
-        description="reward: as the scorer gives it. reward_std: in within-prompt standard deviations of the reward.",
+        description="reward: as the scorer gives it. reward_std: in within-prompt standard deviations of the reward. ess_target: lambda is found so that the effective sample size is this share of K.",
     )
     normaliser: Normaliser = Field(
         Normaliser.per_prompt,
@@ -289,6 +290,15 @@ class VarConfig(TrainConfig):
         title="Reference factor",
         description="sum: exact. mean and none: practical and biased (docs/var.md). No default: each recipe gives its reason.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "VarConfig":
+        if self.lambda_unit == LambdaUnit.ess_target and self.lambda_ > 1:
+            raise ValueError(
+                f"lambda_: got {self.lambda_:g} as ess_target, expected a share of K above 0 and up to 1; "
+                "lower it, or count lambda in reward or reward_std"
+            )
+        return self
 
 
 class SftConfig(TrainConfig):

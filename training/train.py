@@ -46,8 +46,8 @@ from training.model import check_context, load_policy, save_policy, start_torch
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, Objective
 from training.objectives.sft import Sft
-from training.objectives.var import Var, check_rewards, lambda_in_reward_units, reference_factor, within_group_variance
-from training.objectives.weights import argmax_agrees, describe_weights
+from training.objectives.var import Var, check_rewards, make_var
+from training.objectives.weights import argmax_agrees, describe_weights, within_group_variance
 from training.render import Rendered, Renderer
 from training.steps import Steps, gather_columns
 
@@ -160,12 +160,7 @@ def make_objective(job: Job, config: TrainConfig, columns: Columns) -> Objective
     if isinstance(config, DpoConfig):
         return Dpo(beta=config.beta, label_smoothing=config.label_smoothing)
     assert isinstance(config, VarConfig)
-    return Var(
-        lambda_=lambda_in_reward_units(config, columns),
-        regime=read_regime(job.inputs["rows"]),
-        normaliser=config.normaliser,
-        reference_factor=config.reference_factor,
-    )
+    return make_var(config, regime=read_regime(job.inputs["rows"]), columns=columns)
 
 
 def make_settings(config: TrainConfig) -> Settings:
@@ -219,7 +214,8 @@ def summarise_objective(steps: Steps, objective: Objective) -> dict[str, Any]:
     last = range(steps.num_steps - steps.steps_per_epoch, steps.num_steps)
     columns = gather_columns([example for step in last for example in steps.rows(step)])
     weight_R = np.concatenate([steps.weights(step) for step in last])
-    summary: dict[str, Any] = {f"mean_{k}": v for k, v in describe_weights(columns, weight_R).items() if k == "ess"}
+    figures = describe_weights(columns, weight_R)
+    summary: dict[str, Any] = {"mean_ess": figures["ess"], "ess_collapsed": figures["ess_collapsed"]}
     if not isinstance(objective, Var):
         return summary
     reward_R = check_rewards(columns)
@@ -231,8 +227,7 @@ def summarise_objective(steps: Steps, objective: Objective) -> dict[str, Any]:
         "variance_reward_over_lambda": within_group_variance(reward_R, columns.group_R) / objective.lambda_**2,
     }
     if objective.regime == ResponseRegime.support and objective.reference_factor != ReferenceFactor.none:
-        factor_R = reference_factor(columns, objective)
-        summary["variance_reference_factor"] = within_group_variance(factor_R, columns.group_R)
+        summary["variance_reference_factor"] = within_group_variance(objective.base(columns), columns.group_R)
     if agreement < MIN_ARGMAX_AGREEMENT:
         summary["warning"] = (
             f"only {agreement:.0%} of the prompts give their heaviest weight to the response with the best reward: the reference "

@@ -12,8 +12,8 @@ from training.objectives.bradley_terry import BradleyTerry
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns
 from training.objectives.sft import Sft
-from training.objectives.var import Var, lambda_in_reward_units, within_group_variance
-from training.objectives.weights import check_weights, describe_weights
+from training.objectives.var import Var, make_var
+from training.objectives.weights import check_weights, describe_weights, within_group_variance
 
 
 def columns(
@@ -169,22 +169,74 @@ def test_in_batch_takes_a_group_of_one() -> None:
     assert weights == pytest.approx([0.5, 1.5, 1.0], abs=1e-14)
 
 
+def resolve(data: Columns, *, regime: ResponseRegime = ResponseRegime.from_reference, **config: Any) -> float:
+    """Return lambda in reward units as training resolves it."""
+    return make_var(
+        VarConfig.model_validate({"reference_factor": "none"} | config), regime=regime, columns=data
+    ).lambda_
+
+
 def test_lambda_in_reward_standard_deviations() -> None:
     data = columns([[1.0, 3.0], [10.0, 10.0, 13.0]])
     # squares about the means 2 and 11: 1 + 1 + 1 + 1 + 4 = 8, degrees of freedom 1 + 2
     assert within_group_variance(data.reward_R, data.group_R) == pytest.approx(8 / 3)
-    config = VarConfig(lambda_=0.5, reference_factor=ReferenceFactor.none)
-    assert lambda_in_reward_units(config, data) == pytest.approx(0.5 * math.sqrt(8 / 3))
-    with pytest.raises(ValueError, match="reward_std: within every prompt all rewards are equal"):
-        lambda_in_reward_units(config, columns([[1.0, 1.0], [2.0, 2.0]]))
+    assert resolve(data, lambda_=0.5) == pytest.approx(0.5 * math.sqrt(8 / 3))
+    for unit in ("reward_std", "ess_target"):
+        with pytest.raises(ValueError, match=f"{unit}: within every prompt all rewards are equal"):
+            resolve(columns([[1.0, 1.0], [2.0, 2.0]]), lambda_=0.5, lambda_unit=unit)
 
 
 def test_rewards_in_other_units_give_the_same_weights() -> None:
-    config = VarConfig(lambda_=0.7, reference_factor=ReferenceFactor.none)
     rewards = np.random.default_rng(0).normal(size=(6, 3))
     plain, scaled = columns(rewards.tolist()), columns((rewards * 250).tolist())
-    first = sampled(lambda_in_reward_units(config, plain)).weigh(plain)
-    assert sampled(lambda_in_reward_units(config, scaled)).weigh(scaled) == pytest.approx(first, abs=1e-12)
+    for unit in ("reward_std", "ess_target"):
+        first = sampled(resolve(plain, lambda_=0.7, lambda_unit=unit)).weigh(plain)
+        second = sampled(resolve(scaled, lambda_=0.7, lambda_unit=unit)).weigh(scaled)
+        assert second == pytest.approx(first, abs=1e-9)
+
+
+def test_lambda_of_an_effective_sample_size_by_hand() -> None:
+    # shares 1/4 and 3/4 at lambda 1: 1 / (1/16 + 9/16) = 1.6 responses, 0.8 of 2
+    data = columns([[0.0, LOG3]])
+    assert resolve(data, lambda_=0.8, lambda_unit="ess_target") == pytest.approx(1.0, rel=1e-9)
+    assert describe_weights(data, sampled(1.0).weigh(data))["ess"] == pytest.approx(0.8)
+    # of two prompts the mean counts: one that ties everywhere has 1 whatever lambda is
+    tied = columns([[0.0, LOG3], [7.0, 7.0]])
+    assert resolve(tied, lambda_=0.9, lambda_unit="ess_target") == pytest.approx(1.0, rel=1e-9)
+
+
+def test_the_effective_sample_size_of_samples_grows_with_lambda_and_every_target_is_hit() -> None:
+    data = columns(np.random.default_rng(3).normal(size=(40, 5)).tolist())
+    sizes = [describe_weights(data, sampled(lambda_).weigh(data))["ess"] for lambda_ in np.logspace(-3, 3, 61)]
+    assert (np.diff(sizes) > 0).all()
+    for target in (0.21, 0.4, 0.75, 0.99, 1.0):
+        found = sampled(resolve(data, lambda_=target, lambda_unit="ess_target"))
+        assert describe_weights(data, found.weigh(data))["ess"] == pytest.approx(target, abs=2e-6)
+
+
+def test_of_several_lambdas_with_one_effective_sample_size_the_smallest_is_taken() -> None:
+    """The reference prefers the first, the reward the last: 1 of 4 at both ends, 4 of 4 at lambda 1, where they cancel."""
+    data = columns([[0.0, 10.0, 20.0, 30.0]], [[0.0, -10.0, -20.0, -30.0]])
+    assert var(1.0).weigh(data) == pytest.approx([1, 1, 1, 1], abs=1e-12)
+    for end in (1e-3, 1e3):
+        assert describe_weights(data, var(end).weigh(data))["ess"] == pytest.approx(0.25, abs=1e-6)
+    config = {"lambda_unit": "ess_target", "reference_factor": "sum"}
+    found = resolve(data, regime=ResponseRegime.support, lambda_=0.5, **config)
+    assert 0.25 < found < 1.0
+    assert describe_weights(data, var(found).weigh(data))["ess"] == pytest.approx(0.5, abs=1e-6)
+    mirrored = 1 / (2 - 1 / found)  # s = r (1/lambda - 1): its negative has the same effective size
+    assert describe_weights(data, var(mirrored).weigh(data))["ess"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_an_effective_sample_size_out_of_reach_is_refused_with_the_range() -> None:
+    with pytest.raises(ValueError, match=r"ess_target: got 0\.5, expected a share of K between 0\.6667 and 1"):
+        resolve(columns([[1.0, 1.0, 0.0]]), lambda_=0.5, lambda_unit="ess_target")  # the two best tie
+    agreeing = columns([[1.0, 0.0]], [[0.0, -40.0]])
+    config = {"lambda_unit": "ess_target", "reference_factor": "sum"}
+    with pytest.raises(ValueError, match=r"ess_target: got 0\.9, expected a share of K between 0\.5 and 0\.5"):
+        resolve(agreeing, regime=ResponseRegime.support, lambda_=0.9, **config)
+    with pytest.raises(ValueError, match=r"got 1\.5 as ess_target, expected a share of K above 0 and up to 1"):
+        VarConfig(lambda_=1.5, lambda_unit="ess_target", reference_factor="none")
 
 
 def test_figures_by_hand() -> None:
@@ -192,11 +244,18 @@ def test_figures_by_hand() -> None:
     figures = describe_weights(data, np.array([0.5, 1.5, 1.0, 1.0]))
     # effective sizes 4 / 2.5 = 1.6 and 2, as shares of 2: 0.8 and 1
     assert figures["ess"] == pytest.approx(0.9)
+    assert figures["ess_collapsed"] == 0.0
     assert figures["weight_max"] == pytest.approx(0.75)
     assert figures["kl_weights"] == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2)
     assert figures["reward_tilt"] == pytest.approx((1.5 + 2.0) / 4 - 3 / 4)
     assert figures["argmax_agreement"] == 1.0
     assert describe_weights(data, np.array([1.5, 0.5, 1.0, 1.0]))["argmax_agreement"] == 0.5
+
+
+def test_collapsed_prompts_are_those_where_one_response_has_nearly_all_weight() -> None:
+    data = columns([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
+    # shares 0.95 and 0.96: 1 / (0.95^2 + 0.05^2) = 1.105 responses, 1 / (0.96^2 + 0.04^2) = 1.083
+    assert describe_weights(data, np.array([1.9, 0.1, 1.92, 0.08, 1.0, 1.0]))["ess_collapsed"] == pytest.approx(1 / 3)
 
 
 def test_figures_of_a_prompt_without_weight() -> None:

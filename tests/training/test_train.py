@@ -68,7 +68,7 @@ def test_writes_a_model_that_loads_and_has_moved(inputs: dict[str, Path], make_j
     assert (summary["rows"], summary["responses"], summary["steps"], summary["dropped"]) == (9, 22, 4, 0)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     assert {m["total"] for m in metrics} == {4}
-    names = "loss grad_norm learning_rate ess weight_max reward_tilt kl_weights argmax_agreement tokens_per_second padding_share logp_ratio"
+    names = "loss grad_norm learning_rate ess ess_collapsed weight_max reward_tilt kl_weights argmax_agreement tokens_per_second padding_share logp_ratio"
     assert all(f"train/{name}" in line for name in names.split() for line in metrics)
     assert metrics[0]["train/reward_tilt"] > 0
     assert summary["final_loss"] == metrics[-1]["train/loss"]
@@ -103,6 +103,20 @@ def test_weights_are_those_of_the_objective(inputs: dict[str, Path], make_job: C
     assert 0 < summary["mean_ess"] <= 1
     assert summary["variance_reference_factor"] > 0
     assert summary["variance_reward_over_lambda"] > 0
+
+
+def test_lambda_of_an_effective_sample_size_is_in_the_summary(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    config = {**VAR, "reference_factor": "none", "lambda_unit": "ess_target", "lambda_": 0.7}
+    job = make_job("train", "a", config=config, inputs=inputs)
+    train.run(job)
+    summary = read_summary(job)
+    assert summary["mean_ess"] == pytest.approx(0.7, abs=1e-6)
+    assert 0 < summary["lambda"] < 100 and 0 <= summary["ess_collapsed"] < 0.5
+    refused = make_job("train", "b", config={**config, "lambda_": 0.01}, inputs=inputs)
+    with pytest.raises(ValueError, match=r"got 0\.01, expected a share of K between 0\.\d+ and 1:"):
+        train.run(refused)
 
 
 def test_training_moves_mass_to_the_better_answers(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:

@@ -9,15 +9,16 @@ and reward r_k, the score is
 and the weights are w = N softmax(s) over the chosen set: all K responses of a prompt, or all of a global batch.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
-from training.config import LambdaUnit, Normaliser, ReferenceFactor, ResponseRegime, VarConfig
-from training.objectives.objective import Columns, FloatArray, Objective, check_column, largest_of_sets
+from training.config import Normaliser, ReferenceFactor, ResponseRegime, VarConfig
+from training.objectives.lambdas import check_lambda, resolve_lambda
+from training.objectives.objective import Columns, FloatArray, Objective, check_column
 from training.objectives.sft import weighted_nll
+from training.objectives.weights import softmax_weights
 
 # R responses of a global batch, G groups (prompts)
 
@@ -43,8 +44,13 @@ class Var(Objective):
         set_R = columns.group_R if self.normaliser == Normaliser.per_prompt else np.zeros_like(columns.group_R)
         if self.normaliser == Normaliser.per_prompt:
             check_groups(columns)
-        factor_R = reference_factor(columns, self) if self.regime == ResponseRegime.support else 0.0
-        return softmax_weights(reward_R, factor_R, set_R, lambda_=self.lambda_)
+        return softmax_weights(reward_R, self.base(columns), set_R, lambda_=self.lambda_)
+
+    def base(self, columns: Columns) -> FloatArray:
+        """Return the score without the reward, in nats: f(log pi_ref) for a fixed set, 0 for samples of pi_ref."""
+        if self.regime == ResponseRegime.support:
+            return reference_factor(columns, self.reference_factor)
+        return np.zeros(len(columns.group_R))
 
     def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
         """Return N * Tbar: the loss reads as nats per token."""
@@ -55,68 +61,35 @@ class Var(Objective):
         return weighted_nll(value_R, weight_R)
 
 
-def softmax_weights(
-    reward_R: FloatArray, factor_R: FloatArray | float, set_R: np.ndarray, *, lambda_: float
-) -> FloatArray:
-    """Return w_R = n softmax(factor + reward / lambda) within each set of n responses.
+def make_var(config: VarConfig, *, regime: ResponseRegime, columns: Columns) -> Var:
+    """Return the objective of a config; `columns`, those of the whole train split, are what lambda may be counted in."""
+    var = Var(
+        lambda_=config.lambda_,
+        regime=regime,
+        normaliser=config.normaliser,
+        reference_factor=config.reference_factor,
+    )
+    lambda_ = resolve_lambda(
+        config.lambda_,
+        config.lambda_unit,
+        reward_R=check_rewards(columns),
+        base_R=var.base(columns),
+        group_R=columns.group_R,
+    )
+    return replace(var, lambda_=lambda_)
 
-    The set's largest reward is taken off before the division: (r - max r) / lambda neither overflows for a tiny lambda nor moves when a
-    constant is added to the rewards. So at least one score of a set is finite and the weights always sum to n.
-    """
-    with np.errstate(over="ignore"):
-        score_R = factor_R + (reward_R - largest_of_sets(reward_R, set_R)) / lambda_
-    exp_R = np.exp(score_R - largest_of_sets(score_R, set_R))
-    count_S = np.bincount(set_R)
-    sum_S = np.bincount(set_R, weights=exp_R)
-    weights: FloatArray = (count_S / sum_S)[set_R] * exp_R
-    return weights
 
-
-def reference_factor(columns: Columns, objective: Var) -> FloatArray:
+def reference_factor(columns: Columns, factor: ReferenceFactor) -> FloatArray:
     """Return f(l): the summed log-probability, its mean over trained tokens, or zeros. Checked only where it is used."""
-    if objective.reference_factor == ReferenceFactor.none:
+    if factor == ReferenceFactor.none:
         return np.zeros(len(columns.group_R))
     logp_ref_R = check_column(
         columns, columns.logp_ref_R, "logp_ref", objective="var", remedy="score the reference again"
     )
-    if objective.reference_factor == ReferenceFactor.mean:
+    if factor == ReferenceFactor.mean:
         mean: FloatArray = logp_ref_R / columns.num_tokens_R
         return mean
     return logp_ref_R
-
-
-def lambda_in_reward_units(config: VarConfig, columns: Columns) -> float:
-    """Return lambda as the objective divides by it; `columns` are those of the whole train split.
-
-    `reward_std` counts in within-prompt standard deviations: sqrt(sum_g sum_k (r_gk - mean_g)^2 / sum_g (K_g - 1)).
-    """
-    check_lambda(config.lambda_)
-    if config.lambda_unit == LambdaUnit.reward:
-        return config.lambda_
-    variance = within_group_variance(check_rewards(columns), columns.group_R)
-    if not variance > 0:
-        raise ValueError(
-            "lambda_unit reward_std: within every prompt all rewards are equal, so there is no standard deviation to count in; "
-            "expected rewards that differ; check the scorer, or set lambda_unit to reward"
-        )
-    return config.lambda_ * math.sqrt(variance)
-
-
-def within_group_variance(value_R: FloatArray, group_R: np.ndarray) -> float:
-    """Return the pooled variance within groups, unbiased; 0 where every group has a single member."""
-    count_G = np.bincount(group_R)
-    mean_G = np.bincount(group_R, weights=value_R) / count_G
-    degrees = int((count_G - 1).sum())
-    return float(((value_R - mean_G[group_R]) ** 2).sum() / degrees) if degrees else 0.0
-
-
-def check_lambda(lambda_: float) -> None:
-    """Raise ValueError unless lambda is a finite number above 0."""
-    if not (math.isfinite(lambda_) and lambda_ > 0):
-        raise ValueError(
-            f"lambda: got {lambda_}, expected a finite number above 0; towards 0 the best response alone counts, "
-            "towards infinity the reference alone"
-        )
 
 
 def check_regime(regime: ResponseRegime, factor: ReferenceFactor) -> None:
