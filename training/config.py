@@ -263,6 +263,15 @@ class LambdaUnit(StrEnum):
     ess_target = "ess_target"
 
 
+class RewardTransform(StrEnum):
+    """What the rewards become before weights are made of them."""
+
+    none = "none"
+    centred = "centred"
+    clipped = "clipped"
+    quantile = "quantile"
+
+
 class VarConfig(TrainConfig):
     """Variational Alignment with Re-weighting, arXiv 2502.11026: SFT weighted by pi_ref exp(r / lambda)."""
 
@@ -291,8 +300,33 @@ class VarConfig(TrainConfig):
         description="sum: exact. mean and none: practical and biased (docs/var.md). No default: each recipe gives its reason.",
     )
 
+    reward_transform: RewardTransform = Field(
+        RewardTransform.none,
+        title="Reward transform",
+        description="none. centred: minus the prompt's mean. clipped: to the bounds below. quantile: rank under the reference among the prompt's responses, between 0 and 1.",
+    )
+    clip_low: float | None = Field(
+        None, title="Lower clip bound", description="Of clipped, in reward units: smaller rewards become this one."
+    )
+    clip_high: float | None = Field(
+        None,
+        title="Upper clip bound",
+        description="Of clipped, in reward units, above the lower one: larger rewards become this one.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> "VarConfig":
+        bounds = (self.clip_low, self.clip_high)
+        if self.reward_transform == RewardTransform.clipped:
+            if self.clip_low is None or self.clip_high is None or not self.clip_low < self.clip_high:
+                raise ValueError(
+                    f"reward_transform clipped: got the bounds {bounds}, expected clip_low below clip_high; set both"
+                )
+        elif bounds != (None, None):
+            raise ValueError(
+                f"clip_low, clip_high: got {bounds} with reward_transform {self.reward_transform}, which clips nothing; "
+                "set reward_transform to clipped, or leave the bounds empty"
+            )
         if self.lambda_unit == LambdaUnit.ess_target and self.lambda_ > 1:
             raise ValueError(
                 f"lambda_: got {self.lambda_:g} as ess_target, expected a share of K above 0 and up to 1; "

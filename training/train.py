@@ -4,6 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,7 @@ from training.model import check_context, load_policy, save_policy, start_torch
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, Objective
 from training.objectives.sft import Sft
+from training.objectives.transforms import describe_transform
 from training.objectives.var import Var, check_rewards, make_var
 from training.objectives.weights import argmax_agrees, describe_weights, within_group_variance
 from training.render import Rendered, Renderer
@@ -74,9 +76,10 @@ def run(job: Job) -> None:
     check_head(model)
     check_context(model, config.max_tokens)
     examples, dropped = gather_examples(job, config, Renderer(tokenizer, max_tokens=config.max_tokens))
-    objective = make_objective(job, config, gather_columns(examples))
+    columns = gather_columns(examples)
+    objective, weighed = make_objective(job, config, columns)
     steps = Steps(
-        examples,
+        replace_rewards(examples, weighed),
         objective,
         PolicyForward(device),
         batch_prompts=config.batch_prompts,
@@ -89,6 +92,8 @@ def run(job: Job) -> None:
     progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity)
     save_policy(model, tokenizer, job.output)
     figures = summarise_run(steps, progress, dropped) | summarise_objective(steps, objective)
+    if isinstance(config, VarConfig):
+        figures |= describe_transform(columns, weighed, config)
     job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
@@ -153,14 +158,23 @@ def choose_responses(config: TrainConfig, regime: ResponseRegime) -> tuple[Selec
     return (select_distinct, 2) if is_fixed_set else (select_all, 1)
 
 
-def make_objective(job: Job, config: TrainConfig, columns: Columns) -> Objective:
-    """Return the objective; `columns` are those of the whole train split, for lambda's unit."""
+def make_objective(job: Job, config: TrainConfig, columns: Columns) -> tuple[Objective, Columns]:
+    """Return the objective, and the columns it weighs: those of the whole train split, given as `columns`."""
     if isinstance(config, SftConfig):
-        return Sft()
+        return Sft(), columns
     if isinstance(config, DpoConfig):
-        return Dpo(beta=config.beta, label_smoothing=config.label_smoothing)
+        return Dpo(beta=config.beta, label_smoothing=config.label_smoothing), columns
     assert isinstance(config, VarConfig)
     return make_var(config, regime=read_regime(job.inputs["rows"]), columns=columns)
+
+
+def replace_rewards(examples: Sequence[Example], columns: Columns) -> list[Example]:
+    """Return the examples with the rewards of `columns`, which are theirs in order."""
+    if columns.reward_R is None:
+        return list(examples)
+    ends = np.cumsum([len(example.samples) for example in examples])[:-1]
+    rewards = np.split(columns.reward_R, ends)
+    return [replace(example, reward_K=reward_K) for example, reward_K in zip(examples, rewards, strict=True)]
 
 
 def make_settings(config: TrainConfig) -> Settings:

@@ -119,6 +119,28 @@ def test_lambda_of_an_effective_sample_size_is_in_the_summary(
         train.run(refused)
 
 
+def test_a_reward_transform_changes_the_weights_and_says_so(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    config = {
+        **VAR,
+        "reference_factor": "none",
+        "lambda_unit": "reward",
+        "lambda_": 0.5,
+        "reward_transform": "quantile",
+    }
+    job = make_job("train", "a", config=config, inputs=inputs)
+    train.run(job)
+    reward = {r["row_id"]: r["reward"] for r in pq.read_table(inputs["rewards"] / "scores.parquet").to_pylist()}
+    for row in pq.read_table(job.output / "weights.parquet").to_pylist():
+        K = len(row["weight"])
+        rank = [sorted(reward[row["row_id"]]).index(r) + 0.5 for r in reward[row["row_id"]]]  # no ties in these rewards
+        total = sum(math.exp(k / K / 0.5) for k in rank)
+        assert row["weight"] == pytest.approx([K * math.exp(k / K / 0.5) / total for k in rank], rel=1e-9)
+    summary = read_summary(job)
+    assert (summary["reward_transform"], summary["tied_prompts"], summary["lambda"]) == ("quantile", 0, 0.5)
+
+
 def test_training_moves_mass_to_the_better_answers(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
     """Against the same training with unit weights, every prompt's best answer gains on its worst."""
     shared = {"batch_prompts": 4, "max_tokens": 128, "epochs": 8, "learning_rate": 3e-3}

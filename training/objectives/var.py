@@ -18,6 +18,7 @@ from training.config import Normaliser, ReferenceFactor, ResponseRegime, VarConf
 from training.objectives.lambdas import check_lambda, resolve_lambda
 from training.objectives.objective import Columns, FloatArray, Objective, check_column
 from training.objectives.sft import weighted_nll
+from training.objectives.transforms import transform_rewards
 from training.objectives.weights import softmax_weights
 
 # R responses of a global batch, G groups (prompts)
@@ -25,7 +26,7 @@ from training.objectives.weights import softmax_weights
 
 @dataclass(frozen=True)
 class Var(Objective):
-    """The weighted SFT loss sum_i w_i sum_t nll_it / (N * Tbar). `lambda_` is in units of the stored reward."""
+    """The weighted SFT loss sum_i w_i sum_t nll_it / (N * Tbar). `lambda_` is in units of the reward."""
 
     lambda_: float
     regime: ResponseRegime
@@ -61,22 +62,28 @@ class Var(Objective):
         return weighted_nll(value_R, weight_R)
 
 
-def make_var(config: VarConfig, *, regime: ResponseRegime, columns: Columns) -> Var:
-    """Return the objective of a config; `columns`, those of the whole train split, are what lambda may be counted in."""
+def make_var(config: VarConfig, *, regime: ResponseRegime, columns: Columns) -> tuple[Var, Columns]:
+    """Return the objective of a config, and the columns with the rewards that it weighs.
+
+    `columns` are those of the whole train split: what rewards are transformed over and lambda may be counted in.
+    """
     var = Var(
         lambda_=config.lambda_,
         regime=regime,
         normaliser=config.normaliser,
         reference_factor=config.reference_factor,
     )
+    check_rewards(columns)
+    base_R = var.base(columns)
+    transformed = transform_rewards(columns, config, base_R=base_R)
     lambda_ = resolve_lambda(
         config.lambda_,
         config.lambda_unit,
-        reward_R=check_rewards(columns),
-        base_R=var.base(columns),
+        reward_R=check_rewards(transformed),
+        base_R=base_R,
         group_R=columns.group_R,
     )
-    return replace(var, lambda_=lambda_)
+    return replace(var, lambda_=lambda_), transformed
 
 
 def reference_factor(columns: Columns, factor: ReferenceFactor) -> FloatArray:
