@@ -54,13 +54,13 @@ class SourceFormat(StrEnum):
 class IngestConfig(Config):
     """Source rows -> one row schema, split by prompt, the unusable ones quarantined with reasons."""
 
-    schema_version: Literal[1] = Field(1, title="Row schema", description="Version of the rows that are written.")
+    schema_version: Literal[2] = Field(2, title="Row schema", description="Version of the rows that are written.")
     format: SourceFormat = Field(
         SourceFormat.auto, title="Source format", description="Shape of a source row; auto looks at the first row."
     )
     responses: ResponseRegime = Field(
         title="Response regime",
-        description="How the responses were made: support (a fixed set, human or several models), from_reference (sampled from the reference), from_behaviour (sampled from another policy, log q stored).",
+        description="How the responses were made: support (a fixed set, human or several models), from_reference (sampled from the reference), from_behaviour (sampled from another policy, with `logq`, its log-probability of each response in nats).",
     )
     heldout_fraction: float = Field(
         0.1,

@@ -176,6 +176,7 @@ def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) ->
                     "prompt": prompt.row["prompt"],
                     "responses": texts[n * K : (n + 1) * K],
                     "preferred": None,
+                    "logq": None,
                     "truncated": [tokens[-1] not in generator.stop_ids for tokens in answers[n * K : (n + 1) * K]],
                     "source": generator.source,
                     "line": prompt.row["line"],

@@ -47,6 +47,7 @@ def gather_columns(examples: Sequence[Example]) -> Columns:
         num_tokens_R=np.concatenate([example.num_tokens_K for example in examples]),
         reward_R=join_column([example.reward_K for example in examples]),
         logp_ref_R=join_column([example.logp_ref_K for example in examples]),
+        logq_R=join_column([example.logq_K for example in examples]),
     )
 
 

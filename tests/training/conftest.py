@@ -26,6 +26,7 @@ def make_row() -> Callable[..., dict[str, Any]]:
         split: str = "train",
         preferred: int | None = 0,
         truncated: list[bool] | None = None,
+        logq: list[float] | None = None,
     ) -> dict[str, Any]:
         turns = [{"role": "user", "content": prompt}]
         return {
@@ -35,6 +36,7 @@ def make_row() -> Callable[..., dict[str, Any]]:
             "responses": list(responses),
             "preferred": preferred,
             "truncated": truncated,
+            "logq": logq,
             "source": "test",
             "line": 1,
         }

@@ -18,7 +18,10 @@ from training.objectives.weights import check_weights, describe_weights, within_
 
 
 def columns(
-    rewards: list[list[float]], logps: list[list[float]] | None = None, tokens: list[list[int]] | None = None
+    rewards: list[list[float]],
+    logps: list[list[float]] | None = None,
+    tokens: list[list[int]] | None = None,
+    logqs: list[list[float]] | None = None,
 ) -> Columns:
     counts = [len(r) for r in rewards]
     return Columns(
@@ -27,6 +30,7 @@ def columns(
         num_tokens_R=np.concatenate(tokens) if tokens else np.ones(sum(counts), dtype=np.int64),
         reward_R=np.concatenate([np.array(r, dtype=np.float64) for r in rewards]),
         logp_ref_R=None if logps is None else np.concatenate([np.array(logp, dtype=np.float64) for logp in logps]),
+        logq_R=None if logqs is None else np.concatenate([np.array(logq, dtype=np.float64) for logq in logqs]),
     )
 
 
@@ -43,6 +47,10 @@ def sampled(lambda_: float = 1.0, **changes: Any) -> Var:
     return var(
         lambda_, **{"regime": ResponseRegime.from_reference, "reference_factor": ReferenceFactor.none, **changes}
     )
+
+
+def behaved(lambda_: float = 1.0, **changes: Any) -> Var:
+    return var(lambda_, **{"regime": ResponseRegime.from_behaviour, **changes})
 
 
 LOG2, LOG3 = math.log(2), math.log(3)
@@ -66,6 +74,40 @@ def test_from_reference_holds_no_reference_factor() -> None:
     data = columns([[0.0, LOG3]], [[-1.0, -40.0]])
     assert sampled().weigh(data) == pytest.approx([0.5, 1.5], abs=1e-14)
     assert sampled(reference_factor=ReferenceFactor.sum).weigh(data) == pytest.approx([0.5, 1.5], abs=1e-14)
+
+
+def test_from_behaviour_by_hand() -> None:
+    # pi_ref = 1/2 and 1/4, q = 1/4 and 1/4, exp(r) = 1 and 3: 2 and 3
+    data = columns([[0.0, LOG3]], [[-LOG2, -2 * LOG2]], logqs=[[-2 * LOG2, -2 * LOG2]])
+    assert behaved().weigh(data) == pytest.approx([2 * 2 / 5, 2 * 3 / 5], abs=1e-14)
+
+
+def test_samples_of_the_reference_itself_weigh_as_from_reference() -> None:
+    rng = np.random.default_rng(7)
+    rewards, logps = rng.normal(size=(5, 4)).tolist(), (-rng.integers(1, 90, size=(5, 4)) / 4).tolist()
+    data = columns(rewards, logps, logqs=logps)
+    for normaliser in (Normaliser.per_prompt, Normaliser.in_batch):
+        assert np.array_equal(
+            behaved(0.3, normaliser=normaliser).weigh(data), sampled(0.3, normaliser=normaliser).weigh(data)
+        )
+
+
+def test_from_behaviour_invariances_and_limits() -> None:
+    base, logps, logqs = [[0.25, -1.5, 3.0]], [[-1.0, -2.0, -4.0]], [[-2.0, -1.5, -1.0]]
+    before = behaved(0.5).weigh(columns(base, logps, logqs=logqs))
+    shift = columns(
+        [[r + 1024.0 for r in base[0]]], [[p - 32.0 for p in logps[0]]], logqs=[[q - 8.0 for q in logqs[0]]]
+    )
+    assert np.array_equal(before, behaved(0.5).weigh(shift))  # dyadic constants: of the reward, of pi_ref and of q
+    ratio = np.exp(np.array(logps[0]) - np.array(logqs[0]))
+    large = behaved(1e300).weigh(columns(base, logps, logqs=logqs))
+    assert large == pytest.approx(3 * ratio / ratio.sum(), abs=1e-12)  # pi_ref, not SFT
+    tied = columns([[5.0, -3.0, 5.0]], logps, logqs=logqs)
+    assert behaved(1e-300).weigh(tied) == pytest.approx(
+        [3 * ratio[0] / (ratio[0] + ratio[2]), 0, 3 * ratio[2] / (ratio[0] + ratio[2])], abs=1e-12
+    )
+    extreme = behaved(1e-3).weigh(columns([[1e4, -1e4, 0.0]], [[-900.0, -1.0, -5.0]], logqs=[[-1.0, -700.0, -3.0]]))
+    assert np.isfinite(extreme).all() and extreme.sum() == pytest.approx(3, abs=1e-12)
 
 
 def test_normalisers_by_hand() -> None:
@@ -155,8 +197,15 @@ def test_refusals_name_rows_and_remedies() -> None:
         var().weigh(columns([[0.0, 1.0]]))
     with pytest.raises(ValueError, match=r"1 of 2 rows have a single response \(first: row1\)"):
         sampled().weigh(columns([[0.0, 1.0], [0.0]]))
-    with pytest.raises(ValueError, match=r"from_behaviour.*log q"):
-        var(regime=ResponseRegime.from_behaviour)
+    with pytest.raises(ValueError, match=r"logq: no such column"):
+        behaved().weigh(columns([[0.0, 1.0]], [[-1.0, -1.0]]))
+    with pytest.raises(ValueError, match=r"logq: 1 of 4 values are NaN or infinite, in 1 rows \(first: row1\)"):
+        behaved().weigh(columns([[0.0, 1.0]] * 2, [[-1.0, -1.0]] * 2, logqs=[[-1.0, -1.0], [-1.0, math.nan]]))
+    with pytest.raises(ValueError, match="logp_ref: no such column"):
+        behaved().weigh(columns([[0.0, 1.0]], logqs=[[-1.0, -1.0]]))
+    for factor in (ReferenceFactor.mean, ReferenceFactor.none):
+        with pytest.raises(ValueError, match=f"reference_factor {factor}: not defined for responses from_behaviour"):
+            behaved(reference_factor=factor)
     with pytest.raises(ValueError, match=r"reference_factor mean.*from_reference"):
         sampled(reference_factor=ReferenceFactor.mean)
     with pytest.raises(ValueError, match="all of a global batch are zero"):
@@ -447,20 +496,26 @@ def test_columns_of_some_responses_keep_their_groups() -> None:
     assert (some.reward_R.tolist(), some.logp_ref_R.tolist()) == ([5, 1, 4], [-5, -1, -4])
 
 
-def test_sampled_target_approaches_the_optimum_as_one_over_root_k() -> None:
-    """One prompt, K samples of pi_ref with their weights: the mean distance to pi* falls with slope -1/2 in K."""
+@pytest.mark.parametrize("regime", [ResponseRegime.from_reference, ResponseRegime.from_behaviour])
+def test_sampled_target_approaches_the_optimum_as_one_over_root_k(regime: ResponseRegime) -> None:
+    """One prompt, K samples of pi_ref, or of another policy, with their weights: the mean distance to pi* falls with slope
+    -1/2 in K."""
     rng = np.random.default_rng(0)
     num_outcomes, sizes, seeds = 12, [128, 256, 512, 1024, 2048], 80
     logp_ref = np.log(rng.dirichlet(np.ones(num_outcomes)))
     reward = rng.normal(size=num_outcomes)
     best = np.exp(logp_ref + reward / 0.8)
     best /= best.sum()
+    is_behaved = regime == ResponseRegime.from_behaviour
+    logq = np.log(rng.dirichlet(5 * np.ones(num_outcomes))) if is_behaved else logp_ref
+    objective = (behaved if is_behaved else sampled)(0.8)
     errors = []
     for size in sizes:
         distances = []
         for _ in range(seeds):
-            drawn = rng.choice(num_outcomes, size=size, p=np.exp(logp_ref))
-            weights = sampled(0.8).weigh(columns([reward[drawn].tolist()]))
+            drawn = rng.choice(num_outcomes, size=size, p=np.exp(logq))
+            picked = [column[drawn].tolist() for column in (reward, logp_ref, logq)]
+            weights = objective.weigh(columns([picked[0]], [picked[1]], logqs=[picked[2]]))
             target = np.bincount(drawn, weights=weights, minlength=num_outcomes) / size
             distances.append(0.5 * np.abs(target - best).sum())
         errors.append(np.mean(distances))

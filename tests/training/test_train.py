@@ -264,6 +264,28 @@ def test_equal_responses_count_once_in_a_set_and_each_among_samples(
     assert weights[rows[1]["row_id"]] == pytest.approx([1.5, 0.5])
 
 
+def test_samples_of_another_policy_are_weighed_by_their_stored_log_q(
+    tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any, write_rewards: Any, make_job: Callable[..., Job]
+) -> None:
+    made = [make_row(f"Question {i}?", ["Yes", "No", "Yes"], logq=[-2.5 - i, -1.0, -2.5 - i]) for i in range(5)]
+    rows = write_rows(tmp_path / "rows", made, regime="from_behaviour")
+    rewards = write_rewards(tmp_path / "rewards", {row["row_id"]: [1.0, 0.0, 1.0] for row in made})
+    scored = make_job(
+        "score_reference", "reference", config={"max_tokens": 128}, inputs={"rows": rows, "reference": tiny_policy}
+    )
+    reference.run(scored)
+    logps = {r["row_id"]: r["logp"] for r in pq.read_table(scored.output / "scores.parquet").to_pylist()}
+    inputs = {"rows": rows, "base": tiny_policy, "rewards": rewards, "reference": scored.output}
+    job = make_job("train", "a", config={**VAR, "reference_factor": "sum", "lambda_unit": "reward"}, inputs=inputs)
+    train.run(job)
+    weights = {r["row_id"]: r["weight"] for r in pq.read_table(job.output / "weights.parquet").to_pylist()}
+    for row in made:
+        scores = [p + r - q for p, r, q in zip(logps[row["row_id"]], (1.0, 0.0, 1.0), row["logq"], strict=True)]
+        total = sum(math.exp(s) for s in scores)
+        assert weights[row["row_id"]] == pytest.approx([3 * math.exp(s) / total for s in scores], rel=1e-9)
+    assert read_summary(job)["regime"] == "from_behaviour"
+
+
 def test_a_row_too_long_is_dropped_whole_and_counted(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
     job = make_job("train", "a", config={**VAR, "max_tokens": 36}, inputs=inputs)
     train.run(job)
@@ -332,6 +354,9 @@ def test_refusals(inputs: dict[str, Path], make_job: Callable[..., Job], tmp_pat
     (inputs["rows"] / "manifest.json").write_text(json.dumps({"regime": "guess"}))
     refuse("regime is 'guess', expected one of")
     (inputs["rows"] / "manifest.json").write_text(json.dumps({"regime": "from_behaviour"}))
-    refuse("from_behaviour.*log q")
+    refuse(
+        "logq: 22 of 22 values are NaN or infinite, in 9 rows .first: .*ingest the rows with their log q",
+        config={"reference_factor": "sum"},
+    )
     (inputs["rows"] / "manifest.json").unlink()
     refuse("no manifest.json")

@@ -29,6 +29,7 @@ class Example:
     num_tokens_K: np.ndarray  # trained tokens of each sample
     reward_K: FloatArray | None = None
     logp_ref_K: FloatArray | None = None
+    logq_K: FloatArray | None = None
 
 
 Select = Callable[[dict[str, Any]], list[int]]
@@ -139,6 +140,7 @@ def make_example(
         num_tokens_K=num_tokens_K,
         reward_K=pick(row, rewards, "reward", places),
         logp_ref_K=logp_ref_K,
+        logq_K=np.array([np.nan if row["logq"] is None else row["logq"][k] for k in places]),
     )
 
 

@@ -162,7 +162,8 @@ def _understand(
         "prompt": parsed.prompt,
         "responses": parsed.responses,
         "preferred": parsed.preferred,
-        "truncated": None,
+        "truncated": parsed.truncated,
+        "logq": parsed.logq,
         "source": row.source,
         "line": row.line,
     }

@@ -26,6 +26,7 @@ class Columns:
     num_tokens_R: NDArray[np.int64]  # trained tokens, stop token included
     reward_R: FloatArray | None = None
     logp_ref_R: FloatArray | None = None  # nats, summed over trained tokens
+    logq_R: FloatArray | None = None  # likewise, under the policy that sampled the responses
 
     def take(self, members: Sequence[int]) -> "Columns":
         """Return the columns of some responses, in the order of `members`."""
@@ -37,6 +38,7 @@ class Columns:
             num_tokens_R=self.num_tokens_R[chosen],
             reward_R=None if self.reward_R is None else self.reward_R[chosen],
             logp_ref_R=None if self.logp_ref_R is None else self.logp_ref_R[chosen],
+            logq_R=None if self.logq_R is None else self.logq_R[chosen],
         )
 
 

@@ -15,8 +15,8 @@ from training.objectives.weights import softmax_weights
 
 
 def transform_rewards(columns: Columns, config: VarConfig, *, base_R: FloatArray) -> Columns:
-    """Return the columns with transformed rewards. `base_R` is the score without the reward: log pi_ref over the density that
-    the responses come from, up to a constant."""
+    """Return the columns with transformed rewards. `base_R` is the score without the reward: the log of pi_ref over
+    the density that the responses come from, up to a constant."""
     assert columns.reward_R is not None
     reward_R = columns.reward_R
     if config.reward_transform == RewardTransform.centred:

@@ -5,6 +5,7 @@ and reward r_k, the score is
 
     support:          s_k = f(l_k) + r_k / lambda       the responses are a fixed set
     from_reference:   s_k = r_k / lambda                the responses were sampled from pi_ref
+    from_behaviour:   s_k = l_k + r_k / lambda - log q_k    they were sampled from q, whose log-probabilities are stored
 
 and the weights are w = N softmax(s) over the chosen set: all K responses of a prompt, or all of a global batch.
 """
@@ -48,10 +49,16 @@ class Var(Objective):
         return softmax_weights(reward_R, self.base(columns), set_R, lambda_=self.lambda_)
 
     def base(self, columns: Columns) -> FloatArray:
-        """Return the score without the reward, in nats: f(log pi_ref) for a fixed set, 0 for samples of pi_ref."""
+        """Return the score without the reward, in nats: f(l) for a fixed set, 0 for samples of pi_ref, else l - log q."""
         if self.regime == ResponseRegime.support:
             return reference_factor(columns, self.reference_factor)
-        return np.zeros(len(columns.group_R))
+        if self.regime == ResponseRegime.from_reference:
+            return np.zeros(len(columns.group_R))
+        logq_R = check_column(
+            columns, columns.logq_R, "logq", objective="var", remedy="ingest the rows with their log q"
+        )
+        ratio_R: FloatArray = reference_factor(columns, ReferenceFactor.sum) - logq_R
+        return ratio_R
 
     def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
         """Return N * Tbar: the loss reads as nats per token."""
@@ -100,11 +107,11 @@ def reference_factor(columns: Columns, factor: ReferenceFactor) -> FloatArray:
 
 
 def check_regime(regime: ResponseRegime, factor: ReferenceFactor) -> None:
-    """Raise ValueError for a regime whose weights cannot be computed, or a factor that is wrong in it."""
-    if regime == ResponseRegime.from_behaviour:
+    """Raise ValueError for a reference factor that a sampled regime does not have."""
+    if regime == ResponseRegime.from_behaviour and factor != ReferenceFactor.sum:
         raise ValueError(
-            "responses from_behaviour: its weight needs log q(y|x) of the policy that sampled the responses, and the rows store "
-            "none; expected support or from_reference; ingest the responses as support if they are a fixed set"
+            f"reference_factor {factor}: not defined for responses from_behaviour, whose importance weight holds log pi_ref "
+            "as a whole; set it to sum"
         )
     if regime == ResponseRegime.from_reference and factor == ReferenceFactor.mean:
         raise ValueError(
