@@ -11,7 +11,7 @@ def score_rewards(config: RewardScoreConfig, attempt: Attempt) -> Metrics:
     return {"reward/mean": float(summary["mean"]), "reward/std": float(summary["std"])}
 
 
-@step(version=1)
+@step(version=2)
 def score_reference(config: ReferenceScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response its log-probability under the reference. Inputs: `rows`, `reference`."""
     summary = attempt.run_child("training", "score_reference")

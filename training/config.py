@@ -62,6 +62,21 @@ class IngestConfig(Config):
         title="Response regime",
         description="How the responses were made: support (a fixed set, human or several models), from_reference (sampled from the reference), from_behaviour (sampled from another policy, with `logq`, its log-probability of each response in nats).",
     )
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        title="Temperature of the samples",
+        description="At which sampled responses were drawn; must be stated for from_reference, empty for a fixed set.",
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, title="Top-p of the samples", description="Likewise; 1 where it was switched off."
+    )
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        title="Top-k of the samples",
+        description="Likewise; 0 where it was switched off. Transformers' own default is 50.",
+    )
     heldout_fraction: float = Field(
         0.1,
         gt=0,
@@ -88,6 +103,23 @@ class IngestConfig(Config):
         title="Longest row",
         description="Rows whose prompt and longest response exceed this many characters are quarantined; at least 1.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "IngestConfig":
+        stated = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        given = [name for name, value in stated.items() if value is not None]
+        if self.responses == ResponseRegime.support and given:
+            raise ValueError(
+                f"responses support: got {', '.join(given)}, but a fixed set was not sampled; leave them empty, or set "
+                "responses to from_reference or from_behaviour"
+            )
+        if self.responses == ResponseRegime.from_reference and len(given) < len(stated):
+            missing = ", ".join(name for name in stated if name not in given)
+            raise ValueError(
+                f"responses from_reference: {missing} not stated; expected how the responses were sampled, since only "
+                "temperature 1, top_p 1 and top_k 0 sample the reference itself"
+            )
+        return self
 
 
 class RewardRender(StrEnum):

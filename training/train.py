@@ -32,18 +32,18 @@ from training.data.examples import (
     Select,
     load_examples,
     read_dropped,
-    read_regime,
     read_scores,
     select_all,
     select_chosen,
     select_distinct,
     select_preferred_first,
 )
+from training.data.manifest import RowsManifest, check_reference, check_samples, read_rows_manifest
 from training.data.rows import RowsWriter
 from training.job import Job
 from training.logprobs import check_head, sum_logps
 from training.loop import Progress, Settings, run_steps
-from training.model import check_context, load_policy, save_policy, start_torch
+from training.model import ModelDigests, check_context, digest_model, load_policy, save_policy, start_torch
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, Objective
 from training.objectives.sft import Sft
@@ -75,9 +75,12 @@ def run(job: Job) -> None:
     model, tokenizer = load_policy(job.inputs["base"], precision=Precision.float32, device=device)
     check_head(model)
     check_context(model, config.max_tokens)
-    examples, dropped = gather_examples(job, config, Renderer(tokenizer, max_tokens=config.max_tokens))
+    manifest = read_rows_manifest(job.inputs["rows"])
+    check_columns(job, config, manifest, digest_model(job.inputs["base"], tokenizer))
+    renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
+    examples, dropped = gather_examples(job, config, renderer, regime=manifest.regime)
     columns = gather_columns(examples)
-    objective, weighed = make_objective(job, config, columns)
+    objective, weighed = make_objective(config, columns, regime=manifest.regime)
     steps = Steps(
         replace_rewards(examples, weighed),
         objective,
@@ -118,7 +121,17 @@ class PolicyForward:
         return sum_logps(model, micro), micro.ids_BT.numel()
 
 
-def gather_examples(job: Job, config: TrainConfig, renderer: Renderer) -> tuple[list[Example], Counter[str]]:
+def check_columns(job: Job, config: TrainConfig, manifest: RowsManifest, base: ModelDigests) -> None:
+    """Refuse stored numbers that are of another model than the one that is trained, or of responses drawn otherwise."""
+    if StoredColumn.reference in config.columns and "reference" in job.inputs:
+        check_reference(job.inputs["reference"], base)
+    if StoredColumn.rewards in config.columns:  # weighted by what the regime says of them
+        check_samples(job.inputs["rows"], manifest, base)
+
+
+def gather_examples(
+    job: Job, config: TrainConfig, renderer: Renderer, *, regime: ResponseRegime
+) -> tuple[list[Example], Counter[str]]:
     """Return the examples that the objective trains on, with the columns it needs, and the dropped rows by reason."""
     rows = job.inputs["rows"]
     rewards = reference = None
@@ -133,7 +146,7 @@ def gather_examples(job: Job, config: TrainConfig, renderer: Renderer) -> tuple[
     if StoredColumn.reference in config.columns and "reference" in job.inputs:
         reference = read_scores(job.inputs["reference"], "logp", columns=["num_tokens"])
         unscored = read_dropped(job.inputs["reference"])
-    select, min_responses = choose_responses(config, read_regime(rows))
+    select, min_responses = choose_responses(config, regime)
     return load_examples(
         rows,
         renderer,
@@ -158,14 +171,14 @@ def choose_responses(config: TrainConfig, regime: ResponseRegime) -> tuple[Selec
     return (select_distinct, 2) if is_fixed_set else (select_all, 1)
 
 
-def make_objective(job: Job, config: TrainConfig, columns: Columns) -> tuple[Objective, Columns]:
+def make_objective(config: TrainConfig, columns: Columns, *, regime: ResponseRegime) -> tuple[Objective, Columns]:
     """Return the objective, and the columns it weighs: those of the whole train split, given as `columns`."""
     if isinstance(config, SftConfig):
         return Sft(), columns
     if isinstance(config, DpoConfig):
         return Dpo(beta=config.beta, label_smoothing=config.label_smoothing), columns
     assert isinstance(config, VarConfig)
-    return make_var(config, regime=read_regime(job.inputs["rows"]), columns=columns)
+    return make_var(config, regime=regime, columns=columns)
 
 
 def replace_rewards(examples: Sequence[Example], columns: Columns) -> list[Example]:

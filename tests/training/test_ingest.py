@@ -19,7 +19,8 @@ from training.job import Job
 
 CONFIG = IngestConfig(responses="support")
 USER = {"role": "user", "content": "Hi"}
-SAMPLED = IngestConfig(responses="from_reference")
+EXACT = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+SAMPLED = IngestConfig(responses="from_reference", **EXACT)
 
 
 def say(text: str) -> dict[str, str]:
@@ -232,6 +233,20 @@ def test_equal_responses_are_one_in_a_fixed_set_and_counted_in_a_sample() -> Non
     assert (fixed.responses, fixed.preferred) == (["A", "B"], 0)
     sampled = parse_row(value, format=SourceFormat.responses, config=SAMPLED)
     assert (sampled.responses, sampled.preferred) == (["A", "B", "A"], 2)
+
+
+def test_the_manifest_says_how_samples_were_drawn(tmp_path: Path) -> None:
+    job = ingest(tmp_path, [pair(n) for n in range(20)], responses="from_reference", temperature=0.7, top_p=1, top_k=50)
+    manifest = json.loads((job.output / "manifest.json").read_text())
+    assert (manifest["temperature"], manifest["top_p"], manifest["top_k"]) == (0.7, 1.0, 50)
+
+
+def test_how_samples_were_drawn_must_be_stated_and_a_fixed_set_was_not_drawn() -> None:
+    with pytest.raises(ValueError, match="from_reference: top_p, top_k not stated"):
+        IngestConfig(responses="from_reference", temperature=1.0)
+    with pytest.raises(ValueError, match="support: got temperature, but a fixed set was not sampled"):
+        IngestConfig(responses="support", temperature=1.0)
+    assert IngestConfig(responses="from_behaviour", temperature=0.7).top_k is None  # log q says all that counts
 
 
 BEHAVED = IngestConfig(responses="from_behaviour")

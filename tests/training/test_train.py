@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training import reference, train
+from training import generate, reference, train
 from training.data.examples import select_preferred_first
+from training.data.rows import read_rows
 from training.job import Job
 
 VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
@@ -308,12 +310,78 @@ def test_rows_the_reference_dropped_are_dropped_and_counted(
     assert not weights & dropped
 
 
+def test_samples_of_the_base_itself_are_trained_on_as_they_lie(
+    inputs: dict[str, Path], make_job: Callable[..., Job], tiny_policy: Path, write_rewards: Any, tmp_path: Path
+) -> None:
+    """Generated rows are rows: sampled, scored and weighed without another ingestion, cut samples without a stop token."""
+    settings = {"split": "train", "samples_per_prompt": 3, "max_new_tokens": 12}
+    sampled = make_job(
+        "generate",
+        "sampled",
+        config=settings,
+        inputs={"rows": inputs["rows"], "policy": tiny_policy},
+        microbatch_tokens=512,
+    )
+    generate.run(sampled)
+    rows = [row for batch in read_rows(sampled.output) for row in batch.to_pylist()]
+    rewards = write_rewards(
+        tmp_path / "sampled-rewards", {r["row_id"]: [float(len(a)) for a in r["responses"]] for r in rows}
+    )
+    folders = {"rows": sampled.output, "base": tiny_policy, "rewards": rewards}
+    job = make_job("train", "on-samples", config={**VAR, "reference_factor": "none"}, inputs=folders)
+    train.run(job)
+    summary = read_summary(job)
+    assert summary["regime"] == "from_reference" and summary["rows"] > 0
+
+    def refuse(message: str, **manifest: Any) -> None:
+        other = tmp_path / "other-samples"
+        shutil.copytree(sampled.output, other, dirs_exist_ok=True)
+        found = json.loads((sampled.output / "manifest.json").read_text()) | manifest
+        (other / "manifest.json").write_text(json.dumps(found))
+        config = {**VAR, "reference_factor": "none"}
+        with pytest.raises(ValueError, match=message):
+            train.run(make_job("train", "refused", config=config, inputs={**folders, "rows": other}))
+
+    refuse(r"sampled with temperature 0\.7, so they are of another distribution", temperature=0.7)
+    refuse(r"sampled with top_p 0\.95, top_k 50, so they are", top_p=0.95, top_k=50)
+    refuse("does not state top_k", top_k=None)
+    digests = json.loads((sampled.output / "manifest.json").read_text())["policy"]
+    refuse(r"the samples of a model with other weights \(sha256 0000", policy=digests | {"weights_sha256": "0" * 64})
+
+
+def test_reference_log_probabilities_of_another_model_or_template_are_refused(
+    inputs: dict[str, Path], make_job: Callable[..., Job], tiny_policy: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other-model"
+    shutil.copytree(tiny_policy, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    model.save_pretrained(other)
+    spoken = tmp_path / "other-template"
+    shutil.copytree(tiny_policy, spoken)
+    template = (spoken / "chat_template.jinja").read_text()
+    (spoken / "chat_template.jinja").write_text(template + "{# means nothing, and might have #}")
+    for objective in (VAR, DPO):
+        for base, words in ((other, "logp_ref of a model with other weights"), (spoken, "with other chat template")):
+            job = make_job("train", "refused", config=objective, inputs={**inputs, "base": base})
+            with pytest.raises(ValueError, match=f"{words}.*score the rows with this base as reference"):
+                train.run(job)
+    sft = make_job("train", "sft", config={**DPO, "objective": "sft", "epochs": 1}, inputs={**inputs, "base": other})
+    train.run(sft)  # it reads no log-probabilities
+    (inputs["reference"] / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"reference folder .*: no manifest\.json"):
+        train.run(make_job("train", "refused", config=VAR, inputs=inputs))
+
+
 def edit_scores(folder: Path, target: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Path:
     import pyarrow as pa
 
     target.mkdir()
     table = pq.read_table(folder / "scores.parquet")
     pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=table.schema), target / "scores.parquet")
+    if (folder / "manifest.json").exists():
+        shutil.copy(folder / "manifest.json", target)
     return target
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from training.config import ResponseRegime
 from training.data.rows import read_rows
 from training.objectives.objective import FloatArray
 from training.render import Renderer, UnusableRow
@@ -33,19 +32,6 @@ class Example:
 
 
 Select = Callable[[dict[str, Any]], list[int]]
-
-
-def read_regime(rows: Path) -> ResponseRegime:
-    """Return how the responses of a rows folder were made, as its manifest states."""
-    path = rows / "manifest.json"
-    if not path.is_file():
-        raise ValueError(f"rows folder {rows}: no manifest.json; expected one with `regime`; ingest the rows again")
-    value = json.loads(path.read_text()).get("regime")
-    if value not in list(ResponseRegime):
-        raise ValueError(
-            f"{path}: regime is {value!r}, expected one of {[r.value for r in ResponseRegime]}; ingest the rows again"
-        )
-    return ResponseRegime(value)
 
 
 def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> dict[str, dict[str, list[float]]]:
