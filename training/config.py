@@ -5,7 +5,7 @@ Every class here is identity: each field is hashed into the fingerprint of the s
 """
 
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -190,6 +190,22 @@ class ReferenceScoreConfig(Config):
     precision: Precision = Precision.float32
 
 
+class CrossScoreConfig(Config):
+    """Rewards and reference log-probabilities of a batch's responses under each of its prompts. It follows from a training's
+    config: the batches are that training's."""
+
+    batch_prompts: int = Field(ge=1, title="Global batch", description="Prompts per optimiser step, at least 1.")
+    epochs: int = Field(ge=1, title="Epochs", description="Passes over the train split, at least 1.")
+    max_tokens: int = Field(
+        ge=8,
+        title="Longest sequence",
+        description="Tokens of any prompt of a batch with any response of it; at least 8.",
+    )
+    seed: int = Field(ge=0, title="Seed", description="Order of the rows; at least 0.")
+    reward: RewardScoreConfig = Field(title="Reward scoring")
+    precision: Precision = Precision.float32
+
+
 class GenerateConfig(Config):
     """Responses sampled from a policy for the prompts of one split."""
 
@@ -236,12 +252,11 @@ class StoredColumn(StrEnum):
 
     rewards = "rewards"
     reference = "reference"
+    cross = "cross"
 
 
 class TrainConfig(Config):
     """What every objective shares."""
-
-    columns: ClassVar[tuple[StoredColumn, ...]] = ()  # what is scored before this objective trains
 
     learning_rate: float = Field(1e-5, gt=0, title="Learning rate", description="Peak AdamW learning rate, above 0.")
     weight_decay: float = Field(
@@ -271,12 +286,18 @@ class TrainConfig(Config):
     precision: Precision = Precision.float32
     seed: int = Field(0, ge=0, title="Seed", description="Order of the rows; at least 0.")
 
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        """What is scored before this objective trains."""
+        return ()
+
 
 class Normaliser(StrEnum):
     """Over which set the weights are a softmax."""
 
     per_prompt = "per_prompt"
     in_batch = "in_batch"
+    cross_batch = "cross_batch"
 
 
 class ReferenceFactor(StrEnum):
@@ -308,7 +329,6 @@ class VarConfig(TrainConfig):
     """Variational Alignment with Re-weighting, arXiv 2502.11026: SFT weighted by pi_ref exp(r / lambda)."""
 
     model_config = ConfigDict(title="VAR")
-    columns: ClassVar = (StoredColumn.rewards, StoredColumn.reference)
 
     objective: Literal["var"] = Field("var", title="Objective")
     lambda_: float = Field(
@@ -325,7 +345,7 @@ class VarConfig(TrainConfig):
     normaliser: Normaliser = Field(
         Normaliser.per_prompt,
         title="Normaliser",
-        description="per_prompt: over the K responses of a prompt. in_batch: over the global batch.",
+        description="per_prompt: over the K responses of a prompt. in_batch: over the global batch. cross_batch: over all responses of the batch put under each prompt; costs the square of the batch.",
     )
     reference_factor: ReferenceFactor = Field(
         title="Reference factor",
@@ -346,6 +366,11 @@ class VarConfig(TrainConfig):
         description="Of clipped, in reward units, above the lower one: larger rewards become this one.",
     )
 
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        own = (StoredColumn.rewards, StoredColumn.reference)
+        return (*own, StoredColumn.cross) if self.normaliser == Normaliser.cross_batch else own
+
     @model_validator(mode="after")
     def _check(self) -> "VarConfig":
         bounds = (self.clip_low, self.clip_high)
@@ -363,6 +388,13 @@ class VarConfig(TrainConfig):
             raise ValueError(
                 f"lambda_: got {self.lambda_:g} as ess_target, expected a share of K above 0 and up to 1; "
                 "lower it, or count lambda in reward or reward_std"
+            )
+        if self.normaliser == Normaliser.cross_batch and (
+            self.reward_transform != RewardTransform.none or self.lambda_unit == LambdaUnit.ess_target
+        ):
+            raise ValueError(
+                f"normaliser cross_batch: got reward_transform {self.reward_transform} and lambda_unit {self.lambda_unit}, both "
+                "of which look at a prompt's own responses alone; set them to none, and to reward or reward_std"
             )
         return self
 
@@ -382,7 +414,6 @@ class DpoConfig(TrainConfig):
     """Direct preference optimisation, arXiv 2305.18290: preferred against each other response, with stored reference log-probabilities."""
 
     model_config = ConfigDict(title="DPO")
-    columns: ClassVar = (StoredColumn.reference,)
 
     objective: Literal["dpo"] = Field("dpo", title="Objective")
     beta: float = Field(
@@ -398,6 +429,10 @@ class DpoConfig(TrainConfig):
         title="Label smoothing",
         description="Share of preferences taken to be the wrong way round, from 0 to below 0.5.",
     )
+
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        return (StoredColumn.reference,)
 
 
 AnyTrainConfig = Annotated[

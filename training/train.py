@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from training.config import (
     TrainConfig,
     VarConfig,
 )
+from training.cross import plan_batches, read_cross
 from training.data.batch import collate
 from training.data.examples import (
     Example,
@@ -44,6 +45,7 @@ from training.job import Job
 from training.logprobs import check_head, sum_logps
 from training.loop import Progress, Settings, run_steps
 from training.model import ModelDigests, check_context, digest_model, load_policy, save_policy, start_torch
+from training.objectives.cross import Cross
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, Objective
 from training.objectives.sft import Sft
@@ -80,7 +82,10 @@ def run(job: Job) -> None:
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     examples, dropped = gather_examples(job, config, renderer, regime=manifest.regime)
     columns = gather_columns(examples)
-    objective, weighed = make_objective(config, columns, regime=manifest.regime)
+    cross = None
+    if isinstance(config, VarConfig) and StoredColumn.cross in config.columns:
+        cross = read_cross(job.inputs["cross"], plan_batches(examples, config))
+    objective, weighed = make_objective(config, columns, regime=manifest.regime, cross=cross)
     steps = Steps(
         replace_rewards(examples, weighed),
         objective,
@@ -125,6 +130,12 @@ def check_columns(job: Job, config: TrainConfig, manifest: RowsManifest, base: M
     """Refuse stored numbers that are of another model than the one that is trained, or of responses drawn otherwise."""
     if StoredColumn.reference in config.columns and "reference" in job.inputs:
         check_reference(job.inputs["reference"], base)
+    if StoredColumn.cross in config.columns:
+        if "cross" not in job.inputs:
+            raise ValueError(
+                f"train: no input `cross`; got {sorted(job.inputs)}; the normaliser cross_batch needs it; run score_cross"
+            )
+        check_reference(job.inputs["cross"], base)
     if StoredColumn.rewards in config.columns:  # weighted by what the regime says of them
         check_samples(job.inputs["rows"], manifest, base)
 
@@ -171,14 +182,16 @@ def choose_responses(config: TrainConfig, regime: ResponseRegime) -> tuple[Selec
     return (select_distinct, 2) if is_fixed_set else (select_all, 1)
 
 
-def make_objective(config: TrainConfig, columns: Columns, *, regime: ResponseRegime) -> tuple[Objective, Columns]:
+def make_objective(
+    config: TrainConfig, columns: Columns, *, regime: ResponseRegime, cross: Mapping[tuple[str, ...], Cross] | None
+) -> tuple[Objective, Columns]:
     """Return the objective, and the columns it weighs: those of the whole train split, given as `columns`."""
     if isinstance(config, SftConfig):
         return Sft(), columns
     if isinstance(config, DpoConfig):
         return Dpo(beta=config.beta, label_smoothing=config.label_smoothing), columns
     assert isinstance(config, VarConfig)
-    return make_var(config, regime=regime, columns=columns)
+    return make_var(config, regime=regime, columns=columns, cross=cross)
 
 
 def replace_rewards(examples: Sequence[Example], columns: Columns) -> list[Example]:

@@ -95,6 +95,14 @@ def test_dpo_needs_the_reference_of_the_stored_responses_and_no_rewards_of_them(
     assert "train" in after and "score_reference" not in after
 
 
+def test_cross_batch_scores_the_batches_of_its_training(settings: Settings) -> None:
+    config = override(smoke(), ["train.normaliser=cross_batch"])
+    plan = list(fingerprints(config, settings))
+    assert plan.index("score_reference") < plan.index("score_cross") < plan.index("train")
+    assert {"score_cross", "train"} <= changed(config, settings, "train.seed=5")
+    assert "score_cross" not in changed(config, settings, "train.lambda_=0.25")
+
+
 def test_another_objective_keeps_what_both_know_and_takes_its_own_defaults() -> None:
     config = override(smoke(), ["train.objective=dpo", "train.beta=0.3"])
     assert config.train == DpoConfig(beta=0.3, batch_prompts=8, max_tokens=512)

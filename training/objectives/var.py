@@ -7,15 +7,18 @@ and reward r_k, the score is
     from_reference:   s_k = r_k / lambda                the responses were sampled from pi_ref
     from_behaviour:   s_k = l_k + r_k / lambda - log q_k    they were sampled from q, whose log-probabilities are stored
 
-and the weights are w = N softmax(s) over the chosen set: all K responses of a prompt, or all of a global batch.
+and the weights are w = N softmax(s) over the chosen set: all K responses of a prompt, or all of a global batch; or each prompt's Z
+runs over the whole batch (cross_batch).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
 from training.config import Normaliser, ReferenceFactor, ResponseRegime, VarConfig
+from training.objectives.cross import Cross, cross_batch_weights
 from training.objectives.lambdas import check_lambda, resolve_lambda
 from training.objectives.objective import Columns, FloatArray, Objective, check_column
 from training.objectives.sft import weighted_nll
@@ -33,20 +36,33 @@ class Var(Objective):
     regime: ResponseRegime
     normaliser: Normaliser
     reference_factor: ReferenceFactor
+    cross: Mapping[tuple[str, ...], Cross] = field(default_factory=dict)  # of cross_batch: by the row ids of a batch
 
     whole_groups = False
 
     def __post_init__(self) -> None:
         check_lambda(self.lambda_)
-        check_regime(self.regime, self.reference_factor)
+        check_regime(self.regime, self.reference_factor, self.normaliser)
 
     def weigh(self, columns: Columns) -> FloatArray:
         """Return weight_R >= 0 in float64, sum N over the global batch."""
+        if self.normaliser == Normaliser.cross_batch:
+            return self.weigh_cross(columns)
         reward_R = check_rewards(columns)
         set_R = columns.group_R if self.normaliser == Normaliser.per_prompt else np.zeros_like(columns.group_R)
         if self.normaliser == Normaliser.per_prompt:
             check_groups(columns)
         return softmax_weights(reward_R, self.base(columns), set_R, lambda_=self.lambda_)
+
+    def weigh_cross(self, columns: Columns) -> FloatArray:
+        """Return weight_R from the matrices of this batch."""
+        cross = self.cross[columns.row_ids]
+        base_GN = {
+            ReferenceFactor.sum: cross.logp_ref_GN,
+            ReferenceFactor.mean: cross.logp_ref_GN / columns.num_tokens_R,
+            ReferenceFactor.none: np.zeros_like(cross.logp_ref_GN),
+        }[self.reference_factor]
+        return cross_batch_weights(cross.reward_GN, base_GN, columns.group_R, lambda_=self.lambda_)
 
     def base(self, columns: Columns) -> FloatArray:
         """Return the score without the reward, in nats: f(l) for a fixed set, 0 for samples of pi_ref, else l - log q."""
@@ -69,7 +85,13 @@ class Var(Objective):
         return weighted_nll(value_R, weight_R)
 
 
-def make_var(config: VarConfig, *, regime: ResponseRegime, columns: Columns) -> tuple[Var, Columns]:
+def make_var(
+    config: VarConfig,
+    *,
+    regime: ResponseRegime,
+    columns: Columns,
+    cross: Mapping[tuple[str, ...], Cross] | None = None,
+) -> tuple[Var, Columns]:
     """Return the objective of a config, and the columns with the rewards that it weighs.
 
     `columns` are those of the whole train split: what rewards are transformed over and lambda may be counted in.
@@ -79,6 +101,7 @@ def make_var(config: VarConfig, *, regime: ResponseRegime, columns: Columns) -> 
         regime=regime,
         normaliser=config.normaliser,
         reference_factor=config.reference_factor,
+        cross=cross or {},
     )
     check_rewards(columns)
     base_R = var.base(columns)
@@ -106,8 +129,13 @@ def reference_factor(columns: Columns, factor: ReferenceFactor) -> FloatArray:
     return logp_ref_R
 
 
-def check_regime(regime: ResponseRegime, factor: ReferenceFactor) -> None:
-    """Raise ValueError for a reference factor that a sampled regime does not have."""
+def check_regime(regime: ResponseRegime, factor: ReferenceFactor, normaliser: Normaliser) -> None:
+    """Raise ValueError for a reference factor or a normaliser that a sampled regime does not have."""
+    if regime != ResponseRegime.support and normaliser == Normaliser.cross_batch:
+        raise ValueError(
+            f"normaliser cross_batch: not defined for responses {regime}: what was sampled for one prompt is no sample of "
+            "another's answers; set it to per_prompt or in_batch"
+        )
     if regime == ResponseRegime.from_behaviour and factor != ReferenceFactor.sum:
         raise ValueError(
             f"reference_factor {factor}: not defined for responses from_behaviour, whose importance weight holds log pi_ref "
