@@ -88,10 +88,11 @@ class Steps:
 
     @cached_property
     def digest(self) -> str:
-        """64 hex digits over rows, their tokens, weights and constants of all steps."""
+        """64 hex digits over rows, their tokens, reference log-probabilities, weights and constants of all steps."""
         samples = (self._forward.identity(s) for example in self._examples for s in example.samples)
+        logps = (example.logp_ref_K.tobytes() for example in self._examples if example.logp_ref_K is not None)
         order = json.dumps([self.row_ids(step) for step in range(self.num_steps)])
-        return digest_plan([order, repr(self.mean_tokens), *(w.tobytes() for w in self._weights), *samples])
+        return digest_plan([order, repr(self.mean_tokens), *(w.tobytes() for w in self._weights), *logps, *samples])
 
     def rows(self, step: int) -> list[Example]:
         """Return the rows of a step."""

@@ -21,6 +21,8 @@ from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
 from training.objectives.var import Var
+from training.steps import Steps
+from training.train import PolicyForward
 
 Gradients = dict[str, Tensor]
 
@@ -74,6 +76,18 @@ def test_micro_batches_change_nothing_of_dpo(make_model: Any, make_examples: Any
         other_loss, got = accumulate(model, examples, Dpo(beta=0.2), budget=budget)
         assert other_loss == pytest.approx(loss, rel=1e-10)
         assert_close(got, expected, bound=1e-10)
+
+
+def test_the_plan_of_dpo_is_another_with_other_reference_log_probabilities(make_examples: Any) -> None:
+    """Its weights are counts, so what its loss reads of the reference must be in the digest itself."""
+
+    def digest(examples: Any) -> str:
+        forward = PolicyForward(torch.device("cpu"))
+        return Steps(examples, Dpo(beta=0.2), forward, batch_prompts=2, epochs=1, seed=0).digest
+
+    examples = make_examples(4)
+    moved = [*examples[:3], dataclasses.replace(examples[3], logp_ref_K=examples[3].logp_ref_K + 1e-9)]
+    assert digest(examples) == digest(make_examples(4)) != digest(moved)
 
 
 class LeftPadded:

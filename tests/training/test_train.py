@@ -220,7 +220,7 @@ def test_dpo_takes_the_preferred_response_first_and_leaves_out_rows_without_one(
         train.run(job)
         summary = read_summary(job)
         assert (summary["rows"], summary["responses"]) == (2, responses)
-        assert (summary["dropped_too_few_responses"], summary["dropped_not_scored"]) == (2, 1)
+        assert [summary[f"dropped_{why}"] for why in ("no_preference", "too_few_responses", "not_scored")] == [1, 1, 1]
     assert select_preferred_first(made[0], distinct=True) == [2, 0, 1]
     assert select_preferred_first(made[1], distinct=True) == [2, 1]
     assert select_preferred_first(made[1], distinct=False) == [2, 1, 3]

@@ -79,7 +79,7 @@ def load_examples(
                 continue
             places = select(row)
             if len(places) < min_responses:
-                dropped["too_few_responses"] += 1
+                dropped["too_few_responses" if places else "no_preference"] += 1
                 continue
             try:
                 examples.append(make_example(row, places, renderer, rewards=rewards, reference=reference))
@@ -93,7 +93,8 @@ def load_examples(
     if not examples:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "the split is empty"
         raise ValueError(
-            f"rows folder {rows}: no row of the train split is left ({counts}); raise max_tokens or add rows"
+            f"rows folder {rows}: no row of the train split is left ({counts}); raise max_tokens, or bring rows that this "
+            "objective can train on"
         )
     return examples, dropped
 
