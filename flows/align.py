@@ -22,11 +22,11 @@ from tasks.ingest import ingest
 from tasks.promote import promote
 from tasks.report import ReportConfig, publish, report
 from tasks.reward_model import reward_model
-from tasks.score import score_reference, score_rewards
+from tasks.score import score_cross, score_reference, score_rewards
 from tasks.sources import resolve_source
 from tasks.step import Given, Planned, Source, Step
 from tasks.train import train
-from training.config import Config
+from training.config import Config, CrossScoreConfig, StoredColumn
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,13 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         scorer = source(config.reward.model)
     score = config.reward.scoring
     columns: dict[str, Given] = {}
-    if config.train.objective == "var":
+    if StoredColumn.rewards in config.train.columns:
         columns["rewards"] = plan(score_rewards, score, {"rows": rows, "scorer": scorer}, label="preferences")
+    if StoredColumn.reference in config.train.columns:
         columns["reference"] = plan(score_reference, config.reference, {"rows": rows, "reference": policy})
+    if StoredColumn.cross in config.train.columns:
+        scored: dict[str, Given] = {"rows": rows, "base": policy, "scorer": scorer, "reference": columns["reference"]}
+        columns["cross"] = plan(score_cross, cross_config(config), scored)
     data: dict[str, Given] = {"rows": rows, "base": policy}
     challenger = plan(train, config.train, data | columns)
     files = plan(mirror, MirrorConfig(), {"raw": source(config.benchmarks)})
@@ -90,6 +94,19 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     page = plan(report, ReportConfig(recipe=config.name), shown)
     return AlignPlan(rows, scorer, columns, challenger, champion, over, files, answers, judged, verdict, page)
+
+
+def cross_config(config: AlignConfig) -> CrossScoreConfig:
+    """Return how the batches of this alignment's training are scored: as its stored responses are."""
+    train = config.train
+    return CrossScoreConfig(
+        batch_prompts=train.batch_prompts,
+        epochs=train.epochs,
+        max_tokens=train.max_tokens,
+        seed=train.seed,
+        reward=config.reward.scoring,
+        precision=config.reference.precision,
+    )
 
 
 def _find_champion(config: AlignConfig, policy: Source, *, store: Store, settings: Settings) -> tuple[Given, str]:

@@ -71,7 +71,7 @@ class AlignConfig(Config):
     )
     reference: ReferenceScoreConfig = Field(ReferenceScoreConfig(), title="Reference log-probabilities")
     train: AnyTrainConfig = Field(
-        title="Training", description="The objective with its numbers: VAR, or SFT as the baseline."
+        title="Training", description="The objective with its numbers: VAR, or SFT or DPO as a baseline."
     )
     heldout: GenerateConfig = Field(
         GenerateConfig(),

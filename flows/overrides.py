@@ -3,9 +3,10 @@
 import difflib
 import json
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from training.config import Config
 
@@ -13,8 +14,10 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
 def override(config: AnyConfig, changes: Sequence[str]) -> AnyConfig:
-    """Return the config with each `a.b=value` applied; a value is JSON where it reads as JSON, else text.
+    """Return the config with each `a.b=value` applied in turn; a value is JSON where it reads as JSON, else text.
 
+    The tag of a choice (`train.objective=dpo`) takes the other member: fields that both have keep their values, its others
+    have their defaults, and later changes reach them.
     Raises ValueError naming the unknown key with the nearest known ones, or every field that refuses its value.
     """
     values = config.model_dump(mode="json")
@@ -23,6 +26,7 @@ def override(config: AnyConfig, changes: Sequence[str]) -> AnyConfig:
         if not separator:
             raise ValueError(f"--set {change!r}: got no '=', expected a.b=value")
         _assign(values, path.split("."), _parse(text), change=change)
+        _follow_tag(type(config), values, path.split("."))
     try:
         return type(config).model_validate_json(json.dumps(values))
     except ValidationError as error:
@@ -42,6 +46,31 @@ def _assign(values: Any, path: Sequence[str], value: Any, *, change: str) -> Non
     for key in parents:
         here = here[_key(here, key, change=change)]
     here[_key(here, last, change=change)] = value
+
+
+def _follow_tag(kind: type[Config] | None, values: Any, path: Sequence[str]) -> None:
+    """Give the values around a tag that was just set the fields of the member it names."""
+    field: FieldInfo | None = None
+    for name in path[:-1]:
+        if kind is None or name not in kind.model_fields:
+            return
+        field, values = kind.model_fields[name], values[name]
+        kind = _members(field).get(values.get(field.discriminator) if field.discriminator else None)
+    if field is None or field.discriminator != path[-1] or kind is None:
+        return
+    required: dict[str, Any] = {name: None for name, field in kind.model_fields.items() if field.is_required()}
+    kept = {name: value for name, value in values.items() if name in kind.model_fields}
+    values.clear()
+    values.update(required | kind.model_construct().model_dump(mode="json") | kept)
+
+
+def _members(field: FieldInfo) -> dict[str | None, type[Config]]:
+    """Return the configs that a field may hold by tag; by None where it is no choice."""
+    options = get_args(field.annotation) or (field.annotation,)
+    configs = [option for option in options if isinstance(option, type) and issubclass(option, Config)]
+    if not isinstance(field.discriminator, str):
+        return dict.fromkeys([None], configs[0]) if configs else {}
+    return {config.model_fields[field.discriminator].default: config for config in configs}
 
 
 def _key(here: Any, key: str, *, change: str) -> Any:

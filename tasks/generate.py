@@ -4,7 +4,7 @@ from tasks.step import Attempt, Metrics, step
 from training.config import GenerateConfig
 
 
-@step(version=1)
+@step(version=2)
 def generate(config: GenerateConfig, attempt: Attempt) -> Metrics:
     """Sample responses for the prompts of a split. Inputs: `rows`, `policy`."""
     summary = attempt.run_child("training", "generate")

@@ -1,7 +1,7 @@
 """Columns of numbers for stored responses: rewards, and log-probabilities under the reference."""
 
 from tasks.step import Attempt, Metrics, step
-from training.config import ReferenceScoreConfig, RewardScoreConfig
+from training.config import CrossScoreConfig, ReferenceScoreConfig, RewardScoreConfig
 
 
 @step(version=1)
@@ -11,8 +11,18 @@ def score_rewards(config: RewardScoreConfig, attempt: Attempt) -> Metrics:
     return {"reward/mean": float(summary["mean"]), "reward/std": float(summary["std"])}
 
 
-@step(version=1)
+@step(version=2)
 def score_reference(config: ReferenceScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response its log-probability under the reference. Inputs: `rows`, `reference`."""
     summary = attempt.run_child("training", "score_reference")
     return {"reference/rows": float(summary["rows"]), "reference/dropped": float(summary["dropped"])}
+
+
+@step(version=1)
+def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
+    """Give every response of a training batch its reward and log-probability under every prompt of that batch.
+
+    Inputs: `rows`, `base`, `scorer`, and the rows' own `reference` scores, whose dropped rows are no part of a batch.
+    """
+    summary = attempt.run_child("training", "score_cross")
+    return {"cross/pairs": float(summary["pairs"])}

@@ -6,7 +6,7 @@ from training.config import TrainConfig
 
 @step(version=2)
 def train(config: TrainConfig, attempt: Attempt) -> Metrics:
-    """Train the policy on scored responses. Inputs: `rows`, `base`; for VAR `rewards` and `reference` too."""
+    """Train the policy on scored responses. Inputs: `rows`, `base`, and the columns that the objective needs."""
     summary = attempt.run_child("training", "train")
-    names = ("final_loss", "tokens_per_second", "mean_ess", "argmax_agreement")
+    names = ("final_loss", "tokens_per_second", "mean_ess", "ess_collapsed", "argmax_agreement")
     return {f"train/{name}": float(summary[name]) for name in names if summary.get(name) is not None}

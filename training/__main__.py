@@ -14,6 +14,7 @@ TARGETS = {
     "reward_model": "training.reward_model",
     "score_rewards": "training.reward.score",
     "score_reference": "training.reference",
+    "score_cross": "training.cross",
     "train": "training.train",
     "generate": "training.generate",
     "import_model": "training.embedded",

@@ -7,7 +7,7 @@ Every class here is identity: each field is hashed into the fingerprint of the s
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -54,13 +54,28 @@ class SourceFormat(StrEnum):
 class IngestConfig(Config):
     """Source rows -> one row schema, split by prompt, the unusable ones quarantined with reasons."""
 
-    schema_version: Literal[1] = Field(1, title="Row schema", description="Version of the rows that are written.")
+    schema_version: Literal[2] = Field(2, title="Row schema", description="Version of the rows that are written.")
     format: SourceFormat = Field(
         SourceFormat.auto, title="Source format", description="Shape of a source row; auto looks at the first row."
     )
     responses: ResponseRegime = Field(
         title="Response regime",
-        description="How the responses were made: support (a fixed set, human or several models), from_reference (sampled from the reference), from_behaviour (sampled from another policy, log q stored).",
+        description="How the responses were made: support (a fixed set, human or several models), from_reference (sampled from the reference), from_behaviour (sampled from another policy, with `logq`, its log-probability of each response in nats).",
+    )
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        title="Temperature of the samples",
+        description="At which sampled responses were drawn; must be stated for from_reference, empty for a fixed set.",
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, title="Top-p of the samples", description="Likewise; 1 where it was switched off."
+    )
+    top_k: int | None = Field(
+        None,
+        ge=0,
+        title="Top-k of the samples",
+        description="Likewise; 0 where it was switched off. Transformers' own default is 50.",
     )
     heldout_fraction: float = Field(
         0.1,
@@ -88,6 +103,23 @@ class IngestConfig(Config):
         title="Longest row",
         description="Rows whose prompt and longest response exceed this many characters are quarantined; at least 1.",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> "IngestConfig":
+        stated = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        given = [name for name, value in stated.items() if value is not None]
+        if self.responses == ResponseRegime.support and given:
+            raise ValueError(
+                f"responses support: got {', '.join(given)}, but a fixed set was not sampled; leave them empty, or set "
+                "responses to from_reference or from_behaviour"
+            )
+        if self.responses == ResponseRegime.from_reference and len(given) < len(stated):
+            missing = ", ".join(name for name in stated if name not in given)
+            raise ValueError(
+                f"responses from_reference: {missing} not stated; expected how the responses were sampled, since only "
+                "temperature 1, top_p 1 and top_k 0 sample the reference itself"
+            )
+        return self
 
 
 class RewardRender(StrEnum):
@@ -158,6 +190,22 @@ class ReferenceScoreConfig(Config):
     precision: Precision = Precision.float32
 
 
+class CrossScoreConfig(Config):
+    """Rewards and reference log-probabilities of a batch's responses under each of its prompts. It follows from a training's
+    config: the batches are that training's."""
+
+    batch_prompts: int = Field(ge=1, title="Global batch", description="Prompts per optimiser step, at least 1.")
+    epochs: int = Field(ge=1, title="Epochs", description="Passes over the train split, at least 1.")
+    max_tokens: int = Field(
+        ge=8,
+        title="Longest sequence",
+        description="Tokens of any prompt of a batch with any response of it; at least 8.",
+    )
+    seed: int = Field(ge=0, title="Seed", description="Order of the rows; at least 0.")
+    reward: RewardScoreConfig = Field(title="Reward scoring")
+    precision: Precision = Precision.float32
+
+
 class GenerateConfig(Config):
     """Responses sampled from a policy for the prompts of one split."""
 
@@ -199,6 +247,14 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+class StoredColumn(StrEnum):
+    """A column of numbers for the stored responses, by the name of the input that brings it to training."""
+
+    rewards = "rewards"
+    reference = "reference"
+    cross = "cross"
+
+
 class TrainConfig(Config):
     """What every objective shares."""
 
@@ -230,12 +286,18 @@ class TrainConfig(Config):
     precision: Precision = Precision.float32
     seed: int = Field(0, ge=0, title="Seed", description="Order of the rows; at least 0.")
 
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        """What is scored before this objective trains."""
+        return ()
+
 
 class Normaliser(StrEnum):
     """Over which set the weights are a softmax."""
 
     per_prompt = "per_prompt"
     in_batch = "in_batch"
+    cross_batch = "cross_batch"
 
 
 class ReferenceFactor(StrEnum):
@@ -251,6 +313,16 @@ class LambdaUnit(StrEnum):
 
     reward = "reward"
     reward_std = "reward_std"
+    ess_target = "ess_target"
+
+
+class RewardTransform(StrEnum):
+    """What the rewards become before weights are made of them."""
+
+    none = "none"
+    centred = "centred"
+    clipped = "clipped"
+    quantile = "quantile"
 
 
 class VarConfig(TrainConfig):
@@ -263,22 +335,68 @@ class VarConfig(TrainConfig):
         1.0,
         gt=0,
         title="Lambda",
-        description="Temperature of the reward, above 0: small follows the reward, large the reference.",
+        description="Temperature of the reward, above 0: small follows the reward, large the reference. Of ess_target: a share, up to 1.",
     )
     lambda_unit: LambdaUnit = Field(
         LambdaUnit.reward_std,
         title="Unit of lambda",
-        description="reward: as the scorer gives it. reward_std: in within-prompt standard deviations of the reward.",
+        description="reward: as the scorer gives it. reward_std: in within-prompt standard deviations of the reward. ess_target: lambda is found so that the effective sample size is this share of K.",
     )
     normaliser: Normaliser = Field(
         Normaliser.per_prompt,
         title="Normaliser",
-        description="per_prompt: over the K responses of a prompt. in_batch: over the global batch.",
+        description="per_prompt: over the K responses of a prompt. in_batch: over the global batch. cross_batch: over all responses of the batch put under each prompt; costs the square of the batch.",
     )
     reference_factor: ReferenceFactor = Field(
         title="Reference factor",
         description="sum: exact. mean and none: practical and biased (docs/var.md). No default: each recipe gives its reason.",
     )
+
+    reward_transform: RewardTransform = Field(
+        RewardTransform.none,
+        title="Reward transform",
+        description="none. centred: minus the prompt's mean. clipped: to the bounds below. quantile: rank under the reference among the prompt's responses, between 0 and 1.",
+    )
+    clip_low: float | None = Field(
+        None, title="Lower clip bound", description="Of clipped, in reward units: smaller rewards become this one."
+    )
+    clip_high: float | None = Field(
+        None,
+        title="Upper clip bound",
+        description="Of clipped, in reward units, above the lower one: larger rewards become this one.",
+    )
+
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        own = (StoredColumn.rewards, StoredColumn.reference)
+        return (*own, StoredColumn.cross) if self.normaliser == Normaliser.cross_batch else own
+
+    @model_validator(mode="after")
+    def _check(self) -> "VarConfig":
+        bounds = (self.clip_low, self.clip_high)
+        if self.reward_transform == RewardTransform.clipped:
+            if self.clip_low is None or self.clip_high is None or not self.clip_low < self.clip_high:
+                raise ValueError(
+                    f"reward_transform clipped: got the bounds {bounds}, expected clip_low below clip_high; set both"
+                )
+        elif bounds != (None, None):
+            raise ValueError(
+                f"clip_low, clip_high: got {bounds} with reward_transform {self.reward_transform}, which clips nothing; "
+                "set reward_transform to clipped, or leave the bounds empty"
+            )
+        if self.lambda_unit == LambdaUnit.ess_target and self.lambda_ > 1:
+            raise ValueError(
+                f"lambda_: got {self.lambda_:g} as ess_target, expected a share of K above 0 and up to 1; "
+                "lower it, or count lambda in reward or reward_std"
+            )
+        if self.normaliser == Normaliser.cross_batch and (
+            self.reward_transform != RewardTransform.none or self.lambda_unit == LambdaUnit.ess_target
+        ):
+            raise ValueError(
+                f"normaliser cross_batch: got reward_transform {self.reward_transform} and lambda_unit {self.lambda_unit}, both "
+                "of which look at a prompt's own responses alone; set them to none, and to reward or reward_std"
+            )
+        return self
 
 
 class SftConfig(TrainConfig):
@@ -292,7 +410,34 @@ class SftConfig(TrainConfig):
     )
 
 
-AnyTrainConfig = Annotated[VarConfig | SftConfig, Field(discriminator="objective", json_schema_extra=show_as_choice)]
+class DpoConfig(TrainConfig):
+    """Direct preference optimisation, arXiv 2305.18290: preferred against each other response, with stored reference log-probabilities."""
+
+    model_config = ConfigDict(title="DPO")
+
+    objective: Literal["dpo"] = Field("dpo", title="Objective")
+    beta: float = Field(
+        0.1,
+        gt=0,
+        title="Beta",
+        description="Strength of the pull towards the reference, above 0: small follows the preferences, large the reference.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        title="Label smoothing",
+        description="Share of preferences taken to be the wrong way round, from 0 to below 0.5.",
+    )
+
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        return (StoredColumn.reference,)
+
+
+AnyTrainConfig = Annotated[
+    VarConfig | SftConfig | DpoConfig, Field(discriminator="objective", json_schema_extra=show_as_choice)
+]
 
 
 class Device(StrEnum):

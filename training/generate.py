@@ -8,7 +8,7 @@ import heapq
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.config import GenerateConfig, Runtime
+from training.config import GenerateConfig, ResponseRegime, Runtime
 from training.data.batch import pack_by_tokens
 from training.data.rows import RowsWriter, join_parts, read_rows
 from training.data.schema import SCHEMA
-from training.job import Job
+from training.job import Job, write_json
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
-from training.model import check_context, load_policy, start_torch
+from training.model import ModelDigests, check_context, digest_model, load_policy, start_torch
 from training.render import render_prompt
 from training.sampling import draw_noise, find_stop_ids, generate_batch
 
@@ -66,7 +66,7 @@ class Generator:
 
 
 def run(job: Job) -> None:
-    """Answer the prompts of a split: `output/responses.parquet`, `output/dropped.jsonl`, `output/summary.json`."""
+    """Answer the prompts of a split: `responses.parquet`, `dropped.jsonl`, `manifest.json`, `summary.json` in `output`."""
     config = GenerateConfig.model_validate(job.config)
     runtime = Runtime.model_validate(job.runtime)
     device = start_torch(runtime)
@@ -91,8 +91,24 @@ def run(job: Job) -> None:
             f"{config.max_prompt_tokens} tokens; raise max_prompt_tokens"
         )
     join_parts(parts, job.output / "responses.parquet", schema=SCHEMA)
+    write_manifest(job, config, digest_model(policy, tokenizer))
     summary = summarise(parts) | {"dropped": dropped}
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def write_manifest(job: Job, config: GenerateConfig, policy: ModelDigests) -> None:
+    """Write manifest.json: samples of which policy, and how they were drawn. Training compares both with its reference."""
+    write_json(
+        job.output / "manifest.json",
+        {
+            "regime": ResponseRegime.from_reference,
+            "temperature": config.temperature,
+            "top_p": config.top_p,
+            "top_k": config.top_k,
+            "max_new_tokens": config.max_new_tokens,
+            "policy": asdict(policy),
+        },
+    )
 
 
 def choose_rows(folder: Path, *, config: GenerateConfig) -> set[str]:
@@ -176,6 +192,7 @@ def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) ->
                     "prompt": prompt.row["prompt"],
                     "responses": texts[n * K : (n + 1) * K],
                     "preferred": None,
+                    "logq": None,
                     "truncated": [tokens[-1] not in generator.stop_ids for tokens in answers[n * K : (n + 1) * K]],
                     "source": generator.source,
                     "line": prompt.row["line"],

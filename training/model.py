@@ -1,6 +1,8 @@
 """Causal language models on disk and in memory: local folders, safetensors, no code from outside."""
 
+import hashlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,24 @@ def load_policy(folder: Path, *, precision: Precision, device: torch.device) -> 
     # engine never reads padding, so every id is to learn.
     model.get_input_embeddings().padding_idx = None
     return model.to(device).eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class ModelDigests:
+    """Which policy a number was computed with: its weights, and the chat template that makes ids of messages."""
+
+    weights_sha256: str
+    template_sha256: str
+
+
+def digest_model(folder: Path, tokenizer: Any) -> ModelDigests:
+    """Return the digests of a model folder: of its safetensors files by name, and of its tokenizer's chat template."""
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as weights:
+            total.update(f"{path.name}\0{hashlib.file_digest(weights, 'sha256').hexdigest()}\n".encode())
+    template = hashlib.sha256(tokenizer.get_chat_template().encode())
+    return ModelDigests(weights_sha256=total.hexdigest(), template_sha256=template.hexdigest())
 
 
 def check_model_folder(folder: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ import torch
 from training.config import ReferenceScoreConfig, Runtime
 from training.data.batch import cut, lay_out
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
-from training.job import Job
+from training.job import Job, write_json
 from training.logprobs import check_head, check_layout, sum_logps
 from training.metrics import MetricsWriter
-from training.model import check_context, load_policy, start_torch
+from training.model import check_context, digest_model, load_policy, start_torch
 from training.render import Rendered, Renderer, UnusableRow
 
 SCHEMA = pa.schema(
@@ -51,7 +51,7 @@ class Scorer:
 
 
 def run(job: Job) -> None:
-    """Score every row of both splits: `output/scores.parquet`, `output/dropped.jsonl`, `output/summary.json`."""
+    """Score every row of both splits: `scores.parquet`, `dropped.jsonl`, `manifest.json`, `summary.json` in `output`."""
     config = ReferenceScoreConfig.model_validate(job.config)
     runtime = Runtime.model_validate(job.runtime)
     device = start_torch(runtime)
@@ -68,6 +68,8 @@ def run(job: Job) -> None:
         raise ValueError(
             f"rows folder {job.inputs['rows']}: {describe_drops(summary)}; raise max_tokens or mend the rows"
         )
+    digests = asdict(digest_model(job.inputs["reference"], tokenizer))
+    write_json(job.output / "manifest.json", {"model": digests, "max_tokens": config.max_tokens})
     summary |= {
         "model_type": model.config.model_type,
         "precision": config.precision.value,

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.config import RewardModelConfig, Runtime, Schedule
 from training.data.batch import cut_rows, pack_by_tokens
-from training.data.examples import Example
+from training.data.examples import Example, select_preferred_first
 from training.data.rows import read_rows
 from training.job import Job
 from training.loop import Settings, run_steps
@@ -133,22 +133,21 @@ def load_pairs(rows: Path, renderer: RewardRenderer, *, split: str) -> Pairs:
     pairs = Pairs(examples=[], num_chars=[], dropped=Counter())
     for batch in read_rows(rows, split=split):
         for row in batch.to_pylist():
-            responses, preferred = row["responses"], row["preferred"]
-            if preferred is None:
+            responses = row["responses"]
+            if row["preferred"] is None:
                 pairs.dropped["no_preference"] += 1
                 continue
-            others = [k for k, text in enumerate(responses) if k != preferred and text != responses[preferred]]
-            if not others:
+            places = select_preferred_first(row, distinct=False)
+            if len(places) < 2:
                 pairs.dropped["equal_responses"] += 1
                 continue
-            places = (preferred, *others)
             texts = [responses[k] for k in places]
             samples = renderer([row["prompt"]] * len(texts), texts)
             pairs.examples.append(
                 Example(
                     row_id=row["row_id"],
                     samples=tuple(samples),
-                    places=places,
+                    places=tuple(places),
                     num_responses=len(responses),
                     num_tokens_K=np.array([len(sample.ids) for sample in samples]),
                 )

@@ -54,6 +54,7 @@ def gather_columns(examples: Sequence[Example]) -> Columns:
         num_tokens_R=np.concatenate([example.num_tokens_K for example in examples]),
         reward_R=join_column([example.reward_K for example in examples]),
         logp_ref_R=join_column([example.logp_ref_K for example in examples]),
+        logq_R=join_column([example.logq_K for example in examples]),
     )
 
 
@@ -94,10 +95,11 @@ class Steps:
 
     @cached_property
     def digest(self) -> str:
-        """64 hex digits over rows, their tokens, weights and constants of all steps."""
+        """64 hex digits over rows, their tokens, reference log-probabilities, weights and constants of all steps."""
         samples = (self._forward.identity(s) for example in self._examples for s in example.samples)
+        logps = (example.logp_ref_K.tobytes() for example in self._examples if example.logp_ref_K is not None)
         order = json.dumps([self.row_ids(step) for step in range(self.num_steps)])
-        return digest_plan([order, repr(self.mean_tokens), *(w.tobytes() for w in self._weights), *samples])
+        return digest_plan([order, repr(self.mean_tokens), *(w.tobytes() for w in self._weights), *logps, *samples])
 
     def rows(self, step: int) -> list[Example]:
         """Return the rows of a step."""
@@ -120,8 +122,8 @@ class Steps:
         return self._weights[step]
 
     def describe(self, step: int) -> dict[str, float]:
-        """Return the figures of a step's weights."""
-        return describe_weights(self.columns(step), self._weights[step])
+        """Return the figures of a step's weights; nothing where they count comparisons within a prompt."""
+        return {} if self._objective.whole_groups else describe_weights(self.columns(step), self._weights[step])
 
     def cut(self, step: int, *, budget: int) -> list[list[int]]:
         """Return the micro-batches of a step as positions among its responses."""
@@ -131,18 +133,18 @@ class Steps:
     def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
         """Run some responses of a step and return their share of its loss and figures."""
         columns = self.columns(step)
+        columns_B = columns.take(members)
         samples = self.samples(step)
-        group_B = columns.group_R[list(members)]
-        out = self._forward.values(model, [samples[index] for index in members], group_B)
-        device = out.value_B.device
-        weight_B = torch.from_numpy(self._weights[step][list(members)]).to(device)
+        out = self._forward.values(model, [samples[index] for index in members], columns_B.group_R)
+        weight_B = torch.from_numpy(self._weights[step][list(members)]).to(out.value_B.device)
         denominator = self._objective.denominator(columns, mean_tokens=self.mean_tokens)
-        figures = {}
-        if columns.logp_ref_R is not None:
-            ratio_B = out.value_B.detach().cpu().numpy() - columns.logp_ref_R[list(members)]
-            figures["logp_ratio"] = float(ratio_B.sum() / len(columns.group_R))
+        value_R = out.value_B.detach().cpu().numpy()
+        sums = self._objective.figures(value_R, columns_B)
+        figures = {name: value / len(columns.row_ids) for name, value in sums.items()}
+        if columns_B.logp_ref_R is not None:
+            figures["logp_ratio"] = float((value_R - columns_B.logp_ref_R).sum() / len(columns.group_R))
         return Part(
-            loss=self._objective.loss_sum(out.value_B, weight_B, torch.from_numpy(group_B).to(device)) / denominator,
+            loss=self._objective.loss_sum(out.value_B, weight_B, columns_B) / denominator,
             num_tokens=out.num_tokens,
             num_padded=out.num_padded,
             figures=figures,

@@ -3,7 +3,9 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,35 +15,43 @@ from pydantic import TypeAdapter
 
 from training.config import (
     AnyTrainConfig,
+    DpoConfig,
     Layout,
     Precision,
     ReferenceFactor,
     ResponseRegime,
     Runtime,
     SftConfig,
+    StoredColumn,
     TrainConfig,
     VarConfig,
 )
+from training.cross import plan_batches, read_cross
 from training.data.batch import cut, lay_out
 from training.data.examples import (
     Example,
+    Select,
     load_examples,
     read_dropped,
-    read_regime,
     read_scores,
     select_all,
     select_chosen,
     select_distinct,
+    select_preferred_first,
 )
+from training.data.manifest import RowsManifest, check_reference, check_samples, read_rows_manifest
 from training.data.rows import RowsWriter
 from training.job import Job
 from training.logprobs import check_head, check_layout, sum_logps
 from training.loop import Progress, Settings, run_steps
-from training.model import check_context, load_policy, save_policy, start_torch
+from training.model import ModelDigests, check_context, digest_model, load_policy, save_policy, start_torch
+from training.objectives.cross import Cross
+from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, Objective
 from training.objectives.sft import Sft
-from training.objectives.var import Var, lambda_in_reward_units, reference_factor, within_group_variance
-from training.objectives.weights import argmax_agrees, describe_weights
+from training.objectives.transforms import describe_transform
+from training.objectives.var import Var, check_rewards, make_var
+from training.objectives.weights import argmax_agrees, describe_weights, within_group_variance
 from training.render import Rendered, Renderer
 from training.steps import Forwarded, Steps, gather_columns
 
@@ -59,7 +69,7 @@ MIN_ARGMAX_AGREEMENT = 0.6
 
 def run(job: Job) -> None:
     """Train and write the model folder, `metrics.jsonl`, `weights.parquet` and `summary.json` to `output`."""
-    config = TypeAdapter[VarConfig | SftConfig](AnyTrainConfig).validate_python(job.config)
+    config = TypeAdapter[VarConfig | SftConfig | DpoConfig](AnyTrainConfig).validate_python(job.config)
     runtime = Runtime.model_validate(job.runtime)
     device = start_torch(runtime)
     started = time.monotonic()
@@ -67,22 +77,32 @@ def run(job: Job) -> None:
     model, tokenizer = load_policy(job.inputs["base"], precision=Precision.float32, device=device)
     check_head(model)
     check_context(model, config.max_tokens)
-    examples, dropped = gather_examples(job, config, Renderer(tokenizer, max_tokens=config.max_tokens))
+    manifest = read_rows_manifest(job.inputs["rows"])
+    check_columns(job, config, manifest, digest_model(job.inputs["base"], tokenizer))
+    renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
+    examples, dropped = gather_examples(job, config, renderer, regime=manifest.regime)
     check_layout(model, longest_groups(examples), layout=runtime.layout, device=device)
-    objective = make_objective(job, config, gather_columns(examples))
+    columns = gather_columns(examples)
+    cross = None
+    if isinstance(config, VarConfig) and StoredColumn.cross in config.columns:
+        cross = read_cross(job.inputs["cross"], plan_batches(examples, config))
+    objective, weighed = make_objective(config, columns, regime=manifest.regime, cross=cross)
     steps = Steps(
-        examples,
+        replace_rewards(examples, weighed),
         objective,
         PolicyForward(device, runtime.layout),
         batch_prompts=config.batch_prompts,
         epochs=config.epochs,
         seed=config.seed,
     )
-    write_weights(job, steps)
+    if not objective.whole_groups:  # comparisons within a prompt weigh no response
+        write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
     progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity)
     save_policy(model, tokenizer, job.output)
-    figures = summarise_run(steps, progress, dropped) | summarise_weights(steps, objective)
+    figures = summarise_run(steps, progress, dropped) | summarise_objective(steps, objective)
+    if isinstance(config, VarConfig):
+        figures |= describe_transform(columns, weighed, config)
     job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
@@ -116,45 +136,81 @@ def longest_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
     return [example.samples for example in longest[-2:]]
 
 
-def gather_examples(job: Job, config: TrainConfig, renderer: Renderer) -> tuple[list[Example], Counter[str]]:
+def check_columns(job: Job, config: TrainConfig, manifest: RowsManifest, base: ModelDigests) -> None:
+    """Refuse stored numbers that are of another model than the one that is trained, or of responses drawn otherwise."""
+    if StoredColumn.reference in config.columns and "reference" in job.inputs:
+        check_reference(job.inputs["reference"], base)
+    if StoredColumn.cross in config.columns:
+        if "cross" not in job.inputs:
+            raise ValueError(
+                f"train: no input `cross`; got {sorted(job.inputs)}; the normaliser cross_batch needs it; run score_cross"
+            )
+        check_reference(job.inputs["cross"], base)
+    if StoredColumn.rewards in config.columns:  # weighted by what the regime says of them
+        check_samples(job.inputs["rows"], manifest, base)
+
+
+def gather_examples(
+    job: Job, config: TrainConfig, renderer: Renderer, *, regime: ResponseRegime
+) -> tuple[list[Example], Counter[str]]:
     """Return the examples that the objective trains on, with the columns it needs, and the dropped rows by reason."""
     rows = job.inputs["rows"]
-    if isinstance(config, SftConfig):
-        return load_examples(rows, renderer, select=select_chosen if config.responses == "chosen" else select_all)
-    if "rewards" not in job.inputs:
-        raise ValueError(
-            f"train: no input `rewards`; got {sorted(job.inputs)}; the objective var needs rewards; score the rows"
-        )
-    reference_folder = job.inputs.get("reference")
-    reference = None
+    rewards = reference = None
     unscored: set[str] = set()
-    if reference_folder is not None:
-        reference = read_scores(reference_folder, "logp", columns=["num_tokens"])
-        unscored = read_dropped(reference_folder)
-    is_fixed_set = read_regime(rows) == ResponseRegime.support
+    if StoredColumn.rewards in config.columns:
+        if "rewards" not in job.inputs:
+            raise ValueError(
+                f"train: no input `rewards`; got {sorted(job.inputs)}; the objective var needs rewards; score the rows"
+            )
+        rewards = read_scores(job.inputs["rewards"], "reward")
+    # Whether an objective can do without the reference is its own to say: not every regime of VAR looks at it.
+    if StoredColumn.reference in config.columns and "reference" in job.inputs:
+        reference = read_scores(job.inputs["reference"], "logp", columns=["num_tokens"])
+        unscored = read_dropped(job.inputs["reference"])
+    select, min_responses = choose_responses(config, regime)
     return load_examples(
         rows,
         renderer,
-        # A set holds each response once; among samples a repetition is evidence.
-        select=select_distinct if is_fixed_set else select_all,
-        rewards=read_scores(job.inputs["rewards"], "reward"),
+        select=select,
+        rewards=rewards,
         reference=reference,
-        min_responses=2 if is_fixed_set else 1,
+        min_responses=min_responses,
         unscored=frozenset(unscored),
     )
 
 
-def make_objective(job: Job, config: TrainConfig, columns: Columns) -> Objective:
-    """Return the objective; `columns` are those of the whole train split, for lambda's unit."""
+def choose_responses(config: TrainConfig, regime: ResponseRegime) -> tuple[Select, int]:
+    """Return which responses of a row are trained on, and the fewest that make a row worth keeping.
+
+    A fixed set holds each response once; among samples a repetition is evidence.
+    """
+    is_fixed_set = regime == ResponseRegime.support
     if isinstance(config, SftConfig):
-        return Sft()
+        return select_chosen if config.responses == "chosen" else select_all, 1
+    if isinstance(config, DpoConfig):
+        return partial(select_preferred_first, distinct=is_fixed_set), 2
+    return (select_distinct, 2) if is_fixed_set else (select_all, 1)
+
+
+def make_objective(
+    config: TrainConfig, columns: Columns, *, regime: ResponseRegime, cross: Mapping[tuple[str, ...], Cross] | None
+) -> tuple[Objective, Columns]:
+    """Return the objective, and the columns it weighs: those of the whole train split, given as `columns`."""
+    if isinstance(config, SftConfig):
+        return Sft(), columns
+    if isinstance(config, DpoConfig):
+        return Dpo(beta=config.beta, label_smoothing=config.label_smoothing), columns
     assert isinstance(config, VarConfig)
-    return Var(
-        lambda_=lambda_in_reward_units(config, columns),
-        regime=read_regime(job.inputs["rows"]),
-        normaliser=config.normaliser,
-        reference_factor=config.reference_factor,
-    )
+    return make_var(config, regime=regime, columns=columns, cross=cross)
+
+
+def replace_rewards(examples: Sequence[Example], columns: Columns) -> list[Example]:
+    """Return the examples with the rewards of `columns`, which are theirs in order."""
+    if columns.reward_R is None:
+        return list(examples)
+    ends = np.cumsum([len(example.samples) for example in examples])[:-1]
+    rewards = np.split(columns.reward_R, ends)
+    return [replace(example, reward_K=reward_K) for example, reward_K in zip(examples, rewards, strict=True)]
 
 
 def make_settings(config: TrainConfig) -> Settings:
@@ -201,24 +257,27 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
     return summary | {f"dropped_{reason}": count for reason, count in sorted(dropped.items())}
 
 
-def summarise_weights(steps: Steps, objective: Objective) -> dict[str, Any]:
+def summarise_objective(steps: Steps, objective: Objective) -> dict[str, Any]:
     """Return what the weights of the last epoch did; for VAR with lambda and what reward and reference contribute."""
+    if objective.whole_groups:
+        return {}
     last = range(steps.num_steps - steps.steps_per_epoch, steps.num_steps)
     columns = gather_columns([example for step in last for example in steps.rows(step)])
     weight_R = np.concatenate([steps.weights(step) for step in last])
-    summary: dict[str, Any] = {f"mean_{k}": v for k, v in describe_weights(columns, weight_R).items() if k == "ess"}
+    figures = describe_weights(columns, weight_R)
+    summary: dict[str, Any] = {"mean_ess": figures["ess"], "ess_collapsed": figures["ess_collapsed"]}
     if not isinstance(objective, Var):
         return summary
+    reward_R = check_rewards(columns)
     agreement = float(argmax_agrees(columns, weight_R).mean())
     summary |= {
         "lambda": objective.lambda_,
         "regime": objective.regime.value,
         "argmax_agreement": agreement,
-        "variance_reward_over_lambda": within_group_variance(columns.reward_R, columns.group_R) / objective.lambda_**2,
+        "variance_reward_over_lambda": within_group_variance(reward_R, columns.group_R) / objective.lambda_**2,
     }
     if objective.regime == ResponseRegime.support and objective.reference_factor != ReferenceFactor.none:
-        factor_R = reference_factor(columns, objective)
-        summary["variance_reference_factor"] = within_group_variance(factor_R, columns.group_R)
+        summary["variance_reference_factor"] = within_group_variance(objective.base(columns), columns.group_R)
     if agreement < MIN_ARGMAX_AGREEMENT:
         summary["warning"] = (
             f"only {agreement:.0%} of the prompts give their heaviest weight to the response with the best reward: the reference "

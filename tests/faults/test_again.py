@@ -51,3 +51,23 @@ def test_two_runs_at_once_do_the_work_once(varflow: Command, store: Store, done:
     assert Counter(name.partition("/")[0] for name in new) == Counter(
         ["train", "generate", "score_rewards", "evaluate", "gate", "report"]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "needed", "not_needed"),
+    [
+        ({"train__objective": "dpo"}, {"score_reference"}, {"score_rewards", "score_cross"}),
+        ({"train__normaliser": "cross_batch"}, {"score_reference", "score_rewards", "score_cross"}, set()),
+    ],
+)
+def test_other_objectives_come_to_a_verdict_with_what_they_need(
+    varflow: Command, done: dict[str, Any], changes: dict[str, str], needed: set[str], not_needed: set[str]
+) -> None:
+    told = varflow.ask("run", "smoke", *small(**changes))
+    assert told["verdict"] in {"PROMOTE", "HOLD", "REJECT"}
+    titles = [row["title"] for row in told["steps"]]
+    stored = {title.removesuffix(" · preferences") for title in titles[: titles.index("train")]}
+    assert needed <= stored and not stored & not_needed
+    kept = {row["title"] for row in told["steps"] if row["cached"]}
+    assert kept >= {"mirror", "ingest", "generate · champion", "score_reference"}

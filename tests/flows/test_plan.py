@@ -7,12 +7,12 @@ import pytest
 
 from flows import recipes
 from flows.align import plan_align
-from flows.config import AlignConfig
+from flows.config import AlignConfig, TrainedReward
 from flows.overrides import override
 from flows.recipes import RECIPES, smoke
 from infra.settings import Settings, read_settings
 from infra.store import Store
-from training.config import SftConfig
+from training.config import DpoConfig, SftConfig
 
 NOWHERE = Store(bucket="nowhere", endpoint="http://127.0.0.1:9", access_key="none", secret_key="none")
 
@@ -85,6 +85,51 @@ def test_where_a_source_lies_is_no_identity_and_what_it_holds_is(settings: Setti
 def test_sft_needs_no_scores_of_the_stored_responses(settings: Settings) -> None:
     plan = fingerprints(smoke().model_copy(update={"train": SftConfig()}), settings)
     assert "score_reference" not in plan and "score_rewards · preferences" not in plan
+
+
+def test_dpo_needs_the_reference_of_the_stored_responses_and_no_rewards_of_them(settings: Settings) -> None:
+    plan = fingerprints(override(smoke(), ["train.objective=dpo"]), settings)
+    assert "score_reference" in plan and "score_rewards · preferences" not in plan
+    assert list(plan).index("score_reference") < list(plan).index("train")
+    after = changed(override(smoke(), ["train.objective=dpo"]), settings, "train.beta=0.3")
+    assert "train" in after and "score_reference" not in after
+
+
+def test_cross_batch_scores_the_batches_of_its_training(settings: Settings) -> None:
+    config = override(smoke(), ["train.normaliser=cross_batch"])
+    plan = list(fingerprints(config, settings))
+    assert plan.index("score_reference") < plan.index("score_cross") < plan.index("train")
+    assert {"score_cross", "train"} <= changed(config, settings, "train.seed=5")
+    assert "score_cross" not in changed(config, settings, "train.lambda_=0.25")
+
+
+def test_another_objective_keeps_what_both_know_and_takes_its_own_defaults() -> None:
+    config = override(smoke(), ["train.objective=dpo", "train.beta=0.3"])
+    assert config.train == DpoConfig(beta=0.3, batch_prompts=8, max_tokens=512)
+    assert override(config, ["train.objective=sft"]).train == SftConfig(batch_prompts=8, max_tokens=512)
+    back = override(config, ["train.objective=var", "train.reference_factor=mean"])
+    assert back == smoke()
+    with pytest.raises(
+        ValueError, match=r"train\.var\.reference_factor: Input should be 'sum', 'mean' or 'none'; got None"
+    ):
+        override(config, ["train.objective=var"])
+    with pytest.raises(ValueError, match=r"train: Input tag 'ppo' found using 'objective' does not match .*'dpo'"):
+        override(config, ["train.objective=ppo"])
+    given = override(smoke(), ["reward.kind=trained"])
+    assert given.reward == TrainedReward(scoring=smoke().reward.scoring)
+
+
+def test_the_form_draws_the_objectives_as_tabs() -> None:
+    """Of `anyOf` Prefect's form makes tabs, each with its member's title, fields and defaults."""
+    schema = AlignConfig.model_json_schema()
+    train = schema["properties"]["train"]
+    members = [schema["$defs"][option["$ref"].rpartition("/")[2]] for option in train["anyOf"]]
+    assert [member["title"] for member in members] == ["VAR", "SFT", "DPO"]
+    assert not {"oneOf", "discriminator", "default"} & train.keys()
+    for member in members:
+        assert all({"title", "type"} & field.keys() or "$ref" in field for field in member["properties"].values())
+        assert not {"columns"} & member["properties"].keys()
+    assert members[2]["properties"]["beta"]["default"] == DpoConfig().beta
 
 
 @pytest.mark.parametrize("name", RECIPES)

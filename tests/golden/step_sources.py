@@ -20,6 +20,7 @@ ENTRIES = {
     "reward_model": "training/reward_model.py",
     "score_rewards": "training/reward/score.py",
     "score_reference": "training/reference.py",
+    "score_cross": "training/cross.py",
     "train": "training/train.py",
     "generate": "training/generate.py",
     "mirror": "evaluation/mirror.py",

@@ -17,7 +17,7 @@ from training.checkpoint import Progress
 from training.config import Layout, Normaliser, Precision, ReferenceFactor, ResponseRegime, Runtime, Schedule
 from training.data.examples import Example
 from training.job import Job
-from training.loop import Settings, Trainer, make_optimiser
+from training.loop import Settings, Total, Trainer, make_optimiser
 from training.objectives.objective import Objective
 from training.objectives.var import Var
 from training.render import Rendered
@@ -124,8 +124,8 @@ def var_objective() -> Var:
 
 
 @pytest.fixture
-def accumulate(tmp_path: Path) -> Callable[..., tuple[float, dict[str, Tensor]]]:
-    """Return a function that runs one step up to its gradients, before clipping and AdamW, with the loop's own code."""
+def run_step(tmp_path: Path) -> Callable[..., Total]:
+    """Return a function that runs one step up to its gradients, with the loop's own code; they stay in the model."""
 
     def run(
         model: Any,
@@ -135,7 +135,7 @@ def accumulate(tmp_path: Path) -> Callable[..., tuple[float, dict[str, Tensor]]]
         budget: int = 10_000,
         layout: Layout = Layout.tree,
         forward: Any = None,
-    ) -> tuple[float, dict[str, Tensor]]:
+    ) -> Total:
         if layout == Layout.tree:
             enable_trees(model)
         work = Steps(
@@ -152,6 +152,23 @@ def accumulate(tmp_path: Path) -> Callable[..., tuple[float, dict[str, Tensor]]]
         model.zero_grad()
         total = trainer.accumulate(0)
         assert total is not None
+        return total
+
+    return run
+
+
+@pytest.fixture
+def figures_of(run_step: Callable[..., Total]) -> Callable[..., dict[str, float]]:
+    """Return a function that gives the figures of one step."""
+    return lambda *step: run_step(*step).figures
+
+
+@pytest.fixture
+def accumulate(run_step: Callable[..., Total]) -> Callable[..., tuple[float, dict[str, Tensor]]]:
+    """Return a function that gives loss and gradients of one step, before clipping and AdamW."""
+
+    def run(model: Any, *step: Any, **settings: Any) -> tuple[float, dict[str, Tensor]]:
+        total = run_step(model, *step, **settings)
         return total.loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     return run

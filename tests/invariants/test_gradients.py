@@ -17,10 +17,11 @@ from torch import Tensor
 from training.config import Layout, ReferenceFactor, ResponseRegime
 from training.data.batch import MicroBatch
 from training.logprobs import sum_logps
+from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
 from training.objectives.var import Var
-from training.steps import Forwarded
+from training.steps import Forwarded, Steps
 from training.train import PolicyForward
 
 Gradients = dict[str, Tensor]
@@ -64,6 +65,29 @@ def test_micro_batches_change_nothing(
         other_loss, got = accumulate(model, examples, var_objective, budget=budget)
         assert other_loss == pytest.approx(loss, rel=bound)
         assert_close(got, expected, bound=bound)
+
+
+@pytest.mark.usefixtures("wide_norm")
+def test_micro_batches_change_nothing_of_dpo(make_model: Any, make_examples: Any, accumulate: Any) -> None:
+    """A prompt's comparisons stay in one forward pass; how many prompts share it is indifferent."""
+    model, examples = make_model("llama"), make_examples(8, num_responses=3)
+    loss, expected = accumulate(model, examples, Dpo(beta=0.2))
+    for budget in (1, 60, 120):
+        other_loss, got = accumulate(model, examples, Dpo(beta=0.2), budget=budget)
+        assert other_loss == pytest.approx(loss, rel=1e-10)
+        assert_close(got, expected, bound=1e-10)
+
+
+def test_the_plan_of_dpo_is_another_with_other_reference_log_probabilities(make_examples: Any) -> None:
+    """Its weights are counts, so what its loss reads of the reference must be in the digest itself."""
+
+    def digest(examples: Any) -> str:
+        forward = PolicyForward(torch.device("cpu"), Layout.tree)
+        return Steps(examples, Dpo(beta=0.2), forward, batch_prompts=2, epochs=1, seed=0).digest
+
+    examples = make_examples(4)
+    moved = [*examples[:3], dataclasses.replace(examples[3], logp_ref_K=examples[3].logp_ref_K + 1e-9)]
+    assert digest(examples) == digest(make_examples(4)) != digest(moved)
 
 
 class LeftPadded(PolicyForward):

@@ -26,6 +26,7 @@ def make_row() -> Callable[..., dict[str, Any]]:
         split: str = "train",
         preferred: int | None = 0,
         truncated: list[bool] | None = None,
+        logq: list[float] | None = None,
     ) -> dict[str, Any]:
         turns = [{"role": "user", "content": prompt}]
         return {
@@ -35,6 +36,7 @@ def make_row() -> Callable[..., dict[str, Any]]:
             "responses": list(responses),
             "preferred": preferred,
             "truncated": truncated,
+            "logq": logq,
             "source": "test",
             "line": 1,
         }
@@ -46,11 +48,12 @@ def make_row() -> Callable[..., dict[str, Any]]:
 def write_rows() -> Callable[..., Path]:
     """Return a function that writes a rows folder."""
 
-    def write(folder: Path, rows: Sequence[dict[str, Any]], *, regime: str = "support") -> Path:
+    def write(folder: Path, rows: Sequence[dict[str, Any]], *, regime: str = "support", **manifest: Any) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with RowsWriter(folder / "rows.parquet", SCHEMA) as out:
             out.write(rows)
-        (folder / "manifest.json").write_text(json.dumps({"regime": regime}))
+        sampling = {} if regime == "support" else {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        (folder / "manifest.json").write_text(json.dumps({"regime": regime} | sampling | manifest))
         return folder
 
     return write

@@ -17,10 +17,11 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList
 
 from training import generate
-from training.config import Device, GenerateConfig, Precision
+from training.config import Device, GenerateConfig, Precision, ResponseRegime
+from training.data.manifest import read_rows_manifest
 from training.data.schema import SCHEMA
 from training.job import Interrupted, Job
-from training.model import load_policy, resolve_device
+from training.model import digest_model, load_policy, resolve_device
 from training.render import render_prompt
 from training.sampling import InverseCdf, cut_at_stop, draw_noise, find_stop_ids, generate_batch
 
@@ -165,6 +166,14 @@ def test_rows_keep_their_ids_and_stand_in_the_schema(
     assert summary["truncated_share"] == pytest.approx(np.mean(flags))
     other = run(make_job, "b", inputs={"rows": rows, "policy": tiny_policy}, samples_per_prompt=3, seed=5, tokens=1)
     assert read(other) == got  # one at a time
+
+
+def test_the_manifest_says_who_answered_and_how(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
+    job = run(make_job, "a", inputs={"rows": rows, "policy": tiny_policy}, temperature=0.5, top_k=7)
+    manifest = read_rows_manifest(job.output)
+    assert manifest.regime == ResponseRegime.from_reference
+    assert manifest.sampling == {"temperature": 0.5, "top_p": 1.0, "top_k": 7.0}
+    assert manifest.policy == digest_model(tiny_policy, AutoTokenizer.from_pretrained(tiny_policy))
 
 
 def test_truncated_means_that_no_stop_token_came(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:

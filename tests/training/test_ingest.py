@@ -19,7 +19,8 @@ from training.job import Job
 
 CONFIG = IngestConfig(responses="support")
 USER = {"role": "user", "content": "Hi"}
-SAMPLED = IngestConfig(responses="from_reference")
+EXACT = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+SAMPLED = IngestConfig(responses="from_reference", **EXACT)
 
 
 def say(text: str) -> dict[str, str]:
@@ -72,6 +73,7 @@ def test_a_row_stands_in_the_schema_as_the_source_meant_it(tmp_path: Path) -> No
         "responses": responses,
         "preferred": 0,
         "truncated": None,
+        "logq": None,
         "source": "rows.jsonl",
         "line": 4,
     }
@@ -231,6 +233,67 @@ def test_equal_responses_are_one_in_a_fixed_set_and_counted_in_a_sample() -> Non
     assert (fixed.responses, fixed.preferred) == (["A", "B"], 0)
     sampled = parse_row(value, format=SourceFormat.responses, config=SAMPLED)
     assert (sampled.responses, sampled.preferred) == (["A", "B", "A"], 2)
+
+
+def test_the_manifest_says_how_samples_were_drawn(tmp_path: Path) -> None:
+    job = ingest(tmp_path, [pair(n) for n in range(20)], responses="from_reference", temperature=0.7, top_p=1, top_k=50)
+    manifest = json.loads((job.output / "manifest.json").read_text())
+    assert (manifest["temperature"], manifest["top_p"], manifest["top_k"]) == (0.7, 1.0, 50)
+
+
+def test_how_samples_were_drawn_must_be_stated_and_a_fixed_set_was_not_drawn() -> None:
+    with pytest.raises(ValueError, match="from_reference: top_p, top_k not stated"):
+        IngestConfig(responses="from_reference", temperature=1.0)
+    with pytest.raises(ValueError, match="support: got temperature, but a fixed set was not sampled"):
+        IngestConfig(responses="support", temperature=1.0)
+    assert IngestConfig(responses="from_behaviour", temperature=0.7).top_k is None  # log q says all that counts
+
+
+BEHAVED = IngestConfig(responses="from_behaviour")
+
+
+def test_log_q_comes_with_samples_of_another_policy() -> None:
+    value = {"prompt": "Hi", "responses": ["A", "B", "A"], "logq": [-1.5, 0, -1.5], "truncated": [False, True, False]}
+    row = parse_row(value, format=SourceFormat.responses, config=BEHAVED)
+    assert (row.responses, row.logq, row.truncated) == (["A", "B", "A"], [-1.5, 0.0, -1.5], [False, True, False])
+    assert parse_row(value, format=SourceFormat.responses, config=SAMPLED).logq is None  # not part of its weight
+    fixed = parse_row(value, format=SourceFormat.responses, config=CONFIG)
+    assert (fixed.logq, fixed.truncated) == (None, None)
+    two = {"prompt": "Hi", "chosen": "A", "rejected": "B", "logq": [-1, -2]}
+    assert parse_row(two, format=SourceFormat.pairs, config=BEHAVED).logq == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, Reason.missing_logq),
+        ({"logq": None}, Reason.missing_logq),
+        ({"logq": [-1.0]}, Reason.bad_logq),
+        ({"logq": -1.0}, Reason.bad_logq),
+        ({"logq": [-1.0, 0.5]}, Reason.bad_logq),  # a probability above 1
+        ({"logq": [-1.0, float("nan")]}, Reason.bad_logq),
+        ({"logq": [-1.0, float("-inf")]}, Reason.bad_logq),
+        ({"logq": [-1.0, "-2"]}, Reason.bad_logq),
+        ({"logq": [-1.0, False]}, Reason.bad_logq),
+        ({"logq": [-1.0, -2.0], "truncated": [True]}, Reason.bad_truncated),
+        ({"logq": [-1.0, -2.0], "truncated": [0, 1]}, Reason.bad_truncated),
+    ],
+)
+def test_samples_of_another_policy_without_their_log_q_are_quarantined(changes: dict[str, Any], reason: Reason) -> None:
+    with pytest.raises(UnusableRow) as caught:
+        parse_row({"prompt": "Hi", "responses": ["A", "B"], **changes}, format=SourceFormat.responses, config=BEHAVED)
+    assert caught.value.reason == reason
+
+
+def test_log_q_stands_in_the_rows_and_survives_another_ingestion(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Question {n}?", "responses": [f"A{n}", "B"], "logq": [-1.25, -n]} for n in range(30)]
+    rows.append({"prompt": "Question 30?", "responses": ["A", "B"]})
+    job = ingest(tmp_path, rows, responses="from_behaviour")
+    assert [row["logq"] for row in kept(job)] == [[-1.25, float(-n)] for n in range(30)]
+    assert [entry["reason"] for entry in quarantined(job)] == ["missing_logq"]
+    (tmp_path / "again").mkdir()
+    again = ingest_file(tmp_path / "again", job.output / "rows.parquet", responses="from_behaviour")
+    assert [row["logq"] for row in kept(again)] == [row["logq"] for row in kept(job)]
 
 
 def test_equal_prompts_share_a_split_whatever_the_order(tmp_path: Path) -> None:

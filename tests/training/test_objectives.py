@@ -7,16 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from training.config import Normaliser, ReferenceFactor, ResponseRegime, VarConfig
+from training.config import DpoConfig, Normaliser, ReferenceFactor, ResponseRegime, VarConfig
 from training.objectives.bradley_terry import BradleyTerry
+from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns
 from training.objectives.sft import Sft
-from training.objectives.var import Var, lambda_in_reward_units, within_group_variance
-from training.objectives.weights import check_weights, describe_weights
+from training.objectives.transforms import describe_transform
+from training.objectives.var import Var, make_var
+from training.objectives.weights import check_weights, describe_weights, within_group_variance
 
 
 def columns(
-    rewards: list[list[float]], logps: list[list[float]] | None = None, tokens: list[list[int]] | None = None
+    rewards: list[list[float]],
+    logps: list[list[float]] | None = None,
+    tokens: list[list[int]] | None = None,
+    logqs: list[list[float]] | None = None,
 ) -> Columns:
     counts = [len(r) for r in rewards]
     return Columns(
@@ -25,6 +30,7 @@ def columns(
         num_tokens_R=np.concatenate(tokens) if tokens else np.ones(sum(counts), dtype=np.int64),
         reward_R=np.concatenate([np.array(r, dtype=np.float64) for r in rewards]),
         logp_ref_R=None if logps is None else np.concatenate([np.array(logp, dtype=np.float64) for logp in logps]),
+        logq_R=None if logqs is None else np.concatenate([np.array(logq, dtype=np.float64) for logq in logqs]),
     )
 
 
@@ -41,6 +47,10 @@ def sampled(lambda_: float = 1.0, **changes: Any) -> Var:
     return var(
         lambda_, **{"regime": ResponseRegime.from_reference, "reference_factor": ReferenceFactor.none, **changes}
     )
+
+
+def behaved(lambda_: float = 1.0, **changes: Any) -> Var:
+    return var(lambda_, **{"regime": ResponseRegime.from_behaviour, **changes})
 
 
 LOG2, LOG3 = math.log(2), math.log(3)
@@ -64,6 +74,40 @@ def test_from_reference_holds_no_reference_factor() -> None:
     data = columns([[0.0, LOG3]], [[-1.0, -40.0]])
     assert sampled().weigh(data) == pytest.approx([0.5, 1.5], abs=1e-14)
     assert sampled(reference_factor=ReferenceFactor.sum).weigh(data) == pytest.approx([0.5, 1.5], abs=1e-14)
+
+
+def test_from_behaviour_by_hand() -> None:
+    # pi_ref = 1/2 and 1/4, q = 1/4 and 1/4, exp(r) = 1 and 3: 2 and 3
+    data = columns([[0.0, LOG3]], [[-LOG2, -2 * LOG2]], logqs=[[-2 * LOG2, -2 * LOG2]])
+    assert behaved().weigh(data) == pytest.approx([2 * 2 / 5, 2 * 3 / 5], abs=1e-14)
+
+
+def test_samples_of_the_reference_itself_weigh_as_from_reference() -> None:
+    rng = np.random.default_rng(7)
+    rewards, logps = rng.normal(size=(5, 4)).tolist(), (-rng.integers(1, 90, size=(5, 4)) / 4).tolist()
+    data = columns(rewards, logps, logqs=logps)
+    for normaliser in (Normaliser.per_prompt, Normaliser.in_batch):
+        assert np.array_equal(
+            behaved(0.3, normaliser=normaliser).weigh(data), sampled(0.3, normaliser=normaliser).weigh(data)
+        )
+
+
+def test_from_behaviour_invariances_and_limits() -> None:
+    base, logps, logqs = [[0.25, -1.5, 3.0]], [[-1.0, -2.0, -4.0]], [[-2.0, -1.5, -1.0]]
+    before = behaved(0.5).weigh(columns(base, logps, logqs=logqs))
+    shift = columns(
+        [[r + 1024.0 for r in base[0]]], [[p - 32.0 for p in logps[0]]], logqs=[[q - 8.0 for q in logqs[0]]]
+    )
+    assert np.array_equal(before, behaved(0.5).weigh(shift))  # dyadic constants: of the reward, of pi_ref and of q
+    ratio = np.exp(np.array(logps[0]) - np.array(logqs[0]))
+    large = behaved(1e300).weigh(columns(base, logps, logqs=logqs))
+    assert large == pytest.approx(3 * ratio / ratio.sum(), abs=1e-12)  # pi_ref, not SFT
+    tied = columns([[5.0, -3.0, 5.0]], logps, logqs=logqs)
+    assert behaved(1e-300).weigh(tied) == pytest.approx(
+        [3 * ratio[0] / (ratio[0] + ratio[2]), 0, 3 * ratio[2] / (ratio[0] + ratio[2])], abs=1e-12
+    )
+    extreme = behaved(1e-3).weigh(columns([[1e4, -1e4, 0.0]], [[-900.0, -1.0, -5.0]], logqs=[[-1.0, -700.0, -3.0]]))
+    assert np.isfinite(extreme).all() and extreme.sum() == pytest.approx(3, abs=1e-12)
 
 
 def test_normalisers_by_hand() -> None:
@@ -127,7 +171,7 @@ def test_limit_of_small_lambda() -> None:
     assert sampled(1e-300).weigh(data) == pytest.approx([1.5, 0, 1.5], abs=1e-12)
 
 
-@pytest.mark.parametrize("normaliser", list(Normaliser))
+@pytest.mark.parametrize("normaliser", [Normaliser.per_prompt, Normaliser.in_batch])
 def test_extreme_rewards_give_finite_weights_that_sum_to_n(normaliser: Normaliser) -> None:
     data = columns([[1e4, -1e4, 0.0], [-1e4, -1e4], [1e4, 1e4]], [[-900.0, -1.0, -5.0], [-1.0, -800.0], [-3.0, -3.0]])
     for objective in (var(1e-3, normaliser=normaliser), sampled(1e-3, normaliser=normaliser)):
@@ -153,8 +197,15 @@ def test_refusals_name_rows_and_remedies() -> None:
         var().weigh(columns([[0.0, 1.0]]))
     with pytest.raises(ValueError, match=r"1 of 2 rows have a single response \(first: row1\)"):
         sampled().weigh(columns([[0.0, 1.0], [0.0]]))
-    with pytest.raises(ValueError, match=r"from_behaviour.*log q"):
-        var(regime=ResponseRegime.from_behaviour)
+    with pytest.raises(ValueError, match=r"logq: no such column"):
+        behaved().weigh(columns([[0.0, 1.0]], [[-1.0, -1.0]]))
+    with pytest.raises(ValueError, match=r"logq: 1 of 4 values are NaN or infinite, in 1 rows \(first: row1\)"):
+        behaved().weigh(columns([[0.0, 1.0]] * 2, [[-1.0, -1.0]] * 2, logqs=[[-1.0, -1.0], [-1.0, math.nan]]))
+    with pytest.raises(ValueError, match="logp_ref: no such column"):
+        behaved().weigh(columns([[0.0, 1.0]], logqs=[[-1.0, -1.0]]))
+    for factor in (ReferenceFactor.mean, ReferenceFactor.none):
+        with pytest.raises(ValueError, match=f"reference_factor {factor}: not defined for responses from_behaviour"):
+            behaved(reference_factor=factor)
     with pytest.raises(ValueError, match=r"reference_factor mean.*from_reference"):
         sampled(reference_factor=ReferenceFactor.mean)
     with pytest.raises(ValueError, match="all of a global batch are zero"):
@@ -168,22 +219,164 @@ def test_in_batch_takes_a_group_of_one() -> None:
     assert weights == pytest.approx([0.5, 1.5, 1.0], abs=1e-14)
 
 
+def resolve(data: Columns, *, regime: ResponseRegime = ResponseRegime.from_reference, **config: Any) -> float:
+    """Return lambda in reward units as training resolves it."""
+    objective, _ = make_var(
+        VarConfig.model_validate({"reference_factor": "none"} | config), regime=regime, columns=data
+    )
+    return objective.lambda_
+
+
 def test_lambda_in_reward_standard_deviations() -> None:
     data = columns([[1.0, 3.0], [10.0, 10.0, 13.0]])
     # squares about the means 2 and 11: 1 + 1 + 1 + 1 + 4 = 8, degrees of freedom 1 + 2
     assert within_group_variance(data.reward_R, data.group_R) == pytest.approx(8 / 3)
-    config = VarConfig(lambda_=0.5, reference_factor=ReferenceFactor.none)
-    assert lambda_in_reward_units(config, data) == pytest.approx(0.5 * math.sqrt(8 / 3))
-    with pytest.raises(ValueError, match="reward_std: within every prompt all rewards are equal"):
-        lambda_in_reward_units(config, columns([[1.0, 1.0], [2.0, 2.0]]))
+    assert resolve(data, lambda_=0.5) == pytest.approx(0.5 * math.sqrt(8 / 3))
+    for unit in ("reward_std", "ess_target"):
+        with pytest.raises(ValueError, match=f"{unit}: within every prompt all rewards are equal"):
+            resolve(columns([[1.0, 1.0], [2.0, 2.0]]), lambda_=0.5, lambda_unit=unit)
 
 
 def test_rewards_in_other_units_give_the_same_weights() -> None:
-    config = VarConfig(lambda_=0.7, reference_factor=ReferenceFactor.none)
     rewards = np.random.default_rng(0).normal(size=(6, 3))
     plain, scaled = columns(rewards.tolist()), columns((rewards * 250).tolist())
-    first = sampled(lambda_in_reward_units(config, plain)).weigh(plain)
-    assert sampled(lambda_in_reward_units(config, scaled)).weigh(scaled) == pytest.approx(first, abs=1e-12)
+    for unit in ("reward_std", "ess_target"):
+        first = sampled(resolve(plain, lambda_=0.7, lambda_unit=unit)).weigh(plain)
+        second = sampled(resolve(scaled, lambda_=0.7, lambda_unit=unit)).weigh(scaled)
+        assert second == pytest.approx(first, abs=1e-9)
+
+
+def test_lambda_of_an_effective_sample_size_by_hand() -> None:
+    # shares 1/4 and 3/4 at lambda 1: 1 / (1/16 + 9/16) = 1.6 responses, 0.8 of 2
+    data = columns([[0.0, LOG3]])
+    assert resolve(data, lambda_=0.8, lambda_unit="ess_target") == pytest.approx(1.0, rel=1e-9)
+    assert describe_weights(data, sampled(1.0).weigh(data))["ess"] == pytest.approx(0.8)
+    # of two prompts the mean counts: one that ties everywhere has 1 whatever lambda is
+    tied = columns([[0.0, LOG3], [7.0, 7.0]])
+    assert resolve(tied, lambda_=0.9, lambda_unit="ess_target") == pytest.approx(1.0, rel=1e-9)
+
+
+def test_the_effective_sample_size_of_samples_grows_with_lambda_and_every_target_is_hit() -> None:
+    data = columns(np.random.default_rng(3).normal(size=(40, 5)).tolist())
+    sizes = [describe_weights(data, sampled(lambda_).weigh(data))["ess"] for lambda_ in np.logspace(-3, 3, 61)]
+    assert (np.diff(sizes) > 0).all()
+    for target in (0.21, 0.4, 0.75, 0.99, 1.0):
+        found = sampled(resolve(data, lambda_=target, lambda_unit="ess_target"))
+        assert describe_weights(data, found.weigh(data))["ess"] == pytest.approx(target, abs=2e-6)
+
+
+def test_of_several_lambdas_with_one_effective_sample_size_the_smallest_is_taken() -> None:
+    """The reference prefers the first, the reward the last: 1 of 4 at both ends, 4 of 4 at lambda 1, where they cancel."""
+    data = columns([[0.0, 10.0, 20.0, 30.0]], [[0.0, -10.0, -20.0, -30.0]])
+    assert var(1.0).weigh(data) == pytest.approx([1, 1, 1, 1], abs=1e-12)
+    for end in (1e-3, 1e3):
+        assert describe_weights(data, var(end).weigh(data))["ess"] == pytest.approx(0.25, abs=1e-4)
+    config = {"lambda_unit": "ess_target", "reference_factor": "sum"}
+    found = resolve(data, regime=ResponseRegime.support, lambda_=0.5, **config)
+    assert 0.25 < found < 1.0
+    assert describe_weights(data, var(found).weigh(data))["ess"] == pytest.approx(0.5, abs=1e-6)
+    mirrored = 1 / (2 - 1 / found)  # s = r (1/lambda - 1): its negative has the same effective size
+    assert describe_weights(data, var(mirrored).weigh(data))["ess"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_an_effective_sample_size_out_of_reach_is_refused_with_the_range() -> None:
+    with pytest.raises(ValueError, match=r"ess_target: got 0\.5, expected a share of K between 0\.6667 and 1"):
+        resolve(columns([[1.0, 1.0, 0.0]]), lambda_=0.5, lambda_unit="ess_target")  # the two best tie
+    agreeing = columns([[1.0, 0.0]], [[0.0, -40.0]])
+    config = {"lambda_unit": "ess_target", "reference_factor": "sum"}
+    with pytest.raises(ValueError, match=r"ess_target: got 0\.9, expected a share of K between 0\.5 and 0\.5"):
+        resolve(agreeing, regime=ResponseRegime.support, lambda_=0.9, **config)
+    with pytest.raises(ValueError, match=r"got 1\.5 as ess_target, expected a share of K above 0 and up to 1"):
+        VarConfig(lambda_=1.5, lambda_unit="ess_target", reference_factor="none")
+
+
+def transformed(
+    data: Columns, kind: str, *, regime: ResponseRegime = ResponseRegime.from_reference, **config: Any
+) -> list[float]:
+    given = VarConfig.model_validate(
+        {"reference_factor": "none", "lambda_unit": "reward", "reward_transform": kind} | config
+    )
+    _, weighed = make_var(given, regime=regime, columns=data)
+    assert weighed.reward_R is not None
+    return list(weighed.reward_R)
+
+
+def test_reward_transforms_by_hand() -> None:
+    data = columns([[0.0, 4.0, 2.0, 2.0], [10.0, -10.0]])
+    assert transformed(data, "none") == [0, 4, 2, 2, 10, -10]
+    assert transformed(data, "centred") == [-2, 2, 0, 0, 10, -10]
+    assert transformed(data, "clipped", clip_low=-1.5, clip_high=3.0) == [0, 3, 2, 2, 3, -1.5]
+    # of four: 1/8, then 7/8, and the tie of ranks 2 and 3 at their middle; of two: 3/4 and 1/4
+    assert transformed(data, "quantile") == pytest.approx([1 / 8, 7 / 8, 1 / 2, 1 / 2, 3 / 4, 1 / 4], abs=1e-15)
+
+
+def test_quantiles_of_a_fixed_set_are_those_under_the_reference() -> None:
+    data = columns([[3.0, 1.0, 2.0]], [[math.log(0.2), math.log(0.5), math.log(0.3)]])
+    config = {"regime": ResponseRegime.support, "reference_factor": "sum"}
+    # below 1: nothing; below 2: 0.5; below 3: 0.8; and half of one's own probability
+    assert transformed(data, "quantile", **config) == pytest.approx([0.9, 0.25, 0.65], abs=1e-15)
+
+
+def test_quantiles_depend_on_the_order_of_a_prompts_rewards_alone() -> None:
+    rng = np.random.default_rng(5)
+    rewards = [rng.normal(size=k) for k in (2, 7, 3)]
+    before = transformed(columns([r.tolist() for r in rewards]), "quantile")
+    bent = [np.exp(3 * r) + shift for r, shift in zip(rewards, (0.0, 50.0, -9.0), strict=True)]
+    assert transformed(columns([r.tolist() for r in bent]), "quantile") == before
+
+
+def test_quantile_rewards_have_the_closed_form_z() -> None:
+    """Z = E[exp(q / lambda)] = lambda (exp(1 / lambda) - 1); mid-ranks are the midpoint rule of that integral, whose error is at
+    most exp(1 / lambda) / (24 K^2 lambda^2). With ties the rule is coarser, and the formula off by more."""
+    rng, K, lambda_ = np.random.default_rng(6), 500, 0.4
+    closed = lambda_ * (math.exp(1 / lambda_) - 1)
+    quantile = np.array(transformed(columns([rng.normal(size=K).tolist()]), "quantile"))
+    assert abs(np.exp(quantile / lambda_).mean() - closed) <= math.exp(1 / lambda_) / (24 * K**2 * lambda_**2)
+    tied = np.array(transformed(columns([rng.integers(0, 2, size=K).astype(float).tolist()]), "quantile"))
+    assert abs(np.exp(tied / lambda_).mean() - closed) > 0.05
+
+
+def test_centred_rewards_make_in_batch_blind_to_a_constant_per_prompt() -> None:
+    """Over a prompt's own responses the softmax already is: there centring changes nothing."""
+    base = [[0.25, -1.5], [2.0, 0.5]]
+    shifted = [[r + 32.0 for r in base[0]], [r - 8.0 for r in base[1]]]
+    objective = sampled(0.5, normaliser=Normaliser.in_batch)
+    weights = [
+        objective.weigh(columns(np.reshape(transformed(columns(r), "centred"), (2, 2)).tolist()))
+        for r in (base, shifted)
+    ]
+    assert np.array_equal(weights[0], weights[1])
+    centred = columns(np.reshape(transformed(columns(base), "centred"), (2, 2)).tolist())
+    assert sampled(0.5).weigh(centred) == pytest.approx(sampled(0.5).weigh(columns(base)), abs=1e-14)
+
+
+def test_lambda_counts_in_the_transformed_reward() -> None:
+    data = columns([[0.0, 100.0], [0.0, 3.0]])
+    # quantiles 1/4 and 3/4: a variance of 1/8 within each prompt
+    config = {"lambda_": 2.0, "lambda_unit": "reward_std", "reward_transform": "quantile"}
+    assert resolve(data, **config) == pytest.approx(2 * math.sqrt(1 / 8))
+
+
+def test_transforms_say_what_they_did_and_are_refused_half_given() -> None:
+    data = columns([[0.0, 4.0, 2.0], [5.0, 5.0, -9.0]])
+    clip = VarConfig(reference_factor="none", reward_transform="clipped", clip_low=-1.0, clip_high=4.0)
+    _, weighed = make_var(clip, regime=ResponseRegime.from_reference, columns=data)
+    assert describe_transform(data, weighed, clip) == {"reward_transform": "clipped", "clipped_rewards": 3}
+    rank = VarConfig(reference_factor="none", reward_transform="quantile")
+    _, weighed = make_var(rank, regime=ResponseRegime.from_reference, columns=data)
+    said = describe_transform(data, weighed, rank)
+    assert said["tied_prompts"] == 1 and "does not hold" in said["note"]
+    untied = columns([[0.0, 4.0, 2.0]])
+    assert describe_transform(untied, untied, rank) == {"reward_transform": "quantile", "tied_prompts": 0}
+    for kind, low, high, words in (
+        ("clipped", None, 1.0, "clip_low below clip_high; set both"),
+        ("clipped", 1.0, 1.0, "clip_low below clip_high"),
+        ("none", 0.0, 1.0, "which clips nothing"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            VarConfig(reference_factor="none", reward_transform=kind, clip_low=low, clip_high=high)
+    with pytest.raises(ValueError, match=r"reward: 1 of 2 values are NaN"):
+        transformed(columns([[math.nan, 1.0]]), "quantile")
 
 
 def test_figures_by_hand() -> None:
@@ -191,11 +384,18 @@ def test_figures_by_hand() -> None:
     figures = describe_weights(data, np.array([0.5, 1.5, 1.0, 1.0]))
     # effective sizes 4 / 2.5 = 1.6 and 2, as shares of 2: 0.8 and 1
     assert figures["ess"] == pytest.approx(0.9)
+    assert figures["ess_collapsed"] == 0.0
     assert figures["weight_max"] == pytest.approx(0.75)
     assert figures["kl_weights"] == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2)
     assert figures["reward_tilt"] == pytest.approx((1.5 + 2.0) / 4 - 3 / 4)
     assert figures["argmax_agreement"] == 1.0
     assert describe_weights(data, np.array([1.5, 0.5, 1.0, 1.0]))["argmax_agreement"] == 0.5
+
+
+def test_collapsed_prompts_are_those_where_one_response_has_nearly_all_weight() -> None:
+    data = columns([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
+    # shares 0.95 and 0.96: 1 / (0.95^2 + 0.05^2) = 1.105 responses, 1 / (0.96^2 + 0.04^2) = 1.083
+    assert describe_weights(data, np.array([1.9, 0.1, 1.92, 0.08, 1.0, 1.0]))["ess_collapsed"] == pytest.approx(1 / 3)
 
 
 def test_figures_of_a_prompt_without_weight() -> None:
@@ -207,39 +407,115 @@ def test_sft_is_var_with_unit_weights() -> None:
     data = columns([[0.0, 1.0], [2.0, 0.0]])
     weights = Sft().weigh(data)
     assert weights.tolist() == [1, 1, 1, 1] == sampled(1e300).weigh(data).tolist()
-    value, weight, group = torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor(weights), torch.tensor(data.group_R)
-    assert Sft().loss_sum(value, weight, group).item() == 15 == sampled().loss_sum(value, weight, group).item()
+    value, weight = torch.tensor([-1.0, -2.0, -4.0, -8.0]), torch.tensor(weights)
+    assert Sft().loss_sum(value, weight, data).item() == 15 == sampled().loss_sum(value, weight, data).item()
     assert Sft().denominator(data, mean_tokens=3.0) == 12 == sampled().denominator(data, mean_tokens=3.0)
 
 
 def test_bradley_terry_by_hand() -> None:
     data = columns([[0.0, 0.0], [0.0, 0.0, 0.0]])
     value = torch.tensor([LOG3, 0.0, 0.0, LOG3, 0.0], dtype=torch.float64)
-    weight, group = torch.tensor(BradleyTerry().weigh(data)), torch.tensor(data.group_R)
+    weight = torch.tensor(BradleyTerry().weigh(data))
     # sigmoid(log 3) = 3/4; the second prompt: sigmoid(-log 3) = 1/4 and sigmoid(0) = 1/2, each half
     expected = -math.log(3 / 4) - (math.log(1 / 4) + math.log(1 / 2)) / 2
-    assert BradleyTerry().loss_sum(value, weight, group).item() == pytest.approx(expected, abs=1e-12)
+    assert BradleyTerry().loss_sum(value, weight, data).item() == pytest.approx(expected, abs=1e-12)
     assert BradleyTerry().denominator(data, mean_tokens=9.0) == 2
-    alone = BradleyTerry().loss_sum(value[2:], weight[2:], group[2:]).item()
+    alone = BradleyTerry().loss_sum(value[2:], weight[2:], data.take([2, 3, 4])).item()
     assert alone == pytest.approx(expected + math.log(3 / 4), abs=1e-12)
     with pytest.raises(ValueError, match="row1: a single response"):
         BradleyTerry().weigh(columns([[0.0, 0.0], [0.0]]))
 
 
-def test_sampled_target_approaches_the_optimum_as_one_over_root_k() -> None:
-    """One prompt, K samples of pi_ref with their weights: the mean distance to pi* falls with slope -1/2 in K."""
+def dpo_loss(objective: Dpo, data: Columns, values: list[float]) -> float:
+    value, weight = torch.tensor(values, dtype=torch.float64), torch.tensor(objective.weigh(data))
+    return objective.loss_sum(value, weight, data).item() / objective.denominator(data, mean_tokens=9.0)
+
+
+def test_dpo_by_hand() -> None:
+    # beta 0.5; implicit rewards are half the log-ratios: chosen 0 and rejected -log 3, so sigmoid(log 3) = 3/4
+    pair = columns([[0.0, 0.0]], [[-2.0, -5.0]])
+    values = [-2.0, -5.0 - 2 * LOG3]
+    assert dpo_loss(Dpo(beta=0.5), pair, values) == pytest.approx(-math.log(3 / 4), abs=1e-14)
+    smooth = -0.9 * math.log(3 / 4) - 0.1 * math.log(1 / 4)
+    assert dpo_loss(Dpo(beta=0.5, label_smoothing=0.1), pair, values) == pytest.approx(smooth, abs=1e-14)
+    # the policy that is the reference: log 2, whatever the responses are
+    assert dpo_loss(Dpo(beta=0.1), pair, [-2.0, -5.0]) == pytest.approx(LOG2, abs=1e-15)
+
+
+def test_dpo_of_more_rejected_is_the_mean_over_them_within_a_prompt() -> None:
+    data = columns([[0.0, 0.0], [0.0, 0.0, 0.0]], [[0.0, 0.0], [-1.0, -1.0, -1.0]])
+    values = [LOG3, 0.0, -1.0, LOG3 - 1, -1.0]
+    # sigmoid(log 3) = 3/4; then sigmoid(-log 3) = 1/4 and sigmoid(0) = 1/2, each half; the mean over both prompts
+    expected = (-math.log(3 / 4) - (math.log(1 / 4) + math.log(1 / 2)) / 2) / 2
+    assert dpo_loss(Dpo(beta=1.0), data, values) == pytest.approx(expected, abs=1e-14)
+    figures = Dpo(beta=1.0).figures(np.array(values), data)
+    assert figures["rewards/chosen"] == pytest.approx(LOG3 + 0.0)
+    assert figures["rewards/rejected"] == pytest.approx(0.0 + LOG3 / 2)
+    assert figures["rewards/margins"] == pytest.approx(LOG3 - LOG3 / 2)
+    assert figures["rewards/accuracies"] == pytest.approx(1 + (0 + 0.5) / 2)
+
+
+def test_dpo_sees_differences_from_the_reference_alone() -> None:
+    """A constant on both log-probabilities of a response, and one on all of a prompt's, changes nothing (dyadic: exactly)."""
+    values, logps = [-2.0, -7.5, -3.25], [-1.0, -6.0, -4.5]
+    before = dpo_loss(Dpo(beta=0.5), columns([[0.0] * 3], [logps]), values)
+    moved = [v + c for v, c in zip(values, (64.0, -16.0, 8.0), strict=True)]
+    moved_logps = [logp + c for logp, c in zip(logps, (64.0, -16.0, 8.0), strict=True)]
+    assert dpo_loss(Dpo(beta=0.5), columns([[0.0] * 3], [moved_logps]), moved) == before
+    assert dpo_loss(Dpo(beta=0.5), columns([[0.0] * 3], [logps]), [v - 1024.0 for v in values]) == before
+
+
+def test_dpo_stays_finite_and_pulls_apart_only_where_it_is_wrong() -> None:
+    data = columns([[0.0, 0.0]], [[0.0, 0.0]])
+    weight = torch.tensor(Dpo(beta=1.0).weigh(data))
+    for margin, gradient in ((1e4, 0.0), (-1e4, -1.0), (0.0, -0.5)):
+        value = torch.tensor([margin, 0.0], dtype=torch.float64, requires_grad=True)
+        loss = Dpo(beta=1.0).loss_sum(value, weight, data)
+        loss.backward()
+        assert loss.isfinite() and value.grad is not None
+        assert value.grad.tolist() == pytest.approx([gradient, -gradient], abs=1e-15)  # - beta sigmoid(-margin)
+
+
+def test_dpo_refusals_name_rows() -> None:
+    with pytest.raises(ValueError, match=r"logp_ref: no such column; the objective dpo needs one.*reference"):
+        Dpo(beta=0.1).weigh(columns([[0.0, 1.0]]))
+    with pytest.raises(ValueError, match=r"logp_ref: 1 of 2 values are NaN or infinite, in 1 rows \(first: row0\)"):
+        Dpo(beta=0.1).weigh(columns([[0.0, 1.0]], [[-1.0, math.nan]]))
+    with pytest.raises(ValueError, match="row1: a single response"):
+        Dpo(beta=0.1).weigh(columns([[0.0, 0.0], [0.0]], [[-1.0, -1.0], [-1.0]]))
+    for field in ({"beta": 0.0}, {"beta": math.nan}, {"label_smoothing": 0.5}, {"label_smoothing": -0.1}):
+        with pytest.raises(ValueError, match=next(iter(field))):
+            DpoConfig.model_validate(field)
+
+
+def test_columns_of_some_responses_keep_their_groups() -> None:
+    data = columns([[1.0, 2.0], [3.0], [4.0, 5.0]], [[-1.0, -2.0], [-3.0], [-4.0, -5.0]])
+    some = data.take([4, 0, 3])
+    assert some.row_ids == ("row0", "row2") and some.group_R.tolist() == [1, 0, 1]
+    assert some.reward_R is not None and some.logp_ref_R is not None
+    assert (some.reward_R.tolist(), some.logp_ref_R.tolist()) == ([5, 1, 4], [-5, -1, -4])
+
+
+@pytest.mark.parametrize("regime", [ResponseRegime.from_reference, ResponseRegime.from_behaviour])
+def test_sampled_target_approaches_the_optimum_as_one_over_root_k(regime: ResponseRegime) -> None:
+    """One prompt, K samples of pi_ref, or of another policy, with their weights: the mean distance to pi* falls with slope
+    -1/2 in K."""
     rng = np.random.default_rng(0)
     num_outcomes, sizes, seeds = 12, [128, 256, 512, 1024, 2048], 80
     logp_ref = np.log(rng.dirichlet(np.ones(num_outcomes)))
     reward = rng.normal(size=num_outcomes)
     best = np.exp(logp_ref + reward / 0.8)
     best /= best.sum()
+    is_behaved = regime == ResponseRegime.from_behaviour
+    logq = np.log(rng.dirichlet(5 * np.ones(num_outcomes))) if is_behaved else logp_ref
+    objective = (behaved if is_behaved else sampled)(0.8)
     errors = []
     for size in sizes:
         distances = []
         for _ in range(seeds):
-            drawn = rng.choice(num_outcomes, size=size, p=np.exp(logp_ref))
-            weights = sampled(0.8).weigh(columns([reward[drawn].tolist()]))
+            drawn = rng.choice(num_outcomes, size=size, p=np.exp(logq))
+            picked = [column[drawn].tolist() for column in (reward, logp_ref, logq)]
+            weights = objective.weigh(columns([picked[0]], [picked[1]], logqs=[picked[2]]))
             target = np.bincount(drawn, weights=weights, minlength=num_outcomes) / size
             distances.append(0.5 * np.abs(target - best).sum())
         errors.append(np.mean(distances))

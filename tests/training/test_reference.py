@@ -1,6 +1,7 @@
 """The job score_reference: equal to the plain log-softmax, batched = alone, killed and resumed, drops named."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def test_dropped_rows_are_named_and_counted(rows: Path, tiny_policy: Path, make_
     assert (summary["rows"], summary["dropped"], summary["dropped_too_long"], summary["responses"]) == (20, 2, 1, 40)
     assert sorted(p.name for p in job.output.iterdir()) == [
         "dropped.jsonl",
+        "manifest.json",
         "metrics.jsonl",
         "scores.parquet",
         "summary.json",
@@ -128,6 +130,40 @@ def test_all_rows_dropped_is_an_error(tiny_policy: Path, rows: Path, make_job: C
     )
     with pytest.raises(ValueError, match="max_tokens: got 4096, the model llama has a context of 1024"):
         reference.run(long)
+
+
+def test_the_manifest_names_weights_and_template(
+    rows: Path, tiny_policy: Path, tmp_path: Path, make_job: Callable[..., Job]
+) -> None:
+    """Any other weights or template have another digest; where the folder lies and what else is in it does not count."""
+
+    def digests(name: str, change: Callable[[Path], None]) -> dict[str, str]:
+        folder = tmp_path / name / "model"
+        shutil.copytree(tiny_policy, folder)
+        change(folder)
+        job = make_job("score_reference", name, config=CONFIG, inputs={"rows": rows, "reference": folder})
+        reference.run(job)
+        manifest = json.loads((job.output / "manifest.json").read_text())
+        assert manifest["max_tokens"] == CONFIG["max_tokens"]
+        found: dict[str, str] = manifest["model"]
+        return found
+
+    def nudge(folder: Path) -> None:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1e-3
+        model.save_pretrained(folder)
+
+    def speak(folder: Path) -> None:
+        template = folder / "chat_template.jinja"
+        template.write_text(template.read_text().replace("user", "human") + "{# other #}")
+
+    same = digests("same", lambda folder: (folder / "README.md").write_text("hello") and None)
+    weights, template = digests("weights", nudge), digests("template", speak)
+    assert weights["weights_sha256"] != same["weights_sha256"] == template["weights_sha256"]
+    assert template["template_sha256"] != same["template_sha256"] == weights["template_sha256"]
+    direct = digests("direct", lambda folder: None)
+    assert direct == same
 
 
 def test_broken_model_folders_are_refused(tiny_policy: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training import reference, train
+from training import generate, reference, train
+from training.data.examples import select_preferred_first
+from training.data.rows import read_rows
 from training.job import Job
 
 VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
@@ -67,7 +70,7 @@ def test_writes_a_model_that_loads_and_has_moved(inputs: dict[str, Path], make_j
     assert (summary["rows"], summary["responses"], summary["steps"], summary["dropped"]) == (9, 22, 4, 0)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     assert {m["total"] for m in metrics} == {4}
-    names = "loss grad_norm learning_rate ess weight_max reward_tilt kl_weights argmax_agreement tokens_per_second padding_share logp_ratio"
+    names = "loss grad_norm learning_rate ess ess_collapsed weight_max reward_tilt kl_weights argmax_agreement tokens_per_second padding_share logp_ratio"
     assert all(f"train/{name}" in line for name in names.split() for line in metrics)
     assert metrics[0]["train/reward_tilt"] > 0
     assert summary["final_loss"] == metrics[-1]["train/loss"]
@@ -104,6 +107,42 @@ def test_weights_are_those_of_the_objective(inputs: dict[str, Path], make_job: C
     assert summary["variance_reward_over_lambda"] > 0
 
 
+def test_lambda_of_an_effective_sample_size_is_in_the_summary(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    config = {**VAR, "reference_factor": "none", "lambda_unit": "ess_target", "lambda_": 0.7}
+    job = make_job("train", "a", config=config, inputs=inputs)
+    train.run(job)
+    summary = read_summary(job)
+    assert summary["mean_ess"] == pytest.approx(0.7, abs=1e-6)
+    assert 0 < summary["lambda"] < 100 and 0 <= summary["ess_collapsed"] < 0.5
+    refused = make_job("train", "b", config={**config, "lambda_": 0.01}, inputs=inputs)
+    with pytest.raises(ValueError, match=r"got 0\.01, expected a share of K between 0\.\d+ and 1:"):
+        train.run(refused)
+
+
+def test_a_reward_transform_changes_the_weights_and_says_so(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    config = {
+        **VAR,
+        "reference_factor": "none",
+        "lambda_unit": "reward",
+        "lambda_": 0.5,
+        "reward_transform": "quantile",
+    }
+    job = make_job("train", "a", config=config, inputs=inputs)
+    train.run(job)
+    reward = {r["row_id"]: r["reward"] for r in pq.read_table(inputs["rewards"] / "scores.parquet").to_pylist()}
+    for row in pq.read_table(job.output / "weights.parquet").to_pylist():
+        K = len(row["weight"])
+        rank = [sorted(reward[row["row_id"]]).index(r) + 0.5 for r in reward[row["row_id"]]]  # no ties in these rewards
+        total = sum(math.exp(k / K / 0.5) for k in rank)
+        assert row["weight"] == pytest.approx([K * math.exp(k / K / 0.5) / total for k in rank], rel=1e-9)
+    summary = read_summary(job)
+    assert (summary["reward_transform"], summary["tied_prompts"], summary["lambda"]) == ("quantile", 0, 0.5)
+
+
 def test_training_moves_mass_to_the_better_answers(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
     """Against the same training with unit weights, every prompt's best answer gains on its worst."""
     shared = {"batch_prompts": 4, "max_tokens": 128, "epochs": 8, "learning_rate": 3e-3}
@@ -136,6 +175,55 @@ def test_sft_takes_the_chosen_response_or_all(inputs: dict[str, Path], make_job:
     weights = pq.read_table(chosen.output / "weights.parquet").to_pylist()
     assert sorted(map(tuple, (w["weight"] for w in weights))) == [(1.0, 0.0)] * 5 + [(1.0, 0.0, 0.0)] * 4
     assert (read_summary(chosen)["responses"], read_summary(every)["responses"]) == (9, 22)
+
+
+DPO = {"objective": "dpo", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 3e-3, "epochs": 6}
+
+
+def test_dpo_learns_the_preferences_from_stored_reference_log_probabilities(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    job = make_job("train", "dpo", config=DPO, inputs={k: v for k, v in inputs.items() if k != "rewards"})
+    train.run(job)
+    metrics, summary = read_metrics(job), read_summary(job)
+    # the base is the reference: no implicit reward, a loss of log 2, up to the rounding of another batch shape
+    assert metrics[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(metrics[0]["train/rewards/chosen"]) < 1e-4 and abs(metrics[0]["train/rewards/margins"]) < 1e-4
+    last = metrics[-1]
+    assert last["train/loss"] < 0.5 and last["train/rewards/accuracies"] == 1.0
+    assert last["train/rewards/margins"] > 0.5
+    assert last["train/rewards/margins"] == pytest.approx(
+        last["train/rewards/chosen"] - last["train/rewards/rejected"], abs=1e-9
+    )
+    assert "train/ess" not in last and "mean_ess" not in summary  # comparisons weigh no response
+    assert not (job.output / "weights.parquet").exists()
+    assert (summary["rows"], summary["responses"], summary["dropped"]) == (9, 22, 0)
+
+
+def test_dpo_takes_the_preferred_response_first_and_leaves_out_rows_without_one(
+    tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any, make_job: Callable[..., Job]
+) -> None:
+    made = [
+        make_row("Last?", ["No", "Maybe", "Yes"], preferred=2),
+        make_row("Twice?", ["Yes", "No", "Yes", "No"], preferred=2),
+        make_row("Nobody said?", ["Yes", "No"], preferred=None),
+        make_row("All equal?", ["Yes", "Yes"], preferred=0),
+        make_row("Too long?", ["Yes", "word " * 200], preferred=0),
+    ]
+    for regime, responses in (("support", 5), ("from_reference", 6)):  # of "Twice?": Yes, No; or Yes, No, No
+        rows = write_rows(tmp_path / regime, made, regime=regime)
+        folders = {"rows": rows, "reference": tiny_policy}
+        scored = make_job("score_reference", f"scored-{regime}", config={"max_tokens": 128}, inputs=folders)
+        reference.run(scored)
+        inputs = {"rows": rows, "base": tiny_policy, "reference": scored.output}
+        job = make_job("train", f"dpo-{regime}", config={**DPO, "epochs": 1}, inputs=inputs)
+        train.run(job)
+        summary = read_summary(job)
+        assert (summary["rows"], summary["responses"]) == (2, responses)
+        assert [summary[f"dropped_{why}"] for why in ("no_preference", "too_few_responses", "not_scored")] == [1, 1, 1]
+    assert select_preferred_first(made[0], distinct=True) == [2, 0, 1]
+    assert select_preferred_first(made[1], distinct=True) == [2, 1]
+    assert select_preferred_first(made[1], distinct=False) == [2, 1, 3]
 
 
 def test_a_warning_where_the_reference_outweighs_the_reward(
@@ -178,6 +266,28 @@ def test_equal_responses_count_once_in_a_set_and_each_among_samples(
     assert weights[rows[1]["row_id"]] == pytest.approx([1.5, 0.5])
 
 
+def test_samples_of_another_policy_are_weighed_by_their_stored_log_q(
+    tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any, write_rewards: Any, make_job: Callable[..., Job]
+) -> None:
+    made = [make_row(f"Question {i}?", ["Yes", "No", "Yes"], logq=[-2.5 - i, -1.0, -2.5 - i]) for i in range(5)]
+    rows = write_rows(tmp_path / "rows", made, regime="from_behaviour")
+    rewards = write_rewards(tmp_path / "rewards", {row["row_id"]: [1.0, 0.0, 1.0] for row in made})
+    scored = make_job(
+        "score_reference", "reference", config={"max_tokens": 128}, inputs={"rows": rows, "reference": tiny_policy}
+    )
+    reference.run(scored)
+    logps = {r["row_id"]: r["logp"] for r in pq.read_table(scored.output / "scores.parquet").to_pylist()}
+    inputs = {"rows": rows, "base": tiny_policy, "rewards": rewards, "reference": scored.output}
+    job = make_job("train", "a", config={**VAR, "reference_factor": "sum", "lambda_unit": "reward"}, inputs=inputs)
+    train.run(job)
+    weights = {r["row_id"]: r["weight"] for r in pq.read_table(job.output / "weights.parquet").to_pylist()}
+    for row in made:
+        scores = [p + r - q for p, r, q in zip(logps[row["row_id"]], (1.0, 0.0, 1.0), row["logq"], strict=True)]
+        total = sum(math.exp(s) for s in scores)
+        assert weights[row["row_id"]] == pytest.approx([3 * math.exp(s) / total for s in scores], rel=1e-9)
+    assert read_summary(job)["regime"] == "from_behaviour"
+
+
 def test_a_row_too_long_is_dropped_whole_and_counted(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
     job = make_job("train", "a", config={**VAR, "max_tokens": 36}, inputs=inputs)
     train.run(job)
@@ -200,19 +310,86 @@ def test_rows_the_reference_dropped_are_dropped_and_counted(
     assert not weights & dropped
 
 
+def test_samples_of_the_base_itself_are_trained_on_as_they_lie(
+    inputs: dict[str, Path], make_job: Callable[..., Job], tiny_policy: Path, write_rewards: Any, tmp_path: Path
+) -> None:
+    """Generated rows are rows: sampled, scored and weighed without another ingestion, cut samples without a stop token."""
+    settings = {"split": "train", "samples_per_prompt": 3, "max_new_tokens": 12}
+    sampled = make_job(
+        "generate",
+        "sampled",
+        config=settings,
+        inputs={"rows": inputs["rows"], "policy": tiny_policy},
+        microbatch_tokens=512,
+    )
+    generate.run(sampled)
+    rows = [row for batch in read_rows(sampled.output) for row in batch.to_pylist()]
+    rewards = write_rewards(
+        tmp_path / "sampled-rewards", {r["row_id"]: [float(len(a)) for a in r["responses"]] for r in rows}
+    )
+    folders = {"rows": sampled.output, "base": tiny_policy, "rewards": rewards}
+    job = make_job("train", "on-samples", config={**VAR, "reference_factor": "none"}, inputs=folders)
+    train.run(job)
+    summary = read_summary(job)
+    assert summary["regime"] == "from_reference" and summary["rows"] > 0
+
+    def refuse(message: str, **manifest: Any) -> None:
+        other = tmp_path / "other-samples"
+        shutil.copytree(sampled.output, other, dirs_exist_ok=True)
+        found = json.loads((sampled.output / "manifest.json").read_text()) | manifest
+        (other / "manifest.json").write_text(json.dumps(found))
+        config = {**VAR, "reference_factor": "none"}
+        with pytest.raises(ValueError, match=message):
+            train.run(make_job("train", "refused", config=config, inputs={**folders, "rows": other}))
+
+    refuse(r"sampled with temperature 0\.7, so they are of another distribution", temperature=0.7)
+    refuse(r"sampled with top_p 0\.95, top_k 50, so they are", top_p=0.95, top_k=50)
+    refuse("does not state top_k", top_k=None)
+    digests = json.loads((sampled.output / "manifest.json").read_text())["policy"]
+    refuse(r"the samples of a model with other weights \(sha256 0000", policy=digests | {"weights_sha256": "0" * 64})
+
+
+def test_reference_log_probabilities_of_another_model_or_template_are_refused(
+    inputs: dict[str, Path], make_job: Callable[..., Job], tiny_policy: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other-model"
+    shutil.copytree(tiny_policy, other)
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    model.save_pretrained(other)
+    spoken = tmp_path / "other-template"
+    shutil.copytree(tiny_policy, spoken)
+    template = (spoken / "chat_template.jinja").read_text()
+    (spoken / "chat_template.jinja").write_text(template + "{# means nothing, and might have #}")
+    for objective in (VAR, DPO):
+        for base, words in ((other, "logp_ref of a model with other weights"), (spoken, "with other chat template")):
+            job = make_job("train", "refused", config=objective, inputs={**inputs, "base": base})
+            with pytest.raises(ValueError, match=f"{words}.*score the rows with this base as reference"):
+                train.run(job)
+    sft = make_job("train", "sft", config={**DPO, "objective": "sft", "epochs": 1}, inputs={**inputs, "base": other})
+    train.run(sft)  # it reads no log-probabilities
+    (inputs["reference"] / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"reference folder .*: no manifest\.json"):
+        train.run(make_job("train", "refused", config=VAR, inputs=inputs))
+
+
 def edit_scores(folder: Path, target: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Path:
     import pyarrow as pa
 
     target.mkdir()
     table = pq.read_table(folder / "scores.parquet")
     pq.write_table(pa.Table.from_pylist(change(table.to_pylist()), schema=table.schema), target / "scores.parquet")
+    if (folder / "manifest.json").exists():
+        shutil.copy(folder / "manifest.json", target)
     return target
 
 
 def test_refusals(inputs: dict[str, Path], make_job: Callable[..., Job], tmp_path: Path) -> None:
     def refuse(message: str, *, config: dict[str, Any] | None = None, **changed: Path | None) -> None:
         merged = {name: path for name, path in {**inputs, **changed}.items() if path is not None}
-        job = make_job("train", "refused", config={**VAR, **(config or {})}, inputs=merged)
+        changed_config = {name: value for name, value in {**VAR, **(config or {})}.items() if value is not None}
+        job = make_job("train", "refused", config=changed_config, inputs=merged)
         with pytest.raises(ValueError, match=message):
             train.run(job)
         assert not (job.output / "summary.json").exists()
@@ -239,11 +416,15 @@ def test_refusals(inputs: dict[str, Path], make_job: Callable[..., Job], tmp_pat
     refuse("reward has 1 values, the row [23] responses", rewards=short)
     refuse("no input `rewards`", rewards=None)
     refuse("logp_ref: no such column", reference=None, config={"reference_factor": "sum"})
+    refuse("logp_ref: no such column; the objective dpo", reference=None, config=DPO | {"reference_factor": None})
     refuse("no scores.parquet", rewards=tmp_path)
     refuse("no row of the train split is left", config={"max_tokens": 8})
     (inputs["rows"] / "manifest.json").write_text(json.dumps({"regime": "guess"}))
     refuse("regime is 'guess', expected one of")
     (inputs["rows"] / "manifest.json").write_text(json.dumps({"regime": "from_behaviour"}))
-    refuse("from_behaviour.*log q")
+    refuse(
+        "logq: 22 of 22 values are NaN or infinite, in 9 rows .first: .*ingest the rows with their log q",
+        config={"reference_factor": "sum"},
+    )
     (inputs["rows"] / "manifest.json").unlink()
     refuse("no manifest.json")

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from training.config import ResponseRegime
 from training.data.rows import read_rows
 from training.objectives.objective import FloatArray
 from training.render import Renderer, UnusableRow
@@ -29,22 +28,10 @@ class Example:
     num_tokens_K: np.ndarray  # trained tokens of each sample
     reward_K: FloatArray | None = None
     logp_ref_K: FloatArray | None = None
+    logq_K: FloatArray | None = None
 
 
 Select = Callable[[dict[str, Any]], list[int]]
-
-
-def read_regime(rows: Path) -> ResponseRegime:
-    """Return how the responses of a rows folder were made, as its manifest states."""
-    path = rows / "manifest.json"
-    if not path.is_file():
-        raise ValueError(f"rows folder {rows}: no manifest.json; expected one with `regime`; ingest the rows again")
-    value = json.loads(path.read_text()).get("regime")
-    if value not in list(ResponseRegime):
-        raise ValueError(
-            f"{path}: regime is {value!r}, expected one of {[r.value for r in ResponseRegime]}; ingest the rows again"
-        )
-    return ResponseRegime(value)
 
 
 def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> dict[str, dict[str, list[float]]]:
@@ -92,7 +79,7 @@ def load_examples(
                 continue
             places = select(row)
             if len(places) < min_responses:
-                dropped["too_few_responses"] += 1
+                dropped["too_few_responses" if places else "no_preference"] += 1
                 continue
             try:
                 examples.append(make_example(row, places, renderer, rewards=rewards, reference=reference))
@@ -106,7 +93,8 @@ def load_examples(
     if not examples:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "the split is empty"
         raise ValueError(
-            f"rows folder {rows}: no row of the train split is left ({counts}); raise max_tokens or add rows"
+            f"rows folder {rows}: no row of the train split is left ({counts}); raise max_tokens, or bring rows that this "
+            "objective can train on"
         )
     return examples, dropped
 
@@ -139,6 +127,7 @@ def make_example(
         num_tokens_K=num_tokens_K,
         reward_K=pick(row, rewards, "reward", places),
         logp_ref_K=logp_ref_K,
+        logq_K=np.array([np.nan if row["logq"] is None else row["logq"][k] for k in places]),
     )
 
 
@@ -155,6 +144,18 @@ def pick(
             "expected one each; score the rows again"
         )
     return np.array([values[k] for k in places], dtype=np.float64)
+
+
+def select_preferred_first(row: dict[str, Any], *, distinct: bool) -> list[int]:
+    """Select the preferred response, then those that differ from it; nothing where nobody said which is preferred.
+
+    `distinct` takes each text once, as a fixed set holds it; among samples a repetition is evidence.
+    """
+    if row["preferred"] is None:
+        return []
+    responses = row["responses"]
+    places = select_distinct(row) if distinct else select_all(row)
+    return [row["preferred"], *(k for k in places if responses[k] != responses[row["preferred"]])]
 
 
 def select_chosen(row: dict[str, Any]) -> list[int]:

@@ -162,7 +162,8 @@ def _understand(
         "prompt": parsed.prompt,
         "responses": parsed.responses,
         "preferred": parsed.preferred,
-        "truncated": None,
+        "truncated": parsed.truncated,
+        "logq": parsed.logq,
         "source": row.source,
         "line": row.line,
     }
@@ -241,6 +242,7 @@ def _write_manifest(
     write_json(
         job.output / "manifest.json",
         {"schema_version": config.schema_version, "regime": config.responses, **figures}
+        | {"temperature": config.temperature, "top_p": config.top_p, "top_k": config.top_k}
         | {"files": files, "ignored_files": ignored},
     )
     means = {

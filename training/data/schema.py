@@ -18,6 +18,8 @@ SCHEMA = pa.schema(
         pa.field("responses", pa.list_(pa.string()), nullable=False),  # K texts, the assistant's next turn
         pa.field("preferred", pa.int32()),  # index of the preferred response; null where nobody said
         pa.field("truncated", pa.list_(pa.bool_())),  # sampled responses cut by the answer cap; null for given ones
+        # log q of each response under the policy that sampled it: nats, over its trained tokens; null where none is needed
+        pa.field("logq", pa.list_(pa.float64())),
         pa.field("source", pa.string(), nullable=False),  # file, or policy digest, the row came from
         pa.field("line", pa.int64(), nullable=False),  # 1-based line in the source
     ]

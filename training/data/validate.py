@@ -1,5 +1,6 @@
 """From a parsed source row to prompt and responses, or the reason why not."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ class Reason(StrEnum):
     same_responses = "same_responses"
     different_prompts = "different_prompts"
     bad_preferred = "bad_preferred"
+    bad_truncated = "bad_truncated"
+    missing_logq = "missing_logq"
+    bad_logq = "bad_logq"
     unknown_role = "unknown_role"
     roles_out_of_order = "roles_out_of_order"
     last_turn_not_user = "last_turn_not_user"
@@ -47,11 +51,13 @@ class UnusableRow(Exception):  # noqa: N818 - an outcome, counted and written do
 
 @dataclass(frozen=True)
 class Preference:
-    """A prompt, its K responses, and the index of the preferred one where somebody said."""
+    """A prompt, its K responses, the index of the preferred one where somebody said, and how samples came to be."""
 
     prompt: list[Message]
     responses: list[str]
     preferred: int | None
+    truncated: list[bool] | None = None  # of samples: cut by the answer cap
+    logq: list[float] | None = None  # of samples of another policy: nats
 
 
 def detect_format(value: Any) -> SourceFormat | None:
@@ -77,6 +83,10 @@ def parse_row(value: Any, *, format: SourceFormat, config: IngestConfig) -> Pref
     row = PARSERS[format](value)
     if config.responses is ResponseRegime.support:
         row = _drop_equal_responses(row)
+    else:
+        row = replace(row, truncated=_read_truncated(value, count=len(row.responses)))
+    if config.responses is ResponseRegime.from_behaviour:
+        row = replace(row, logq=_read_logq(value, count=len(row.responses)))
     _check_text(row)
     _check_roles(row.prompt)
     _check_responses(row.responses, shortest=config.min_response_chars)
@@ -181,6 +191,30 @@ def _pair(chosen: list[Message], rejected: list[Message]) -> Preference:
     if responses[0] == responses[1] and responses[0].strip():
         raise UnusableRow(Reason.same_responses, "'chosen' equals 'rejected'")
     return Preference(chosen[:-1], responses, preferred=0)
+
+
+def _read_truncated(value: dict[str, Any], *, count: int) -> list[bool] | None:
+    truncated = value.get("truncated")
+    if truncated is None:
+        return None
+    if not isinstance(truncated, list) or len(truncated) != count or not all(type(cut) is bool for cut in truncated):
+        raise UnusableRow(Reason.bad_truncated, f"got {truncated!r:.80}, expected {count} times true or false")
+    return truncated
+
+
+def _read_logq(value: dict[str, Any], *, count: int) -> list[float]:
+    """Return log q of each response; without it a sample of another policy has no importance weight."""
+    logq = value.get("logq")
+    if logq is None:
+        raise UnusableRow(
+            Reason.missing_logq, f"no 'logq'; responses from_behaviour need {count} log-probabilities in nats"
+        )
+    if not isinstance(logq, list) or len(logq) != count:
+        raise UnusableRow(Reason.bad_logq, f"got {logq!r:.80}, expected a list of {count} numbers, one a response")
+    for k, item in enumerate(logq):
+        if type(item) not in (int, float) or not math.isfinite(item) or item > 0:
+            raise UnusableRow(Reason.bad_logq, f"logq[{k}] is {item!r:.80}, expected a finite number, at most 0")
+    return [float(item) for item in logq]
 
 
 def _drop_equal_responses(row: Preference) -> Preference:

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from training.objectives.objective import Columns, FloatArray
+from training.objectives.objective import Columns, FloatArray, Objective
 
 
-class BradleyTerry:
+class BradleyTerry(Objective):
     """mean over prompts of the mean over their rejected responses of - log sigmoid(r_chosen - r_rejected).
 
     The first response of a group is the chosen one.
@@ -17,27 +17,33 @@ class BradleyTerry:
     whole_groups = True
 
     def weigh(self, columns: Columns) -> FloatArray:
-        """Return 0 for the chosen response of a group (it is what others are compared to), 1 / (K - 1) for each other."""
-        count_G = np.bincount(columns.group_R)
-        if count_G.min() < 2:
-            row_id = columns.row_ids[int(count_G.argmin())]
-            raise ValueError(
-                f"row {row_id}: a single response; expected a chosen and at least one rejected; drop the row"
-            )
-        weight_R = 1.0 / (count_G[columns.group_R] - 1)
-        weight_R[first_of_groups(columns.group_R)] = 0.0
-        return weight_R
+        """Return the weights of pairs: 0 for the chosen response of a group, 1 / (K - 1) for each other."""
+        return pair_weights(columns)
 
     def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
         """Return the number of prompts."""
         return float(len(columns.row_ids))
 
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, group_R: Tensor) -> Tensor:
+    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
         """Return the loss summed over the groups that these responses make up; groups come whole."""
-        is_first_R = torch.ones_like(group_R, dtype=torch.bool)
-        is_first_R[1:] = group_R[1:] != group_R[:-1]
-        chosen_R = value_R[is_first_R][is_first_R.cumsum(0) - 1]
-        return -(weight_R * logsigmoid(chosen_R - value_R)).sum()
+        return -(weight_R * logsigmoid(margins(value_R, columns.group_R))).sum()
+
+
+def pair_weights(columns: Columns) -> FloatArray:
+    """Return 0 for the first response of a group, to which the others are compared, and 1 / (K - 1) for each other."""
+    count_G = np.bincount(columns.group_R)
+    if count_G.min() < 2:
+        row_id = columns.row_ids[int(count_G.argmin())]
+        raise ValueError(f"row {row_id}: a single response; expected a chosen and at least one rejected; drop the row")
+    weight_R: FloatArray = 1.0 / (count_G[columns.group_R] - 1)
+    weight_R[first_of_groups(columns.group_R)] = 0.0
+    return weight_R
+
+
+def margins(value_R: Tensor, group_R: np.ndarray) -> Tensor:
+    """Return for each response by how much the first of its group exceeds it; groups come whole, numbered from 0."""
+    first_G = torch.from_numpy(first_of_groups(group_R)).to(value_R.device)
+    return value_R[first_G][torch.from_numpy(group_R).to(value_R.device)] - value_R
 
 
 def first_of_groups(group_R: np.ndarray) -> np.ndarray:

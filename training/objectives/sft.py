@@ -6,10 +6,10 @@ Which responses are there (chosen only, or all) is a selection of data, made bef
 import numpy as np
 from torch import Tensor
 
-from training.objectives.objective import Columns, FloatArray
+from training.objectives.objective import Columns, FloatArray, Objective
 
 
-class Sft:
+class Sft(Objective):
     """sum_i sum_t nll_it / (N * Tbar) over N responses."""
 
     whole_groups = False
@@ -22,7 +22,7 @@ class Sft:
         """Return N * Tbar: the loss reads as nats per token."""
         return len(columns.group_R) * mean_tokens
 
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, group_R: Tensor) -> Tensor:
+    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
         """Return the negative log-likelihood, weighted and summed."""
         return weighted_nll(value_R, weight_R)
 

@@ -5,128 +5,141 @@ and reward r_k, the score is
 
     support:          s_k = f(l_k) + r_k / lambda       the responses are a fixed set
     from_reference:   s_k = r_k / lambda                the responses were sampled from pi_ref
+    from_behaviour:   s_k = l_k + r_k / lambda - log q_k    they were sampled from q, whose log-probabilities are stored
 
-and the weights are w = N softmax(s) over the chosen set: all K responses of a prompt, or all of a global batch.
+and the weights are w = N softmax(s) over the chosen set: all K responses of a prompt, or all of a global batch; or each prompt's Z
+runs over the whole batch (cross_batch).
 """
 
-import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
 
-from training.config import LambdaUnit, Normaliser, ReferenceFactor, ResponseRegime, VarConfig
-from training.objectives.objective import Columns, FloatArray, largest_of_sets
+from training.config import Normaliser, ReferenceFactor, ResponseRegime, VarConfig
+from training.objectives.cross import Cross, cross_batch_weights
+from training.objectives.lambdas import check_lambda, resolve_lambda
+from training.objectives.objective import Columns, FloatArray, Objective, check_column
 from training.objectives.sft import weighted_nll
+from training.objectives.transforms import transform_rewards
+from training.objectives.weights import softmax_weights
 
 # R responses of a global batch, G groups (prompts)
 
 
 @dataclass(frozen=True)
-class Var:
-    """The weighted SFT loss sum_i w_i sum_t nll_it / (N * Tbar). `lambda_` is in units of the stored reward."""
+class Var(Objective):
+    """The weighted SFT loss sum_i w_i sum_t nll_it / (N * Tbar). `lambda_` is in units of the reward."""
 
     lambda_: float
     regime: ResponseRegime
     normaliser: Normaliser
     reference_factor: ReferenceFactor
+    cross: Mapping[tuple[str, ...], Cross] = field(default_factory=dict)  # of cross_batch: by the row ids of a batch
 
     whole_groups = False
 
     def __post_init__(self) -> None:
         check_lambda(self.lambda_)
-        check_regime(self.regime, self.reference_factor)
+        check_regime(self.regime, self.reference_factor, self.normaliser)
 
     def weigh(self, columns: Columns) -> FloatArray:
         """Return weight_R >= 0 in float64, sum N over the global batch."""
-        check_rewards(columns)
+        if self.normaliser == Normaliser.cross_batch:
+            return self.weigh_cross(columns)
+        reward_R = check_rewards(columns)
         set_R = columns.group_R if self.normaliser == Normaliser.per_prompt else np.zeros_like(columns.group_R)
         if self.normaliser == Normaliser.per_prompt:
             check_groups(columns)
-        factor_R = reference_factor(columns, self) if self.regime == ResponseRegime.support else 0.0
-        assert columns.reward_R is not None
-        return softmax_weights(columns.reward_R, factor_R, set_R, lambda_=self.lambda_)
+        return softmax_weights(reward_R, self.base(columns), set_R, lambda_=self.lambda_)
+
+    def weigh_cross(self, columns: Columns) -> FloatArray:
+        """Return weight_R from the matrices of this batch."""
+        cross = self.cross[columns.row_ids]
+        base_GN = {
+            ReferenceFactor.sum: cross.logp_ref_GN,
+            ReferenceFactor.mean: cross.logp_ref_GN / columns.num_tokens_R,
+            ReferenceFactor.none: np.zeros_like(cross.logp_ref_GN),
+        }[self.reference_factor]
+        return cross_batch_weights(cross.reward_GN, base_GN, columns.group_R, lambda_=self.lambda_)
+
+    def base(self, columns: Columns) -> FloatArray:
+        """Return the score without the reward, in nats: f(l) for a fixed set, 0 for samples of pi_ref, else l - log q."""
+        if self.regime == ResponseRegime.support:
+            return reference_factor(columns, self.reference_factor)
+        if self.regime == ResponseRegime.from_reference:
+            return np.zeros(len(columns.group_R))
+        logq_R = check_column(
+            columns, columns.logq_R, "logq", objective="var", remedy="ingest the rows with their log q"
+        )
+        ratio_R: FloatArray = reference_factor(columns, ReferenceFactor.sum) - logq_R
+        return ratio_R
 
     def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
         """Return N * Tbar: the loss reads as nats per token."""
         return len(columns.group_R) * mean_tokens
 
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, group_R: Tensor) -> Tensor:
+    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
         """Return the negative log-likelihood, weighted and summed."""
         return weighted_nll(value_R, weight_R)
 
 
-def softmax_weights(
-    reward_R: FloatArray, factor_R: FloatArray | float, set_R: np.ndarray, *, lambda_: float
-) -> FloatArray:
-    """Return w_R = n softmax(factor + reward / lambda) within each set of n responses.
+def make_var(
+    config: VarConfig,
+    *,
+    regime: ResponseRegime,
+    columns: Columns,
+    cross: Mapping[tuple[str, ...], Cross] | None = None,
+) -> tuple[Var, Columns]:
+    """Return the objective of a config, and the columns with the rewards that it weighs.
 
-    The set's largest reward is taken off before the division: (r - max r) / lambda neither overflows for a tiny lambda nor moves when a
-    constant is added to the rewards. So at least one score of a set is finite and the weights always sum to n.
+    `columns` are those of the whole train split: what rewards are transformed over and lambda may be counted in.
     """
-    with np.errstate(over="ignore"):
-        score_R = factor_R + (reward_R - largest_of_sets(reward_R, set_R)) / lambda_
-    exp_R = np.exp(score_R - largest_of_sets(score_R, set_R))
-    count_S = np.bincount(set_R)
-    sum_S = np.bincount(set_R, weights=exp_R)
-    weights: FloatArray = (count_S / sum_S)[set_R] * exp_R
-    return weights
-
-
-def reference_factor(columns: Columns, objective: Var) -> FloatArray:
-    """Return f(l): the summed log-probability, its mean over trained tokens, or zeros. Checked only where it is used."""
-    if objective.reference_factor == ReferenceFactor.none:
-        return np.zeros(len(columns.group_R))
-    check_column(columns, columns.logp_ref_R, "logp_ref", "score the reference again")
-    assert columns.logp_ref_R is not None
-    if objective.reference_factor == ReferenceFactor.mean:
-        mean: FloatArray = columns.logp_ref_R / columns.num_tokens_R
-        return mean
-    return columns.logp_ref_R
-
-
-def lambda_in_reward_units(config: VarConfig, columns: Columns) -> float:
-    """Return lambda as the objective divides by it; `columns` are those of the whole train split.
-
-    `reward_std` counts in within-prompt standard deviations: sqrt(sum_g sum_k (r_gk - mean_g)^2 / sum_g (K_g - 1)).
-    """
-    check_lambda(config.lambda_)
-    if config.lambda_unit == LambdaUnit.reward:
-        return config.lambda_
+    var = Var(
+        lambda_=config.lambda_,
+        regime=regime,
+        normaliser=config.normaliser,
+        reference_factor=config.reference_factor,
+        cross=cross or {},
+    )
     check_rewards(columns)
-    variance = within_group_variance(columns.reward_R, columns.group_R)
-    if not variance > 0:
+    base_R = var.base(columns)
+    transformed = transform_rewards(columns, config, base_R=base_R)
+    lambda_ = resolve_lambda(
+        config.lambda_,
+        config.lambda_unit,
+        reward_R=check_rewards(transformed),
+        base_R=base_R,
+        group_R=columns.group_R,
+    )
+    return replace(var, lambda_=lambda_), transformed
+
+
+def reference_factor(columns: Columns, factor: ReferenceFactor) -> FloatArray:
+    """Return f(l): the summed log-probability, its mean over trained tokens, or zeros. Checked only where it is used."""
+    if factor == ReferenceFactor.none:
+        return np.zeros(len(columns.group_R))
+    logp_ref_R = check_column(
+        columns, columns.logp_ref_R, "logp_ref", objective="var", remedy="score the reference again"
+    )
+    if factor == ReferenceFactor.mean:
+        mean: FloatArray = logp_ref_R / columns.num_tokens_R
+        return mean
+    return logp_ref_R
+
+
+def check_regime(regime: ResponseRegime, factor: ReferenceFactor, normaliser: Normaliser) -> None:
+    """Raise ValueError for a reference factor or a normaliser that a sampled regime does not have."""
+    if regime != ResponseRegime.support and normaliser == Normaliser.cross_batch:
         raise ValueError(
-            "lambda_unit reward_std: within every prompt all rewards are equal, so there is no standard deviation to count in; "
-            "expected rewards that differ; check the scorer, or set lambda_unit to reward"
+            f"normaliser cross_batch: not defined for responses {regime}: what was sampled for one prompt is no sample of "
+            "another's answers; set it to per_prompt or in_batch"
         )
-    return config.lambda_ * math.sqrt(variance)
-
-
-def within_group_variance(value_R: FloatArray | None, group_R: np.ndarray) -> float:
-    """Return the pooled variance within groups, unbiased; 0 where every group has a single member."""
-    assert value_R is not None
-    count_G = np.bincount(group_R)
-    mean_G = np.bincount(group_R, weights=value_R) / count_G
-    degrees = int((count_G - 1).sum())
-    return float(((value_R - mean_G[group_R]) ** 2).sum() / degrees) if degrees else 0.0
-
-
-def check_lambda(lambda_: float) -> None:
-    """Raise ValueError unless lambda is a finite number above 0."""
-    if not (math.isfinite(lambda_) and lambda_ > 0):
+    if regime == ResponseRegime.from_behaviour and factor != ReferenceFactor.sum:
         raise ValueError(
-            f"lambda: got {lambda_}, expected a finite number above 0; towards 0 the best response alone counts, "
-            "towards infinity the reference alone"
-        )
-
-
-def check_regime(regime: ResponseRegime, factor: ReferenceFactor) -> None:
-    """Raise ValueError for a regime whose weights cannot be computed, or a factor that is wrong in it."""
-    if regime == ResponseRegime.from_behaviour:
-        raise ValueError(
-            "responses from_behaviour: its weight needs log q(y|x) of the policy that sampled the responses, and the rows store "
-            "none; expected support or from_reference; ingest the responses as support if they are a fixed set"
+            f"reference_factor {factor}: not defined for responses from_behaviour, whose importance weight holds log pi_ref "
+            "as a whole; set it to sum"
         )
     if regime == ResponseRegime.from_reference and factor == ReferenceFactor.mean:
         raise ValueError(
@@ -135,22 +148,9 @@ def check_regime(regime: ResponseRegime, factor: ReferenceFactor) -> None:
         )
 
 
-def check_rewards(columns: Columns) -> None:
-    """Raise ValueError for missing, NaN or infinite rewards, with the rows."""
-    check_column(columns, columns.reward_R, "reward", "score the rewards again")
-
-
-def check_column(columns: Columns, value_R: FloatArray | None, name: str, remedy: str) -> None:
-    """Raise ValueError unless the column is there and finite."""
-    if value_R is None:
-        raise ValueError(f"{name}: no such column; the objective var needs one for these responses; {remedy}")
-    bad_R = ~np.isfinite(value_R)
-    if bad_R.any():
-        rows = [columns.row_ids[g] for g in np.unique(columns.group_R[bad_R])]
-        raise ValueError(
-            f"{name}: {int(bad_R.sum())} of {len(value_R)} values are NaN or infinite, in {len(rows)} rows "
-            f"(first: {', '.join(rows[:3])}); expected finite numbers; {remedy}"
-        )
+def check_rewards(columns: Columns) -> FloatArray:
+    """Return the rewards; ValueError, with the rows, for missing, NaN or infinite ones."""
+    return check_column(columns, columns.reward_R, "reward", objective="var", remedy="score the rewards again")
 
 
 def check_groups(columns: Columns) -> None:

@@ -1,10 +1,28 @@
-"""What weights do, in numbers: how many responses still count, how far the reward moved them, whether they follow it."""
+"""Weights as softmax, and what they do in numbers: how many responses still count, how far the reward moved them, whether
+they follow it."""
 
 import numpy as np
 
 from training.objectives.objective import Columns, FloatArray, largest_of_sets
 
 # R responses of a global batch, G groups (prompts)
+
+COLLAPSED_ESS = 1.1  # responses: below this one response has nearly all of a prompt's weight
+
+
+def softmax_weights(reward_R: FloatArray, base_R: FloatArray, set_R: np.ndarray, *, lambda_: float) -> FloatArray:
+    """Return w_R = n softmax(base + reward / lambda) within each set of n responses.
+
+    The set's largest reward is taken off before the division: (r - max r) / lambda neither overflows for a tiny lambda nor moves when a
+    constant is added to the rewards. So at least one score of a set is finite and the weights always sum to n.
+    """
+    with np.errstate(over="ignore"):
+        score_R = base_R + (reward_R - largest_of_sets(reward_R, set_R)) / lambda_
+    exp_R = np.exp(score_R - largest_of_sets(score_R, set_R))
+    count_S = np.bincount(set_R)
+    sum_S = np.bincount(set_R, weights=exp_R)
+    weights: FloatArray = (count_S / sum_S)[set_R] * exp_R
+    return weights
 
 
 def check_weights(weight_R: FloatArray) -> None:
@@ -18,8 +36,8 @@ def check_weights(weight_R: FloatArray) -> None:
 def describe_weights(columns: Columns, weight_R: FloatArray) -> dict[str, float]:
     """Return the figures of one global batch.
 
-    ess: effective sample size (sum w)^2 / sum w^2 as a share of K, mean over prompts. weight_max: the largest share of a
-    prompt's weight on one response. kl_weights: KL(w || uniform) in nats, mean over prompts. reward_tilt: weighted minus plain
+    ess: effective sample size (sum w)^2 / sum w^2 as a share of K, mean over prompts. ess_collapsed: share of prompts whose
+    effective sample size is below 1.1 responses. weight_max: the largest share of a prompt's weight on one response. kl_weights: KL(w || uniform) in nats, mean over prompts. reward_tilt: weighted minus plain
     mean reward, in its units. argmax_agreement: share of prompts whose heaviest response has the best reward.
     Prompts whose weights are all zero (possible under in_batch) count for none of the per-prompt figures.
     """
@@ -33,6 +51,7 @@ def describe_weights(columns: Columns, weight_R: FloatArray) -> dict[str, float]
     kl_G = np.bincount(group_R, weights=share_R * log_R)
     figures = {
         "ess": float((1.0 / (square_G[alive_G] * count_G[alive_G])).mean()),
+        "ess_collapsed": float((1.0 / square_G[alive_G] < COLLAPSED_ESS).mean()),
         "weight_max": float(share_R.max()),
         "kl_weights": float(kl_G[alive_G].mean()),
     }
@@ -50,3 +69,11 @@ def argmax_agrees(columns: Columns, weight_R: FloatArray) -> np.ndarray:
     first = heavy[np.unique(columns.group_R[heavy], return_index=True)[1]]
     agrees: np.ndarray = best_R[first]
     return agrees
+
+
+def within_group_variance(value_R: FloatArray, group_R: np.ndarray) -> float:
+    """Return the pooled variance within groups, unbiased; 0 where every group has a single member."""
+    count_G = np.bincount(group_R)
+    mean_G = np.bincount(group_R, weights=value_R) / count_G
+    degrees = int((count_G - 1).sum())
+    return float(((value_R - mean_G[group_R]) ** 2).sum() / degrees) if degrees else 0.0

@@ -1,0 +1,213 @@
+"""The job score_cross: rewards and reference log-probabilities of every response of a batch under every prompt of it.
+
+The batches are those that training will take, so the matrices hold for one batch plan and are kept with its digest. A finished
+batch is a file in `work/parts`, so a killed job goes on with the next one.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from training.config import CrossScoreConfig, Normaliser, ReferenceFactor, Runtime, VarConfig
+from training.data.batch import digest_plan, plan_steps
+from training.data.examples import Example, load_examples, read_dropped, select_distinct
+from training.data.manifest import read_rows_manifest
+from training.data.rows import RowsWriter, join_parts, read_rows
+from training.job import Job, write_json
+from training.logprobs import check_head
+from training.metrics import MetricsWriter
+from training.model import check_context, digest_model, load_policy, start_torch
+from training.objectives.cross import Cross
+from training.objectives.var import check_regime
+from training.reference import Scorer, prepare_layout, score_groups
+from training.render import Rendered, Renderer, UnusableRow
+from training.reward.scorer import RewardScorer, load_scorer
+
+# G prompts and N responses of a global batch
+
+SCHEMA = pa.schema(
+    [
+        pa.field("step", pa.int32(), nullable=False),
+        pa.field("row_id", pa.string(), nullable=False),
+        pa.field(
+            "reward", pa.list_(pa.float64()), nullable=False
+        ),  # of each response of the batch under this row's prompt
+        pa.field("logp", pa.list_(pa.float64()), nullable=False),  # nats, summed over trained tokens
+    ]
+)
+MAX_PAIRS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The (prompt, response) pairs of one step: responses of all rows, and each prompt rendered with every one of them."""
+
+    step: int
+    rows: list[dict[str, Any]]
+    responses: list[str]
+    samples_GN: list[list[Rendered]]
+
+
+def run(job: Job) -> None:
+    """Score every batch: `scores.parquet`, `manifest.json` and `summary.json` in `output`. ValueError above MAX_PAIRS pairs."""
+    config = CrossScoreConfig.model_validate(job.config)
+    runtime = Runtime.model_validate(job.runtime)
+    device = start_torch(runtime)
+    started = time.monotonic()
+    check_regime(read_rows_manifest(job.inputs["rows"]).regime, ReferenceFactor.sum, Normaliser.cross_batch)
+    model, tokenizer = load_policy(job.inputs["base"], precision=config.precision, device=device)
+    check_head(model)
+    check_context(model, config.max_tokens)
+    renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
+    unscored = read_dropped(job.inputs["reference"])
+    examples, _ = load_examples(
+        job.inputs["rows"], renderer, select=select_distinct, min_responses=2, unscored=frozenset(unscored)
+    )
+    batches = plan_batches(examples, config)
+    summary = check_cost(batches, max_pairs=MAX_PAIRS)
+    scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
+    prepare_layout(scorer)
+    rewards = load_scorer(
+        job.inputs["scorer"],
+        render=config.reward.render,
+        max_tokens=config.reward.max_tokens,
+        precision=config.reward.precision,
+        device=device,
+    )
+    rewards.check()
+    parts = score_batches(scorer, rewards, batches)
+    join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
+    digests = asdict(digest_model(job.inputs["base"], tokenizer))
+    write_json(job.output / "manifest.json", {"plan": digest_batches(batches), "model": digests})
+    job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def plan_batches(examples: Sequence[Example], config: CrossScoreConfig | VarConfig) -> list[list[Example]]:
+    """Return the rows of every step of the run."""
+    steps = plan_steps(len(examples), batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed)
+    return [[examples[index] for index in step] for step in steps]
+
+
+def digest_batches(batches: Sequence[Sequence[Example]]) -> str:
+    """Return 64 hex digits over the rows of every step and the token ids of their responses."""
+    order = json.dumps([[example.row_id for example in batch] for batch in batches])
+    examples = {example.row_id: example for batch in batches for example in batch}
+    ids = (sample.ids_T.tobytes() for _, example in sorted(examples.items()) for sample in example.samples)
+    return digest_plan([order, *ids])
+
+
+def check_cost(batches: Sequence[Sequence[Example]], *, max_pairs: int) -> dict[str, Any]:
+    """Say what is about to be scored, and return it; ValueError where it is more than `max_pairs`."""
+    responses = [sum(len(example.samples) for example in batch) for batch in batches]
+    pairs = sum(len(batch) * count for batch, count in zip(batches, responses, strict=True))
+    once = sum(
+        len(example.samples) for example in {example.row_id: example for batch in batches for example in batch}.values()
+    )
+    cost = (
+        f"{pairs} pairs of prompt and response in {len(batches)} batches, {pairs / once:.1f} times the {once} responses"
+    )
+    if pairs > max_pairs:
+        raise ValueError(
+            f"score_cross: {cost}; expected at most {max_pairs}; lower batch_prompts or epochs, or normalise in_batch"
+        )
+    sys.stderr.write(f"score_cross: {cost}, each through reference and reward model\n")
+    return {"steps": len(batches), "pairs": pairs, "responses": once}
+
+
+def score_batches(scorer: Scorer, rewards: RewardScorer, batches: Sequence[Sequence[Example]]) -> list[Path]:
+    """Score every batch that has no finished part yet; return the parts in the order of the steps."""
+    job, parts = scorer.job, []
+    (job.work / "parts").mkdir(parents=True, exist_ok=True)
+    wanted = {example.row_id for batch in batches for example in batch}
+    rows = {
+        row["row_id"]: row
+        for batch in read_rows(job.inputs["rows"], split="train", columns=["row_id", "prompt", "responses"])
+        for row in batch.to_pylist()
+        if row["row_id"] in wanted
+    }
+    with MetricsWriter(job.output / "metrics.jsonl", total=len(batches)) as metrics:
+        for step, batch in enumerate(batches):
+            part = job.work / "parts" / f"part-{step:06d}.parquet"
+            parts.append(part)
+            if is_finished(part, [example.row_id for example in batch]):
+                continue
+            job.check_stop()
+            started = time.monotonic()
+            pairs = make_pairs(scorer.renderer, step, batch, rows)
+            with RowsWriter(part, SCHEMA) as out:
+                out.write(score_pairs(scorer, rewards, pairs))
+            seconds = time.monotonic() - started
+            metrics.write(step + 1, {"score/pairs_per_second": len(batch) * len(pairs.responses) / seconds})
+    return parts
+
+
+def is_finished(part: Path, row_ids: list[str]) -> bool:
+    """Return whether a part is there and of these very rows."""
+    return part.is_file() and pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist() == row_ids
+
+
+def make_pairs(renderer: Renderer, step: int, batch: Sequence[Example], rows: dict[str, dict[str, Any]]) -> Pairs:
+    """Render every prompt of a batch with all its responses; ValueError naming the row for which one does not fit."""
+    chosen = [rows[example.row_id] for example in batch]
+    responses = [rows[example.row_id]["responses"][place] for example in batch for place in example.places]
+    samples_GN = []
+    for row in chosen:
+        try:
+            samples_GN.append(renderer.row(row["prompt"], responses))
+        except UnusableRow as unusable:
+            raise ValueError(
+                f"score_cross, step {step}: the prompt of row {row['row_id']} with a response of another row: {unusable}; "
+                "expected that every response of a batch fits under every prompt of it; raise max_tokens, or normalise in_batch"
+            ) from unusable
+    return Pairs(step, chosen, responses, samples_GN)
+
+
+def score_pairs(scorer: Scorer, rewards: RewardScorer, pairs: Pairs) -> list[dict[str, Any]]:
+    """Return a batch's rows of the matrices."""
+    G, N = len(pairs.rows), len(pairs.responses)
+    logps, _ = score_groups(scorer, pairs.samples_GN)
+    prompts = [row["prompt"] for row in pairs.rows for _ in pairs.responses]
+    reward, _ = rewards.score(prompts, pairs.responses * G, budget=scorer.runtime.microbatch_tokens)
+    bad = sorted({pairs.rows[n // N]["row_id"] for n in np.flatnonzero(~np.isfinite(reward))})
+    if bad:
+        raise ValueError(
+            f"reward model {rewards.model.name_or_path}: got NaN or infinite rewards under the prompts of {len(bad)} rows "
+            f"({', '.join(bad[:3])}), expected finite ones; try precision float32, or another model"
+        )
+    return [
+        {
+            "step": pairs.step,
+            "row_id": row["row_id"],
+            "reward": reward[n * N : (n + 1) * N].tolist(),
+            "logp": logps[n],
+        }
+        for n, row in enumerate(pairs.rows)
+    ]
+
+
+def read_cross(folder: Path, batches: Sequence[Sequence[Example]]) -> dict[tuple[str, ...], Cross]:
+    """Return the matrices of each batch by its row ids in order; ValueError for those of another batch plan."""
+    stated = json.loads((folder / "manifest.json").read_text())["plan"]
+    expected = digest_batches(batches)
+    if stated != expected:
+        raise ValueError(
+            f"cross folder {folder}: the matrices are of the batch plan {stated[:12]}, this run's is {expected[:12]}; expected the "
+            "same rows, seed, epochs, global batch and max_tokens; score the batches of this run"
+        )
+    found: dict[int, list[dict[str, Any]]] = {}
+    for row in pq.read_table(folder / "scores.parquet").to_pylist():
+        found.setdefault(row["step"], []).append(row)
+    return {
+        tuple(row["row_id"] for row in rows): Cross(
+            reward_GN=np.array([row["reward"] for row in rows]), logp_ref_GN=np.array([row["logp"] for row in rows])
+        )
+        for rows in found.values()
+    }
