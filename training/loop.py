@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
 from training.config import Precision, Runtime, Schedule
+from training.distributed import ALONE, World
 from training.job import Job
 from training.metrics import MetricsWriter
 
@@ -67,18 +68,25 @@ class Settings:
 
 
 def run_steps(
-    model: nn.Module, work: Work, settings: Settings, *, job: Job, runtime: Runtime, identity: dict[str, Any]
+    model: nn.Module,
+    work: Work,
+    settings: Settings,
+    *,
+    job: Job,
+    runtime: Runtime,
+    identity: dict[str, Any],
+    world: World = ALONE,
 ) -> Progress:
     """Train `model` in place from the newest checkpoint, or from the start, to the last step.
 
     Writes `output/metrics.jsonl` and `work/checkpoints`. Interrupted when told to stop, after a checkpoint of the last whole
     step. ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
     """
-    device = next(model.parameters()).device
+    device = world.device
     torch.manual_seed(settings.seed)
     optimiser = make_optimiser(model, settings)
     folder = job.work / "checkpoints"
-    progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, device=device)
+    progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, world=world)
     trainer = Trainer(model, optimiser, work, settings, runtime, job, progress)
     with MetricsWriter(
         job.output / "metrics.jsonl", total=work.num_steps, keep_bytes=progress.metrics_bytes
@@ -93,7 +101,15 @@ def run_steps(
             every = runtime.checkpoint_every_steps
             due = every > 0 and progress.step % every == 0 and 0 < progress.step < work.num_steps
             if job.stop.is_set() or due:
-                save_checkpoint(folder, model=model, optimiser=optimiser, progress=progress, rng=rng, identity=identity)
+                save_checkpoint(
+                    folder,
+                    model=model,
+                    optimiser=optimiser,
+                    progress=progress,
+                    rng=rng,
+                    identity=identity,
+                    world=world,
+                )
             job.check_stop()
     return progress
 

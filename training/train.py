@@ -34,6 +34,7 @@ from training.data.examples import (
     select_distinct,
 )
 from training.data.rows import RowsWriter
+from training.distributed import World
 from training.job import Job
 from training.logprobs import check_head, check_layout, sum_logps
 from training.loop import Progress, Settings, run_steps
@@ -80,7 +81,8 @@ def run(job: Job) -> None:
     )
     write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
-    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity)
+    world = World(device)
+    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
     save_policy(model, tokenizer, job.output)
     figures = summarise_run(steps, progress, dropped) | summarise_weights(steps, objective)
     job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
