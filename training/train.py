@@ -36,7 +36,7 @@ from training.data.examples import (
 from training.data.rows import RowsWriter
 from training.distributed import World
 from training.job import Job
-from training.logprobs import check_head, check_layout, sum_logps
+from training.logprobs import Policy, check_head, check_layout, sum_logps
 from training.loop import Progress, Settings, run_steps
 from training.model import check_context, load_policy, save_policy, start_torch
 from training.objectives.objective import Columns, Objective
@@ -66,10 +66,11 @@ def run(job: Job) -> None:
     started = time.monotonic()
     # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
     model, tokenizer = load_policy(job.inputs["base"], precision=Precision.float32, device=device)
-    check_head(model)
+    policy = Policy(model)
+    check_head(policy)
     check_context(model, config.max_tokens)
     examples, dropped = gather_examples(job, config, Renderer(tokenizer, max_tokens=config.max_tokens))
-    check_layout(model, longest_groups(examples), layout=runtime.layout, device=device)
+    check_layout(policy, longest_groups(examples), layout=runtime.layout, device=device)
     objective = make_objective(job, config, gather_columns(examples))
     steps = Steps(
         examples,
@@ -82,7 +83,7 @@ def run(job: Job) -> None:
     write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
     world = World(device)
-    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
+    progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
     save_policy(model, tokenizer, job.output)
     figures = summarise_run(steps, progress, dropped) | summarise_weights(steps, objective)
     job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
