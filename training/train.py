@@ -4,12 +4,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import TypeAdapter
+from torch.distributed.fsdp import FSDPModule
 
 from training.config import (
     AnyTrainConfig,
@@ -34,7 +36,7 @@ from training.data.examples import (
     select_distinct,
 )
 from training.data.rows import RowsWriter
-from training.distributed import World
+from training.distributed import World, open_world
 from training.job import Job
 from training.logprobs import Policy, check_head, check_layout, sum_logps
 from training.loop import Progress, Settings, run_steps
@@ -44,6 +46,7 @@ from training.objectives.sft import Sft
 from training.objectives.var import Var, lambda_in_reward_units, reference_factor, within_group_variance
 from training.objectives.weights import argmax_agrees, describe_weights
 from training.render import Rendered, Renderer
+from training.sharding import gather_weights, load_sharded_policy
 from training.steps import Forwarded, Steps, gather_columns
 
 LOG = logging.getLogger(__name__)
@@ -62,31 +65,47 @@ def run(job: Job) -> None:
     """Train and write the model folder, `metrics.jsonl`, `weights.parquet` and `summary.json` to `output`."""
     config = TypeAdapter[VarConfig | SftConfig](AnyTrainConfig).validate_python(job.config)
     runtime = Runtime.model_validate(job.runtime)
-    device = start_torch(runtime)
+    with open_world(runtime, start_torch(runtime)) as world:
+        train(job, config, runtime, world)
+
+
+def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None:
+    """Train on this rank; the first one writes what all have in common."""
     started = time.monotonic()
-    # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
-    model, tokenizer = load_policy(job.inputs["base"], precision=Precision.float32, device=device)
-    policy = Policy(model)
+    policy, tokenizer = open_policy(job.inputs["base"], config, world)
     check_head(policy)
-    check_context(model, config.max_tokens)
+    check_context(policy.model, config.max_tokens)
     examples, dropped = gather_examples(job, config, Renderer(tokenizer, max_tokens=config.max_tokens))
-    check_layout(policy, longest_groups(examples), layout=runtime.layout, device=device)
+    check_layout(policy, longest_groups(examples), layout=runtime.layout, device=world.device)
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # what a forward pass leaves gathered, so that the optimiser sees parts
     objective = make_objective(job, config, gather_columns(examples))
     steps = Steps(
         examples,
         objective,
-        PolicyForward(device, runtime.layout),
+        PolicyForward(world.device, runtime.layout),
         batch_prompts=config.batch_prompts,
         epochs=config.epochs,
         seed=config.seed,
     )
-    write_weights(job, steps)
+    if world.is_first:
+        write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
-    world = World(device)
     progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
-    save_policy(model, tokenizer, job.output)
-    figures = summarise_run(steps, progress, dropped) | summarise_weights(steps, objective)
-    job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
+    weights = gather_weights(policy.model, world) if world.size > 1 else None
+    if world.is_first:
+        save_policy(policy.model, tokenizer, job.output, weights=weights)
+        figures = summarise_run(steps, progress, dropped) | summarise_weights(steps, objective)
+        job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def open_policy(folder: Path, config: TrainConfig, world: World) -> tuple[Policy, Any]:
+    """Return (policy, tokenizer), whole on one rank, sharded over several."""
+    if world.size > 1:
+        return load_sharded_policy(folder, world, precision=config.precision)
+    # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
+    model, tokenizer = load_policy(folder, precision=Precision.float32, device=world.device)
+    return Policy(model), tokenizer
 
 
 class PolicyForward:
