@@ -2,21 +2,31 @@
 
 A checkpoint is a folder `step-00000012`, written beside its final name and renamed when every byte is on disk, so one that
 can be seen is whole. The newest one wins and the older are deleted.
+
+Weights and optimiser state lie in `tensors/`, a file of each rank with the rank's part of every tensor, as torch's
+distributed checkpoints have them: any number of ranks reads what any other number wrote.
 """
 
 import dataclasses
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from training.distributed import ALONE, World
 from training.job import write_json
 
 
@@ -55,25 +65,59 @@ def save_checkpoint(
     progress: Progress,
     rng: dict[str, Tensor],
     identity: dict[str, Any],
+    world: World = ALONE,
 ) -> None:
-    """Write a checkpoint below `folder`, then delete the older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint below `folder`, then delete the older ones. Every rank calls it; the first one publishes."""
     final = folder / f"step-{progress.step:08d}"
     partial = final.with_name(final.name + ".partial")
-    for stale in (partial, final):  # a rerun may reach the same step again
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir()
-    save_file(model_tensors(model), partial / "model.safetensors")
-    save_file(optimiser_tensors(model, optimiser), partial / "optimiser.safetensors")
-    save_file(rng, partial / "rng.safetensors")
-    write_json(partial / "state.json", {"progress": dataclasses.asdict(progress), "identity": identity})
-    for path in (*partial.iterdir(), partial):
+    if world.is_first:
+        for stale in (partial, final):  # a rerun may reach the same step again
+            shutil.rmtree(stale, ignore_errors=True)
+        (partial / "tensors").mkdir(parents=True)
+    world.barrier()
+    tensors = {name: tensor.contiguous() for name, tensor in model_tensors(model).items()}
+    write_tensors(partial / "tensors", tensors | optimiser_tensors(model, optimiser), world)
+    if world.is_first:
+        save_file(rng, partial / "rng.safetensors")
+        state = {"progress": dataclasses.asdict(progress), "identity": identity, "shards": shard_sizes(partial)}
+        write_json(partial / "state.json", state)
+        publish(partial, final)
+    world.barrier()
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
+    """Write every rank's part of the tensors to a file of its own."""
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with own_errors():
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+
+
+def shard_sizes(checkpoint: Path) -> dict[str, int]:
+    """Return the bytes of each file of tensors by name."""
+    return {path.name: path.stat().st_size for path in sorted((checkpoint / "tensors").iterdir())}
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a written checkpoint its name once all of it is on disk, and delete the older ones."""
+    for path in (*partial.rglob("*"), partial):
         flush(path)
     partial.rename(final)
-    flush(folder)
-    for other in folder.iterdir():
+    flush(final.parent)
+    for other in final.parent.iterdir():
         if other != final:
             shutil.rmtree(other)
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise what went wrong on a rank itself, not torch's wrapping of it, which is no Exception and hides a full disk."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank needs none
+            yield
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise cause from error
 
 
 def flush(path: Path) -> None:
@@ -91,11 +135,12 @@ def restore_checkpoint(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     identity: dict[str, Any],
-    device: torch.device,
+    world: World = ALONE,
 ) -> Progress:
     """Load the newest checkpoint below `folder` into model, optimiser and generators; a fresh Progress where there is none.
 
-    ValueError for a checkpoint of another run (config or batch plan), with the differing fields, and for a damaged one.
+    Every rank calls it. ValueError for a checkpoint of another run (config or batch plan), with the differing fields, and
+    for a damaged one.
     """
     found = sorted(path for path in folder.glob("step-*") if not path.name.endswith(".partial"))
     if not found:
@@ -103,16 +148,31 @@ def restore_checkpoint(
     newest = found[-1]
     try:
         state = json.loads((newest / "state.json").read_text())
-        weights = load_file(newest / "model.safetensors", device=str(device))
-        moments = load_file(newest / "optimiser.safetensors", device=str(device))
+        if (sizes := shard_sizes(newest)) != state["shards"]:
+            raise OSError(f"files of tensors are {sizes}, expected {state['shards']}")
         rng = load_file(newest / "rng.safetensors")
+        check_identity(newest, state["identity"], identity)
+        read_tensors(newest / "tensors", model, optimiser, world)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"checkpoint {newest}: damaged ({error}); delete it to start over") from error
-    check_identity(newest, state["identity"], identity)
-    load_tensors(model, weights)
-    load_optimiser(model, optimiser, moments)
-    write_rng(rng, device)
+    write_rng(rng, world.device)
     return Progress(**state["progress"])
+
+
+def read_tensors(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, world: World) -> None:
+    """Read this rank's part of weights and optimiser state, in place; the optimiser has taken no step yet."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    stored = reader.read_metadata().state_dict_metadata
+    own = model_tensors(model)
+    names = {name for name in stored if "|" not in name}
+    assert own.keys() == names, f"checkpoint and model differ in {sorted(own.keys() ^ names)[:5]}"
+    moments = make_optimiser_state(model, {name: stored[name] for name in stored if "|" in name})
+    with own_errors():
+        dcp.load({**own, **moments}, storage_reader=reader, no_dist=world.size == 1)
+    parameters = dict(model.named_parameters())
+    for key, tensor in moments.items():
+        name, kind = key.rsplit("|", 1)
+        optimiser.state[parameters[name]][kind] = tensor
 
 
 def check_identity(checkpoint: Path, got: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -131,22 +191,10 @@ def check_identity(checkpoint: Path, got: dict[str, Any], expected: dict[str, An
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters (tied ones once) and persistent buffers by name."""
+    """Return parameters (tied ones once) and persistent buffers by name, sharing their memory."""
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {
-        name: tensor.detach().contiguous() for name, tensor in {**dict(model.named_parameters()), **buffers}.items()
-    }
-
-
-def load_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy tensors into the model's parameters and buffers, in place."""
-    own = model_tensors(model)
-    assert own.keys() == tensors.keys(), f"checkpoint and model differ in {sorted(own.keys() ^ tensors.keys())[:5]}"
-    with torch.no_grad():
-        for name, tensor in {**dict(model.named_parameters()), **dict(model.named_buffers())}.items():
-            if name in tensors:
-                tensor.copy_(tensors[name])
+    return {name: tensor.detach() for name, tensor in {**dict(model.named_parameters()), **buffers}.items()}
 
 
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -158,9 +206,15 @@ def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dic
     }
 
 
-def load_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put stored state into an optimiser that has taken no step yet."""
+def make_optimiser_state(model: nn.Module, stored: dict[str, Any]) -> dict[str, Tensor]:
+    """Return room for stored optimiser state: what is as large as its parameter is sharded as that is."""
     parameters = dict(model.named_parameters())
-    for key, tensor in tensors.items():
-        name, kind = key.rsplit("|", 1)
-        optimiser.state[parameters[name]][kind] = tensor
+    state: dict[str, Tensor] = {}
+    for key, described in stored.items():
+        assert isinstance(described, TensorStorageMetadata)
+        parameter, dtype = parameters[key.rsplit("|", 1)[0]], described.properties.dtype
+        if described.size == parameter.shape:
+            state[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        else:
+            state[key] = torch.zeros(described.size, dtype=dtype, device=parameter.device)
+    return state

@@ -476,3 +476,9 @@ class Runtime(Config):
         title="Checkpoint cadence",
         description="Optimiser steps between checkpoints; 0 saves only when told to stop.",
     )
+    replicas: int = Field(
+        1,
+        ge=1,
+        title="Replicas",
+        description="Groups of ranks that hold a whole sharded model each, for several machines; a divisor of the ranks, at least 1.",
+    )

@@ -4,7 +4,7 @@ Hidden states are gathered before the output head, and the head runs over chunks
 [positions, vocabulary] is never held at once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,31 @@ MAX_LAYOUT_GAP = {
 CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
 
 
+class Policy(nn.Module):
+    """A causal language model as one module, whatever is computed with it: forward(compute, *arguments) is
+    compute(model, *arguments). What shards the parameters sees every use of them, the output head's too."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """Return compute(model, *arguments)."""
+        return compute(self.model, *arguments)
+
+
+def as_policy(model: Any) -> Policy:
+    """Return a language model as a policy; a policy as it is."""
+    return model if isinstance(model, Policy) else Policy(model)
+
+
 def sum_logps(model: Any, micro: MicroBatch) -> Tensor:
     """Return logp_B in nats, float64: the log-probability of each sample's trained tokens, stop token included.
 
-    Differentiable in the model's parameters. The log-softmax runs in float32 (float64 for a float64 model).
+    `model` is a causal language model or its Policy. Differentiable in the parameters. The log-softmax runs in float32
+    (float64 for a float64 model).
     """
-    parts = trained_logps(model, micro).double().split(micro.trained)
+    parts = as_policy(model)(trained_logps, micro).double().split(micro.trained)
     return torch.stack([logp_P.sum() for logp_P in parts])
 
 
@@ -58,24 +77,31 @@ def check_head(model: Any) -> None:
 
     Some architectures scale their logits behind the head; log-probabilities computed here would be of another model.
     """
-    kind = model.config.model_type
-    head = model.get_output_embeddings()
+    policy = as_policy(model)
+    kind = policy.model.config.model_type
+    head = policy.model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"model type {kind}: output head is {type(head).__name__}; expected a linear layer; not supported"
         )
+    gap, bound = policy(compare_logits)
+    if not gap <= bound:
+        raise ValueError(
+            f"model type {kind}: its logits differ by {gap:.3g} from hidden states times output embedding (scaled "
+            "logits); expected equal ones; this architecture is not supported"
+        )
+
+
+def compare_logits(model: Any) -> tuple[float, float]:
+    """Return how far a model's logits of some ids are from hidden states times output embedding, and how far they may be."""
+    head = model.get_output_embeddings()
     ids_BT = torch.arange(6, device=head.weight.device).view(1, 6)
     with torch.no_grad():
         expected = model(input_ids=ids_BT, use_cache=False).logits
         got = head(model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
         if softcap := getattr(model.config, "final_logit_softcapping", None):
             got = softcap * torch.tanh(got / softcap)
-    gap = (expected - got).abs().max().item()
-    if not gap <= 1e-4 * max(1.0, expected.abs().max().item()):
-        raise ValueError(
-            f"model type {kind}: its logits differ by {gap:.3g} from hidden states times output embedding (scaled "
-            "logits); expected equal ones; this architecture is not supported"
-        )
+    return (expected - got).abs().max().item(), 1e-4 * max(1.0, expected.abs().max().item())
 
 
 def check_layout(model: Any, groups: Sequence[Sequence[Rendered]], *, layout: Layout, device: torch.device) -> None:
@@ -86,11 +112,13 @@ def check_layout(model: Any, groups: Sequence[Sequence[Rendered]], *, layout: La
     """
     samples = [sample for group in groups for sample in group]
     group_B = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
-    with torch.inference_mode():
-        expected = torch.cat([trained_logps(model, collate([sample], device=device)) for sample in samples])
+    policy = as_policy(model)
+    with torch.no_grad():
+        alone = [policy(trained_logps, collate([sample], device=device)) for sample in samples]
         if layout == Layout.tree:
-            enable_trees(model)
-        got = trained_logps(model, lay_out(samples, group_B, device=device, layout=layout))
+            enable_trees(policy.model)
+        got = policy(trained_logps, lay_out(samples, group_B, device=device, layout=layout))
+    expected = torch.cat(alone)
     gap = (got - expected).abs().mean().item()
     bound = MAX_LAYOUT_GAP[next(model.parameters()).dtype]
     if not gap <= bound:
@@ -100,7 +128,7 @@ def check_layout(model: Any, groups: Sequence[Sequence[Rendered]], *, layout: La
             else "what it computes depends on the longest row beside it (dynamic RoPE, say): lower max_tokens until no row is that long"
         )
         raise ValueError(
-            f"model type {model.config.model_type}, layout {layout.value}: log-probabilities differ by {gap:.3g} nats per token from those of "
+            f"model type {policy.model.config.model_type}, layout {layout.value}: log-probabilities differ by {gap:.3g} nats per token from those of "
             f"each response alone; expected at most {bound}; {remedy}"
         )
 

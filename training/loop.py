@@ -1,21 +1,25 @@
 """The only training loop: steps, micro-batches and a scalar loss. It knows no objective, no rows and no model family.
 
 Every part of a step contributes its share of the loss of the global batch: parts are added up, never averaged, so the cut
-into micro-batches changes nothing but speed and memory.
+into micro-batches, and which rank runs which, change nothing but speed and memory.
 """
 
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
 from training.config import Precision, Runtime, Schedule
-from training.job import Job
+from training.distributed import ALONE, World
+from training.job import Interrupted, Job
 from training.metrics import MetricsWriter
 
 MAX_SKIPPED_IN_ROW = 3
@@ -29,6 +33,10 @@ class Part:
     num_tokens: int  # without padding
     num_padded: int  # with padding
     figures: dict[str, float] = field(default_factory=dict)
+
+    def nothing(self) -> "Part":
+        """Return a part whose every share is zero: what a rank runs to keep in step with the others."""
+        return Part(self.loss * 0.0, 0, 0, dict.fromkeys(self.figures, 0.0))
 
 
 class Work(Protocol):
@@ -67,34 +75,54 @@ class Settings:
 
 
 def run_steps(
-    model: nn.Module, work: Work, settings: Settings, *, job: Job, runtime: Runtime, identity: dict[str, Any]
+    model: nn.Module,
+    work: Work,
+    settings: Settings,
+    *,
+    job: Job,
+    runtime: Runtime,
+    identity: dict[str, Any],
+    world: World = ALONE,
 ) -> Progress:
     """Train `model` in place from the newest checkpoint, or from the start, to the last step.
 
-    Writes `output/metrics.jsonl` and `work/checkpoints`. Interrupted when told to stop, after a checkpoint of the last whole
-    step. ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
+    Writes `output/metrics.jsonl` and `work/checkpoints`; with several ranks each calls it, and the first writes the metrics.
+    Interrupted when any rank was told to stop, after a checkpoint of the last whole step. ValueError after three steps in a
+    row with a non-finite loss or gradient, and for a checkpoint of another run.
     """
-    device = next(model.parameters()).device
     torch.manual_seed(settings.seed)
     optimiser = make_optimiser(model, settings)
     folder = job.work / "checkpoints"
-    progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, device=device)
-    trainer = Trainer(model, optimiser, work, settings, runtime, job, progress)
-    with MetricsWriter(
-        job.output / "metrics.jsonl", total=work.num_steps, keep_bytes=progress.metrics_bytes
-    ) as metrics:
+    progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, world=world)
+    trainer = Trainer(model, optimiser, work, settings, runtime, job, progress, world)
+    with ExitStack() as stack:
+        path = job.output / "metrics.jsonl"
+        if world.is_first:
+            metrics = MetricsWriter(path, total=work.num_steps, keep_bytes=progress.metrics_bytes)
+            stack.enter_context(metrics)
         while progress.step < work.num_steps:
-            rng = read_rng(device)
+            rng = read_rng(world.device)
             figures = trainer.take_step()
             if figures is not None:
-                metrics.write(progress.step, figures)
-                progress.metrics_bytes = metrics.offset()
-                rng = read_rng(device)
+                if world.is_first:
+                    metrics.write(progress.step, figures)
+                    progress.metrics_bytes = metrics.offset()
+                rng = read_rng(world.device)
             every = runtime.checkpoint_every_steps
             due = every > 0 and progress.step % every == 0 and 0 < progress.step < work.num_steps
-            if job.stop.is_set() or due:
-                save_checkpoint(folder, model=model, optimiser=optimiser, progress=progress, rng=rng, identity=identity)
-            job.check_stop()
+            stopped = world.any(job.stop.is_set())  # one answer, or some ranks would save while others go on
+            if stopped or due:
+                save_checkpoint(
+                    folder,
+                    model=model,
+                    optimiser=optimiser,
+                    progress=progress,
+                    rng=rng,
+                    identity=identity,
+                    world=world,
+                )
+            if stopped:
+                raise Interrupted(job.name)
     return progress
 
 
@@ -109,6 +137,7 @@ class Trainer:
     runtime: Runtime
     job: Job
     progress: Progress
+    world: World = ALONE
 
     def take_step(self) -> dict[str, float] | None:
         """Take the next step and return its metrics; None, with the model as before, when asked to stop within it."""
@@ -138,22 +167,29 @@ class Trainer:
     def accumulate(self, step: int) -> "Total | None":
         """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them."""
         total = Total()
-        kind = next(self.model.parameters()).device.type
+        kind = self.world.device.type
         wide = self.settings.precision == Precision.float32
-        for members in self.work.cut(step, budget=self.runtime.microbatch_tokens):
-            if self.job.stop.is_set():
+        shares = list(self.world.share(self.work.cut(step, budget=self.runtime.microbatch_tokens)))
+        for place, (members, counts) in enumerate(shares):
+            if self.world.any(self.job.stop.is_set()):
                 return None
+            if isinstance(self.model, FSDPModule):  # gradients are sharded at once, replicas add theirs up at the end
+                self.model.set_requires_all_reduce(place == len(shares) - 1)
             # Weights, gradients and optimiser stay in float32; bfloat16 is what the matrix products run in.
             with torch.autocast(kind, dtype=torch.bfloat16, enabled=not wide):
                 part = self.work.part(self.model, step, members)
+            if not counts:
+                part = part.nothing()
             part.loss.backward()
             total.add(part)
-        return total
+        return total.over(self.world)
 
     def update(self, step: int, *, loss: float) -> float:
         """Clip and apply the gradients, or skip the step when loss or gradient is not finite. Return the gradient norm."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if math.isfinite(loss) and math.isfinite(norm.item()):
             torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.max_grad_norm, norm)
             for group in self.optimiser.param_groups:
@@ -196,6 +232,13 @@ class Total:
         self.num_padded += part.num_padded
         for name, value in part.figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + value
+
+    def over(self, world: World) -> "Total":
+        """Return the sums over all ranks."""
+        loss, tokens, padded, *figures = world.sum(
+            [self.loss, self.num_tokens, self.num_padded, *self.figures.values()]
+        )
+        return Total(loss, int(tokens), int(padded), dict(zip(self.figures, figures, strict=True)))
 
 
 def learning_rate(settings: Settings, step: int, *, num_steps: int) -> float:

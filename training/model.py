@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training.config import Device, Precision, Runtime
@@ -39,6 +40,15 @@ def load_policy(folder: Path, *, precision: Precision, device: torch.device) -> 
     Weights are safetensors and no code of the folder runs. ValueError for a folder without weights, without tokenizer, for
     a tokenizer without chat template, and for one whose vocabulary is larger than the model's embedding.
     """
+    tokenizer = load_tokenizer(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision]
+    )
+    return prepare_model(model, tokenizer, folder).to(device).eval(), tokenizer
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of a policy's folder; ValueError as `load_policy`."""
     check_model_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
@@ -46,14 +56,16 @@ def load_policy(folder: Path, *, precision: Precision, device: torch.device) -> 
             f"model {folder}: the tokenizer has no chat template; expected one in tokenizer_config.json or "
             "chat_template.jinja; take the instruct version of the model or add its template"
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision]
-    )
+    return tokenizer
+
+
+def prepare_model(model: Any, tokenizer: Any, folder: Path) -> Any:
+    """Return the model, fit for the engine. ValueError for a vocabulary larger than its embedding."""
     check_vocabulary(model, tokenizer, folder)
     # An embedding with padding_idx drops the gradient of that id. Several tokenizers pad with their stop token, and the
     # engine never reads padding, so every id is to learn.
     model.get_input_embeddings().padding_idx = None
-    return model.to(device).eval(), tokenizer
+    return model
 
 
 @dataclass(frozen=True)
@@ -102,15 +114,16 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
         )
 
 
-def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_policy(model: Any, tokenizer: Any, folder: Path, *, weights: dict[str, Tensor] | None = None) -> None:
     """Write configuration, safetensors weights and tokenizer to the top of `folder`, each file whole or not at all.
 
-    Other files of the folder stay. A rerun after a kill overwrites what the first attempt left.
+    `weights` are those of a model that holds only a part of them. Other files of the folder stay. A rerun after a kill
+    overwrites what the first attempt left.
     """
     stage = folder / ".partial"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    model.save_pretrained(stage, safe_serialization=True)
+    model.save_pretrained(stage, state_dict=weights)
     tokenizer.save_pretrained(stage)
     for path in sorted(stage.iterdir()):
         path.replace(folder / path.name)

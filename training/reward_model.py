@@ -21,6 +21,7 @@ from training.config import RewardModelConfig, Runtime, Schedule
 from training.data.batch import cut_rows, pack_by_tokens
 from training.data.examples import Example, select_preferred_first
 from training.data.rows import read_rows
+from training.distributed import World
 from training.job import Job
 from training.loop import Settings, run_steps
 from training.model import check_context, check_model_folder, check_vocabulary, save_policy, start_torch
@@ -60,7 +61,8 @@ def run(job: Job) -> None:
     )
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
     model.train()  # the base's own dropout, drawn from the run's seed
-    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity)
+    world = World(device)
+    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
     model.eval()
     accuracy = measure_accuracy(model, pairs["heldout"], budget=runtime.microbatch_tokens)
     check_accuracy(accuracy, config)

@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import TypeAdapter
+from torch.distributed.fsdp import FSDPModule
 
 from training.config import (
     AnyTrainConfig,
@@ -41,8 +43,9 @@ from training.data.examples import (
 )
 from training.data.manifest import RowsManifest, check_reference, check_samples, read_rows_manifest
 from training.data.rows import RowsWriter
+from training.distributed import World, open_world
 from training.job import Job
-from training.logprobs import check_head, check_layout, sum_logps
+from training.logprobs import Policy, check_head, check_layout, sum_logps
 from training.loop import Progress, Settings, run_steps
 from training.model import ModelDigests, check_context, digest_model, load_policy, save_policy, start_torch
 from training.objectives.cross import Cross
@@ -53,6 +56,7 @@ from training.objectives.transforms import describe_transform
 from training.objectives.var import Var, check_rewards, make_var
 from training.objectives.weights import argmax_agrees, describe_weights, within_group_variance
 from training.render import Rendered, Renderer
+from training.sharding import gather_weights, load_sharded_policy
 from training.steps import Forwarded, Steps, gather_columns
 
 LOG = logging.getLogger(__name__)
@@ -71,17 +75,24 @@ def run(job: Job) -> None:
     """Train and write the model folder, `metrics.jsonl`, `weights.parquet` and `summary.json` to `output`."""
     config = TypeAdapter[VarConfig | SftConfig | DpoConfig](AnyTrainConfig).validate_python(job.config)
     runtime = Runtime.model_validate(job.runtime)
-    device = start_torch(runtime)
+    with open_world(runtime, start_torch(runtime)) as world:
+        train(job, config, runtime, world)
+
+
+def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None:
+    """Train on this rank; the first one writes what all have in common."""
     started = time.monotonic()
-    # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
-    model, tokenizer = load_policy(job.inputs["base"], precision=Precision.float32, device=device)
-    check_head(model)
-    check_context(model, config.max_tokens)
+    policy, tokenizer = open_policy(job.inputs["base"], config, world)
+    check_head(policy)
+    check_context(policy.model, config.max_tokens)
     manifest = read_rows_manifest(job.inputs["rows"])
-    check_columns(job, config, manifest, digest_model(job.inputs["base"], tokenizer))
+    if world.is_first:
+        check_columns(job, config, manifest, digest_model(job.inputs["base"], tokenizer))
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     examples, dropped = gather_examples(job, config, renderer, regime=manifest.regime)
-    check_layout(model, longest_groups(examples), layout=runtime.layout, device=device)
+    check_layout(policy, longest_groups(examples), layout=runtime.layout, device=world.device)
+    if isinstance(policy, FSDPModule):
+        policy.reshard()  # what a forward pass leaves gathered, so that the optimiser sees parts
     columns = gather_columns(examples)
     cross = None
     if isinstance(config, VarConfig) and StoredColumn.cross in config.columns:
@@ -90,20 +101,31 @@ def run(job: Job) -> None:
     steps = Steps(
         replace_rewards(examples, weighed),
         objective,
-        PolicyForward(device, runtime.layout),
+        PolicyForward(world.device, runtime.layout),
         batch_prompts=config.batch_prompts,
         epochs=config.epochs,
         seed=config.seed,
     )
-    if not objective.whole_groups:  # comparisons within a prompt weigh no response
+    if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
         write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
-    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity)
-    save_policy(model, tokenizer, job.output)
-    figures = summarise_run(steps, progress, dropped) | summarise_objective(steps, objective)
-    if isinstance(config, VarConfig):
-        figures |= describe_transform(columns, weighed, config)
-    job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
+    progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
+    weights = gather_weights(policy.model, world) if world.size > 1 else None
+    if world.is_first:
+        save_policy(policy.model, tokenizer, job.output, weights=weights)
+        figures = summarise_run(steps, progress, dropped) | summarise_objective(steps, objective)
+        if isinstance(config, VarConfig):
+            figures |= describe_transform(columns, weighed, config)
+        job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def open_policy(folder: Path, config: TrainConfig, world: World) -> tuple[Policy, Any]:
+    """Return (policy, tokenizer), whole on one rank, sharded over several."""
+    if world.size > 1:
+        return load_sharded_policy(folder, world, precision=config.precision)
+    # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
+    model, tokenizer = load_policy(folder, precision=Precision.float32, device=world.device)
+    return Policy(model), tokenizer
 
 
 class PolicyForward:

@@ -63,12 +63,15 @@ SETTINGS = Settings(
 @pytest.fixture
 def wide_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let Llama's norm compute in its input's type; the stock one goes through float32 and stops at 7e-4."""
+    widen_norms(monkeypatch)
 
+
+def widen_norms(patch: pytest.MonkeyPatch) -> None:
     def forward(self: Any, hidden: Tensor) -> Tensor:
         return self.weight * hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
     for norm in (LlamaRMSNorm, MistralRMSNorm):
-        monkeypatch.setattr(norm, "forward", forward)
+        patch.setattr(norm, "forward", forward)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from training import train
@@ -20,6 +22,7 @@ from training.job import EXIT_INTERRUPTED, Job
 
 IDENTITY = {"config": {"lambda_": 1.0}, "plan": "abc"}
 CPU = torch.device("cpu")
+SHARD = "tensors/shard-00001-model-00001-of-00001.safetensors"
 
 
 def make_trained() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -44,7 +47,7 @@ def restore(folder: Path, *, identity: dict[str, Any] = IDENTITY) -> tuple[nn.Mo
     torch.manual_seed(99)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
-    progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, device=CPU)
+    progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity)
     return model, optimiser, progress
 
 
@@ -77,8 +80,11 @@ def test_the_newest_wins_and_the_older_is_deleted(tmp_path: Path) -> None:
 
 def test_nothing_but_safetensors_and_json(tmp_path: Path) -> None:
     save(tmp_path, step=1)
-    files = {p.name for p in (tmp_path / "step-00000001").iterdir()}
-    assert files == {"model.safetensors", "optimiser.safetensors", "rng.safetensors", "state.json"}
+    checkpoint = tmp_path / "step-00000001"
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert files == {SHARD, "rng.safetensors", "state.json"}
+    stored = load_file(checkpoint / SHARD)  # as anything else reads safetensors
+    assert {"0.weight", "0.weight|exp_avg", "1.running_mean"} < stored.keys()
 
 
 def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
@@ -93,13 +99,36 @@ def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
         restore(tmp_path, identity={**IDENTITY, "config": {"lambda_": 2.0}})
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimiser.safetensors", "state.json"])
+@pytest.mark.parametrize("name", [SHARD, "rng.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     save(tmp_path, step=1)
     path = tmp_path / "step-00000001" / name
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"step-00000001: damaged .*delete it to start over"):
         restore(tmp_path)
+
+
+def test_a_missing_file_of_tensors_is_named(tmp_path: Path) -> None:
+    """The part of another rank, which nothing else would miss."""
+    save(tmp_path, step=1)
+    (tmp_path / "step-00000001" / SHARD).unlink()
+    with pytest.raises(ValueError, match=r"damaged \(files of tensors are \{\}, expected \{'shard-00001"):
+        restore(tmp_path)
+
+
+def test_a_full_disk_is_said_as_such(tmp_path: Path) -> None:
+    """torch wraps what fails in a checkpoint into something that is no Exception."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save(tmp_path, step=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save(tmp_path, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert restore(tmp_path)[2].step == 1
 
 
 @pytest.fixture

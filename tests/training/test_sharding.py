@@ -1,0 +1,172 @@
+"""A policy over several ranks: read in parts, trained as on one rank, stopped together, resumed on any number."""
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from tests.ranks import Ranks
+from training.config import Precision, Runtime, SftConfig
+from training.distributed import ALONE, World
+from training.job import Interrupted, Job
+from training.model import load_policy
+from training.sharding import gather_weights, load_sharded_policy
+from training.train import train
+
+CONFIG = SftConfig(responses="all", batch_prompts=4, epochs=4, max_tokens=96, learning_rate=1e-3)
+
+
+def read_policy(world: World, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
+    """Return the gathered weights, the buffers, and how many numbers this rank holds itself."""
+    policy, _ = load_sharded_policy(folder, world, precision=Precision.float32)
+    held = sum(p.to_local().numel() for p in policy.parameters())  # type: ignore[attr-defined]
+    return gather_weights(policy.model, world), dict(policy.model.named_buffers()), held
+
+
+@pytest.fixture(scope="module")
+def tied_policy(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tied embeddings, bfloat16, several files, as larger models come."""
+    folder = tmp_path_factory.mktemp("tied")
+    shutil.copytree(tiny_policy, folder, dirs_exist_ok=True)
+    (folder / "model.safetensors").unlink()
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy, dtype=torch.bfloat16)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base_policy(tied_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of the base model alone, whose names lack the prefix."""
+    folder = tmp_path_factory.mktemp("base")
+    shutil.copytree(tied_policy, folder, dirs_exist_ok=True)
+    for path in folder.glob("model*"):
+        path.unlink()
+    state = AutoModelForCausalLM.from_pretrained(tied_policy).model.state_dict()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(("name", "size"), [("tiny_policy", 2), ("tied_policy", 4), ("base_policy", 3)])
+def test_parts_are_read_as_the_whole_is(name: str, size: int, request: pytest.FixtureRequest, ranks: Ranks) -> None:
+    folder: Path = request.getfixturevalue(name)
+    model, _ = load_policy(folder, precision=Precision.float32, device=ALONE.device)
+    (weights, buffers, _), *others = results = ranks.run(read_policy, size=size, folder=folder)
+    expected = model.state_dict()
+    assert weights.keys() == expected.keys() and not any(other[0] for other in others)
+    assert all(torch.equal(weights[n], t) and weights[n].dtype == t.dtype for n, t in expected.items())
+    assert buffers.keys() == dict(model.named_buffers()).keys()
+    assert all(torch.equal(buffers[n], t) for n, t in model.named_buffers())
+    held = [held for _, _, held in results]
+    assert sum(held) == sum(p.numel() for p in model.parameters()) and max(held) < 0.6 * sum(held)
+
+
+def refuse_policy(world: World, folder: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_sharded_policy(folder, world, precision=Precision.float32)
+    return str(caught.value)
+
+
+def test_a_tensor_that_is_not_there_is_named(tiny_policy: Path, tmp_path: Path, ranks: Ranks) -> None:
+    folder = tmp_path / "policy"
+    shutil.copytree(tiny_policy, folder)
+    state = load_file(folder / "model.safetensors")
+    state["lm_head.weights"] = state.pop("lm_head.weight")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    for message in ranks.run(refuse_policy, size=2, folder=folder):
+        assert "1 tensors of llama are not in its files" in message and "first: lm_head.weight)" in message
+        assert message.endswith("or set runtime.ranks to 1")
+
+
+@pytest.fixture
+def make_train_job(tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any) -> Callable[..., Job]:
+    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(12)]
+    inputs = {"rows": write_rows(tmp_path / "rows", rows), "base": tiny_policy}
+
+    def make(name: str) -> Job:
+        folder = tmp_path / name
+        for part in ("output", "work"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        return Job("train", {}, {}, inputs, output=folder / "output", work=folder / "work")
+
+    return make
+
+
+def run_job(world: World, output: Path, work: Path, inputs: dict[str, Path], stop_after: int | None = None) -> str:
+    """Run a job on this rank; with `stop_after` the last rank alone is told to stop once so many steps are told of."""
+    job = Job("train", {}, {}, inputs, output=output, work=work)
+
+    def stop() -> None:
+        metrics = output / "metrics.jsonl"
+        while not metrics.is_file() or metrics.read_bytes().count(b"\n") < (stop_after or 0):
+            time.sleep(0.001)
+        job.stop.set()
+
+    if stop_after is not None and world.rank == world.size - 1:
+        threading.Thread(target=stop, daemon=True).start()
+    try:
+        train(job, CONFIG, Runtime(microbatch_tokens=64, checkpoint_every_steps=3), world)
+    except Interrupted:
+        return "stopped"
+    return "done"
+
+
+def run_on(ranks: Ranks, size: int, job: Job, **options: Any) -> set[str]:
+    arguments = {"output": job.output, "work": job.work, "inputs": job.inputs, **options}
+    return {run_job(ALONE, **arguments)} if size == 1 else set(ranks.run(run_job, size=size, **arguments))
+
+
+def read_figures(job: Job) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "train/tokens_per_second")} for line in lines]
+
+
+def assert_same_result(job: Job, expected: Job) -> None:
+    """Files by name, configuration and tokenizer to the byte, weights and figures to what order of summing may do."""
+    assert {p.name for p in job.output.iterdir()} == {p.name for p in expected.output.iterdir()}
+    for path in expected.output.iterdir():
+        if path.suffix in (".jinja", ".parquet") or (path.suffix == ".json" and path.name != "summary.json"):
+            assert (job.output / path.name).read_bytes() == path.read_bytes(), path.name
+    got, wanted = (load_file(j.output / "model.safetensors") for j in (job, expected))
+    assert got.keys() == wanted.keys()
+    assert max((got[n] - t).abs().max().item() for n, t in wanted.items()) < 1e-5
+    for line, wanted_line in zip(read_figures(job), read_figures(expected), strict=True):
+        assert line == pytest.approx(wanted_line, rel=1e-4, abs=1e-6)
+    summary, wanted_summary = (json.loads((j.output / "summary.json").read_text()) for j in (job, expected))
+    for name in ("steps", "rows", "tokens", "plan", "dropped", "skipped_steps"):
+        assert summary[name] == wanted_summary[name]
+
+
+def test_a_job_on_ranks_gives_the_model_of_one(make_train_job: Callable[..., Job], ranks: Ranks) -> None:
+    alone, both = make_train_job("alone"), make_train_job("both")
+    assert run_on(ranks, 1, alone) == run_on(ranks, 2, both) == {"done"}
+    assert_same_result(both, alone)
+
+
+def test_a_job_stopped_on_two_ranks_goes_on_on_any_number(make_train_job: Callable[..., Job], ranks: Ranks) -> None:
+    """All stop at the same step though only one was told, and a checkpoint knows nothing of how many wrote it."""
+    whole, stopped = make_train_job("whole"), make_train_job("stopped")
+    assert run_on(ranks, 2, whole) == {"done"}
+    assert run_on(ranks, 2, stopped, stop_after=4) == {"stopped"}
+    (checkpoint,) = (stopped.work / "checkpoints").iterdir()
+    assert len(list((checkpoint / "tensors").iterdir())) == 2
+    assert checkpoint.name >= "step-00000004" and not (stopped.output / "summary.json").exists()
+    for size in (1, 2, 4):
+        job = make_train_job(f"resumed{size}")
+        for part in ("output", "work"):
+            shutil.copytree(stopped.output.parent / part, job.output.parent / part, dirs_exist_ok=True)
+        assert run_on(ranks, size, job) == {"done"}
+        assert_same_result(job, whole)
+        if size == 2:
+            assert (job.output / "model.safetensors").read_bytes() == (whole.output / "model.safetensors").read_bytes()

@@ -1,0 +1,90 @@
+"""The ranks of a run: which one this process is, how they share a step, and how they agree.
+
+Each rank is a process with its own device. All know the whole plan; each runs its share of a step's micro-batches, and what
+they find is added up, never averaged.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from training.config import Runtime
+
+TIMEOUT = timedelta(minutes=10)  # of a rank that waits for another: the first to write a large model may take minutes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train one model together. Alone, nothing is ever sent."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+    mesh: DeviceMesh | None = None  # replicate x shard; None when alone
+
+    @property
+    def is_first(self) -> bool:
+        """Say whether this is the rank that writes what all have in common."""
+        return self.rank == 0
+
+    def share(self, micros: Sequence[list[int]]) -> Iterator[tuple[list[int], bool]]:
+        """Yield this rank's micro-batches of a step and whether they count.
+
+        Every rank gets equally many, since sharded parameters are gathered together; what does not count fills up. They are
+        dealt in turn, so that those of similar size run at the same time.
+        """
+        for begin in range(0, len(micros), self.size):
+            place = begin + self.rank
+            yield (micros[place], True) if place < len(micros) else (micros[-1], False)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return sums over all ranks, in float64; every rank gives as many values and gets the same."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+    def any(self, flag: bool) -> bool:
+        """Say whether the flag is set on any rank; every rank gets the same answer."""
+        return self.sum([float(flag)])[0] > 0
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.any(False)
+
+
+ALONE = World(torch.device("cpu"))
+
+
+@contextmanager
+def open_world(runtime: Runtime, device: torch.device) -> Iterator[World]:
+    """Join the ranks that torch's launcher started; without it this process is alone and no process group is made."""
+    if not dist.is_torchelastic_launched():
+        yield World(device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", dist.get_node_local_rank())
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+    yield join_world(device, replicas=runtime.replicas)
+    # Only after success: a rank that failed must say so before the others see its connections close.
+    dist.destroy_process_group()
+
+
+def join_world(device: torch.device, *, replicas: int) -> World:
+    """Return this rank of the process group. ValueError where its ranks cannot be divided into so many replicas."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size % replicas:
+        raise ValueError(
+            f"runtime.replicas: got {replicas} for {size} ranks; expected a divisor of the number of ranks"
+        )
+    names = ("replicate", "shard") if replicas > 1 else ("shard",)
+    shape = (replicas, size // replicas) if replicas > 1 else (size,)
+    return World(device, rank, size, init_device_mesh(device.type, shape, mesh_dim_names=names))

@@ -1,0 +1,97 @@
+"""A policy sharded over ranks with FSDP2: parameters, gradients and optimiser state are a part on each, gathered in use.
+
+No rank ever holds the whole model: it is made without memory, sharded, and each rank reads its part from the files.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from training.checkpoint import own_errors
+from training.config import Precision
+from training.distributed import World
+from training.logprobs import Policy
+from training.model import load_tokenizer, prepare_model
+
+
+def load_sharded_policy(folder: Path, world: World, *, precision: Precision) -> tuple[Policy, Any]:
+    """Return (policy, tokenizer) as `load_policy` does, in float32, with this rank's part of the weights.
+
+    `precision` is that of the matrix products to come. ValueError as `load_policy`, and for files whose tensors have other
+    names than the model's own.
+    """
+    tokenizer = load_tokenizer(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    policy = Policy(prepare_model(model, tokenizer, folder).eval())
+    shard_policy(policy, world, precision=precision)
+    allocate(policy, world.device)
+    read_weights(policy.model, folder)
+    return policy, tokenizer
+
+
+def shard_policy(policy: Policy, world: World, *, precision: Precision) -> None:
+    """Shard each decoder layer, and what is around them (embedding, last norm, output head, tied or not) as one part."""
+    # Inputs and what is around the layers stay float32, as they do on one rank: autocast alone decides what is narrow.
+    narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = [m for m in policy.modules() if type(m).__name__ in (policy.model._no_split_modules or ())]
+    for layer in layers:
+        fully_shard(
+            layer, mesh=world.mesh, mp_policy=narrow if precision == Precision.bfloat16 else MixedPrecisionPolicy()
+        )
+    fully_shard(policy, mesh=world.mesh)
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # a sum over ranks: shares of a loss add up
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def allocate(policy: Policy, device: torch.device) -> None:
+    """Give parameters that have no memory theirs, uninitialised; buffers keep their values."""
+    buffers = {name: buffer.clone() for name, buffer in policy.named_buffers()}
+    policy.to_empty(device=device)
+    for name, buffer in policy.named_buffers():
+        buffer.copy_(buffers[name])
+    policy.model.tie_weights()  # to_empty has made two parameters of a tied one
+
+
+def read_weights(model: Any, folder: Path) -> None:
+    """Read this rank's part of a model's tensors from safetensors files. ValueError for tensors that are not there."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    stored = reader.read_metadata().state_dict_metadata.keys()
+    names: dict[Tensor, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        # A tied tensor is stored under one of its names; a base model's files leave out the prefix of the base.
+        names.setdefault(tensor, []).extend([name, name.removeprefix(f"{model.base_model_prefix}.")])
+    found = {tensor: next((name for name in known if name in stored), None) for tensor, known in names.items()}
+    missing = [names[tensor][0] for tensor, name in found.items() if name is None]
+    if missing:
+        raise ValueError(
+            f"model {folder}: {len(missing)} tensors of {model.config.model_type} are not in its files under their names (first: "
+            f"{missing[0]}); expected files as save_pretrained writes them; load and save the model with this transformers, or "
+            "set runtime.ranks to 1"
+        )
+    with own_errors():
+        dcp.load({name: tensor.detach() for tensor, name in found.items() if name}, storage_reader=reader)
+
+
+def gather_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
+    """Return the whole state dict on the first rank, tensor by tensor, in the CPU's memory; an empty one on the others."""
+    whole: dict[str, Tensor] = {}
+    gathered: dict[Tensor, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor not in gathered:
+            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered[tensor] = full.detach().cpu() if world.is_first else full.new_empty(0)
+        whole[name] = gathered[tensor]  # tied ones stay one, as what saves them expects
+    return whole if world.is_first else {}
