@@ -191,10 +191,11 @@ def check_identity(checkpoint: Path, got: dict[str, Any], expected: dict[str, An
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return parameters (tied ones once) and persistent buffers by name, sharing their memory."""
+    """Return trained parameters (tied ones once) and persistent buffers by name, sharing their memory."""
     persistent = model.state_dict().keys()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    return {name: tensor.detach() for name, tensor in {**dict(model.named_parameters()), **buffers}.items()}
+    return {name: tensor.detach() for name, tensor in {**trained, **buffers}.items()}
 
 
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

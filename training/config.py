@@ -255,6 +255,17 @@ class StoredColumn(StrEnum):
     cross = "cross"
 
 
+class LoraConfig(Config):
+    """Low-rank matrices beside every linear layer but the output head are trained instead of the weights."""
+
+    model_config = ConfigDict(title="LoRA")
+
+    rank: int = Field(16, ge=1, title="Rank", description="Inner size of the matrices, at least 1.")
+    alpha: int = Field(
+        32, ge=1, title="Alpha", description="What is added is alpha / rank times their product; at least 1."
+    )
+
+
 class TrainConfig(Config):
     """What every objective shares."""
 
@@ -284,7 +295,12 @@ class TrainConfig(Config):
     )
     max_grad_norm: float = Field(1.0, gt=0, title="Gradient clipping", description="Largest gradient norm, above 0.")
     precision: Precision = Precision.float32
-    seed: int = Field(0, ge=0, title="Seed", description="Order of the rows; at least 0.")
+    lora: LoraConfig | None = Field(
+        None,
+        title="LoRA",
+        description="Train low-rank matrices beside the weights; empty trains the weights themselves.",
+    )
+    seed: int = Field(0, ge=0, title="Seed", description="Order of the rows, and LoRA's first matrices; at least 0.")
 
     @property
     def columns(self) -> tuple[StoredColumn, ...]:

@@ -162,11 +162,12 @@ class ChunkedLogp(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         hidden_PH, weight_VH, bias_V, target_P, logz_P = ctx.saved_tensors
         matrix_VH = weight_VH.to(ctx.dtype)
         grad_hidden_PH = torch.empty_like(hidden_PH)
-        grad_weight_VH = torch.zeros_like(matrix_VH)
+        learns = ctx.needs_input_grad[1]  # not beside an adapter
+        grad_weight_VH = torch.zeros_like(matrix_VH) if learns else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         for rows in chunks(len(target_P), vocabulary=len(matrix_VH)):
             hidden_CH = hidden_PH[rows].to(ctx.dtype)
@@ -181,8 +182,10 @@ class ChunkedLogp(torch.autograd.Function):
                 grad_bias_V += logits_CV.sum(dim=0)
             grad_CV = logits_CV.to(ctx.dtype)
             grad_hidden_PH[rows] = (grad_CV @ matrix_VH).to(grad_hidden_PH.dtype)
-            grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
-        return grad_hidden_PH, grad_weight_VH.to(weight_VH.dtype), grad_bias_V, None, None
+            if grad_weight_VH is not None:
+                grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
+        wide = None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype)
+        return grad_hidden_PH, wide, grad_bias_V, None, None
 
 
 def chunk_logits(hidden_CH: Tensor, matrix_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:

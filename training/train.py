@@ -13,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import TypeAdapter
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from training.config import (
     AnyTrainConfig,
     DpoConfig,
     Layout,
+    LoraConfig,
     Precision,
     ReferenceFactor,
     ResponseRegime,
@@ -29,7 +31,7 @@ from training.config import (
     VarConfig,
 )
 from training.cross import plan_batches, read_cross
-from training.data.batch import cut, lay_out
+from training.data.batch import collate, cut, lay_out
 from training.data.examples import (
     Example,
     Select,
@@ -45,8 +47,9 @@ from training.data.manifest import RowsManifest, check_reference, check_samples,
 from training.data.rows import RowsWriter
 from training.distributed import World, open_world
 from training.job import Job
-from training.logprobs import Policy, check_head, check_layout, sum_logps
+from training.logprobs import Policy, check_head, check_layout, sum_logps, trained_logps
 from training.loop import Progress, Settings, run_steps
+from training.lora import add_adapter, export_adapter
 from training.model import ModelDigests, check_context, digest_model, load_policy, save_policy, start_torch
 from training.objectives.cross import Cross
 from training.objectives.dpo import Dpo
@@ -69,6 +72,7 @@ WEIGHTS_SCHEMA = pa.schema(
     ]
 )
 MIN_ARGMAX_AGREEMENT = 0.6
+ADAPTER_ROWS = 32  # on which an exported adapter is held to what was trained
 
 
 def run(job: Job) -> None:
@@ -112,8 +116,10 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
     weights = gather_weights(policy.model, world) if world.size > 1 else None
     if world.is_first:
-        save_policy(policy.model, tokenizer, job.output, weights=weights)
         figures = summarise_run(steps, progress, dropped) | summarise_objective(steps, objective)
+        if config.lora:
+            figures |= split_adapter(job, config.lora, policy.model, examples[:ADAPTER_ROWS], world.device)
+        save_policy(policy.model, tokenizer, job.output, weights=weights)
         if isinstance(config, VarConfig):
             figures |= describe_transform(columns, weighed, config)
         job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
@@ -121,11 +127,32 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
 
 def open_policy(folder: Path, config: TrainConfig, world: World) -> tuple[Policy, Any]:
     """Return (policy, tokenizer), whole on one rank, sharded over several."""
+    if world.size > 1 and config.lora:
+        raise ValueError(f"train.lora: got {world.size} ranks, an adapter is trained on 1; set runtime.ranks to 1")
     if world.size > 1:
         return load_sharded_policy(folder, world, precision=config.precision)
     # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
     model, tokenizer = load_policy(folder, precision=Precision.float32, device=world.device)
+    if config.lora:
+        torch.manual_seed(config.seed)
+        add_adapter(model, config.lora)
     return Policy(model), tokenizer
+
+
+def split_adapter(
+    job: Job, lora: LoraConfig, model: Any, examples: Sequence[Example], device: torch.device
+) -> dict[str, float]:
+    """Write the adapter and merge it into the model; both are held to the trained model on some prompts."""
+    samples = [example.samples[0] for example in examples]
+
+    @torch.no_grad()
+    def measure(other: Any) -> Tensor:
+        return torch.cat([trained_logps(other, collate([sample], device=device)) for sample in samples])
+
+    def reload_base() -> Any:
+        return load_policy(job.inputs["base"], precision=Precision.float32, device=device)[0]
+
+    return export_adapter(model, lora, job.output, measure=measure, reload_base=reload_base)
 
 
 class PolicyForward:
