@@ -116,8 +116,10 @@ def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:
         charts["gains"] = report_plots.plot_gains(gains, data.verdict.target)
     if data.metrics:
         lines = read_metrics(data.metrics)
-        charts["loss"] = report_plots.plot_curve(lines, metric="train/loss", title="loss, nats per token")
-        charts["ess"] = report_plots.plot_curve(lines, metric="train/ess", title="effective sample size, share")
+        losses = {"trained": "train/loss", "held out": "heldout/loss"}
+        charts["loss"] = report_plots.plot_curves(lines, losses, title="loss, nats per token")
+        sizes = {"effective sample size": "train/ess"}
+        charts["ess"] = report_plots.plot_curves(lines, sizes, title="effective sample size, share")
     if data.weights:
         charts["weights"] = report_plots.plot_weights(read_weights(data.weights))
     model = data.reward_model or {}

@@ -109,21 +109,28 @@ def plot_gains(gains: Sequence[float], target: TargetVerdict) -> Figure:
     return {"data": [bars], "layout": layout}
 
 
-def plot_curve(lines: Sequence[Mapping[str, float]], *, metric: str, title: str) -> Figure | None:
-    """Return a metric over optimiser steps; None where no line has it."""
-    points = [(line["step"], line[metric]) for line in lines if metric in line and "step" in line]
-    if not points:
+def plot_curves(lines: Sequence[Mapping[str, float]], series: Mapping[str, str], *, title: str) -> Figure | None:
+    """Return metrics over optimiser steps, by the name each has in the legend; None where no line has any."""
+    traces = []
+    for (name, metric), colour in zip(series.items(), (CHALLENGER, CHAMPION), strict=False):
+        points = [(line["step"], line[metric]) for line in lines if metric in line and "step" in line]
+        if not points:
+            continue
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers" if len(points) <= 60 else "lines",
+                "name": name,
+                "x": [step for step, _ in points],
+                "y": [value for _, value in points],
+                "line": {"color": colour, "width": 2},
+                "marker": {"size": 5},
+                "hovertemplate": f"{name}, step %{{x}}: %{{y:.4g}}<extra></extra>",
+            }
+        )
+    if not traces:
         return None
-    trace = {
-        "type": "scatter",
-        "mode": "lines+markers" if len(points) <= 60 else "lines",
-        "x": [step for step, _ in points],
-        "y": [value for _, value in points],
-        "line": {"color": CHALLENGER, "width": 2},
-        "marker": {"size": 5},
-        "hovertemplate": "step %{x}: %{y:.4g}<extra></extra>",
-    }
-    return {"data": [trace], "layout": _layout(height=260, x="optimiser step", y=title)}
+    return {"data": traces, "layout": _layout(height=260, x="optimiser step", y=title, legend=len(traces) > 1)}
 
 
 def plot_weights(weights: Sequence[float]) -> Figure:

@@ -486,6 +486,12 @@ class Runtime(Config):
     threads: int | None = Field(
         None, ge=1, title="Threads", description="CPU threads of a child process; at least 1, empty for all cores."
     )
+    heldout_every_steps: int = Field(
+        10,
+        ge=0,
+        title="Held-out cadence",
+        description="Optimiser steps between two looks at the loss of held-out rows; the last step always has one; 0 never looks.",
+    )
     checkpoint_every_steps: int = Field(
         20,
         ge=0,

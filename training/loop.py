@@ -83,10 +83,11 @@ def run_steps(
     runtime: Runtime,
     identity: dict[str, Any],
     world: World = ALONE,
+    heldout: Work | None = None,
 ) -> Progress:
     """Train `model` in place from the newest checkpoint, or from the start, to the last step.
 
-    Writes `output/metrics.jsonl` and `work/checkpoints`; with several ranks each calls it, and the first writes the metrics.
+    `heldout` is work of one step whose loss is looked at on the way. Writes `output/metrics.jsonl` and `work/checkpoints`; with several ranks each calls it, and the first writes the metrics.
     Interrupted when any rank was told to stop, after a checkpoint of the last whole step. ValueError after three steps in a
     row with a non-finite loss or gradient, and for a checkpoint of another run.
     """
@@ -104,6 +105,8 @@ def run_steps(
             rng = read_rng(world.device)
             figures = trainer.take_step()
             if figures is not None:
+                if heldout is not None and is_due(runtime.heldout_every_steps, progress.step, work.num_steps):
+                    figures["heldout/loss"] = trainer.look(heldout)
                 if world.is_first:
                     metrics.write(progress.step, figures)
                     progress.metrics_bytes = metrics.offset()
@@ -124,6 +127,11 @@ def run_steps(
             if stopped:
                 raise Interrupted(job.name)
     return progress
+
+
+def is_due(every: int, step: int, last: int) -> bool:
+    """Say whether something done every so many steps, and at the last one, is due after this step."""
+    return every > 0 and (step % every == 0 or step == last)
 
 
 @dataclass
@@ -167,22 +175,36 @@ class Trainer:
     def accumulate(self, step: int) -> "Total | None":
         """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them."""
         total = Total()
-        kind = self.world.device.type
-        wide = self.settings.precision == Precision.float32
         shares = list(self.world.share(self.work.cut(step, budget=self.runtime.microbatch_tokens)))
         for place, (members, counts) in enumerate(shares):
             if self.world.any(self.job.stop.is_set()):
                 return None
             if isinstance(self.model, FSDPModule):  # gradients are sharded at once, replicas add theirs up at the end
                 self.model.set_requires_all_reduce(place == len(shares) - 1)
-            # Weights, gradients and optimiser stay in float32; bfloat16 is what the matrix products run in.
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=not wide):
+            with self.autocast():
                 part = self.work.part(self.model, step, members)
             if not counts:
                 part = part.nothing()
             part.loss.backward()
             total.add(part)
         return total.over(self.world)
+
+    @torch.no_grad()
+    def look(self, work: Work) -> float:
+        """Return the loss of other work's first step under the model as it is."""
+        total = Total()
+        for members, counts in self.world.share(work.cut(0, budget=self.runtime.microbatch_tokens)):
+            with self.autocast():
+                part = work.part(self.model, 0, members)
+            total.add(part if counts else part.nothing())
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # no backward pass does it here, and the optimiser needs parts
+        return total.over(self.world).loss
+
+    def autocast(self) -> torch.autocast:
+        """Weights, gradients and optimiser stay in float32; bfloat16 is what the matrix products run in."""
+        wide = self.settings.precision == Precision.float32
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=not wide)
 
     def update(self, step: int, *, loss: float) -> float:
         """Clip and apply the gradients, or skip the step when loss or gradient is not finite. Return the gradient norm."""

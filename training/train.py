@@ -55,7 +55,7 @@ from training.objectives.cross import Cross
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, Objective
 from training.objectives.sft import Sft
-from training.objectives.transforms import describe_transform
+from training.objectives.transforms import describe_transform, transform_rewards
 from training.objectives.var import Var, check_rewards, make_var
 from training.objectives.weights import argmax_agrees, describe_weights, within_group_variance
 from training.render import Rendered, Renderer
@@ -72,6 +72,7 @@ WEIGHTS_SCHEMA = pa.schema(
     ]
 )
 MIN_ARGMAX_AGREEMENT = 0.6
+HELDOUT_ROWS = 16  # whose weighted loss is followed
 ADAPTER_ROWS = 32  # on which an exported adapter is held to what was trained
 
 
@@ -102,18 +103,23 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     if isinstance(config, VarConfig) and StoredColumn.cross in config.columns:
         cross = read_cross(job.inputs["cross"], plan_batches(examples, config))
     objective, weighed = make_objective(config, columns, regime=manifest.regime, cross=cross)
+    forward = PolicyForward(world.device, runtime.layout)
     steps = Steps(
         replace_rewards(examples, weighed),
         objective,
-        PolicyForward(world.device, runtime.layout),
+        forward,
         batch_prompts=config.batch_prompts,
         epochs=config.epochs,
         seed=config.seed,
     )
+    kept, _ = gather_examples(job, config, renderer, regime=manifest.regime, split="heldout", limit=HELDOUT_ROWS)
+    heldout = plan_heldout(kept, config, objective, forward)
     if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
         write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
-    progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
+    progress = run_steps(
+        policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world, heldout=heldout
+    )
     weights = gather_weights(policy.model, world) if world.size > 1 else None
     if world.is_first:
         figures = summarise_run(steps, progress, dropped) | summarise_objective(steps, objective)
@@ -200,7 +206,13 @@ def check_columns(job: Job, config: TrainConfig, manifest: RowsManifest, base: M
 
 
 def gather_examples(
-    job: Job, config: TrainConfig, renderer: Renderer, *, regime: ResponseRegime
+    job: Job,
+    config: TrainConfig,
+    renderer: Renderer,
+    *,
+    regime: ResponseRegime,
+    split: str = "train",
+    limit: int | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Return the examples that the objective trains on, with the columns it needs, and the dropped rows by reason."""
     rows = job.inputs["rows"]
@@ -225,7 +237,21 @@ def gather_examples(
         reference=reference,
         min_responses=min_responses,
         unscored=frozenset(unscored),
+        split=split,
+        limit=limit,
     )
+
+
+def plan_heldout(
+    examples: list[Example], config: TrainConfig, objective: Objective, forward: PolicyForward
+) -> Steps | None:
+    """Return held-out rows as one step, weighted as those that are trained on; None where there are none to weigh."""
+    if not examples or StoredColumn.cross in config.columns:  # foreign responses were scored for the train split alone
+        return None
+    if isinstance(objective, Var) and isinstance(config, VarConfig):
+        columns = gather_columns(examples)
+        examples = replace_rewards(examples, transform_rewards(columns, config, base_R=objective.base(columns)))
+    return Steps(examples, objective, forward, batch_prompts=len(examples), epochs=1, seed=0)
 
 
 def choose_responses(config: TrainConfig, regime: ResponseRegime) -> tuple[Select, int]:

@@ -7,15 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import generate, reference, train
-from training.data.examples import select_preferred_first
+from training.config import Precision
+from training.data.batch import collate
+from training.data.examples import read_scores, select_preferred_first
 from training.data.rows import read_rows
 from training.job import Job
+from training.logprobs import sum_logps
+from training.model import load_policy
+from training.render import Renderer
 
 VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
 
@@ -428,3 +434,37 @@ def test_refusals(inputs: dict[str, Path], make_job: Callable[..., Job], tmp_pat
     )
     (inputs["rows"] / "manifest.json").unlink()
     refuse("no manifest.json")
+
+
+def test_the_loss_of_held_out_rows_is_looked_at_on_the_way(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    """At every second step and the last; looking moves nothing, and the last look is the loss of the written model."""
+    config = {**VAR, "epochs": 2}
+    looked = make_job("train", "looked", config=config, inputs=inputs, heldout_every_steps=2)
+    train.run(looked)
+    blind = make_job("train", "blind", config=config, inputs=inputs, heldout_every_steps=0)
+    train.run(blind)
+    lines = read_metrics(looked)
+    assert ["heldout/loss" in line for line in lines] == [False, True, False, True]
+    assert not any("heldout/loss" in line for line in read_metrics(blind))
+    weights = [(job.output / "model.safetensors").read_bytes() for job in (looked, blind)]
+    assert weights[0] == weights[1]
+    again = make_job(
+        "train", "again", config={**config, "learning_rate": 1e-12}, inputs=inputs | {"base": looked.output}
+    )
+    with pytest.raises(
+        ValueError, match="reference"
+    ):  # its log-probabilities are of another model, and refused as such
+        train.run(again)
+    model, tokenizer = load_policy(looked.output, precision=Precision.float32, device=torch.device("cpu"))
+    renderer = Renderer(tokenizer, max_tokens=128)
+    (row,) = [row for batch in read_rows(inputs["rows"], split="heldout") for row in batch.to_pylist()]
+    samples = renderer.row(row["prompt"], row["responses"])
+    logp_K = sum_logps(model, collate(samples, device=torch.device("cpu"))).detach().numpy()
+    num_K = np.array([sample.num_trained for sample in samples])
+    reference_K = read_scores(inputs["reference"], "logp")[row["row_id"]]["logp"] / num_K
+    reward_K = -np.array([len(text) for text in row["responses"]], dtype=float)
+    score_K = reference_K + reward_K / read_summary(looked)["lambda"]
+    weight_K = len(samples) * np.exp(score_K - score_K.max()) / np.exp(score_K - score_K.max()).sum()
+    assert lines[-1]["heldout/loss"] == pytest.approx(-(weight_K * logp_K).sum() / num_K.sum(), rel=1e-5)

@@ -59,8 +59,10 @@ def load_examples(
     reference: dict[str, dict[str, list[float]]] | None = None,
     min_responses: int = 1,
     unscored: frozenset[str] = frozenset(),
+    split: str = "train",
+    limit: int | None = None,
 ) -> tuple[list[Example], Counter[str]]:
-    """Return the rows of the train split as examples, and the number of rows dropped by reason.
+    """Return the rows of a split as examples, `limit` at most, and the number of rows dropped by reason.
 
     A row that loses a response as too long or unusable is dropped whole, never renormalised: what is left of a group is another
     prompt's worth of evidence. Rows in `unscored` were dropped by a scorer, with its own reasons. ValueError for rows that a column
@@ -69,8 +71,10 @@ def load_examples(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     missing: list[str] = []
-    for batch in read_rows(rows, split="train"):
+    for batch in read_rows(rows, split=split):
         for row in batch.to_pylist():
+            if len(examples) == limit:
+                break
             if row["row_id"] in unscored:
                 dropped["not_scored"] += 1
                 continue
@@ -87,10 +91,10 @@ def load_examples(
                 dropped[unusable.reason] += 1
     if missing:
         raise ValueError(
-            f"rows folder {rows}: {len(missing)} rows of the train split have no reward or no reference log-probability "
+            f"rows folder {rows}: {len(missing)} rows of the {split} split have no reward or no reference log-probability "
             f"(first: {', '.join(missing[:3])}); expected every row to be scored; these columns are of another data set: score again"
         )
-    if not examples:
+    if not examples and split == "train":
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "the split is empty"
         raise ValueError(
             f"rows folder {rows}: no row of the train split is left ({counts}); raise max_tokens, or bring rows that this "
