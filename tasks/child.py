@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.job import EXIT_CANNOT_WRITE, EXIT_INTERRUPTED, EXIT_USER_ERROR, write_json
+from training.job import EXIT_CANNOT_WRITE, EXIT_INTERRUPTED, EXIT_USER_ERROR, describe_exit, write_json
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this process
@@ -160,12 +160,4 @@ def _raise_for_exit(job: ChildJob, status: int) -> None:
     if status == EXIT_INTERRUPTED:
         raise StepFailed(f"{job.name}: stopped on request; run the same command again to go on from its checkpoint")
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-    raise StepFailed(f"{job.name}: {_describe_exit(status)}; the last lines of {log}:\n{tail}")
-
-
-def _describe_exit(status: int) -> str:
-    if status == -signal.SIGKILL:
-        return "its process was killed (SIGKILL): by hand, or by the kernel for want of memory (see `dmesg`)"
-    if status < 0:
-        return f"its process ended by {signal.Signals(-status).name}"
-    return f"its process ended with status {status}"
+    raise StepFailed(f"{job.name}: {describe_exit(status)}; the last lines of {log}:\n{tail}")

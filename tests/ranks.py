@@ -2,7 +2,6 @@
 
 import multiprocessing
 import pickle
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -38,14 +37,16 @@ class Ranks:
         call = pickle.dumps((work, str(store), size, replicas, arguments))
         waiting = {self._connections[rank]: rank for rank in range(size)}
         results: list[Any] = [None] * size
+        errors: dict[int, str] = {}
         for connection in waiting:
             connection.send_bytes(call)
         while waiting:
             for ready in wait(list(waiting)):
                 rank = waiting.pop(ready)
-                result, error = pickle.loads(ready.recv_bytes())
-                assert error is None, f"rank {rank} of {size}: {error}"
-                results[rank] = result
+                results[rank], error = pickle.loads(ready.recv_bytes())
+                if error is not None:
+                    errors[rank] = error
+        assert not errors, "\n".join(f"rank {rank} of {size}: {error}" for rank, error in errors.items())
         return results
 
     def close(self) -> None:
@@ -69,17 +70,16 @@ def serve(rank: int, connection: Connection) -> None:
             world = join_world(torch.device("cpu"), replicas=replicas)
             result, error = work(world, **arguments), None
             world.barrier()
-            dist.destroy_process_group()
         except BaseException:  # noqa: BLE001 - the test that asked is told
             result, error = None, traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()  # after a failure the others see their connections close
         connection.send_bytes(pickle.dumps((result, error)))
-        if error:
-            sys.exit(1)  # the others see its connections close
 
 
 @pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Give processes that work together; not to be used again after a test that failed in one."""
+    """Give processes that work together."""
     processes = Ranks(tmp_path_factory.mktemp("ranks"))
     yield processes
     processes.close()

@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable
 
+from training.config import Runtime
 from training.job import EXIT_USER_ERROR, Job, main
 
 TARGETS = {
@@ -21,16 +22,30 @@ TARGETS = {
 }
 
 
-def import_late(module: str) -> Callable[[Job], None]:
-    """Return a function that imports `module` and calls its `run` with the job."""
+RANKED = {"train"}  # what several ranks can share
+
+
+def import_late(name: str, module: str) -> Callable[[Job], None]:
+    """Return a function that imports `module` and calls its `run` with the job, on as many ranks as the job asks for."""
 
     def run(job: Job) -> None:
-        importlib.import_module(module).run(job)
+        ranks = Runtime.model_validate(job.runtime).ranks if name in RANKED else 1
+        if ranks > 1 and not is_rank():
+            importlib.import_module("training.launch").launch(job, ranks=ranks)
+        else:
+            importlib.import_module(module).run(job)
 
     return run
 
 
-JOBS = {name: import_late(module) for name, module in TARGETS.items()}
+def is_rank() -> bool:
+    """Say whether torch's launcher has started this process."""
+    from torch.distributed import is_torchelastic_launched
+
+    return is_torchelastic_launched()
+
+
+JOBS = {name: import_late(name, module) for name, module in TARGETS.items()}
 
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:

@@ -68,7 +68,7 @@ def save_checkpoint(
     world: World = ALONE,
 ) -> None:
     """Write a checkpoint below `folder`, then delete the older ones. Every rank calls it; the first one publishes."""
-    final = folder / f"step-{progress.step:08d}"
+    final = name_checkpoint(folder, progress.step)
     partial = final.with_name(final.name + ".partial")
     if world.is_first:
         for stale in (partial, final):  # a rerun may reach the same step again
@@ -142,10 +142,9 @@ def restore_checkpoint(
     Every rank calls it. ValueError for a checkpoint of another run (config or batch plan), with the differing fields, and
     for a damaged one.
     """
-    found = sorted(path for path in folder.glob("step-*") if not path.name.endswith(".partial"))
-    if not found:
+    newest = find_newest(folder, world)
+    if newest is None:
         return Progress()
-    newest = found[-1]
     try:
         state = json.loads((newest / "state.json").read_text())
         if (sizes := shard_sizes(newest)) != state["shards"]:
@@ -157,6 +156,19 @@ def restore_checkpoint(
         raise ValueError(f"checkpoint {newest}: damaged ({error}); delete it to start over") from error
     write_rng(rng, world.device)
     return Progress(**state["progress"])
+
+
+def find_newest(folder: Path, world: World) -> Path | None:
+    """Return the newest checkpoint as the first rank sees it: another's view of a shared disk may lag behind."""
+    whole = [path.name for path in folder.glob("step-*") if not path.name.endswith(".partial")]
+    step = max((int(name.removeprefix("step-")) for name in whole), default=-1) if world.is_first else 0
+    (step_of_first,) = world.sum([step])
+    return name_checkpoint(folder, int(step_of_first)) if step_of_first >= 0 else None
+
+
+def name_checkpoint(folder: Path, step: int) -> Path:
+    """Return the folder of the checkpoint after so many steps."""
+    return folder / f"step-{step:08d}"
 
 
 def read_tensors(folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, world: World) -> None:

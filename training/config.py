@@ -498,6 +498,12 @@ class Runtime(Config):
         title="Checkpoint cadence",
         description="Optimiser steps between checkpoints; 0 saves only when told to stop.",
     )
+    ranks: int = Field(
+        1,
+        ge=1,
+        title="Ranks",
+        description="Processes, each with its own device, that train a policy together, its weights sharded over them; at least 1. Other jobs take one.",
+    )
     replicas: int = Field(
         1,
         ge=1,

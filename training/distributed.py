@@ -69,13 +69,26 @@ def open_world(runtime: Runtime, device: torch.device) -> Iterator[World]:
         yield World(device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", dist.get_node_local_rank())
+        device = own_gpu(dist.get_node_local_rank())
         torch.cuda.set_device(device)
+    elif runtime.threads is None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // runtime.ranks))
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
     yield join_world(device, replicas=runtime.replicas)
     # Only after success: a rank that failed must say so before the others see its connections close.
     dist.destroy_process_group()
+
+
+def own_gpu(local_rank: int) -> torch.device:
+    """Return the GPU of a rank of this machine. ValueError where there are fewer GPUs than ranks."""
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ValueError(
+            f"runtime.ranks: rank {local_rank} of this machine has no GPU, torch sees {count}; expected one for each rank; lower "
+            "runtime.ranks"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def join_world(device: torch.device, *, replicas: int) -> World:

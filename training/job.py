@@ -43,6 +43,7 @@ class Job:
     inputs: dict[str, Path]
     output: Path
     work: Path
+    file: Path | None = None  # where it was read from
     stop: threading.Event = field(default_factory=threading.Event, compare=False)
 
     @classmethod
@@ -56,6 +57,7 @@ class Job:
             inputs={name: Path(value) for name, value in raw["inputs"].items()},
             output=Path(raw["output"]),
             work=Path(raw["work"]),
+            file=path.absolute(),
         )
         job.output.mkdir(parents=True, exist_ok=True)
         job.work.mkdir(parents=True, exist_ok=True)
@@ -79,6 +81,18 @@ def write_json(path: Path, value: Any) -> None:
         out.flush()
         os.fsync(out.fileno())
     partial.replace(path)
+
+
+def write_error(path: Path, error: Exception) -> None:
+    """Write an error's type and message, unless another rank has: what the first one failed of fails the others."""
+    own = path.with_name(f"{path.name}.{os.getpid()}")
+    write_json(own, {"type": type(error).__name__, "message": str(error)})
+    try:
+        path.hardlink_to(own)
+    except FileExistsError:
+        pass
+    finally:
+        own.unlink()
 
 
 def watch_parent(lifeline_fd: int, stop: threading.Event) -> threading.Event:
@@ -108,11 +122,25 @@ def end_group() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def heed_signals(stop: threading.Event) -> None:
+    """Set `stop` on SIGTERM and SIGINT."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
+
+
+def describe_exit(status: int) -> str:
+    """Say how a process ended that did not say so itself; a negative status is the signal that ended it."""
+    if status == -signal.SIGKILL:
+        return "its process was killed (SIGKILL): by hand, or by the kernel for want of memory (see `dmesg`)"
+    if status < 0:
+        return f"its process ended by {signal.Signals(-status).name}"
+    return f"its process ended with status {status}"
+
+
 def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
     """Run the job named in the job file `argv[0]`; `argv[1]`, if given, is the lifeline's file descriptor."""
     job = Job.read(Path(argv[0]))
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda *_: job.stop.set())
+    heed_signals(job.stop)
     orphaned = watch_parent(int(argv[1]), job.stop) if len(argv) > 1 else threading.Event()
     (job.work / "error.json").unlink(missing_ok=True)
     status = run_job(jobs, job)
@@ -132,7 +160,7 @@ def run_job(jobs: Mapping[str, Callable[[Job], None]], job: Job) -> int:
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last frame of the process: the parent is told, then it ends
         try:
-            write_json(job.work / "error.json", {"type": type(error).__name__, "message": str(error)})
+            write_error(job.work / "error.json", error)
             traceback.print_exc()
         except OSError:  # a full disk takes no last words
             return EXIT_CANNOT_WRITE

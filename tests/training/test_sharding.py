@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.ranks import Ranks
 from training.config import Precision, Runtime, SftConfig
-from training.distributed import ALONE, World
+from training.distributed import ALONE, World, own_gpu
 from training.job import Interrupted, Job
 from training.model import load_policy
 from training.sharding import gather_weights, load_sharded_policy
@@ -170,3 +170,16 @@ def test_a_job_stopped_on_two_ranks_goes_on_on_any_number(make_train_job: Callab
         assert_same_result(job, whole)
         if size == 2:
             assert (job.output / "model.safetensors").read_bytes() == (whole.output / "model.safetensors").read_bytes()
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    count = torch.cuda.device_count()
+    with pytest.raises(
+        ValueError, match=rf"rank {count} of this machine has no GPU, torch sees {count}; .*lower runtime"
+    ):
+        own_gpu(count)
+
+
+def test_replicas_must_divide_the_ranks(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match=r"runtime.replicas: got 2 for 3 ranks; expected a divisor"):
+        ranks.run(refuse_policy, size=3, replicas=2, folder=Path())

@@ -1,0 +1,170 @@
+"""A job on two ranks, with real processes: whatever ends one of them ends all, says why, and the next start goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tasks.child import ChildJob, UserError, run_child
+from training import train
+from training.job import EXIT_INTERRUPTED, Job
+
+CONFIG = {
+    "objective": "sft",
+    "responses": "all",
+    "batch_prompts": 4,
+    "epochs": 24,
+    "max_tokens": 96,
+    "learning_rate": 3e-4,
+}
+NUM_STEPS = 72
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any) -> dict[str, str]:
+    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(12)]
+    return {"rows": str(write_rows(tmp_path / "rows", rows)), "base": str(tiny_policy)}
+
+
+@pytest.fixture
+def write_job(tmp_path: Path, inputs: dict[str, str]) -> Callable[..., Path]:
+    def write(name: str, **runtime: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        shared = {"device": "cpu", "threads": 1, "microbatch_tokens": 64, "checkpoint_every_steps": 10}
+        raw = {"job": "train", "config": CONFIG, "runtime": {**shared, **runtime}, "inputs": inputs}
+        folders = {"output": str(folder / "output"), "work": str(folder / "work")}
+        (folder / "job.json").write_text(json.dumps({**raw, **folders}))
+        return folder / "job.json"
+
+    return write
+
+
+class Started:
+    """A job's agent, its ranks, and the pipe they hang on."""
+
+    def __init__(self, job_file: Path) -> None:
+        self.folder = job_file.parent
+        self.started = time.time()
+        reader, self.lifeline = os.pipe()
+        with (self.folder / "log").open("wb") as log:
+            self.agent = subprocess.Popen(
+                [sys.executable, "-m", "training", str(job_file), str(reader)],
+                env={**os.environ, **ENVIRONMENT},
+                stdout=log,
+                stderr=log,
+                pass_fds=(reader,),
+                start_new_session=True,
+            )
+        os.close(reader)
+
+    def run_to(self, steps: int) -> None:
+        """Wait until the metrics of this start tell of so many steps, and look at who works."""
+        while self.last_step() < steps:
+            assert self.agent.poll() is None, (self.folder / "log").read_text()
+            time.sleep(0.005)
+        self.ranks = psutil.Process(self.agent.pid).children()
+        assert len(self.ranks) == 2
+
+    def last_step(self) -> int:
+        metrics = self.folder / "output" / "metrics.jsonl"
+        lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
+        told = [json.loads(line) for line in lines[-2:] if line.endswith(b"\n")]
+        return max((line["step"] for line in told if line["time"] > self.started), default=0)
+
+    def end(self) -> int:
+        """Return the agent's exit status once it and all ranks are gone, which must not take long."""
+        status = self.agent.wait(timeout=40)
+        _, alive = psutil.wait_procs(self.ranks, timeout=5)
+        assert not alive, "a rank outlived its agent"
+        return status
+
+    def error(self) -> dict[str, str]:
+        error: dict[str, str] = json.loads((self.folder / "work" / "error.json").read_text())
+        return error
+
+
+def saved_step(job_file: Path) -> int:
+    (newest,) = (job_file.parent / "work" / "checkpoints").glob("step-*[0-9]")
+    assert len(list((newest / "tensors").iterdir())) == 2
+    return int(newest.name.removeprefix("step-"))
+
+
+def test_whatever_ends_a_rank_ends_all_and_the_next_start_goes_on(write_job: Callable[..., Path]) -> None:
+    job_file = write_job("ranks", ranks=2)
+
+    stopped = Started(job_file)
+    stopped.run_to(3)
+    stopped.agent.send_signal(signal.SIGTERM)
+    assert stopped.end() == EXIT_INTERRUPTED
+    assert not (stopped.folder / "work" / "error.json").exists()
+    after_stop = saved_step(job_file)
+    assert 3 <= after_stop < NUM_STEPS
+
+    killed = Started(job_file)
+    killed.run_to(after_stop + 3)
+    killed.agent.kill()
+    assert killed.end() == -signal.SIGKILL
+    assert after_stop <= saved_step(job_file) < NUM_STEPS
+
+    bereft = Started(job_file)
+    bereft.run_to(saved_step(job_file) + 3)
+    bereft.ranks[1].send_signal(signal.SIGKILL)
+    assert bereft.end() == 1
+    assert bereft.error()["type"] == "RankDied"
+    assert "of 2: its process was killed (SIGKILL)" in bereft.error()["message"]
+
+    finished = Started(job_file)
+    finished.run_to(saved_step(job_file) + 3)
+    assert finished.end() == 0, (job_file.parent / "log").read_text()
+
+    alone = write_job("alone")
+    train.run(Job.read(alone))
+    got, expected = (load_file(path.parent / "output" / "model.safetensors") for path in (job_file, alone))
+    assert max((got[name] - tensor).abs().max().item() for name, tensor in expected.items()) < 1e-4
+    assert all(torch.isfinite(tensor).all() for tensor in got.values())
+    lines = (job_file.parent / "output" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+
+
+@pytest.mark.slow
+def test_the_parents_death_ends_all_after_a_checkpoint(write_job: Callable[..., Path]) -> None:
+    job_file = write_job("orphan", ranks=2)
+    orphan = Started(job_file)
+    orphan.run_to(3)
+    os.close(orphan.lifeline)
+    assert orphan.end() == -signal.SIGKILL
+    assert 3 <= saved_step(job_file) < NUM_STEPS
+
+
+def test_what_one_rank_fails_of_fails_the_job_in_its_words(tmp_path: Path, inputs: dict[str, str]) -> None:
+    """Only the first rank writes metrics; what the other one says of its absence is not heard."""
+    job = ChildJob(
+        package="training",
+        name="train",
+        config=CONFIG,
+        runtime={"device": "cpu", "threads": 1, "ranks": 2},
+        inputs={name: Path(path) for name, path in inputs.items()},
+        folder=tmp_path / "attempt",
+        environment={"PATH": os.environ["PATH"], **ENVIRONMENT},
+    )
+    job.output.mkdir(parents=True)
+    (job.output / "metrics.jsonl").symlink_to(tmp_path / "absent" / "metrics.jsonl")
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"train: .*No such file or directory: '.*metrics.jsonl'"):
+        run_child(job, on_metrics=lambda _: None)
+    assert time.monotonic() - started < 90
+    assert not [
+        p for p in psutil.process_iter(["cmdline"]) if str(job.folder / "job.json") in (p.info["cmdline"] or [])
+    ]

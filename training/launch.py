@@ -1,0 +1,160 @@
+"""One job on several ranks of this machine: torch's elastic agent starts them, and what ends one of them ends all.
+
+`python -m training JOB.json` becomes the agent where the job asks for more than one rank; each rank is
+`python -m training.launch JOB.json AGENT_PID`. The agent minds the parent's pipe and its signals as any child does, and
+passes a stop on as the file `work/stop`; a rank whose agent is gone ends at once, since nobody holds the work folder for it
+any more. A rank that fails writes `work/error.json`, the first one of all, and with it fails the job.
+
+Several machines: start `torchrun ... -m training JOB.json` on each, with `work` and `output` on a disk they share.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, launch_agent
+
+from training.__main__ import JOBS
+from training.job import (
+    EXIT_CANNOT_WRITE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    Interrupted,
+    Job,
+    describe_exit,
+    end_group,
+    heed_signals,
+    run_job,
+)
+
+POLL_SECONDS = 0.1
+SHUTDOWN_SECONDS = 20  # from the first rank's end to the end of all; a parent that stops the job waits 25 s
+SAME_TIME_SECONDS = 5  # ranks that ended so close to the first did so by themselves
+
+
+class RankDied(RuntimeError):  # noqa: N818 - what the user reads
+    """A rank was ended from outside."""
+
+
+def launch(job: Job, *, ranks: int) -> None:
+    """Run a job on `ranks` processes to its end. Interrupted when it was stopped, RankDied when one of them was killed.
+
+    Where a rank has said in `work/error.json` why it failed, SystemExit with its status.
+    """
+    stop_file(job).unlink(missing_ok=True)
+    # Below WARNING only: it warns that a thread of its own gets no signals, which are for this thread to mind.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
+    agent = Agent(job, ranks)
+    agent.start()
+    while agent.is_alive():
+        if job.stop.is_set():
+            stop_file(job).touch()
+        agent.join(POLL_SECONDS)
+    if agent.error is not None:
+        raise agent.error
+    if agent.failures:
+        raise_failure(job, agent.failures, ranks=ranks)
+
+
+class Agent(threading.Thread):
+    """Torch's agent, away from the main thread, whose signals it would take for itself."""
+
+    def __init__(self, job: Job, ranks: int) -> None:
+        super().__init__(name="elastic agent", daemon=True)
+        self.failures: Mapping[int, ProcessFailure] = {}
+        self.error: Exception | None = None
+        self._arguments = ["-m", "training.launch", str(job.file), str(os.getpid())]
+        self._config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=ranks,
+            run_id=uuid.uuid4().hex,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="127.0.0.1",
+            max_restarts=0,  # whoever runs the job starts it again, from its checkpoint
+            monitor_interval=POLL_SECONDS,
+            logs_specs=DefaultLogsSpecs(log_dir=str(job.work / "ranks")),
+            shutdown_timeout=SHUTDOWN_SECONDS,
+        )
+
+    def run(self) -> None:
+        """Start the ranks and wait for their end."""
+        try:
+            launch_agent(self._config, sys.executable, self._arguments)
+        except ChildFailedError as error:
+            self.failures = error.failures
+        except Exception as error:  # noqa: BLE001 - raised again by the thread that waits
+            self.error = error
+
+
+def raise_failure(job: Job, failures: Mapping[int, ProcessFailure], *, ranks: int) -> None:
+    """Raise what the first of the failed ranks failed of; the others failed because it was gone."""
+    first = min(failure.timestamp for failure in failures.values())
+    killed = {
+        rank: failure.exitcode
+        for rank, failure in failures.items()
+        # Later, or by SIGTERM, it was the agent that ended them.
+        if failure.exitcode < 0
+        and failure.exitcode != -signal.SIGTERM
+        and failure.timestamp <= first + SAME_TIME_SECONDS
+    }
+    error_file = job.work / "error.json"
+    statuses = {failure.exitcode for failure in failures.values()}
+    if killed:
+        error_file.unlink(missing_ok=True)  # of a rank that missed the killed one
+        rank, status = min(killed.items())
+        raise RankDied(
+            f"rank {rank} of {ranks}: {describe_exit(status)}; the other ranks were ended; run the same command again to go "
+            "on from the checkpoint"
+        )
+    if error_file.exists():
+        raise SystemExit(EXIT_USER_ERROR if EXIT_USER_ERROR in statuses else 1)
+    if EXIT_CANNOT_WRITE in statuses:
+        raise SystemExit(EXIT_CANNOT_WRITE)
+    if EXIT_INTERRUPTED in statuses or job.stop.is_set():
+        raise Interrupted(job.name)
+    rank, failure = min(failures.items())
+    raise RuntimeError(f"rank {rank} of {ranks}: {describe_exit(failure.exitcode)}")
+
+
+def stop_file(job: Job) -> Path:
+    """Return the file whose presence tells ranks to stop."""
+    return job.work / "stop"
+
+
+def watch_agent(agent: int, stop: Path, event: threading.Event) -> None:
+    """Set the event when the stop file appears; end this process at once when the agent is gone."""
+
+    def watch() -> None:
+        while os.getppid() == agent:
+            if stop.exists():
+                event.set()
+            time.sleep(POLL_SECONDS)
+        end_group()
+
+    threading.Thread(target=watch, name="agent's life", daemon=True).start()
+
+
+def run_rank(argv: list[str]) -> int:
+    """Run the job file `argv[0]` as a rank of the agent with process id `argv[1]`; return the exit status."""
+    job = Job.read(Path(argv[0]))
+    heed_signals(job.stop)
+    watch_agent(int(argv[1]), stop_file(job), job.stop)
+    return run_job(JOBS, job)
+
+
+if __name__ == "__main__":
+    status = run_rank(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # a process group whose other ranks are gone may wait for them on its way out
