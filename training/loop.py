@@ -28,6 +28,7 @@ class Part:
     loss: Tensor  # scalar
     num_tokens: int  # without padding
     num_padded: int  # with padding
+    flops: int = 0  # of forward and backward pass; 0 where nobody counts them
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -67,11 +68,18 @@ class Settings:
 
 
 def run_steps(
-    model: nn.Module, work: Work, settings: Settings, *, job: Job, runtime: Runtime, identity: dict[str, Any]
+    model: nn.Module,
+    work: Work,
+    settings: Settings,
+    *,
+    job: Job,
+    runtime: Runtime,
+    identity: dict[str, Any],
+    peak_flops: float | None = None,
 ) -> Progress:
     """Train `model` in place from the newest checkpoint, or from the start, to the last step.
 
-    Writes `output/metrics.jsonl` and `work/checkpoints`. Interrupted when told to stop, after a checkpoint of the last whole
+    `peak_flops`, a second, is what `train/flop_share` is a share of. Writes `output/metrics.jsonl` and `work/checkpoints`. Interrupted when told to stop, after a checkpoint of the last whole
     step. ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
     """
     device = next(model.parameters()).device
@@ -79,7 +87,7 @@ def run_steps(
     optimiser = make_optimiser(model, settings)
     folder = job.work / "checkpoints"
     progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, device=device)
-    trainer = Trainer(model, optimiser, work, settings, runtime, job, progress)
+    trainer = Trainer(model, optimiser, work, settings, runtime, job, progress, peak_flops)
     with MetricsWriter(
         job.output / "metrics.jsonl", total=work.num_steps, keep_bytes=progress.metrics_bytes
     ) as metrics:
@@ -109,6 +117,7 @@ class Trainer:
     runtime: Runtime
     job: Job
     progress: Progress
+    peak_flops: float | None = None  # a second, of the device; None where nobody knows it
 
     def take_step(self) -> dict[str, float] | None:
         """Take the next step and return its metrics; None, with the model as before, when asked to stop within it."""
@@ -130,10 +139,18 @@ class Trainer:
             "tokens_per_second": total.num_tokens / seconds,
             "padding_share": 1.0 - total.num_tokens / total.num_padded,
             "skipped": float(self.progress.skipped),
+            **self.describe_speed(total.flops / seconds),
             **total.figures,
             **self.work.describe(step),
         }
         return {f"train/{name}": value for name, value in figures.items()}
+
+    def describe_speed(self, flops_per_second: float) -> dict[str, float]:
+        """Return useful operations a second, and their share of the device's rate; nothing where they are not counted."""
+        if not flops_per_second:
+            return {}
+        share = {"flop_share": flops_per_second / self.peak_flops} if self.peak_flops else {}
+        return {"tflops_per_second": flops_per_second / 1e12, **share}
 
     def accumulate(self, step: int) -> "Total | None":
         """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them."""
@@ -187,6 +204,7 @@ class Total:
     loss: float = 0.0
     num_tokens: int = 0
     num_padded: int = 0
+    flops: int = 0
     figures: dict[str, float] = field(default_factory=dict)
 
     def add(self, part: Part) -> None:
@@ -194,6 +212,7 @@ class Total:
         self.loss += part.loss.item()
         self.num_tokens += part.num_tokens
         self.num_padded += part.num_padded
+        self.flops += part.flops
         for name, value in part.figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + value
 

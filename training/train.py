@@ -34,6 +34,8 @@ from training.data.examples import (
     select_distinct,
 )
 from training.data.rows import RowsWriter
+from training.devices import device_peak
+from training.flops import Flops, count_flops
 from training.job import Job
 from training.logprobs import check_head, check_layout, sum_logps
 from training.loop import Progress, Settings, run_steps
@@ -73,14 +75,17 @@ def run(job: Job) -> None:
     steps = Steps(
         examples,
         objective,
-        PolicyForward(device, runtime.layout),
+        PolicyForward(device, runtime.layout, count_flops(model)),
         batch_prompts=config.batch_prompts,
         epochs=config.epochs,
         seed=config.seed,
     )
     write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
-    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity)
+    peak = device_peak(device, config.precision)
+    progress = run_steps(
+        model, steps, make_settings(config), job=job, runtime=runtime, identity=identity, peak_flops=peak
+    )
     save_policy(model, tokenizer, job.output)
     figures = summarise_run(steps, progress, dropped) | summarise_weights(steps, objective)
     job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
@@ -90,9 +95,10 @@ class PolicyForward:
     """One value per sample: the log-probability of its trained tokens. Dropout is 0, in training too: the model stays in
     evaluation mode, since the weighted likelihood is that of the policy and not of a randomly thinned one."""
 
-    def __init__(self, device: torch.device, layout: Layout) -> None:
+    def __init__(self, device: torch.device, layout: Layout, flops: Flops | None = None) -> None:
         self._device = device
         self._layout = layout
+        self._flops = flops
 
     def identity(self, sample: Rendered) -> bytes:
         """Return token ids and span."""
@@ -107,7 +113,13 @@ class PolicyForward:
     def values(self, model: Any, samples: Sequence[Rendered], group_B: np.ndarray) -> Forwarded:
         """Return logp_B in nats."""
         micro = lay_out(samples, group_B, device=self._device, layout=self._layout)
-        return Forwarded(sum_logps(model, micro), micro.num_tokens, micro.ids_BT.numel())
+        spans = micro.tree.spans if micro.tree else [(0, len(sample.ids_T)) for sample in samples]
+        flops = (
+            self._flops.step(tokens=micro.num_tokens, positions=len(micro.target_P), segments=spans)
+            if self._flops
+            else 0
+        )
+        return Forwarded(sum_logps(model, micro), micro.num_tokens, micro.ids_BT.numel(), flops)
 
 
 def longest_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
