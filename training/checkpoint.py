@@ -32,6 +32,7 @@ class Progress:
     skipped_in_row: int = 0
     tokens: int = 0  # through the model, without padding
     seconds: float = 0.0  # in steps, over all attempts
+    microbatch_tokens: int = 0  # budget of the last step: as asked for, or what the device had room for
 
 
 def read_rng(device: torch.device) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Every part of a step contributes its share of the loss of the global batch: part
 into micro-batches changes nothing but speed and memory.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from training.config import Precision, Runtime, Schedule
 from training.job import Job
 from training.metrics import MetricsWriter
 
+LOG = logging.getLogger(__name__)
 MAX_SKIPPED_IN_ROW = 3
 
 
@@ -94,6 +96,7 @@ def run_steps(
         while progress.step < work.num_steps:
             rng = read_rng(device)
             figures = trainer.take_step()
+            progress.microbatch_tokens = trainer.budget
             if figures is not None:
                 metrics.write(progress.step, figures)
                 progress.metrics_bytes = metrics.offset()
@@ -118,6 +121,10 @@ class Trainer:
     job: Job
     progress: Progress
     peak_flops: float | None = None  # a second, of the device; None where nobody knows it
+    budget: int = field(init=False)  # tokens a micro-batch: as asked for, or what the device has room for
+
+    def __post_init__(self) -> None:
+        self.budget = self.runtime.microbatch_tokens
 
     def take_step(self) -> dict[str, float] | None:
         """Take the next step and return its metrics; None, with the model as before, when asked to stop within it."""
@@ -139,6 +146,7 @@ class Trainer:
             "tokens_per_second": total.num_tokens / seconds,
             "padding_share": 1.0 - total.num_tokens / total.num_padded,
             "skipped": float(self.progress.skipped),
+            "microbatch_tokens": float(self.budget),
             **self.describe_speed(total.flops / seconds),
             **total.figures,
             **self.work.describe(step),
@@ -153,11 +161,36 @@ class Trainer:
         return {"tflops_per_second": flops_per_second / 1e12, **share}
 
     def accumulate(self, step: int) -> "Total | None":
-        """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them."""
+        """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them.
+
+        Where the device has no room for a micro-batch, the step begins anew with half the budget, which stays halved.
+        """
+        while True:
+            try:
+                return self.add_up(step)
+            except torch.OutOfMemoryError as error:
+                smaller = halve_budget(self.work, step, budget=self.budget)
+                if smaller is None:
+                    raise torch.OutOfMemoryError(
+                        f"step {step}: the device has no room for a micro-batch of {self.budget} tokens, whose parts cannot be "
+                        "taken one by one (a single response, or a prompt's that depend on each other); expected room for it; "
+                        "lower max_tokens, or take a device with more memory"
+                    ) from error
+            self.shrink(smaller)  # outside the handler, which would keep the failed pass's tensors alive
+
+    def shrink(self, budget: int) -> None:
+        """Go on with a smaller budget of tokens a micro-batch, and with nothing left of the step that failed."""
+        LOG.warning("no room for micro-batches of %d tokens: going on with %d", self.budget, budget)
+        self.budget = budget
+        self.optimiser.zero_grad()
+        torch.cuda.empty_cache()
+
+    def add_up(self, step: int) -> "Total | None":
+        """Add up loss and gradients of all micro-batches of a step, as the budget cuts them."""
         total = Total()
         kind = next(self.model.parameters()).device.type
         wide = self.settings.precision == Precision.float32
-        for members in self.work.cut(step, budget=self.runtime.microbatch_tokens):
+        for members in self.work.cut(step, budget=self.budget):
             if self.job.stop.is_set():
                 return None
             # Weights, gradients and optimiser stay in float32; bfloat16 is what the matrix products run in.
@@ -215,6 +248,16 @@ class Total:
         self.flops += part.flops
         for name, value in part.figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + value
+
+
+def halve_budget(work: Work, step: int, *, budget: int) -> int | None:
+    """Return the largest half, quarter ... of a budget that cuts a step into more micro-batches; None where none does."""
+    whole = len(work.cut(step, budget=budget))
+    while budget > 1:
+        budget //= 2
+        if len(work.cut(step, budget=budget)) > whole:
+            return budget
+    return None
 
 
 def learning_rate(settings: Settings, step: int, *, num_steps: int) -> float:

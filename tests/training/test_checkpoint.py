@@ -147,7 +147,14 @@ def interrupt(job_file: Path, number: int, *, after_steps: int) -> int:
 def read_figures(folder: Path) -> list[dict[str, Any]]:
     """Return the metrics without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("time", "train/tokens_per_second", "train/tflops_per_second", "train/flop_share")} for line in lines]
+    return [
+        {
+            k: v
+            for k, v in line.items()
+            if k not in ("time", "train/tokens_per_second", "train/tflops_per_second", "train/flop_share")
+        }
+        for line in lines
+    ]
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
