@@ -15,16 +15,18 @@ TARGETS = {
     "score_rewards": "training.reward.score",
     "score_reference": "training.reference",
     "train": "training.train",
+    "preflight": "training.train:check",
     "generate": "training.generate",
     "import_model": "training.embedded",
 }
 
 
 def import_late(module: str) -> Callable[[Job], None]:
-    """Return a function that imports `module` and calls its `run` with the job."""
+    """Return a function that imports `module` and calls its `run`, or what is named behind a colon, with the job."""
+    path, _, name = module.partition(":")
 
     def run(job: Job) -> None:
-        importlib.import_module(module).run(job)
+        getattr(importlib.import_module(path), name or "run")(job)
 
     return run
 

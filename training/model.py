@@ -1,5 +1,6 @@
 """Causal language models on disk and in memory: local folders, safetensors, no code from outside."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from training.config import Device, Precision, Runtime
 
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
+DIGESTED_ELEMENTS = 4096
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -95,6 +97,20 @@ def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     for path in sorted(stage.iterdir()):
         path.replace(folder / path.name)
     stage.rmdir()
+
+
+def digest_weights(model: Any) -> str:
+    """Return 64 hex digits that tell one model's weights from another's, whatever precision they were loaded in.
+
+    Over names, shapes and DIGESTED_ELEMENTS of each parameter, evenly spread and rounded to bfloat16: any training moves some of
+    them, and a model of any size is told in well under a second.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, len(flat) // DIGESTED_ELEMENTS)].to(torch.bfloat16).view(torch.int16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + sample.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_context(model: Any, max_tokens: int) -> None:

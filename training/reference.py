@@ -23,7 +23,7 @@ from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.job import Job
 from training.logprobs import check_head, check_layout, sum_logps
 from training.metrics import MetricsWriter
-from training.model import check_context, load_policy, start_torch
+from training.model import check_context, digest_weights, load_policy, start_torch
 from training.render import Rendered, Renderer, UnusableRow
 
 SCHEMA = pa.schema(
@@ -72,6 +72,7 @@ def run(job: Job) -> None:
         "model_type": model.config.model_type,
         "precision": config.precision.value,
         "max_tokens": config.max_tokens,
+        "weights_digest": digest_weights(model),
     }
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 

@@ -37,13 +37,14 @@ from training.data.rows import RowsWriter
 from training.devices import device_peak
 from training.flops import Flops, count_flops
 from training.job import Job
-from training.logprobs import check_head, check_layout, sum_logps
+from training.logprobs import sum_logps
 from training.loop import Progress, Settings, run_steps
 from training.model import check_context, load_policy, save_policy, start_torch
 from training.objectives.objective import Columns, Objective
 from training.objectives.sft import Sft
 from training.objectives.var import Var, lambda_in_reward_units, reference_factor, within_group_variance
 from training.objectives.weights import argmax_agrees, describe_weights
+from training.preflight import Ready, check_run
 from training.render import Rendered, Renderer
 from training.steps import Forwarded, Steps, gather_columns
 
@@ -60,35 +61,54 @@ MIN_ARGMAX_AGREEMENT = 0.6
 
 
 def run(job: Job) -> None:
-    """Train and write the model folder, `metrics.jsonl`, `weights.parquet` and `summary.json` to `output`."""
-    config = TypeAdapter[VarConfig | SftConfig](AnyTrainConfig).validate_python(job.config)
+    """Train and write the model folder, `metrics.jsonl`, `weights.parquet`, `preflight.json` and `summary.json` to `output`."""
+    started = time.monotonic()
+    config = read_config(job)
+    ready, dropped = prepare(job, config)
+    report = check_run(ready)
+    report.require()
+    write_weights(job, ready.steps)
+    progress = run_steps(
+        ready.model,
+        ready.steps,
+        make_settings(config),
+        job=job,
+        runtime=ready.runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens}),
+        identity={"config": config.model_dump(mode="json"), "plan": ready.steps.digest},
+        peak_flops=device_peak(ready.device, config.precision),
+    )
+    save_policy(ready.model, ready.tokenizer, job.output)
+    figures = summarise_run(ready.steps, progress, dropped) | summarise_weights(ready.steps, ready.objective)
+    figures |= report.summary()
+    job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def check(job: Job) -> None:
+    """Make the checks that precede training and write `preflight.json` and `summary.json`, whatever they find."""
+    ready, _ = prepare(job, read_config(job))
+    job.write_summary(check_run(ready).summary())
+
+
+def read_config(job: Job) -> VarConfig | SftConfig:
+    """Return the job's config, checked."""
+    return TypeAdapter[VarConfig | SftConfig](AnyTrainConfig).validate_python(job.config)
+
+
+def prepare(job: Job, config: VarConfig | SftConfig) -> tuple[Ready, Counter[str]]:
+    """Return the model with its steps, and the rows that were dropped, by reason."""
     runtime = Runtime.model_validate(job.runtime)
     device = start_torch(runtime)
-    started = time.monotonic()
     # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
     model, tokenizer = load_policy(job.inputs["base"], precision=Precision.float32, device=device)
-    check_head(model)
     check_context(model, config.max_tokens)
     examples, dropped = gather_examples(job, config, Renderer(tokenizer, max_tokens=config.max_tokens))
-    check_layout(model, longest_groups(examples), layout=runtime.layout, device=device)
     objective = make_objective(job, config, gather_columns(examples))
+    forward = PolicyForward(device, runtime.layout, count_flops(model))
     steps = Steps(
-        examples,
-        objective,
-        PolicyForward(device, runtime.layout, count_flops(model)),
-        batch_prompts=config.batch_prompts,
-        epochs=config.epochs,
-        seed=config.seed,
+        examples, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed
     )
-    write_weights(job, steps)
-    identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
-    peak = device_peak(device, config.precision)
-    progress = run_steps(
-        model, steps, make_settings(config), job=job, runtime=runtime, identity=identity, peak_flops=peak
-    )
-    save_policy(model, tokenizer, job.output)
-    figures = summarise_run(steps, progress, dropped) | summarise_weights(steps, objective)
-    job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
+    ready = Ready(job, runtime, device, config.precision, model, tokenizer, examples, objective, forward, steps)
+    return ready, dropped
 
 
 class PolicyForward:
@@ -120,12 +140,6 @@ class PolicyForward:
             else 0
         )
         return Forwarded(sum_logps(model, micro), micro.num_tokens, micro.ids_BT.numel(), flops)
-
-
-def longest_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
-    """Return the responses of the two rows with the longest ones."""
-    longest = sorted(examples, key=lambda example: max(len(sample.ids_T) for sample in example.samples))
-    return [example.samples for example in longest[-2:]]
 
 
 def gather_examples(job: Job, config: TrainConfig, renderer: Renderer) -> tuple[list[Example], Counter[str]]:
