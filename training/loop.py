@@ -138,6 +138,7 @@ class Trainer:
         seconds = time.monotonic() - started
         self.progress.step += 1
         self.progress.tokens += total.num_tokens
+        self.progress.flops += total.flops
         self.progress.seconds += seconds
         figures = {
             "loss": total.loss,

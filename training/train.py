@@ -219,6 +219,7 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
         "responses": sum(len(steps.weights(step)) for step in last),
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "flops": progress.flops,
         "microbatch_tokens": progress.microbatch_tokens,
         "mean_trained_tokens": steps.mean_tokens,
         "final_loss": progress.loss,
