@@ -4,17 +4,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flows.config import AlignConfig
-from infra import records
+from infra import provenance, records
 from infra.settings import Settings
 from infra.stack.http import NoAnswer, ask
-from infra.store import StoreError, open_store
+from infra.store import Store, StoreError, open_store
 from tasks.ingest import ingest
 from training.memory import show_bytes
 from training.model import TOKENIZER_FILES
 from training.plan import (
     ARCHITECTURES,
+    Mfu,
     Plan,
-    Workload,
     assume_workload,
     build_on_meta,
     choose_machine,
@@ -43,15 +43,21 @@ def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settin
     """Return what a recipe's training takes; whether there is room for it is the plan's to say."""
     path = find_architecture(config.policy, home=settings.home)
     model = build_on_meta(read_architecture(path))
-    device = assumptions.device or config.runtime.device.value
+    store = open_if_there(settings)
+    asked = assumptions.device or config.runtime.device.value
+    device = "cpu" if asked in ("auto", "cuda") else asked
+    if assumptions.mfu is not None:
+        mfu: Mfu | None = Mfu(assumptions.mfu, "given")
+    else:
+        mfu = find_mfu(device, sum(p.numel() for p in model.parameters()), store=store) if store else None
     machine = choose_machine(
-        "cpu" if device in ("auto", "cuda") else device,
-        config.train,
-        ranks=assumptions.ranks,
-        mfu=assumptions.mfu,
-        usd_per_hour=assumptions.usd_per_hour,
+        device, config.train, ranks=assumptions.ranks, mfu=mfu, usd_per_hour=assumptions.usd_per_hour
     )
-    work = find_workload(config, assumptions, path, settings)
+    folder = None if assumptions.rows or assumptions.tokens or store is None else find_rows(config, store, settings)
+    work = assume_workload(assumptions.rows, assumptions.tokens)
+    if folder is not None:
+        has_tokenizer = path.is_dir() and any((path / name).is_file() for name in TOKENIZER_FILES)
+        work = measure_workload(folder, config.train, tokenizer_folder=path if has_tokenizer else None)
     return plan_training(model, config.train, config.runtime, work, machine)
 
 
@@ -83,29 +89,44 @@ def find_cached(reference: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def find_workload(config: AlignConfig, assumptions: Assumptions, policy: Path, settings: Settings) -> Workload:
-    """Return the rows of the ingest artifact, where there is one and the user states nothing else; assumptions otherwise."""
-    folder = None if assumptions.rows or assumptions.tokens else find_rows(config, settings=settings)
-    if folder is None:
-        return assume_workload(assumptions.rows, assumptions.tokens)
-    has_tokenizer = policy.is_dir() and any((policy / name).is_file() for name in TOKENIZER_FILES)
-    return measure_workload(folder, config.train, tokenizer_folder=policy if has_tokenizer else None)
-
-
-def find_rows(config: AlignConfig, *, settings: Settings) -> Path | None:
-    """Return the folder of the recipe's ingest artifact; None where it is not made, or the store does not answer."""
-    if config.preferences.startswith("hub:"):
-        return None
+def open_if_there(settings: Settings) -> Store | None:
+    """Return the store when something answers at its address."""
     try:
         if settings.s3_endpoint is not None:
             ask(settings.s3_endpoint)
     except NoAnswer as error:
         if error.status is None:
             return None
+    return open_store(settings)
+
+
+def find_mfu(device: str, parameters: int, *, store: Store) -> Mfu | None:
+    """Return the share that the newest training of a model of this size had on such a device (a CPU: of this host)."""
+    try:
+        trained = [record for record in records.iterate(store) if record.step == "train"]
+    except StoreError:
+        return None
+    here = provenance.name_process()["host"]
+    alike = [
+        record
+        for record in trained
+        if (record.summary.get("device"), record.summary.get("parameters")) == (device, parameters)
+        and "flop_share" in record.summary
+        and (device != "cpu" or record.provenance["host"] == here)
+    ]
+    if not alike:
+        return None
+    newest = max(alike, key=lambda record: record.created)
+    return Mfu(newest.summary["flop_share"], f"measured in train/{newest.fingerprint[:12]}")
+
+
+def find_rows(config: AlignConfig, store: Store, settings: Settings) -> Path | None:
+    """Return the folder of the recipe's ingest artifact; None where it is not made. Nothing is fetched from a hub for it."""
+    if config.preferences.startswith("hub:"):
+        return None
     from tasks.execute import fetch_artifact  # and with it Prefect, which a plan without a store does without
     from tasks.sources import resolve_source
 
-    store = open_store(settings)
     try:
         source = resolve_source(config.preferences, store=store, settings=settings)
         planned = ingest(config.ingest, {"source": source}, runtime=config.runtime)

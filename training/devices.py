@@ -62,6 +62,15 @@ def find_accelerator(name: str) -> Accelerator | None:
     return next((d for d in ACCELERATORS if all(word.upper() in words for word in d.pattern)), None)
 
 
+def name_device(device: torch.device) -> str:
+    """Return the table's name of a device, torch's where it is not in the table, `cpu` for a CPU."""
+    if device.type != "cuda":
+        return device.type
+    name = torch.cuda.get_device_name(device)
+    found = find_accelerator(name)
+    return found.name if found else name
+
+
 def device_peak(device: torch.device, precision: Precision) -> float | None:
     """Return the rate, in operations a second, that a training step's rate is a share of; None for an unknown accelerator.
 

@@ -69,6 +69,14 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Mfu:
+    """A share of a device's peak that becomes training, and where it is known from."""
+
+    value: float
+    basis: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will take."""
 
@@ -182,17 +190,17 @@ def count_row(prompt: int, responses: Sequence[int], layout: Layout) -> int:
 
 
 def choose_machine(
-    name: str | None, config: TrainConfig, *, ranks: int, mfu: float | None, usd_per_hour: float | None
+    name: str, config: TrainConfig, *, ranks: int, mfu: Mfu | None = None, usd_per_hour: float | None = None
 ) -> Machine:
     """Return the machine of a name of the table, or `cpu`: this one, whose rate is measured and whose free memory is taken."""
-    share = ASSUMED_MFU if mfu is None else mfu
-    if not (0 < share <= 1 and ranks >= 1):
-        raise ValueError(f"--mfu {share}, --ranks {ranks}: expected a share above 0 up to 1, and at least 1 rank")
-    said = f"{share:.0%} of it {'assumed' if mfu is None else 'given'}"
-    if name is None or name.lower() == "cpu":
+    share = mfu or Mfu(ASSUMED_MFU, "assumed")
+    if not (0 < share.value <= 1 and ranks >= 1):
+        raise ValueError(f"--mfu {share.value}, --ranks {ranks}: expected a share above 0 up to 1, and at least 1 rank")
+    said = f"{share.value:.2%} of it, {share.basis}"
+    if name == "cpu":
         rate = f"float32 rate measured here, {said}"
         memory = measure_free(torch.device("cpu")) // ranks
-        return Machine("cpu", ranks, measure_gemm(), share, memory, usd_per_hour, rate, "given price")
+        return Machine("cpu", ranks, measure_gemm(), share.value, memory, usd_per_hour, rate, "given price")
     found = find_accelerator(name)
     if found is None:
         known = ", ".join(device.name for device in ACCELERATORS)
@@ -201,7 +209,7 @@ def choose_machine(
     paid = f"{price:g} USD an hour and device, " + ("given" if usd_per_hour else f"assumed as of {PRICES_AS_OF}")
     rate = f"{config.precision.value} peak of the data sheet, {said}"
     memory = int(found.memory_gib * GIB)
-    return Machine(found.name, ranks, found.peak_flops(config.precision), share, memory, price, rate, paid)
+    return Machine(found.name, ranks, found.peak_flops(config.precision), share.value, memory, price, rate, paid)
 
 
 def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workload, machine: Machine) -> Plan:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,18 @@ class Report:
         return [check for check in self.checks if check.outcome == "failed"]
 
     @property
+    def passed(self) -> bool:
+        """Whether all checks, of which that of memory is the last, were made and none failed."""
+        return not self.failures and any(check.name == "memory" for check in self.checks)
+
+    @property
     def seconds(self) -> float:
         """What it took."""
         return round(sum(check.seconds for check in self.checks), 3)
 
     def as_json(self) -> dict[str, Any]:
         """Return what `preflight.json` holds."""
-        return {"passed": not self.failures, "seconds": self.seconds} | asdict(self)
+        return {"passed": self.passed, "seconds": self.seconds} | asdict(self)
 
     def summary(self) -> dict[str, int | float]:
         """Return the figures of a run's summary."""
@@ -144,16 +149,24 @@ def check_run(ready: Ready) -> Report:
         ready.steps.digest, ready.runtime.model_dump(mode="json"), LEAST_SECONDS, ready.runtime.microbatch_tokens
     )
     earlier = read_report(path)
-    if earlier and not earlier.failures and (earlier.plan, earlier.runtime) == (report.plan, report.runtime):
+    if earlier and earlier.passed and (earlier.plan, earlier.runtime) == (report.plan, report.runtime):
         check_layout(ready.model, longest_groups(ready.examples), layout=ready.runtime.layout, device=ready.device)
         return earlier
     checks = Checks(ready, report)
-    for name in ("weights", "trained_tokens", "stop_tokens", "bos", "output_head", "unit_weights", "layout"):
-        checks.make(name)
-    if not any(check.name in ("output_head", "layout") for check in report.failures):
+    for check in (
+        checks.weights,
+        checks.trained_tokens,
+        checks.stop_tokens,
+        checks.bos,
+        checks.output_head,
+        checks.unit_weights,
+        checks.layout,
+    ):
+        checks.make(check)
+    if not any(failed.name in ("output_head", "layout") for failed in report.failures):
         checks.measure_speed()
-        for name in ("reference", "microbatches", "memory"):
-            checks.make(name)
+        for check in (checks.reference, checks.microbatches, checks.memory):
+            checks.make(check)
     write_json(path, report.as_json())
     return report
 
@@ -177,13 +190,13 @@ class Checks:
         self._tried: list[int] = []  # responses of the first step, whole prompts
         self._logp_B = np.zeros(0)
 
-    def make(self, name: str) -> None:
-        """Make a check and note how it came out."""
+    def make(self, check: Callable[[], str]) -> None:
+        """Make a check and note how it came out, under the name of its function."""
         self._ready.job.check_stop()
         started = time.monotonic()
         outcome, rows = "passed", []
         try:
-            line = str(getattr(self, name)())
+            line = check()
         except NotApplicable as reason:
             outcome, line = "not applicable", str(reason)
         except Failure as failure:
@@ -191,8 +204,8 @@ class Checks:
             rows = self._excerpts(failure.row_ids)
         except ValueError as refusal:  # of the probes that training has anyway
             outcome, line = "failed", str(refusal)
-        check = Check(name, outcome, line, round(time.monotonic() - started, 3), rows)
-        self._report.checks.append(check)
+        name = check.__name__
+        self._report.checks.append(Check(name, outcome, line, round(time.monotonic() - started, 3), rows))
         sys.stderr.write(f"preflight: {name} {outcome}: {line}\n")
 
     # --- what needs no model ---
@@ -416,6 +429,7 @@ class Checks:
                 f"{trial}: not tried, as it would take about {seconds:.0f} s of {self._seconds_left():.0f} s left; by the formula it takes "
                 f"{show_bytes(estimate + needed.optimiser)} with the optimiser's state, {show_bytes(free)} are free"
             )
+        write_json(ready.job.output / FILE, report.as_json())  # should the kernel end this process now
         peak = self._probe(trial.step, trial.members)
         if peak is None:
             self._halve(trial, free)

@@ -34,7 +34,7 @@ from training.data.examples import (
     select_distinct,
 )
 from training.data.rows import RowsWriter
-from training.devices import device_peak
+from training.devices import device_peak, name_device
 from training.flops import Flops, count_flops
 from training.job import Job
 from training.logprobs import sum_logps
@@ -68,6 +68,7 @@ def run(job: Job) -> None:
     report = check_run(ready)
     report.require()
     write_weights(job, ready.steps)
+    peak = device_peak(ready.device, config.precision)
     progress = run_steps(
         ready.model,
         ready.steps,
@@ -75,11 +76,11 @@ def run(job: Job) -> None:
         job=job,
         runtime=ready.runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens}),
         identity={"config": config.model_dump(mode="json"), "plan": ready.steps.digest},
-        peak_flops=device_peak(ready.device, config.precision),
+        peak_flops=peak,
     )
     save_policy(ready.model, ready.tokenizer, job.output)
     figures = summarise_run(ready.steps, progress, dropped) | summarise_weights(ready.steps, ready.objective)
-    figures |= report.summary()
+    figures |= describe_speed(ready, progress, peak) | report.summary()
     job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
@@ -227,6 +228,14 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
         "dropped": dropped.total(),
     }
     return summary | {f"dropped_{reason}": count for reason, count in sorted(dropped.items())}
+
+
+def describe_speed(ready: Ready, progress: Progress, peak_flops: float | None) -> dict[str, Any]:
+    """Return what a plan of the next run can go by: device, size of the model, and share of the peak where it is known."""
+    known = {"device": name_device(ready.device), "parameters": sum(p.numel() for p in ready.model.parameters())}
+    if not (peak_flops and progress.flops and progress.seconds):
+        return known
+    return known | {"flop_share": progress.flops / progress.seconds / peak_flops}
 
 
 def summarise_weights(steps: Steps, objective: Objective) -> dict[str, Any]:

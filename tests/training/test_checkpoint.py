@@ -154,7 +154,7 @@ def read_figures(folder: Path) -> list[dict[str, Any]]:
 def read_summary(folder: Path) -> dict[str, Any]:
     """Return the summary without what depends on the clock."""
     summary = json.loads((folder / "output" / "summary.json").read_text())
-    measured = ("wall_seconds", "tokens_per_second", "preflight_seconds", "preflight_peak_bytes")
+    measured = ("wall_seconds", "tokens_per_second", "preflight_seconds", "preflight_peak_bytes", "flop_share")
     return {k: v for k, v in summary.items() if k not in measured}
 
 

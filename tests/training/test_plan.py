@@ -22,6 +22,7 @@ from training.loop import make_optimiser
 from training.memory import estimate_activations, estimate_footprint, measure_free
 from training.plan import (
     ARCHITECTURES,
+    Mfu,
     Workload,
     assume_workload,
     build_on_meta,
@@ -146,10 +147,11 @@ def test_weights_gradients_and_moments_are_what_a_real_step_holds(
 
     sft = SftConfig.model_validate(config)
     work = measure_workload(folder, sft, tokenizer_folder=tiny_policy)
-    machine = choose_machine("H100", sft, ranks=1, mfu=None, usd_per_hour=None)
+    machine = choose_machine("H100", sft, ranks=1)
     plan = plan_training(build_on_meta(read_architecture(tiny_policy)), sft, Runtime(), work, machine)
     assert (plan.rows, plan.steps, plan.tokens) == (9, done["steps"], done["tokens"])
     assert plan.flops == done["flops"]
+    assert (plan.parameters, done["device"]) == (done["parameters"], "cpu") and 0 < done["flop_share"] < 1
 
     model = AutoModelForCausalLM.from_pretrained(tiny_policy)
     assert plan.parameters == sum(p.numel() for p in model.parameters())
@@ -176,7 +178,7 @@ def test_hours_and_dollars_by_hand() -> None:
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
     config = SftConfig(batch_prompts=10, precision=Precision.bfloat16)
     work = Workload(1000, ((500, (500,)),), "stated")
-    machine = choose_machine("NVIDIA H100 80GB HBM3", config, ranks=8, mfu=0.5, usd_per_hour=2.0)
+    machine = choose_machine("NVIDIA H100 80GB HBM3", config, ranks=8, mfu=Mfu(0.5, "given"), usd_per_hour=2.0)
     plan = plan_training(model, config, Runtime(), work, machine)
     head = 128256 * 4096
     trunk = 8_030_261_248 - 2 * head - 65 * 4096  # norms are no matrices
@@ -192,7 +194,7 @@ def test_what_does_not_fit_says_what_takes_it_and_how_many_ranks_would_do() -> N
     config = SftConfig(precision=Precision.bfloat16)
 
     def plan(ranks: int) -> Any:
-        machine = choose_machine("H100", config, ranks=ranks, mfu=0.4, usd_per_hour=None)
+        machine = choose_machine("H100", config, ranks=ranks, mfu=Mfu(0.4, "given"))
         return plan_training(model, config, Runtime(), assume_workload(None, None), machine)
 
     with pytest.raises(
@@ -218,13 +220,13 @@ def test_more_ranks_hold_less_each_and_one_gathered_layer() -> None:
 def test_refusals() -> None:
     config = SftConfig()
     with pytest.raises(ValueError, match=r"'H1000': not in the table; expected cpu or one of B200"):
-        choose_machine("H1000", config, ranks=1, mfu=None, usd_per_hour=None)
+        choose_machine("H1000", config, ranks=1)
     with pytest.raises(ValueError, match=r"--mfu 1\.5"):
-        choose_machine("cpu", config, ranks=1, mfu=1.5, usd_per_hour=None)
+        choose_machine("cpu", config, ranks=1, mfu=Mfu(1.5, "given"))
     with pytest.raises(ValueError, match="--tokens: got 4"):
         assume_workload(10, 4)
     moe = build_on_meta(MixtralConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
-    cpu = choose_machine("cpu", config, ranks=1, mfu=None, usd_per_hour=None)
+    cpu = choose_machine("cpu", config, ranks=1)
     assert 0 < cpu.memory_bytes <= measure_free(CPU) * 1.5
     with pytest.raises(ValueError, match="mixtral: its operations cannot be counted"):
         plan_training(moe, config, Runtime(), assume_workload(1, 64), cpu)

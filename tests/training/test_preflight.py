@@ -253,7 +253,8 @@ def test_a_step_without_trained_tokens_fails(inputs: dict[str, Path], make_job: 
     ]
     broken = replace(ready, examples=mute)
     report = Report(broken.steps.digest, {}, 5.0, 2048)
-    Checks(broken, report).make("trained_tokens")
+    checks = Checks(broken, report)
+    checks.make(checks.trained_tokens)
     (failed,) = report.failures
     assert "step 0: none of its 8 responses has a trained token" in failed.line and len(failed.rows) == 3
 
@@ -356,3 +357,28 @@ def test_the_job_preflight_tells_what_it_found_and_trains_nothing(
     ] == NAMES
     assert json.loads((tmp_path / "o" / "summary.json").read_text())["preflight_failed"] == 1
     assert {path.name for path in (tmp_path / "o").iterdir()} == {FILE, "summary.json"}
+
+
+class LookingForward(PolicyForward):
+    """The policy, with a look at what the parent could read if the process were killed in the backward pass to come."""
+
+    file: Path
+    seen: dict[str, Any]
+
+    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
+        out = super().values(model, samples, group_B)
+        if out.value_B.requires_grad:
+            self.seen = json.loads(self.file.read_text())
+        return out
+
+
+def test_what_is_known_of_memory_is_on_disk_before_it_is_tried(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    job = make_job("train", "a", config=SFT, inputs=inputs)
+    ready = prepare(job)
+    forward = LookingForward(ready.device, ready.runtime.layout)
+    forward.file = job.output / FILE
+    assert check_run(replace(ready, forward=forward)).passed
+    assert forward.seen["passed"] is False  # so a rerun makes the checks again
+    assert forward.seen["memory"].keys() == {"microbatch_tokens", "free_bytes", "estimated_bytes", "optimiser_bytes"}
