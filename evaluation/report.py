@@ -93,6 +93,7 @@ def render_report(data: ReportData) -> str:
     return environment.get_template("report.html.j2").render(
         data=data,
         verdict=data.verdict,
+        doubts=[*data.verdict.flags, *doubt_reward(data.reward_model or {})],
         charts=draw_charts(data),
         scores=pair_scores(data),
         counts=dict(flatten(data.data or {}, without="quarantined_by_reason")),
@@ -102,6 +103,22 @@ def render_report(data: ReportData) -> str:
         plotly=Markup(get_plotlyjs()),
         plot_config=report_plots.CONFIG,
     )
+
+
+def doubt_reward(summary: dict[str, Any]) -> list[str]:
+    """Return what a reader should know of the reward model before believing a gain, or its absence, on the reward."""
+    if not {"accuracy", "accuracy_low", "accuracy_high", "length_baseline_accuracy"} <= summary.keys():
+        return []
+    accuracy, length = summary["accuracy"], summary["length_baseline_accuracy"]
+    said = f"reward model: right in {accuracy:.1%} of held-out pairs [{summary['accuracy_low']:.1%}, {summary['accuracy_high']:.1%}]"
+    if summary["accuracy_low"] <= 0.5:
+        return [
+            f"{said}, which guessing explains: what it rewards is not shown to be what the data prefers, so the policy was trained "
+            "towards noise, and neither a gain on it nor its absence says much; train it on more pairs, or take one that is given"
+        ]
+    if accuracy <= length:
+        return [f"{said}, no better than that the longer response wins ({length:.1%}): it may reward length alone"]
+    return []
 
 
 def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:

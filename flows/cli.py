@@ -205,6 +205,69 @@ def run_recipe(
     return None
 
 
+@app.command("plan")
+def plan_training(
+    recipe: Annotated[str, typer.Argument(help="demo, smoke or hh_rlhf; see flows/recipes.py.")],
+    changes: Set = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu (this one), H100, H200, A100-80GB ...")] = None,
+    ranks: Annotated[int, typer.Option("--ranks", help="How many of them, weights sharded.")] = 1,
+    mfu: Annotated[float | None, typer.Option("--mfu", help="Share of the peak that becomes training.")] = None,
+    usd_per_hour: Annotated[float | None, typer.Option("--usd-per-hour", help="Price of one device.")] = None,
+    rows: Annotated[int | None, typer.Option("--rows", help="Prompts of the train split, instead of ingested.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", help="Tokens of a row, prompt and responses.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a recipe's training takes: memory, steps, hours, USD. Reads no weights; --set policy=architecture:NAME plans any model."""
+    settings = connect()
+    from flows.overrides import override
+    from flows.plan import Assumptions, describe_plan, make_plan
+    from flows.recipes import read_recipe
+    from training.plan import require_room
+
+    config = override(read_recipe(recipe), changes or [])
+    plan = make_plan(config, Assumptions(device, ranks, mfu, usd_per_hour, rows, tokens), settings=settings)
+    if as_json:
+        print_json(plan.as_json())
+    else:
+        for title, line in describe_plan(plan):
+            typer.echo(f"{title:8}{line}")
+    require_room(plan)
+
+
+@app.command("preflight")
+def run_preflight(
+    recipe: Annotated[str, typer.Argument(help="demo, smoke or hh_rlhf; see flows/recipes.py.")],
+    changes: Set = None,
+    as_json: Json = False,
+) -> None:
+    """Check what a recipe would train on, as training does at its start. Exit status 1 if a check fails."""
+    settings = connect()
+    from rich.console import Console
+
+    from flows.launch import run_here
+    from flows.overrides import override
+    from flows.preflight import preflight
+    from flows.recipes import read_recipe
+
+    config = override(read_recipe(recipe), changes or [])
+    outcome = run_here(preflight, config, settings=settings, console=Console(stderr=True))
+    if as_json:
+        print_json(outcome)
+    else:
+        show_checks(outcome)
+    raise typer.Exit(0 if outcome["passed"] else 1)
+
+
+def show_checks(outcome: dict[str, Any]) -> None:
+    """Print one line a check, and below a failed one the rows that show it."""
+    for check in outcome["checks"]:
+        typer.echo(f"{check['outcome']:>14}  {check['name']}: {check['line']}")
+        for row in check["rows"]:
+            typer.echo(f"{'':16}{row['row_id'][:12]}  {row['excerpt']}")
+    verdict = "all checks passed" if outcome["passed"] else "training would stop here"
+    typer.echo(f"{verdict}, {outcome['seconds']:.1f} s; at most {outcome['seconds_allowed']:.0f} s were allowed")
+
+
 @app.command("benchmark")
 def run_benchmark(
     model: Annotated[str, typer.Argument(help="A folder, embedded:NAME, hub:ORG/NAME@COMMIT, or STEP/FINGERPRINT.")],

@@ -22,6 +22,7 @@ from training.job import EXIT_CANNOT_WRITE, EXIT_INTERRUPTED, EXIT_USER_ERROR, d
 POLL_SECONDS = 0.1
 STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this process
 LOG_TAIL_LINES = 25
+PREFLIGHT_FILE = "preflight.json"  # of training.preflight, which needs torch
 
 
 class StepFailed(Exception):  # noqa: N818 - what the user reads
@@ -160,4 +161,20 @@ def _raise_for_exit(job: ChildJob, status: int) -> None:
     if status == EXIT_INTERRUPTED:
         raise StepFailed(f"{job.name}: stopped on request; run the same command again to go on from its checkpoint")
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-    raise StepFailed(f"{job.name}: {describe_exit(status)}; the last lines of {log}:\n{tail}")
+    raise StepFailed(
+        f"{job.name}: {describe_exit(status)}{_describe_probe(job, status)}; the last lines of {log}:\n{tail}"
+    )
+
+
+def _describe_probe(job: ChildJob, status: int) -> str:
+    """Say what the preflight found about memory, where a child that was killed got that far."""
+    path = job.output / PREFLIGHT_FILE
+    memory = json.loads(path.read_text())["memory"] if status == -signal.SIGKILL and path.is_file() else {}
+    if not memory:
+        return ""
+    took, how = (memory["peak_bytes"], "took") if "peak_bytes" in memory else (memory["estimated_bytes"], "was to take")
+    return (
+        f"; before training a micro-batch of {memory['microbatch_tokens']} tokens {how} {took / 2**30:.2f} GiB beside weights and "
+        f"{memory['optimiser_bytes'] / 2**30:.2f} GiB of the optimiser's state, {memory['free_bytes'] / 2**30:.2f} GiB were free: if it "
+        "was memory, lower runtime.microbatch_tokens"
+    )

@@ -133,7 +133,7 @@ class Execution:
             )
             kind: type[BaseException] | None = None
             try:
-                attempt = StepAttempt(planned, self, run, work_folder, lock, self._input_folders(planned))
+                attempt = StepAttempt(planned, self, run, work_folder, lock, self.input_folders(planned))
                 self.tracking.log(run.id, params=flatten(planned.config.model_dump(mode="json")))
                 metrics = planned.step.work(planned.config, attempt)
                 record = self._commit(planned, run, attempt.output, metrics, seconds=time.monotonic() - started)
@@ -173,7 +173,8 @@ class Execution:
             keep_artifact(output, record, home=self.settings.home)
         return winner
 
-    def _input_folders(self, planned: Planned) -> dict[str, Path]:
+    def input_folders(self, planned: Planned) -> dict[str, Path]:
+        """Return the local folders of what a step takes, whose own steps have been run here."""
         folders: dict[str, Path] = {}
         for name, given in planned.inputs.items():
             if isinstance(given, Source):

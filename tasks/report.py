@@ -27,7 +27,7 @@ class ReportConfig(Config):
     recipe: str
 
 
-@step(version=1)
+@step(version=2)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written

@@ -17,6 +17,7 @@ TARGETS = {
     "score_reference": "training.reference",
     "score_cross": "training.cross",
     "train": "training.train",
+    "preflight": "training.train:check",
     "generate": "training.generate",
     "import_model": "training.embedded",
 }
@@ -25,15 +26,16 @@ TARGETS = {
 RANKED = {"train"}  # what several ranks can share
 
 
-def import_late(name: str, module: str) -> Callable[[Job], None]:
-    """Return a function that imports `module` and calls its `run` with the job, on as many ranks as the job asks for."""
+def import_late(name: str, target: str) -> Callable[[Job], None]:
+    """Return a function that imports a target and calls its `run`, or what is named behind a colon, on as many ranks as asked for."""
+    module, _, function = target.partition(":")
 
     def run(job: Job) -> None:
         ranks = Runtime.model_validate(job.runtime).ranks if name in RANKED else 1
         if ranks > 1 and not is_rank():
             importlib.import_module("training.launch").launch(job, ranks=ranks)
         else:
-            importlib.import_module(module).run(job)
+            getattr(importlib.import_module(module), function or "run")(job)
 
     return run
 

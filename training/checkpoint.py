@@ -41,7 +41,9 @@ class Progress:
     skipped_rows: list[str] = field(default_factory=list)  # row ids of the skipped steps in a row up to now
     skipped_in_row: int = 0
     tokens: int = 0  # through the model, without padding
+    flops: int = 0  # useful ones, forward and backward; 0 where nobody counts them
     seconds: float = 0.0  # in steps, over all attempts
+    microbatch_tokens: int = 0  # budget of the last step: as asked for, or what the device had room for
 
 
 def read_rng(device: torch.device) -> dict[str, Tensor]:

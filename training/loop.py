@@ -4,6 +4,7 @@ Every part of a step contributes its share of the loss of the global batch: part
 into micro-batches, and which rank runs which, change nothing but speed and memory.
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from training.distributed import ALONE, World
 from training.job import Interrupted, Job
 from training.metrics import MetricsWriter
 
+LOG = logging.getLogger(__name__)
 MAX_SKIPPED_IN_ROW = 3
 
 
@@ -32,11 +34,12 @@ class Part:
     loss: Tensor  # scalar
     num_tokens: int  # without padding
     num_padded: int  # with padding
+    flops: int = 0  # of forward and backward pass; 0 where nobody counts them
     figures: dict[str, float] = field(default_factory=dict)
 
     def nothing(self) -> "Part":
         """Return a part whose every share is zero: what a rank runs to keep in step with the others."""
-        return Part(self.loss * 0.0, 0, 0, dict.fromkeys(self.figures, 0.0))
+        return Part(self.loss * 0.0, 0, 0, figures=dict.fromkeys(self.figures, 0.0))
 
 
 class Work(Protocol):
@@ -84,18 +87,20 @@ def run_steps(
     identity: dict[str, Any],
     world: World = ALONE,
     heldout: Work | None = None,
+    peak_flops: float | None = None,
 ) -> Progress:
     """Train `model` in place from the newest checkpoint, or from the start, to the last step.
 
-    `heldout` is work of one step whose loss is looked at on the way. Writes `output/metrics.jsonl` and `work/checkpoints`; with several ranks each calls it, and the first writes the metrics.
-    Interrupted when any rank was told to stop, after a checkpoint of the last whole step. ValueError after three steps in a
-    row with a non-finite loss or gradient, and for a checkpoint of another run.
+    `heldout` is work of one step whose loss is looked at on the way; `peak_flops`, a second and of all ranks, is what
+    `train/flop_share` is a share of. Writes `output/metrics.jsonl` and `work/checkpoints`; with several ranks each calls it, and
+    the first writes the metrics. Interrupted when any rank was told to stop, after a checkpoint of the last whole step.
+    ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
     """
     torch.manual_seed(settings.seed)
     optimiser = make_optimiser(model, settings)
     folder = job.work / "checkpoints"
     progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, world=world)
-    trainer = Trainer(model, optimiser, work, settings, runtime, job, progress, world)
+    trainer = Trainer(model, optimiser, work, settings, runtime, job, progress, world, peak_flops)
     with ExitStack() as stack:
         path = job.output / "metrics.jsonl"
         if world.is_first:
@@ -104,6 +109,7 @@ def run_steps(
         while progress.step < work.num_steps:
             rng = read_rng(world.device)
             figures = trainer.take_step()
+            progress.microbatch_tokens = trainer.budget
             if figures is not None:
                 if heldout is not None and is_due(runtime.heldout_every_steps, progress.step, work.num_steps):
                     figures["heldout/loss"] = trainer.look(heldout)
@@ -146,6 +152,11 @@ class Trainer:
     job: Job
     progress: Progress
     world: World = ALONE
+    peak_flops: float | None = None  # a second, of all ranks' devices; None where nobody knows it
+    budget: int = field(init=False)  # tokens a micro-batch: as asked for, or what the device has room for
+
+    def __post_init__(self) -> None:
+        self.budget = self.runtime.microbatch_tokens
 
     def take_step(self) -> dict[str, float] | None:
         """Take the next step and return its metrics; None, with the model as before, when asked to stop within it."""
@@ -159,6 +170,7 @@ class Trainer:
         seconds = time.monotonic() - started
         self.progress.step += 1
         self.progress.tokens += total.num_tokens
+        self.progress.flops += total.flops
         self.progress.seconds += seconds
         figures = {
             "loss": total.loss,
@@ -167,15 +179,51 @@ class Trainer:
             "tokens_per_second": total.num_tokens / seconds,
             "padding_share": 1.0 - total.num_tokens / total.num_padded,
             "skipped": float(self.progress.skipped),
+            "microbatch_tokens": float(self.budget),
+            **self.describe_speed(total.flops / seconds),
             **total.figures,
             **self.work.describe(step),
         }
         return {f"train/{name}": value for name, value in figures.items()}
 
+    def describe_speed(self, flops_per_second: float) -> dict[str, float]:
+        """Return useful operations a second, and their share of the device's rate; nothing where they are not counted."""
+        if not flops_per_second:
+            return {}
+        share = {"flop_share": flops_per_second / self.peak_flops} if self.peak_flops else {}
+        return {"tflops_per_second": flops_per_second / 1e12, **share}
+
     def accumulate(self, step: int) -> "Total | None":
-        """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them."""
+        """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them.
+
+        Where the device has no room for a micro-batch, the step begins anew with half the budget, which stays halved.
+        """
+        while True:
+            try:
+                return self.add_up(step)
+            except torch.OutOfMemoryError as error:
+                if self.world.size > 1:  # the other ranks are in the middle of theirs
+                    raise
+                smaller = halve_budget(self.work, step, budget=self.budget)
+                if smaller is None:
+                    raise torch.OutOfMemoryError(
+                        f"step {step}: the device has no room for a micro-batch of {self.budget} tokens, whose parts cannot be "
+                        "taken one by one (a single response, or a prompt's that depend on each other); expected room for it; "
+                        "lower max_tokens, or take a device with more memory"
+                    ) from error
+            self.shrink(smaller)  # outside the handler, which would keep the failed pass's tensors alive
+
+    def shrink(self, budget: int) -> None:
+        """Go on with a smaller budget of tokens a micro-batch, and with nothing left of the step that failed."""
+        LOG.warning("no room for micro-batches of %d tokens: going on with %d", self.budget, budget)
+        self.budget = budget
+        self.optimiser.zero_grad()
+        torch.cuda.empty_cache()
+
+    def add_up(self, step: int) -> "Total | None":
+        """Add up loss and gradients of all micro-batches of a step, as the budget cuts them."""
         total = Total()
-        shares = list(self.world.share(self.work.cut(step, budget=self.runtime.microbatch_tokens)))
+        shares = list(self.world.share(self.work.cut(step, budget=self.budget)))
         for place, (members, counts) in enumerate(shares):
             if self.world.any(self.job.stop.is_set()):
                 return None
@@ -193,7 +241,7 @@ class Trainer:
     def look(self, work: Work) -> float:
         """Return the loss of other work's first step under the model as it is."""
         total = Total()
-        for members, counts in self.world.share(work.cut(0, budget=self.runtime.microbatch_tokens)):
+        for members, counts in self.world.share(work.cut(0, budget=self.budget)):
             with self.autocast():
                 part = work.part(self.model, 0, members)
             total.add(part if counts else part.nothing())
@@ -245,6 +293,7 @@ class Total:
     loss: float = 0.0
     num_tokens: int = 0
     num_padded: int = 0
+    flops: int = 0
     figures: dict[str, float] = field(default_factory=dict)
 
     def add(self, part: Part) -> None:
@@ -252,15 +301,26 @@ class Total:
         self.loss += part.loss.item()
         self.num_tokens += part.num_tokens
         self.num_padded += part.num_padded
+        self.flops += part.flops
         for name, value in part.figures.items():
             self.figures[name] = self.figures.get(name, 0.0) + value
 
     def over(self, world: World) -> "Total":
         """Return the sums over all ranks."""
-        loss, tokens, padded, *figures = world.sum(
-            [self.loss, self.num_tokens, self.num_padded, *self.figures.values()]
+        loss, tokens, padded, flops, *figures = world.sum(
+            [self.loss, self.num_tokens, self.num_padded, self.flops, *self.figures.values()]
         )
-        return Total(loss, int(tokens), int(padded), dict(zip(self.figures, figures, strict=True)))
+        return Total(loss, int(tokens), int(padded), int(flops), dict(zip(self.figures, figures, strict=True)))
+
+
+def halve_budget(work: Work, step: int, *, budget: int) -> int | None:
+    """Return the largest half, quarter ... of a budget that cuts a step into more micro-batches; None where none does."""
+    whole = len(work.cut(step, budget=budget))
+    while budget > 1:
+        budget //= 2
+        if len(work.cut(step, budget=budget)) > whole:
+            return budget
+    return None
 
 
 def learning_rate(settings: Settings, step: int, *, num_steps: int) -> float:

@@ -1,9 +1,23 @@
-"""Work that adapts to the room there is on the device."""
+"""The memory of a device: what training will take by a formula, what a piece of work took, what is free; and work that adapts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from training.config import Precision
+from training.logprobs import CHUNK_ELEMENTS
+
+GIB = 2**30
+FLOAT32 = 4  # bytes
+# What ends a container before the machine's own memory does: (limit, use), of control groups 2 and 1.
+CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 def run_in_halves(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
@@ -19,3 +33,129 @@ def run_in_halves(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[An
         torch.cuda.empty_cache()
     half = len(items) // 2  # outside the handler, which would keep the failed batch's tensors alive
     return run_in_halves(work, items[:half]) + run_in_halves(work, items[half:])
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that training holds on each rank."""
+
+    weights: int
+    gradients: int
+    optimiser: int  # AdamW's two moments
+    gathered: int  # the layer under way, whole, where weights are sharded over ranks
+    activations: int  # what one micro-batch keeps for its backward pass
+    logits: int  # of a chunk of positions, and the gradient of the output head
+
+    @property
+    def total(self) -> int:
+        """All of it at once: activations are at their most where the backward pass begins."""
+        return (
+            self.weights + self.gradients + self.optimiser + self.gathered + self.activations + self.logits
+        )  # fmt: skip
+
+
+def estimate_footprint(
+    model: Any, *, precision: Precision, ranks: int, tokens: int, keys: int, positions: int
+) -> Footprint:
+    """Return what training takes on each of `ranks`, weights, gradients and moments in float32 and sharded evenly.
+
+    Of one micro-batch: `tokens` through the model, `positions` that predict a trained token, and `keys`, those that the responses of
+    trees see and that are copied for them (0 for rows).
+    """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    share = -(-parameters // ranks)
+    layers = model.config.num_hidden_layers
+    head = model.get_output_embeddings().weight.numel()
+    wide = precision == Precision.float32
+    cast = 0 if wide else 2 * share  # autocast keeps a bfloat16 copy of every matrix for the whole step
+    chunk = min(CHUNK_ELEMENTS, positions * model.config.vocab_size)
+    return Footprint(
+        weights=FLOAT32 * share + cast,
+        gradients=FLOAT32 * share,
+        optimiser=2 * FLOAT32 * share,
+        gathered=0 if ranks == 1 else FLOAT32 * max(head, (parameters - head) // layers),
+        activations=estimate_activations(model.config, precision=precision, tokens=tokens, keys=keys),
+        logits=3 * FLOAT32 * chunk + (FLOAT32 if wide else 2) * head,
+    )
+
+
+def estimate_activations(config: Any, *, precision: Precision, tokens: int, keys: int) -> int:
+    """Return the bytes that a dense decoder keeps of a micro-batch for its backward pass, nothing recomputed.
+
+    Of each layer, with hidden size H, heads x head size A and MLP size I, in numbers a token: 6 H for two norms (input,
+    normalised, scaled), 5 A for attention (query, key, value, output, output in the order of tokens; keys and values repeated for
+    grouped queries), 4 I for a gated MLP. In trees each response has its own copy of the keys and values it sees: 2 A for each
+    key. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
+    """
+    hidden = config.hidden_size
+    attention = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    norms = 6 * hidden * FLOAT32 if precision == Precision.float32 else 2 * hidden * (2 * FLOAT32 + 2)
+    width = FLOAT32 if precision == Precision.float32 else 2
+    per_token = norms + width * (5 * attention + 4 * inner)
+    layer: int = per_token * tokens + width * 2 * attention * keys
+    return layer * config.num_hidden_layers + 3 * hidden * FLOAT32 * tokens  # the norm behind the last layer
+
+
+def show_bytes(count: float) -> str:
+    """Return bytes as a person reads them: in GiB, small ones in MiB."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def measure_free(device: torch.device) -> int:
+    """Return the bytes that this process can still take: on the GPU, or of the machine's and the container's memory."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    free = [1024 * read_kib("/proc/meminfo", "MemAvailable")] if Path("/proc/meminfo").exists() else []
+    for limit, use in CGROUPS:
+        if Path(limit).exists() and (bound := Path(limit).read_text().strip()) != "max":
+            free.append(int(bound) - int(Path(use).read_text()))
+    if not free:  # no Linux
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+    return min(free)
+
+
+@dataclass
+class Peak:
+    """Bytes by which memory rose at most while some work ran; set at its end."""
+
+    bytes: int = 0
+
+
+@contextmanager
+def measure_peak(device: torch.device) -> Iterator[Peak]:
+    """Measure by how much the memory in use rises, on the GPU or in this process (resident pages), while the block runs."""
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device) - before
+        return
+    before = reset_resident_peak()
+    yield peak
+    peak.bytes = max(0, read_resident_peak() - before)
+
+
+def reset_resident_peak() -> int:
+    """Let the kernel's mark of this process's largest memory begin anew, where it can, and return where it stands."""
+    with suppress(OSError):  # no Linux, or not allowed: the mark stays where earlier work put it
+        Path("/proc/self/clear_refs").write_text("5")
+    return read_resident_peak()
+
+
+def read_resident_peak() -> int:
+    """Return the largest resident memory of this process, in bytes."""
+    if Path("/proc/self/status").exists():
+        return 1024 * read_kib("/proc/self/status", "VmHWM")
+    import resource  # macOS counts in bytes
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def read_kib(path: str, name: str) -> int:
+    """Return a line's number of one of the kernel's files of `Name:   123 kB` lines."""
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))

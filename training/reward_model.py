@@ -76,6 +76,7 @@ def run(job: Job) -> None:
             "final_loss": progress.loss,
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+            "microbatch_tokens": progress.microbatch_tokens,
             "dropout": max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0),
             **accuracy,
             **count_dropped(pairs),

@@ -27,6 +27,7 @@ class Forwarded(NamedTuple):
     value_B: Tensor
     num_tokens: int  # without padding
     num_padded: int  # with padding
+    flops: int = 0  # of forward and backward pass; 0 where nobody counts them
 
 
 class Forward(Protocol):
@@ -147,5 +148,6 @@ class Steps:
             loss=self._objective.loss_sum(out.value_B, weight_B, columns_B) / denominator,
             num_tokens=out.num_tokens,
             num_padded=out.num_padded,
+            flops=out.flops,
             figures=figures,
         )

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,9 @@ from training.data.examples import (
 )
 from training.data.manifest import RowsManifest, check_reference, check_samples, read_rows_manifest
 from training.data.rows import RowsWriter
+from training.devices import device_peak, name_device
 from training.distributed import World, open_world
+from training.flops import Flops, count_flops
 from training.job import Job
 from training.logprobs import Policy, check_head, check_layout, sum_logps, trained_logps
 from training.loop import Progress, Settings, run_steps
@@ -58,6 +60,7 @@ from training.objectives.sft import Sft
 from training.objectives.transforms import describe_transform, transform_rewards
 from training.objectives.var import Var, check_rewards, make_var
 from training.objectives.weights import argmax_agrees, describe_weights, within_group_variance
+from training.preflight import Ready, check_run, longest_groups
 from training.render import Rendered, Renderer
 from training.sharding import gather_weights, load_sharded_policy
 from training.steps import Forwarded, Steps, gather_columns
@@ -76,59 +79,114 @@ HELDOUT_ROWS = 16  # whose weighted loss is followed
 ADAPTER_ROWS = 32  # on which an exported adapter is held to what was trained
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step, and what its summary tells of how it came to be."""
+
+    policy: Policy
+    ready: Ready
+    heldout: Steps | None
+    dropped: Counter[str]
+    columns: Columns  # of the train split, as stored
+    weighed: Columns  # with the rewards that weights are made of
+
+
 def run(job: Job) -> None:
-    """Train and write the model folder, `metrics.jsonl`, `weights.parquet` and `summary.json` to `output`."""
-    config = TypeAdapter[VarConfig | SftConfig | DpoConfig](AnyTrainConfig).validate_python(job.config)
-    runtime = Runtime.model_validate(job.runtime)
+    """Train and write the model folder, `metrics.jsonl`, `weights.parquet`, `preflight.json` and `summary.json` to `output`."""
+    config, runtime = read_config(job), Runtime.model_validate(job.runtime)
     with open_world(runtime, start_torch(runtime)) as world:
         train(job, config, runtime, world)
+
+
+def check(job: Job) -> None:
+    """Make the checks that precede training and write `preflight.json` and `summary.json`, whatever they find."""
+    config, runtime = read_config(job), Runtime.model_validate(job.runtime)
+    prepared = prepare(job, config, runtime, World(start_torch(runtime)))
+    job.write_summary(check_run(prepared.ready).summary())
+
+
+def read_config(job: Job) -> TrainConfig:
+    """Return the job's config, checked."""
+    return TypeAdapter[VarConfig | SftConfig | DpoConfig](AnyTrainConfig).validate_python(job.config)
 
 
 def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None:
     """Train on this rank; the first one writes what all have in common."""
     started = time.monotonic()
+    prepared = prepare(job, config, runtime, world)
+    policy, steps, objective = prepared.policy, prepared.ready.steps, prepared.ready.objective
+    runtime, checked = check_before(prepared, runtime, world)
+    if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
+        write_weights(job, steps)
+    identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
+    peak = device_peak(world.device, config.precision)
+    progress = run_steps(
+        policy,
+        steps,
+        make_settings(config),
+        job=job,
+        runtime=runtime,
+        identity=identity,
+        world=world,
+        heldout=prepared.heldout,
+        peak_flops=peak * world.size if peak else None,
+    )
+    weights = gather_weights(policy.model, world) if world.size > 1 else None
+    if world.is_first:
+        figures = summarise_run(steps, progress, prepared.dropped) | summarise_objective(steps, objective) | checked
+        figures |= describe_speed(prepared.ready, progress, peak * world.size if peak else None)
+        if config.lora:
+            rows = prepared.ready.examples[:ADAPTER_ROWS]
+            figures |= split_adapter(job, config.lora, policy.model, rows, world.device)
+        save_policy(policy.model, prepared.ready.tokenizer, job.output, weights=weights)
+        if isinstance(config, VarConfig):
+            figures |= describe_transform(prepared.columns, prepared.weighed, config)
+        job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Prepared:
+    """Return the policy with its steps; nothing has gone through it yet."""
     policy, tokenizer = open_policy(job.inputs["base"], config, world)
-    check_head(policy)
     check_context(policy.model, config.max_tokens)
     manifest = read_rows_manifest(job.inputs["rows"])
     if world.is_first:
         check_columns(job, config, manifest, digest_model(job.inputs["base"], tokenizer))
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     examples, dropped = gather_examples(job, config, renderer, regime=manifest.regime)
-    check_layout(policy, longest_groups(examples), layout=runtime.layout, device=world.device)
-    if isinstance(policy, FSDPModule):
-        policy.reshard()  # what a forward pass leaves gathered, so that the optimiser sees parts
     columns = gather_columns(examples)
     cross = None
     if isinstance(config, VarConfig) and StoredColumn.cross in config.columns:
         cross = read_cross(job.inputs["cross"], plan_batches(examples, config))
     objective, weighed = make_objective(config, columns, regime=manifest.regime, cross=cross)
-    forward = PolicyForward(world.device, runtime.layout)
+    # Beside an adapter most matrices get no gradient: what a step costs is not three forward passes.
+    forward = PolicyForward(world.device, runtime.layout, None if config.lora else count_flops(policy.model))
+    trained = replace_rewards(examples, weighed)
     steps = Steps(
-        replace_rewards(examples, weighed),
-        objective,
-        forward,
-        batch_prompts=config.batch_prompts,
-        epochs=config.epochs,
-        seed=config.seed,
+        trained, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed
     )
     kept, _ = gather_examples(job, config, renderer, regime=manifest.regime, split="heldout", limit=HELDOUT_ROWS)
     heldout = plan_heldout(kept, config, objective, forward)
-    if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
-        write_weights(job, steps)
-    identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
-    progress = run_steps(
-        policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world, heldout=heldout
+    ready = Ready(
+        job, runtime, world.device, config.precision, policy.model, tokenizer, trained, objective, forward, steps
     )
-    weights = gather_weights(policy.model, world) if world.size > 1 else None
-    if world.is_first:
-        figures = summarise_run(steps, progress, dropped) | summarise_objective(steps, objective)
-        if config.lora:
-            figures |= split_adapter(job, config.lora, policy.model, examples[:ADAPTER_ROWS], world.device)
-        save_policy(policy.model, tokenizer, job.output, weights=weights)
-        if isinstance(config, VarConfig):
-            figures |= describe_transform(columns, weighed, config)
-        job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
+    return Prepared(policy, ready, heldout, dropped, columns, weighed)
+
+
+def check_before(prepared: Prepared, runtime: Runtime, world: World) -> tuple[Runtime, dict[str, Any]]:
+    """Make the preflight's checks; return the runtime that the device has room for, and figures. ValueError for all that fail.
+
+    Several ranks check head and layout alone: the others are for a model that is whole, and `varflow preflight` makes them.
+    """
+    if world.size == 1:
+        report = check_run(prepared.ready)
+        report.require()
+        return runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens}), dict(report.summary())
+    check_head(prepared.policy)
+    groups = longest_groups(prepared.ready.examples)
+    check_layout(prepared.policy, groups, layout=runtime.layout, device=world.device)
+    if isinstance(prepared.policy, FSDPModule):
+        prepared.policy.reshard()  # what a forward pass leaves gathered, so that the optimiser sees parts
+    return runtime, {}
 
 
 def open_policy(folder: Path, config: TrainConfig, world: World) -> tuple[Policy, Any]:
@@ -165,9 +223,10 @@ class PolicyForward:
     """One value per sample: the log-probability of its trained tokens. Dropout is 0, in training too: the model stays in
     evaluation mode, since the weighted likelihood is that of the policy and not of a randomly thinned one."""
 
-    def __init__(self, device: torch.device, layout: Layout) -> None:
+    def __init__(self, device: torch.device, layout: Layout, flops: Flops | None = None) -> None:
         self._device = device
         self._layout = layout
+        self._flops = flops
 
     def identity(self, sample: Rendered) -> bytes:
         """Return token ids and span."""
@@ -182,13 +241,13 @@ class PolicyForward:
     def values(self, model: Any, samples: Sequence[Rendered], group_B: np.ndarray) -> Forwarded:
         """Return logp_B in nats."""
         micro = lay_out(samples, group_B, device=self._device, layout=self._layout)
-        return Forwarded(sum_logps(model, micro), micro.num_tokens, micro.ids_BT.numel())
-
-
-def longest_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
-    """Return the responses of the two rows with the longest ones."""
-    longest = sorted(examples, key=lambda example: max(len(sample.ids_T) for sample in example.samples))
-    return [example.samples for example in longest[-2:]]
+        spans = micro.tree.spans if micro.tree else [(0, len(sample.ids_T)) for sample in samples]
+        flops = (
+            self._flops.step(tokens=micro.num_tokens, positions=len(micro.target_P), segments=spans)
+            if self._flops
+            else 0
+        )
+        return Forwarded(sum_logps(model, micro), micro.num_tokens, micro.ids_BT.numel(), flops)
 
 
 def check_columns(job: Job, config: TrainConfig, manifest: RowsManifest, base: ModelDigests) -> None:
@@ -324,12 +383,22 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
         "responses": sum(len(steps.weights(step)) for step in last),
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "flops": progress.flops,
+        "microbatch_tokens": progress.microbatch_tokens,
         "mean_trained_tokens": steps.mean_tokens,
         "final_loss": progress.loss,
         "plan": steps.digest,
         "dropped": dropped.total(),
     }
     return summary | {f"dropped_{reason}": count for reason, count in sorted(dropped.items())}
+
+
+def describe_speed(ready: Ready, progress: Progress, peak_flops: float | None) -> dict[str, Any]:
+    """Return what a plan of the next run can go by: device, size of the model, and share of the peak where it is known."""
+    known = {"device": name_device(ready.device), "parameters": sum(p.numel() for p in ready.model.parameters())}
+    if not (peak_flops and progress.flops and progress.seconds):
+        return known
+    return known | {"flop_share": progress.flops / progress.seconds / peak_flops}
 
 
 def summarise_objective(steps: Steps, objective: Objective) -> dict[str, Any]:

@@ -37,11 +37,14 @@ class Tree:
         """Lengths of all prompts and responses, in order."""
         return [length for group in self.lengths for length in group]
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(Position of its first token, length) of all prompts and responses, in order."""
+        return [(group[0] if place else 0, n) for group in self.lengths for place, n in enumerate(group)]
+
     def positions(self) -> np.ndarray:
         """Return position_T: from 0 in a prompt, from the prompt's end in each of its responses."""
-        return np.concatenate(
-            [np.arange(n) + (group[0] if place else 0) for group in self.lengths for place, n in enumerate(group)]
-        )
+        return np.concatenate([np.arange(begin, begin + n) for begin, n in self.spans])
 
     def response_masks(self, window: int | None, dtype: torch.dtype) -> list[list[Tensor]]:
         """Return for each prompt's each response the additive mask [q, prompt + q]; made once, used in every layer."""

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.gate import compare_guard, compare_target, conclude
-from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report, show_seconds
+from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, doubt_reward, render_report, show_seconds
 from evaluation.result import ScoreRow
 from evaluation.verdict import Verdict
 
@@ -210,3 +210,20 @@ def test_plain_fine_tuning_has_a_loss_and_no_weights(tmp_path: Path) -> None:
 
 def test_durations_read_as_people_say_them() -> None:
     assert [show_seconds(s) for s in (0.04, 59.9, 61, 3_660)] == ["0.0 s", "59.9 s", "1 min 1 s", "1 h 1 min"]
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "low", "high", "said"),
+    [
+        (0.543, 0.443, 0.640, "right in 54.3% of held-out pairs [44.3%, 64.0%], which guessing explains"),
+        (0.590, 0.550, 0.630, "no better than that the longer response wins (59.9%)"),
+        (0.700, 0.660, 0.740, None),
+    ],
+)
+def test_a_reward_model_that_guesses_is_named_before_the_gain(
+    accuracy: float, low: float, high: float, said: str | None
+) -> None:
+    figures = {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "length_baseline_accuracy": 0.599}
+    doubts = doubt_reward(figures)
+    assert [said in doubt for doubt in doubts] == ([True] if said else [])
+    assert doubt_reward({}) == []

@@ -1,5 +1,6 @@
 """What can be asked after a run: lineage, report, benchmark."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,10 @@ def test_a_benchmark_of_a_model(varflow: Command, done: dict[str, Any]) -> None:
     assert {"eval/mmlu_part/acc", "eval/gsm8k_part/exact_match"} <= found["scores"].keys()
     assert {step["step"] for step in found["steps"]} == {"mirror", "evaluate"}
     assert {"prefect_run", "mlflow_run"} <= found.keys()
+
+
+def test_a_plan_after_a_run_goes_by_what_it_measured(varflow: Command, done: dict[str, Any]) -> None:
+    plan = varflow.ask("plan", "smoke", *small())
+    assert re.search(r"measured in train/[0-9a-f]{12}$", plan["machine"]["basis"])
+    assert "rows of the ingest artifact, by the policy's tokenizer" in plan["data_basis"]
+    assert varflow.ask("plan", "smoke", *small(), "--mfu", "0.5")["machine"]["mfu"] == 0.5

@@ -1,5 +1,6 @@
 """Supervision with real processes: nothing is left behind, whatever ends."""
 
+import json
 import os
 import signal
 import subprocess
@@ -93,6 +94,20 @@ def test_the_users_mistake_comes_back_in_the_childs_words(make_job) -> None:
 def test_a_killed_child_is_named_so_with_the_end_of_its_log(make_job) -> None:
     with pytest.raises(StepFailed, match=r"(?s)killed.*memory.*last words"):
         run_child(make_job("vanish"), on_metrics=lambda _: None)
+
+
+def test_a_killed_child_is_told_with_what_its_preflight_found_about_memory(make_job) -> None:
+    job = make_job("vanish")
+    memory = {"microbatch_tokens": 2048, "free_bytes": 4 * 2**30, "estimated_bytes": 2**30, "optimiser_bytes": 2**30}
+    job.output.mkdir()
+    (job.output / "preflight.json").write_text(json.dumps({"memory": memory}))
+    with pytest.raises(
+        StepFailed, match=r"SIGKILL.*2048 tokens was to take 1.00 GiB .*4.00 GiB were free.*lower runtime"
+    ):
+        run_child(job, on_metrics=lambda _: None)
+    (job.output / "preflight.json").write_text(json.dumps({"memory": memory | {"peak_bytes": 3 * 2**29}}))
+    with pytest.raises(StepFailed, match=r"took 1.50 GiB beside weights and 1.00 GiB of the optimiser's state"):
+        run_child(job, on_metrics=lambda _: None)
 
 
 def test_an_interrupt_lets_the_child_save(make_job) -> None:

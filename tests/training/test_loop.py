@@ -166,3 +166,33 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(job: Job, tmp_path: Path) 
     before = [p.clone() for p in model.parameters()]
     assert run(model, Steep(2), job).skipped == 2
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+class Narrow(Line):
+    """A device with room for so many points at once."""
+
+    def __init__(self, num_steps: int, *, room: int) -> None:
+        super().__init__(num_steps)
+        self._room = room
+
+    def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
+        part = super().part(model, step, members)
+        if len(members) > self._room:
+            raise torch.OutOfMemoryError(f"tried to allocate {len(members)} points")
+        return part
+
+
+def test_a_step_without_room_is_taken_again_in_halves_and_the_run_goes_on_so(job: Job) -> None:
+    roomy, narrow = make_line(), make_line()
+    progress = run(narrow, Narrow(3, room=1), job)
+    assert (progress.microbatch_tokens, progress.skipped, progress.tokens) == (1, 0, 12)
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/microbatch_tokens"] for line in lines] == [1, 1, 1]
+    (job.output / "metrics.jsonl").unlink()
+    assert run(roomy, Line(3), job, budget=1).microbatch_tokens == 1
+    assert [p.item() for p in narrow.parameters()] == [p.item() for p in roomy.parameters()]
+
+
+def test_what_has_no_room_alone_is_an_error_that_says_so(job: Job) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=r"step 0.*no room.*lower max_tokens"):
+        run(make_line(), Narrow(3, room=0), job)

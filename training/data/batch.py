@@ -122,6 +122,14 @@ def split_group(samples: Sequence[Rendered], members: Sequence[int], *, budget: 
     return parts
 
 
+def count_padded(samples: Sequence[Rendered], group_B: np.ndarray, *, layout: Layout) -> int:
+    """Return the tokens of a micro-batch as it goes through the model, padding included."""
+    if layout == Layout.rows:
+        return len(samples) * max(len(sample.ids_T) for sample in samples)
+    prompts = sum(samples[members[0]].start for members in members_of_groups(group_B))
+    return prompts + sum(sample.num_trained for sample in samples)
+
+
 def members_of_groups(group_R: np.ndarray) -> list[list[int]]:
     """Return the indices of each group's responses; a group's responses are neighbours."""
     return [part.tolist() for part in np.split(np.arange(len(group_R)), np.flatnonzero(np.diff(group_R)) + 1)]

@@ -1,0 +1,91 @@
+"""`varflow plan` without any server, `varflow preflight` and a measured plan on a real stack."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from flows.plan import DEMO
+from infra.settings import Settings
+from tests.faults.command import Command, small
+from tests.flows.test_cli_stack import varflow
+
+ASSUMED = ("--rows", "100", "--tokens", "64")
+
+
+def test_a_plan_needs_neither_servers_nor_weights(tmp_path: Path) -> None:
+    done = varflow("plan", "smoke", "--json", *ASSUMED, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert (plan["parameters"], plan["rows"], plan["tokens"], plan["fits"]) == (43_168, 100, 6400, True)
+    assert plan["data_basis"].startswith("given: a prompt of 32 tokens and 2 responses of 16")
+    assert plan["usd"] is None and plan["hours"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_any_size_is_planned_and_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
+    words = (
+        "plan",
+        "hh_rlhf",
+        "--set",
+        "policy=architecture:llama-3.1-70b",
+        "--set",
+        "train.precision=bfloat16",
+        "--device",
+        "H100",
+    )
+    done = varflow(*words, "--ranks", "8", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "70,553,706,496 parameters, 80 layers" in done.stdout and "DOES NOT FIT" in done.stdout
+    assert "assumed as of" in done.stdout
+    assert done.stderr.startswith("varflow: memory: llama of 70.6 B parameters") and done.stderr.count("\n") == 1
+    fits = varflow(*words, "--ranks", "64", "--mfu", "0.35", "--json", cwd=tmp_path)
+    assert fits.returncode == 0, fits.stderr
+    assert json.loads(fits.stdout)["fits"] is True
+
+
+def test_a_config_file_alone_is_enough(tmp_path: Path) -> None:
+    config = {
+        "model_type": "qwen2", "vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    }  # fmt: skip
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(config))
+    done = varflow("plan", "smoke", "--set", f"policy={file}", "--json", *ASSUMED, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["model_type"] == "qwen2"
+
+
+@pytest.mark.parametrize("policy", ["hub:org/name@" + 40 * "0", "architecture:gpt-9", "embedded:none"])
+def test_a_policy_whose_config_is_not_here_is_refused_and_no_hub_is_asked(policy: str, tmp_path: Path) -> None:
+    done = varflow("plan", "smoke", "--set", f"policy={policy}", *ASSUMED, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "its config is not on this machine, and a plan asks no hub" in done.stderr
+
+
+def test_preflight_alone_then_a_plan_measured_on_its_rows(stack: Settings, tmp_path: Path) -> None:
+    command = Command(stack, tmp_path)
+    found = command.ask("preflight", "smoke", *small())
+    assert found["passed"] is True
+    assert [step["step"] for step in found["steps"]] == ["ingest", "score_rewards", "score_reference"]
+    assert {check["outcome"] for check in found["checks"]} == {"passed"}
+    assert not list((stack.home / "work" / "preflight").glob("*/"))
+
+    plan = command.ask("plan", "smoke", *small())
+    assert "rows of the ingest artifact, by the policy's tokenizer" in plan["data_basis"]
+    assert 0 < plan["rows"] <= 32
+
+    done = command.run("preflight", "smoke", *small(), "--set", "policy=" + str(broken(tmp_path)))
+    assert done.returncode == 1, done.stderr
+    assert "failed  stop_tokens: " in done.stdout and "training would stop here" in done.stdout
+
+
+def broken(folder: Path) -> Path:
+    """Return a copy of the small policy whose turns end with a token at which nobody stops."""
+    copy = shutil.copytree(DEMO / "tiny-policy", folder / "policy")
+    for name in ("config.json", "generation_config.json"):
+        (copy / name).write_text((copy / name).read_text().replace('"eos_token_id": 1', '"eos_token_id": 2'))
+    text = (copy / "tokenizer_config.json").read_text()
+    (copy / "tokenizer_config.json").write_text(text.replace('"eos_token": "<|im_end|>"', '"eos_token": "<pad>"'))
+    return copy

@@ -1,0 +1,364 @@
+"""The preflight: what it says of a sound run, and each failure from inputs that are really broken."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig
+
+from training import memory, reference, train
+from training.config import Runtime
+from training.data.rows import RowsWriter
+from training.distributed import World
+from training.job import Job, write_json
+from training.objectives.objective import Columns, FloatArray
+from training.objectives.sft import Sft
+from training.preflight import FILE, Check, Checks, Ready, Report, check_run
+from training.render import Rendered
+from training.steps import Forwarded, Steps
+from training.train import PolicyForward
+
+VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
+SFT = {"objective": "sft", "responses": "all", "batch_prompts": 4, "max_tokens": 128}
+NAMES = [
+    "weights", "trained_tokens", "stop_tokens", "bos", "output_head", "unit_weights", "layout", "reference", "microbatches", "memory",
+]  # fmt: skip
+
+
+@pytest.fixture
+def inputs(
+    tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any, write_rewards: Any, make_job: Callable[..., Job]
+) -> dict[str, Path]:
+    """Nine prompts with their rewards and the reference column of the very policy."""
+    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 4)}long", "No"]) for i in range(9)]
+    folder = write_rows(tmp_path / "rows", rows)
+    rewards = write_rewards(tmp_path / "rewards", {r["row_id"]: [-float(len(a)) for a in r["responses"]] for r in rows})
+    scored = make_job(
+        "score_reference", "reference", config={"max_tokens": 128}, inputs={"rows": folder, "reference": tiny_policy}
+    )
+    reference.run(scored)
+    return {"rows": folder, "base": tiny_policy, "rewards": rewards, "reference": scored.output}
+
+
+@pytest.fixture
+def copy_policy(tiny_policy: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that copies the policy with another text in one of its files."""
+
+    def copy(name: str, file: str = "", old: str = "", new: str = "") -> Path:
+        folder = tmp_path / name
+        shutil.copytree(tiny_policy, folder)
+        if file:
+            text = (folder / file).read_text()
+            assert old in text
+            (folder / file).write_text(text.replace(old, new))
+        return folder
+
+    return copy
+
+
+def prepare(job: Job) -> Ready:
+    alone = World(torch.device("cpu"))
+    return train.prepare(job, train.read_config(job), Runtime.model_validate(job.runtime), alone).ready
+
+
+def find(report: Report, name: str) -> Check:
+    return next(check for check in report.checks if check.name == name)
+
+
+def replace(ready: Ready, **changed: Any) -> Ready:
+    """Put other parts into a run, with steps made of them."""
+    parts = dataclasses.replace(ready, **changed)
+    steps = Steps(parts.examples, parts.objective, parts.forward, batch_prompts=4, epochs=1, seed=0)
+    return dataclasses.replace(parts, steps=steps)
+
+
+def test_a_sound_run_passes_and_its_artifact_says_so(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    job = make_job("train", "a", config=VAR, inputs=inputs)
+    train.run(job)
+    found = json.loads((job.output / FILE).read_text())
+    assert found["passed"] and [check["name"] for check in found["checks"]] == NAMES
+    assert {check["outcome"] for check in found["checks"]} == {"passed"}, found["checks"]
+    lines = {check["name"]: check["line"] for check in found["checks"]}
+    assert "18 responses that were not cut short end with one of [1]" in lines["stop_tokens"]
+    assert "1 at the start of each of 9 rows" in lines["bos"]
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert (summary["preflight_passed"], summary["preflight_failed"]) == (10, 0)
+    assert summary["microbatch_tokens"] == found["microbatch_tokens"] == 2048
+    sizes = found["memory"]
+    weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(inputs["base"]).parameters())
+    assert sizes["optimiser_bytes"] == 8 * weights
+    assert 0 <= sizes["peak_bytes"] < sizes["free_bytes"]  # so little may find its pages there already
+
+
+def test_nothing_is_changed(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    ready = prepare(make_job("train", "a", config=VAR, inputs=inputs))
+    before = {name: p.clone() for name, p in ready.model.named_parameters()}
+    state = torch.get_rng_state()
+    assert not check_run(ready).failures
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in ready.model.named_parameters())
+
+
+def read(job: Job) -> dict[str, Any]:
+    found = json.loads((job.output / FILE).read_text())
+    return {**found, "checks": [Check(**check) for check in found["checks"]]}
+
+
+@pytest.fixture
+def shifted(inputs: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """The inputs with a reference column that says it is of this model, and is not."""
+    column = shutil.copytree(inputs["reference"], tmp_path / "column")
+    table = pq.read_table(column / "scores.parquet")
+    with RowsWriter(column / "scores.parquet", table.schema) as out:
+        out.write([{**row, "logp": [value * 1.01 for value in row["logp"]]} for row in table.to_pylist()])
+    return {**inputs, "reference": column}
+
+
+def test_a_column_of_another_model_under_this_ones_name_fails_with_rows_and_text(
+    shifted: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    told = r"1 of 10 checks failed, nothing was trained:\n  - reference: .*score the reference again\n +\w{12}  Q"
+    with pytest.raises(ValueError, match=told):
+        train.run(make_job("train", "a", config=VAR, inputs=shifted))
+
+
+def test_a_base_of_other_weights_or_another_template_than_the_reference_is_refused(
+    inputs: dict[str, Path], make_job: Callable[..., Job], copy_policy: Callable[..., Path]
+) -> None:
+    moved = copy_policy("moved")
+    model = AutoModelForCausalLM.from_pretrained(moved)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    model.save_pretrained(moved)
+    other = copy_policy("other", "chat_template.jinja", "{{ bos_token }}", "{{ bos_token }}the ")
+    for base, what in ((moved, "other weights"), (other, "other chat template")):
+        with pytest.raises(ValueError, match=f"logp_ref of a model with {what}"):
+            prepare(make_job("train", "a", config=VAR, inputs={**inputs, "base": base}))
+
+
+def test_a_turn_that_ends_with_a_token_nobody_stops_at_fails(
+    inputs: dict[str, Path], make_job: Callable[..., Job], copy_policy: Callable[..., Path]
+) -> None:
+    base = copy_policy("unstopped", "tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<pad>"')
+    for name in ("config.json", "generation_config.json"):
+        text = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps({**text, "eos_token_id": 2}))
+    job = make_job("train", "a", config=SFT, inputs={**inputs, "base": base})
+    with pytest.raises(
+        ValueError, match=r"stop_tokens: 9 of 9 rows end with token 1 \('<\|im_end\|>'\); expected one of \[2\]"
+    ):
+        train.run(job)
+
+
+def test_a_response_cut_short_needs_no_stop_token(
+    inputs: dict[str, Path], make_job: Callable[..., Job], make_row: Any, write_rows: Any, tmp_path: Path
+) -> None:
+    rows = [make_row(f"Question {i}?", ["A long answer", "No"], truncated=[i % 2 == 0, False]) for i in range(6)]
+    inputs = {"rows": write_rows(tmp_path / "cut", rows), "base": inputs["base"]}
+    report = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs)))
+    assert not report.failures
+    assert find(report, "stop_tokens").line.startswith("9 responses")
+
+
+def test_a_bos_in_the_users_words_fails_where_it_doubles_the_templates(
+    inputs: dict[str, Path],
+    make_job: Callable[..., Job],
+    copy_policy: Callable[..., Path],
+    make_row: Any,
+    write_rows: Any,
+    tmp_path: Path,
+) -> None:
+    turn = "<|im_start|>{{ message['role'] }}\n"
+    base = copy_policy("bare", "chat_template.jinja", turn, "{% if not loop.first %}" + turn + "{% endif %}")
+    rows = [make_row(f"{'<s>' if i == 3 else ''}Question {i}?", ["Yes", "No"]) for i in range(6)]
+    inputs = {"rows": write_rows(tmp_path / "doubled", rows), "base": base}
+    report = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs)))
+    (failed,) = report.failures
+    assert failed.line.startswith("1 of 6 rows begin with 2 BOS tokens ('<s>'); expected 1")
+    assert failed.rows == [{"row_id": rows[3]["row_id"], "excerpt": "<s>Question 3?"}]
+
+
+class Doubled(Sft):
+    """Weights that are not normalised over the global batch."""
+
+    def weigh(self, columns: Columns) -> FloatArray:
+        return 2.0 * super().weigh(columns)
+
+
+class MeanLoss(Sft):
+    """The loss of a micro-batch divided by its own count: the classic fault of accumulation."""
+
+    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
+        return super().loss_sum(value_R, weight_R, columns) / len(value_R)
+
+
+class LeakyForward(PolicyForward):
+    """Log-probabilities that depend on what else is in the micro-batch."""
+
+    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
+        out = super().values(model, samples, group_B)
+        return out._replace(value_B=out.value_B * (1.0 + 0.01 * len(samples)))
+
+
+def test_parts_that_are_broken_fail_each_in_its_check(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    ready = prepare(make_job("train", "a", config=SFT, inputs=inputs))
+
+    def failures(**changed: Any) -> dict[str, str]:
+        return {check.name: check.line for check in check_run(replace(ready, **changed)).failures}
+
+    assert failures() == {}
+    found = failures(objective=Doubled())
+    assert list(found) == ["weights"] and "add up to 16; expected 8" in found["weights"]
+    assert list(failures(objective=MeanLoss())) == ["unit_weights", "microbatches"]
+    found = failures(forward=LeakyForward(ready.device, ready.runtime.layout))
+    assert list(found) == ["microbatches"] and "depend on runtime.microbatch_tokens" in found["microbatches"]
+
+
+def test_a_step_without_trained_tokens_fails(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    ready = prepare(make_job("train", "a", config=SFT, inputs=inputs))
+    mute = [
+        dataclasses.replace(
+            example,
+            samples=tuple(Rendered(ids_T=s.ids_T, start=len(s.ids_T)) for s in example.samples),
+            num_tokens_K=np.zeros(len(example.samples), dtype=int),
+        )
+        for example in ready.examples
+    ]
+    broken = replace(ready, examples=mute)
+    report = Report(broken.steps.digest, {}, 5.0, 2048)
+    checks = Checks(broken, report)
+    checks.make(checks.trained_tokens)
+    (failed,) = report.failures
+    assert "step 0: none of its 8 responses has a trained token" in failed.line and len(failed.rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "words"),
+    [
+        ("layout", BloomConfig(hidden_size=16, n_layer=2, n_head=4), "set runtime.layout to rows"),
+        ("output_head", CohereConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            logit_scale=0.5,
+        ), "scaled logits"),
+    ],
+)  # fmt: skip
+def test_an_architecture_that_cannot_be_trained_as_asked_fails_beside_all_else_that_does(
+    name: str,
+    config: Any,
+    words: str,
+    inputs: dict[str, Path],
+    make_job: Callable[..., Job],
+    copy_policy: Callable[..., Path],
+) -> None:
+    base = copy_policy(name, "tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<pad>"')
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = len(tokenizer), 0, 2, 2
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    job = make_job("train", "a", config=SFT, inputs={**inputs, "base": base})
+    with pytest.raises(ValueError, match=rf"(?s)2 of 7 checks failed.*- stop_tokens: .*- {name}: .*{words}"):
+        train.run(job)
+
+
+def limit_memory(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> None:
+    """Lay the files of a container's limit where the kernel would have them."""
+    limit, use = folder / "memory.max", folder / "memory.current"
+    limit.write_text(f"{free + 5_000_000}\n")
+    use.write_text("5000000\n")
+    monkeypatch.setattr(memory, "CGROUPS", ((str(limit), str(use)),))
+
+
+def test_what_does_not_fit_is_refused_before_the_kernel_ends_it(
+    inputs: dict[str, Path], make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    limit_memory(monkeypatch, tmp_path, 300_000)
+    job = make_job("train", "a", config=SFT, inputs=inputs)
+    with pytest.raises(
+        ValueError,
+        match=r"memory: step \d, the largest micro-batch of 2 steps: \d+ tokens of 10 responses would take about .* MiB with the optimiser's state, got 0.3 MiB free; expected room",
+    ):
+        train.run(job)
+    assert read(job)["memory"]["free_bytes"] == 300_000
+
+
+class NarrowForward(PolicyForward):
+    """The policy on a device with room for 100 tokens."""
+
+    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
+        out = super().values(model, samples, group_B)
+        if out.value_B.requires_grad and out.num_tokens > 100:
+            raise torch.OutOfMemoryError(f"tried to hold {out.num_tokens} tokens")
+        return out
+
+
+def test_a_device_without_room_for_the_budget_gets_a_smaller_one(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    ready = prepare(make_job("train", "a", config=SFT, inputs=inputs))
+    narrow = replace(ready, forward=NarrowForward(ready.device, ready.runtime.layout))
+    report = check_run(narrow)
+    assert not report.failures
+    assert (report.microbatch_tokens, report.memory["microbatch_tokens"] <= 64) == (64, True)
+    assert find(report, "memory").line.endswith("were free; for micro-batches of 2048 tokens there was no room")
+
+
+def test_an_attempt_that_goes_on_checks_no_second_time_unless_something_else_is_asked(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    first = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs)))
+    again = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs)))
+    assert again == first
+    other = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs, microbatch_tokens=64)))
+    assert other.microbatch_tokens == 64 and other.seconds != first.seconds
+
+
+def test_the_job_preflight_tells_what_it_found_and_trains_nothing(shifted: dict[str, Path], tmp_path: Path) -> None:
+    write_json(tmp_path / "job.json", {
+        "job": "preflight", "config": VAR, "runtime": {"device": "cpu", "threads": 1},
+        "inputs": {name: str(path) for name, path in shifted.items()},
+        "output": str(tmp_path / "o"), "work": str(tmp_path / "w"),
+    })  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "training", str(tmp_path / "job.json")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert [
+        line.split(":")[1].split()[0] for line in done.stderr.splitlines() if line.startswith("preflight:")
+    ] == NAMES
+    assert json.loads((tmp_path / "o" / "summary.json").read_text())["preflight_failed"] == 1
+    assert {path.name for path in (tmp_path / "o").iterdir()} == {FILE, "summary.json"}
+
+
+class LookingForward(PolicyForward):
+    """The policy, with a look at what the parent could read if the process were killed in the backward pass to come."""
+
+    file: Path
+    seen: dict[str, Any]
+
+    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
+        out = super().values(model, samples, group_B)
+        if out.value_B.requires_grad:
+            self.seen = json.loads(self.file.read_text())
+        return out
+
+
+def test_what_is_known_of_memory_is_on_disk_before_it_is_tried(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    job = make_job("train", "a", config=SFT, inputs=inputs)
+    ready = prepare(job)
+    forward = LookingForward(ready.device, ready.runtime.layout)
+    forward.file = job.output / FILE
+    assert check_run(replace(ready, forward=forward)).passed
+    assert forward.seen["passed"] is False  # so a rerun makes the checks again
+    assert forward.seen["memory"].keys() == {"microbatch_tokens", "free_bytes", "estimated_bytes", "optimiser_bytes"}

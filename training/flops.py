@@ -1,0 +1,78 @@
+"""Floating-point operations of a training step, counted from what the mathematics needs, a multiply and an add as two.
+
+Forward and backward are three times the forward pass: each matrix product of the forward pass has two of its size behind
+it. Useful operations alone count: no padding, no masked pair of attention, and the output head once, although its logits
+are computed again in the backward pass (training/logprobs.py). So a share of a machine's rate says how much of it became
+training. Norms, activations, rotations and the softmax are left out: they are no matrix products.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+FORWARD_AND_BACKWARD = 3
+
+
+@dataclass(frozen=True)
+class Flops:
+    """What a forward pass of a dense decoder costs, by what it grows with."""
+
+    per_token: int  # all matrices between embedding and output head
+    per_position: int  # the output head, at each position that predicts a trained token
+    layers: tuple[tuple[int, int | None], ...]  # of each layer: operations a (query, key) pair, and its window
+
+    def forward(self, *, tokens: int, positions: int, segments: Sequence[tuple[int, int]]) -> int:
+        """Return the operations of a forward pass; `segments` are (position of the first token, tokens)."""
+        pairs = {window: sum(count_pairs(*segment, window=window) for segment in segments) for _, window in self.layers}
+        attention = sum(per_pair * pairs[window] for per_pair, window in self.layers)
+        return self.per_token * tokens + self.per_position * positions + attention
+
+    def step(self, *, tokens: int, positions: int, segments: Sequence[tuple[int, int]]) -> int:
+        """Return the operations of forward and backward pass."""
+        return FORWARD_AND_BACKWARD * self.forward(tokens=tokens, positions=positions, segments=segments)
+
+
+def count_pairs(start: int, length: int, *, window: int | None) -> int:
+    """Return how many keys `length` tokens see from position `start` on, themselves included; a window bounds each one's."""
+    end = start + length
+    if window is None:
+        return triangle(end) - triangle(start)
+    # positions below window - 1 see all before them, later ones a window's worth
+    growing = max(0, min(end, window) - start)
+    return triangle(start + growing) - triangle(start) + (length - growing) * window
+
+
+def triangle(n: int) -> int:
+    """Return 1 + 2 + ... + n."""
+    return n * (n + 1) // 2
+
+
+def count_flops(model: Any) -> Flops | None:
+    """Return what a decoder costs, or None where its matrices cannot be told from its modules (experts, latent attention).
+
+    Exact for dense decoders: Llama, Qwen, Mistral, Gemma, GPT-2 and what is built like them. Works on the meta device.
+    """
+    config, trunk, head = model.config, model.base_model, model.get_output_embeddings()
+    matrices = [m.weight for m in trunk.modules() if isinstance(m, nn.Linear | Conv1D)]
+    known = {id(weight) for weight in matrices} | {id(m.weight) for m in trunk.modules() if isinstance(m, nn.Embedding)}
+    unknown = any(parameter.dim() >= 2 and id(parameter) not in known for parameter in trunk.parameters())
+    if unknown or not isinstance(head, nn.Linear) or hasattr(config, "kv_lora_rank"):
+        return None
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    per_pair = 2 * 2 * heads * width  # query times key, then weight times value
+    return Flops(
+        per_token=2 * sum(weight.numel() for weight in matrices),
+        per_position=2 * head.weight.numel(),
+        layers=tuple((per_pair, window) for window in read_windows(config)),
+    )
+
+
+def read_windows(config: Any) -> list[int | None]:
+    """Return each layer's window of attention, None where it sees everything."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -1,0 +1,287 @@
+"""What a training run will take, from the policy's config alone: parameters, memory of each rank, steps, hours and money.
+
+The policy is built on torch's meta device, so weights are neither read nor made: a model of any size is planned in seconds.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from training.config import Layout, Runtime, SftConfig, TrainConfig
+from training.data.batch import plan_steps
+from training.data.examples import select_all, select_chosen
+from training.data.rows import read_rows
+from training.devices import ACCELERATORS, PRICES_AS_OF, find_accelerator, measure_gemm
+from training.flops import count_flops
+from training.memory import GIB, Footprint, estimate_footprint, measure_free, show_bytes
+from training.render import Renderer, UnusableRow
+
+ARCHITECTURES = Path(__file__).with_name("architectures")
+ASSUMED_MFU = 0.4
+ASSUMED_ROWS = 10_000
+ASSUMED_TOKENS = 512
+SAMPLED_ROWS = 500
+CHARS_PER_TOKEN = 4.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The rows of the train split: how many, and the shapes (prompt tokens, tokens of each response) of some of them."""
+
+    rows: int
+    shapes: tuple[tuple[int, tuple[int, ...]], ...]
+    basis: str  # where this is known from
+
+    def tokens(self, layout: Layout) -> float:
+        """Return the mean tokens of a row through the model, padding not counted."""
+        return self._mean([count_row(prompt, responses, layout) for prompt, responses in self.shapes])
+
+    def keys(self, layout: Layout) -> float:
+        """Return the mean tokens of a row that its responses see in trees, themselves included."""
+        return self._mean([count_row(*s, Layout.rows) for s in self.shapes]) if layout == Layout.tree else 0.0
+
+    def positions(self) -> float:
+        """Return the mean trained tokens of a row."""
+        return self._mean([sum(responses) for _, responses in self.shapes])
+
+    def _mean(self, values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What trains: the rate and memory of one of `ranks` equal devices, its price, and where these are known from."""
+
+    name: str
+    ranks: int
+    peak_flops: float
+    mfu: float
+    memory_bytes: int
+    usd_per_hour: float | None
+    basis: str
+    price_basis: str
+
+
+@dataclass(frozen=True)
+class Mfu:
+    """A share of a device's peak that becomes training, and where it is known from."""
+
+    value: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take."""
+
+    model_type: str
+    parameters: int
+    layers: int
+    rows: int
+    tokens_per_row: float
+    data_basis: str
+    steps: int
+    tokens: int
+    microbatch_tokens: int
+    footprint: Footprint  # of each rank
+    flops: int
+    machine: Machine
+    hours: float
+    usd: float | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether a rank has room for its share."""
+        return self.footprint.total <= self.machine.memory_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return asdict(self) | {"fits": self.fits, "bytes_per_rank": self.footprint.total}
+
+
+def read_architecture(path: Path) -> Any:
+    """Return the config in a folder's config.json, or in a file of that form. ValueError where there is none to build from."""
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"architecture {path}: got no config.json; expected a folder that holds one, or such a file; give "
+            f"architecture:NAME for one of {', '.join(list_architectures())}"
+        )
+    values = json.loads(file.read_text())
+    if "model_type" not in values:
+        raise ValueError(f"{file}: got no model_type; expected a config as save_pretrained writes it; check the file")
+    values.pop("quantization_config", None)  # training starts from plain weights
+    return AutoConfig.for_model(**values)
+
+
+def list_architectures() -> list[str]:
+    """Return the names of the architectures that come with varflow."""
+    return sorted(path.stem for path in ARCHITECTURES.glob("*.json"))
+
+
+def build_on_meta(config: Any) -> Any:
+    """Return the causal language model of a config, without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def assume_workload(rows: int | None, tokens: int | None) -> Workload:
+    """Return rows of which half is the prompt and a quarter each of two responses."""
+    count, size = rows or ASSUMED_ROWS, tokens or ASSUMED_TOKENS
+    if size < 8:
+        raise ValueError(f"--tokens: got {size}, expected at least 8: a prompt and two responses")
+    responses = (size // 4, size // 4)
+    prompt = size - sum(responses)
+    how = "given" if rows and tokens else "assumed" if not (rows or tokens) else "partly assumed"
+    basis = f"{how}: a prompt of {prompt} tokens and 2 responses of {responses[0]}"
+    return Workload(count, ((prompt, responses),), basis)
+
+
+def measure_workload(folder: Path, config: TrainConfig, *, tokenizer_folder: Path | None) -> Workload:
+    """Return the shapes of a rows folder's train split, of SAMPLED_ROWS evenly spread; tokens by the policy's own chat template.
+
+    Without a tokenizer a token is taken for CHARS_PER_TOKEN characters. Rows that training would drop are left out.
+    """
+    rows = [row for batch in read_rows(folder, split="train") for row in batch.to_pylist()]
+    select = select_chosen if isinstance(config, SftConfig) and config.responses == "chosen" else select_all
+    sampled = rows[:: max(1, len(rows) // SAMPLED_ROWS)]
+    renderer = None
+    if tokenizer_folder is not None:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
+    found = (shape_of(row, [row["responses"][k] for k in select(row)], renderer) for row in sampled)
+    shapes = [shape for shape in found if shape is not None]
+    if not shapes:
+        raise ValueError(
+            f"rows folder {folder}: none of {len(sampled)} rows of the train split can be trained; expected some; raise "
+            "train.max_tokens or look at the rows"
+        )
+    how = "the policy's tokenizer" if renderer else f"{CHARS_PER_TOKEN:g} characters a token, as there is no tokenizer"
+    basis = f"measured on {len(sampled)} of the {len(rows)} rows of the ingest artifact, by {how}"
+    return Workload(round(len(rows) * len(shapes) / len(sampled)), tuple(shapes), basis)
+
+
+def shape_of(
+    row: dict[str, Any], responses: list[str], renderer: Renderer | None
+) -> tuple[int, tuple[int, ...]] | None:
+    """Return (prompt tokens, tokens of each response) of a row; None for one that training drops."""
+    if not responses:
+        return None
+    if renderer is None:
+        prompt = sum(len(turn["content"]) for turn in row["prompt"])
+        sizes = (math.ceil(len(text) / CHARS_PER_TOKEN) + 1 for text in responses)
+        return math.ceil(prompt / CHARS_PER_TOKEN) + 1, tuple(sizes)
+    try:
+        samples = renderer.row(row["prompt"], responses)
+    except UnusableRow:
+        return None
+    return samples[0].start, tuple(sample.num_trained for sample in samples)
+
+
+def count_row(prompt: int, responses: Sequence[int], layout: Layout) -> int:
+    """Return the tokens of a row through the model: the prompt once in trees, with each response in rows."""
+    return prompt * (1 if layout == Layout.tree else len(responses)) + sum(responses)
+
+
+def choose_machine(
+    name: str, config: TrainConfig, *, ranks: int, mfu: Mfu | None = None, usd_per_hour: float | None = None
+) -> Machine:
+    """Return the machine of a name of the table, or `cpu`: this one, whose rate is measured and whose free memory is taken."""
+    share = mfu or Mfu(ASSUMED_MFU, "assumed")
+    if not (0 < share.value <= 1 and ranks >= 1):
+        raise ValueError(f"--mfu {share.value}, --ranks {ranks}: expected a share above 0 up to 1, and at least 1 rank")
+    said = f"{share.value:.2%} of it, {share.basis}"
+    if name == "cpu":
+        rate = f"float32 rate measured here, {said}"
+        memory = measure_free(torch.device("cpu")) // ranks
+        return Machine("cpu", ranks, measure_gemm(), share.value, memory, usd_per_hour, rate, "given price")
+    found = find_accelerator(name)
+    if found is None:
+        known = ", ".join(device.name for device in ACCELERATORS)
+        raise ValueError(f"--device {name!r}: not in the table; expected cpu or one of {known}")
+    price = found.usd_per_hour if usd_per_hour is None else usd_per_hour
+    paid = f"{price:g} USD an hour and device, " + ("given" if usd_per_hour else f"assumed as of {PRICES_AS_OF}")
+    rate = f"{config.precision.value} peak of the data sheet, {said}"
+    memory = int(found.memory_gib * GIB)
+    return Machine(found.name, ranks, found.peak_flops(config.precision), share.value, memory, price, rate, paid)
+
+
+def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workload, machine: Machine) -> Plan:
+    """Return what training a model (of any device, meta too) on a workload takes.
+
+    Operations are those of training.flops; memory is the formula of training.memory for a micro-batch as large as the budget or the
+    rank's share of a step allows, of rows of mean length. ValueError for a model whose operations cannot be counted.
+    """
+    counted = count_flops(model)
+    if counted is None:
+        raise ValueError(
+            f"model type {model.config.model_type}: its operations cannot be counted (experts, latent attention); expected a dense "
+            "decoder; not supported"
+        )
+    layout = runtime.layout
+    steps = len(plan_steps(work.rows, batch_prompts=config.batch_prompts, epochs=1, seed=config.seed)) * config.epochs
+    sampled = sum(
+        counted.step(tokens=count_row(prompt, responses, layout), positions=sum(responses), segments=spans)
+        for prompt, responses in work.shapes
+        for spans in [list_spans(prompt, responses, layout)]
+    )
+    flops = round(sampled / len(work.shapes) * work.rows * config.epochs)
+    per_row = work.tokens(layout)
+    micro = max(per_row, min(runtime.microbatch_tokens, config.batch_prompts * per_row / machine.ranks))
+    footprint = estimate_footprint(
+        model,
+        precision=config.precision,
+        ranks=machine.ranks,
+        tokens=round(micro),
+        keys=round(micro / per_row * work.keys(layout)),
+        positions=round(micro / per_row * work.positions()),
+    )
+    hours = flops / (machine.ranks * machine.peak_flops * machine.mfu) / 3600
+    return Plan(
+        model_type=model.config.model_type,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        layers=model.config.num_hidden_layers,
+        rows=work.rows,
+        tokens_per_row=per_row,
+        data_basis=work.basis,
+        steps=steps,
+        tokens=round(per_row * work.rows * config.epochs),
+        microbatch_tokens=round(micro),
+        footprint=footprint,
+        flops=flops,
+        machine=machine,
+        hours=hours,
+        usd=None if machine.usd_per_hour is None else hours * machine.ranks * machine.usd_per_hour,
+    )
+
+
+def list_spans(prompt: int, responses: Sequence[int], layout: Layout) -> list[tuple[int, int]]:
+    """Return (position of the first token, tokens) of what a row is read in."""
+    if layout == Layout.rows:
+        return [(0, prompt + response) for response in responses]
+    return [(0, prompt), *((prompt, response) for response in responses)]
+
+
+def require_room(plan: Plan) -> None:
+    """Raise ValueError when a rank has no room for its share, naming what takes it and how many ranks would do."""
+    if plan.fits:
+        return
+    parts = asdict(plan.footprint)
+    most = ", ".join(f"{name} {show_bytes(size)}" for name, size in sorted(parts.items(), key=lambda p: -p[1]) if size)
+    movable = plan.footprint.weights + plan.footprint.gradients + plan.footprint.optimiser
+    fixed = plan.footprint.total - movable
+    left = plan.machine.memory_bytes - fixed
+    advice = "lower runtime.microbatch_tokens, or take a device with more memory"
+    if plan.machine.name != "cpu" and left > 0:
+        enough = 2 ** math.ceil(math.log2(movable * plan.machine.ranks / left))
+        advice = f"raise --ranks to about {enough}, {advice}"
+    raise ValueError(
+        f"memory: {plan.model_type} of {plan.parameters / 1e9:.3g} B parameters takes {show_bytes(plan.footprint.total)} on each of "
+        f"{plan.machine.ranks} ranks ({most}), got {show_bytes(plan.machine.memory_bytes)} of {plan.machine.name}; expected at most that; {advice}"
+    )
