@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00000012`, written beside its final name and renamed when every byte is on disk, so one that
 can be seen is whole. The newest one wins and the older are deleted.
 
-Weights and optimiser state lie in `tensors/`, a file of each rank with the rank's part of every tensor, as torch's
+Weights and optimiser state lie in `tensors/`, files of each rank with the rank's part of every tensor, as torch's
 distributed checkpoints have them: any number of ranks reads what any other number wrote.
 """
 
@@ -28,6 +28,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from training.distributed import ALONE, World
 from training.job import write_json
+
+FILE_BYTES = 2**30  # about a file of one rank, which is in memory twice while it is written
 
 
 @dataclass
@@ -88,10 +90,22 @@ def save_checkpoint(
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Write every rank's part of the tensors to a file of its own."""
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    """Write every rank's part of the tensors to files of its own."""
+    writer = dcp.HuggingFaceStorageWriter(
+        str(folder), spread_over_files(tensors, limit=FILE_BYTES * world.size), save_distributed=True
+    )
     with own_errors():
         dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+
+
+def spread_over_files(tensors: dict[str, Tensor], *, limit: int) -> dict[str, int]:
+    """Return for each tensor the number, from 1, of the file it goes to; one may be above the limit by one tensor."""
+    numbers: dict[str, int] = {}
+    total = 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + total // limit
+        total += tensor.numel() * tensor.element_size()
+    return numbers
 
 
 def shard_sizes(checkpoint: Path) -> dict[str, int]:

@@ -50,7 +50,7 @@ def launch(job: Job, *, ranks: int) -> None:
     Where a rank has said in `work/error.json` why it failed, SystemExit with its status.
     """
     stop_file(job).unlink(missing_ok=True)
-    # Below WARNING only: it warns that a thread of its own gets no signals, which are for this thread to mind.
+    # It would warn that it gets no signals on a thread of its own; they are for this thread to mind.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
     agent = Agent(job, ranks)
     agent.start()

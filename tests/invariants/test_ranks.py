@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.invariants.conftest import SETTINGS, widen_norms
+from tests.invariants.test_gradients import assert_close
 from tests.ranks import Ranks
 from training.checkpoint import Progress
 from training.config import Layout, Precision, Runtime
@@ -108,16 +109,6 @@ def count_micros(case: Case) -> int:
         case.examples, case.objective, PolicyForward(ALONE.device, Layout.tree), batch_prompts=9, epochs=1, seed=0
     )
     return len(work.cut(0, budget=case.budget))
-
-
-def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], *, bound: float) -> None:
-    """Bound the largest and the mean deviation relative to the largest value."""
-    assert got.keys() == expected.keys()
-    scale = max(g.abs().max() for g in expected.values())
-    gaps = torch.cat([(got[name] - expected[name]).flatten() for name in expected]) / scale
-    assert scale > 0
-    assert gaps.abs().max() <= bound
-    assert gaps.mean().abs() <= bound / 10
 
 
 @pytest.fixture

@@ -84,3 +84,12 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
         return Job(name=name, config=config, runtime=runtime, inputs=inputs, output=output, work=work)
 
     return make
+
+
+@pytest.fixture
+def train_inputs(
+    tmp_path: Path, tiny_policy: Path, make_row: Callable[..., dict[str, Any]], write_rows: Callable[..., Path]
+) -> dict[str, str]:
+    """Return the inputs of a training on twelve rows of unequal lengths."""
+    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(12)]
+    return {"rows": str(write_rows(tmp_path / "rows", rows)), "base": str(tiny_policy)}

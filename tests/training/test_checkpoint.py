@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from training import train
+from training import checkpoint, train
 from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
 from training.job import EXIT_INTERRUPTED, Job
 
@@ -80,10 +80,10 @@ def test_the_newest_wins_and_the_older_is_deleted(tmp_path: Path) -> None:
 
 def test_nothing_but_safetensors_and_json(tmp_path: Path) -> None:
     save(tmp_path, step=1)
-    checkpoint = tmp_path / "step-00000001"
-    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    folder = tmp_path / "step-00000001"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert files == {SHARD, "rng.safetensors", "state.json"}
-    stored = load_file(checkpoint / SHARD)  # as anything else reads safetensors
+    stored = load_file(folder / SHARD)  # as anything else reads safetensors
     assert {"0.weight", "0.weight|exp_avg", "1.running_mean"} < stored.keys()
 
 
@@ -108,6 +108,17 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
         restore(tmp_path)
 
 
+def test_large_states_go_to_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
+    model, optimiser = save(tmp_path, step=1)
+    files = list((tmp_path / "step-00000001" / "tensors").iterdir())
+    assert len(files) > 2 and max(file.stat().st_size for file in files) < 1500
+    again, other, _ = restore(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert all(torch.equal(optimiser.state[ours][kind], t) for kind, t in other.state[theirs].items())
+
+
 def test_a_missing_file_of_tensors_is_named(tmp_path: Path) -> None:
     """The part of another rank, which nothing else would miss."""
     save(tmp_path, step=1)
@@ -129,12 +140,6 @@ def test_a_full_disk_is_said_as_such(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, ignored)
     assert restore(tmp_path)[2].step == 1
-
-
-@pytest.fixture
-def train_inputs(tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any) -> dict[str, str]:
-    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(12)]
-    return {"rows": str(write_rows(tmp_path / "rows", rows)), "base": str(tiny_policy)}
 
 
 def write_job(folder: Path, inputs: dict[str, str]) -> Path:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.child import ChildJob, UserError, run_child
+from tasks.child import STOP_SECONDS, ChildJob, UserError, run_child
 from training import train
 from training.job import EXIT_INTERRUPTED, Job
 
@@ -32,18 +32,12 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
 
 @pytest.fixture
-def inputs(tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any) -> dict[str, str]:
-    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(12)]
-    return {"rows": str(write_rows(tmp_path / "rows", rows)), "base": str(tiny_policy)}
-
-
-@pytest.fixture
-def write_job(tmp_path: Path, inputs: dict[str, str]) -> Callable[..., Path]:
+def write_job(tmp_path: Path, train_inputs: dict[str, str]) -> Callable[..., Path]:
     def write(name: str, **runtime: Any) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         shared = {"device": "cpu", "threads": 1, "microbatch_tokens": 64, "checkpoint_every_steps": 10}
-        raw = {"job": "train", "config": CONFIG, "runtime": {**shared, **runtime}, "inputs": inputs}
+        raw = {"job": "train", "config": CONFIG, "runtime": {**shared, **runtime}, "inputs": train_inputs}
         folders = {"output": str(folder / "output"), "work": str(folder / "work")}
         (folder / "job.json").write_text(json.dumps({**raw, **folders}))
         return folder / "job.json"
@@ -107,7 +101,9 @@ def test_whatever_ends_a_rank_ends_all_and_the_next_start_goes_on(write_job: Cal
     stopped = Started(job_file)
     stopped.run_to(3)
     stopped.agent.send_signal(signal.SIGTERM)
+    told = time.monotonic()
     assert stopped.end() == EXIT_INTERRUPTED
+    assert time.monotonic() - told < STOP_SECONDS
     assert not (stopped.folder / "work" / "error.json").exists()
     after_stop = saved_step(job_file)
     assert 3 <= after_stop < NUM_STEPS
@@ -148,14 +144,14 @@ def test_the_parents_death_ends_all_after_a_checkpoint(write_job: Callable[..., 
     assert 3 <= saved_step(job_file) < NUM_STEPS
 
 
-def test_what_one_rank_fails_of_fails_the_job_in_its_words(tmp_path: Path, inputs: dict[str, str]) -> None:
+def test_what_one_rank_fails_of_fails_the_job_in_its_words(tmp_path: Path, train_inputs: dict[str, str]) -> None:
     """Only the first rank writes metrics; what the other one says of its absence is not heard."""
     job = ChildJob(
         package="training",
         name="train",
         config=CONFIG,
         runtime={"device": "cpu", "threads": 1, "ranks": 2},
-        inputs={name: Path(path) for name, path in inputs.items()},
+        inputs={name: Path(path) for name, path in train_inputs.items()},
         folder=tmp_path / "attempt",
         environment={"PATH": os.environ["PATH"], **ENVIRONMENT},
     )

@@ -90,9 +90,8 @@ def test_a_tensor_that_is_not_there_is_named(tiny_policy: Path, tmp_path: Path, 
 
 
 @pytest.fixture
-def make_train_job(tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any) -> Callable[..., Job]:
-    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(12)]
-    inputs = {"rows": write_rows(tmp_path / "rows", rows), "base": tiny_policy}
+def make_train_job(tmp_path: Path, train_inputs: dict[str, str]) -> Callable[..., Job]:
+    inputs = {name: Path(path) for name, path in train_inputs.items()}
 
     def make(name: str) -> Job:
         folder = tmp_path / name
