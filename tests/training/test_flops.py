@@ -11,18 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 
+from tests.architectures import CONFIGS as FAMILIES
+from tests.architectures import SMALL
 from training import train
 from training.config import Layout, Precision
 from training.devices import ACCELERATORS, device_peak, find_accelerator, measure_gemm
@@ -33,23 +25,7 @@ from training.train import PolicyForward
 from training.tree import enable_trees
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL, head_dim=6),
-    "gpt2": GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=64),
-    "mistral": MistralConfig(**SMALL, sliding_window=6),
-    "gemma2": Gemma2Config(**SMALL, head_dim=4, sliding_window=6),
-    "gemma3": Gemma3TextConfig(**SMALL, head_dim=4, sliding_window=6),
-}
+CONFIGS = FAMILIES | {"qwen3": Qwen3Config(**SMALL, head_dim=6)}
 LAYERS, HEADS = 2, 4
 
 

@@ -5,44 +5,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    CohereConfig,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
+from tests.architectures import HEADS, SMALL, make_model
 from training import logprobs
 from training.data.batch import MicroBatch, collate
 from training.logprobs import ChunkedLogp, check_head, sum_logps
 from training.render import Rendered
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "initializer_range": 0.3,
-}
-SMALL_COHERE = {name: value for name, value in SMALL.items() if name != "head_dim"}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL),
-    "gpt2": GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3),
-}
-
-
-def make_model(name: str, *, dtype: torch.dtype = torch.float64) -> Any:
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name]).to(dtype).eval()
+PLAIN = ("llama", "qwen2", "qwen3", "gpt2")
 
 
 def make_samples() -> list[Rendered]:
@@ -69,13 +41,13 @@ def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
     return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("chunk_elements", [61 * 3, 2**24])
 def test_values_and_gradients_equal_the_plain_ones(
     name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", chunk_elements)
-    model, samples = make_model(name), make_samples()
+    model, samples = make_model(name, dtype=torch.float64), make_samples()
     weights = torch.tensor([0.3, 2.0, 0.0, 1.7], dtype=torch.float64)
     expected = plain_logps(model, samples)
     expected_gradients = gradients(model, (weights * expected).sum())
@@ -91,7 +63,7 @@ def test_values_and_gradients_equal_the_plain_ones(
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_left_right_and_no_padding_agree(name: str) -> None:
-    model, samples = make_model(name), make_samples()
+    model, samples = make_model(name, dtype=torch.float64), make_samples()
     alone = torch.cat([sum_logps(model, collate([samples[i]], device=CPU)) for i in range(4)])
     right = sum_logps(model, collate(samples, device=CPU))
     left = sum_logps(model, pad_left(samples))
@@ -154,7 +126,7 @@ def test_never_holds_positions_times_vocabulary() -> None:
 
 def test_float32_stays_close_to_float64_and_keeps_its_type() -> None:
     samples = make_samples()
-    wide, narrow = make_model("gpt2"), make_model("gpt2", dtype=torch.float32)
+    wide, narrow = make_model("gpt2", dtype=torch.float64), make_model("gpt2")
     got = sum_logps(narrow, collate(samples, device=CPU))
     assert torch.allclose(got, sum_logps(wide, collate(samples, device=CPU)), rtol=1e-5, atol=1e-4)
     (-got.sum()).backward()
@@ -165,7 +137,7 @@ def test_capped_logits_are_those_of_the_model() -> None:
     """Gemma 2 caps its logits behind the head and its attention scores before the softmax."""
     torch.manual_seed(0)
     config = Gemma2Config(
-        **{**SMALL, "initializer_range": 1.0}, final_logit_softcapping=2.0, attn_logit_softcapping=3.0
+        **{**SMALL, **HEADS, "initializer_range": 1.0}, final_logit_softcapping=2.0, attn_logit_softcapping=3.0
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
     check_head(model)
@@ -186,9 +158,9 @@ def test_chunked_logp_with_a_cap_passes_finite_differences() -> None:
 
 
 def test_scaled_logits_are_refused_by_name() -> None:
-    for name in CONFIGS:
-        check_head(make_model(name, dtype=torch.float32))
+    for name in PLAIN:
+        check_head(make_model(name))
     torch.manual_seed(0)
-    scaled = AutoModelForCausalLM.from_config(CohereConfig(**SMALL_COHERE, logit_scale=0.25))
+    scaled = AutoModelForCausalLM.from_config(CohereConfig(**SMALL, logit_scale=0.25))
     with pytest.raises(ValueError, match=r"cohere.*scaled"):
         check_head(scaled.eval())

@@ -1,23 +1,11 @@
 """Trees: prompts shared, sequences packed, and every log-probability that of a separate row."""
 
-import copy
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
+from tests.architectures import CONFIGS, SMALL, make_model
 from training.config import Layout
 from training.data.batch import collate, collate_trees, cut_trees
 from training.logprobs import check_layout, sum_logps
@@ -25,32 +13,6 @@ from training.render import Rendered
 from training.tree import Tree, attend_blocks, attend_segments, enable_trees
 
 CPU = torch.device("cpu")
-SMALL: dict[str, Any] = {
-    "vocab_size": 61,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-}
-HEADS = {"head_dim": 4}
-CONFIGS = {
-    "llama": LlamaConfig(**SMALL, tie_word_embeddings=True),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL, **HEADS),
-    "gpt2": GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=4, n_positions=64, initializer_range=0.3),
-    "mistral": MistralConfig(**SMALL, sliding_window=6),
-    "gemma2": Gemma2Config(**SMALL, **HEADS, sliding_window=6, attn_logit_softcapping=2.0),
-    "gemma3": Gemma3TextConfig(**SMALL, **HEADS, sliding_window=6),
-}
-
-
-def make_model(name: str) -> Any:
-    torch.manual_seed(0)
-    # eager is the one stock attention that caps scores
-    stock = {"attn_implementation": "eager"} if name == "gemma2" else {}
-    return AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), **stock).float().eval()
 
 
 def make_group(rng: np.random.Generator, prompt: int, *responses: int) -> list[Rendered]:
