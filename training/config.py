@@ -256,11 +256,13 @@ class StoredColumn(StrEnum):
 
 
 class LoraConfig(Config):
-    """Low-rank matrices beside every linear layer but the output head are trained instead of the weights."""
+    """Low-rank matrices beside every linear layer but the output head, trained instead of the weights."""
 
-    model_config = ConfigDict(title="LoRA")
+    model_config = ConfigDict(title="Low-rank adapter")
 
-    rank: int = Field(16, ge=1, title="Rank", description="Inner size of the matrices, at least 1.")
+    rank: int = Field(
+        0, ge=0, title="Rank", description="Inner size of the matrices, such as 16; 0 trains the weights themselves."
+    )
     alpha: int = Field(
         32, ge=1, title="Alpha", description="What is added is alpha / rank times their product; at least 1."
     )
@@ -295,10 +297,10 @@ class TrainConfig(Config):
     )
     max_grad_norm: float = Field(1.0, gt=0, title="Gradient clipping", description="Largest gradient norm, above 0.")
     precision: Precision = Precision.float32
-    lora: LoraConfig | None = Field(
-        None,
-        title="LoRA",
-        description="Train low-rank matrices beside the weights; empty trains the weights themselves.",
+    lora: LoraConfig = Field(
+        LoraConfig(),
+        title="Low-rank adapter",
+        description="LoRA: low-rank matrices beside the weights; rank 0 trains the weights themselves.",
     )
     seed: int = Field(0, ge=0, title="Seed", description="Order of the rows, and LoRA's first matrices; at least 0.")
 

@@ -135,7 +135,7 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     if world.is_first:
         figures = summarise_run(steps, progress, prepared.dropped) | summarise_objective(steps, objective) | checked
         figures |= describe_speed(prepared.ready, progress, peak * world.size if peak else None)
-        if config.lora:
+        if config.lora.rank:
             rows = prepared.ready.examples[:ADAPTER_ROWS]
             figures |= split_adapter(job, config.lora, policy.model, rows, world.device)
         save_policy(policy.model, prepared.ready.tokenizer, job.output, weights=weights)
@@ -159,7 +159,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
         cross = read_cross(job.inputs["cross"], plan_batches(examples, config))
     objective, weighed = make_objective(config, columns, regime=manifest.regime, cross=cross)
     # Beside an adapter most matrices get no gradient: what a step costs is not three forward passes.
-    forward = PolicyForward(world.device, runtime.layout, None if config.lora else count_flops(policy.model))
+    forward = PolicyForward(world.device, runtime.layout, None if config.lora.rank else count_flops(policy.model))
     trained = replace_rewards(examples, weighed)
     steps = Steps(
         trained, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed
@@ -191,13 +191,15 @@ def check_before(prepared: Prepared, runtime: Runtime, world: World) -> tuple[Ru
 
 def open_policy(folder: Path, config: TrainConfig, world: World) -> tuple[Policy, Any]:
     """Return (policy, tokenizer), whole on one rank, sharded over several."""
-    if world.size > 1 and config.lora:
-        raise ValueError(f"train.lora: got {world.size} ranks, an adapter is trained on 1; set runtime.ranks to 1")
+    if world.size > 1 and config.lora.rank:
+        raise ValueError(
+            f"train.lora.rank: got {config.lora.rank} on {world.size} ranks; an adapter is trained on 1; set runtime.ranks to 1"
+        )
     if world.size > 1:
         return load_sharded_policy(folder, world, precision=config.precision)
     # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
     model, tokenizer = load_policy(folder, precision=Precision.float32, device=world.device)
-    if config.lora:
+    if config.lora.rank:
         torch.manual_seed(config.seed)
         add_adapter(model, config.lora)
     return Policy(model), tokenizer

@@ -18,12 +18,10 @@ from prefect.client.schemas.objects import FlowRun
 from infra.settings import Settings
 from tests.browser.pages import (
     LAMBDAS,
-    MISSING,
     PATIENCE_SECONDS,
     ROOT,
     Keep,
     find_field,
-    launch,
     open_form,
     open_page,
     press,
@@ -34,19 +32,6 @@ REGISTER = (
     "from infra.settings import read_settings; from flows.cli import register_deployments;"
     "register_deployments(read_settings())"
 )
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Any]:
-    """Start the browser; without one the tests fail and say how to get it."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ModuleNotFoundError:
-        pytest.fail(MISSING)
-    with sync_playwright() as playwright:
-        browser = launch(playwright)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

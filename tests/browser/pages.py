@@ -1,20 +1,12 @@
 """What the browser tests do to pages: open, fill in, keep a screenshot."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from infra.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-MISSING = "the browser tests need playwright and Debian's chromium: pip install -e '.[browser]' and apt-get install -y chromium"
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 LIKE_A_USER_WHO_WAS_HERE_BEFORE = """
 localStorage.setItem('color-scheme', '"light"');
 localStorage.setItem('prefect-show-promotional-content', 'false');
@@ -26,14 +18,6 @@ PAGE_MILLISECONDS = 180_000  # likewise for what a page shows
 LAMBDAS = (0.7, 0.3)  # of the run that the form starts, and of the one it is compared with
 
 Keep = Callable[[str], None]
-
-
-def launch(playwright: Any) -> Any:
-    """Start Debian's Chromium without a window."""
-    path = shutil.which("chromium")
-    if not path:
-        pytest.fail(MISSING)
-    return playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
 
 
 def open_page(chromium: Any) -> Any:

@@ -1,6 +1,5 @@
 """The report in a real Chromium: every chart is drawn, nothing is fetched, nothing a model wrote runs."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,6 @@ from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, ren
 from evaluation.verdict import Decision, Verdict
 
 ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-]
 
 
 def write_page(folder: Path) -> Path:
@@ -41,24 +36,21 @@ def write_page(folder: Path) -> Path:
 @pytest.mark.browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_draws_offline_and_runs_nothing_foreign(tmp_path: Path, scheme: Any, width: int) -> None:
-    from playwright.sync_api import sync_playwright
-
-    chromium = shutil.which("chromium")
-    assert chromium, "the browser tests need Debian's chromium: apt-get install -y chromium"
+def test_the_page_draws_offline_and_runs_nothing_foreign(
+    chromium: Any, tmp_path: Path, scheme: Any, width: int
+) -> None:
     path, said, asked = write_page(tmp_path), [], []
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        page = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 900}).new_page()
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(path.as_uri())
-        page.wait_for_function("[...document.querySelectorAll('.chart')].every((c) => c.querySelector('svg.main-svg'))")
-        drawn = page.locator(".chart").evaluate_all("nodes => nodes.map((node) => node.dataset.chart)")
-        wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
-        title = page.title()
-        browser.close()
+    context = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
+    page = context.new_page()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_function("[...document.querySelectorAll('.chart')].every((c) => c.querySelector('svg.main-svg'))")
+    drawn = page.locator(".chart").evaluate_all("nodes => nodes.map((node) => node.dataset.chart)")
+    wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    title = page.title()
+    context.close()
     assert said == [] and asked == [path.as_uri()]
     assert set(drawn) == {"rewards", "gains", "accuracy", "quarantine", "cost"}
     assert title.startswith("PROMOTE · a run </script>")  # shown, not run
