@@ -1,7 +1,9 @@
 """What the worker can be asked to run, in one table: flow, parameters, schedules, triggers."""
 
+import logging
 from dataclasses import dataclass, field
 from datetime import timedelta
+from http import HTTPStatus
 from typing import Any
 
 from prefect import Flow
@@ -10,7 +12,7 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate, DeploymentU
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events import DeploymentEventTrigger
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
 from evaluation.suites import demo as demo_suite
 from flows import recipes
@@ -22,6 +24,8 @@ from infra.settings import Settings
 
 DEBOUNCE = timedelta(seconds=20)
 SWEEP_EVERY = timedelta(minutes=15)
+
+LOG = logging.getLogger("varflow.deployments")
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def register(settings: Settings) -> list[str]:
     """Create the deployments that are absent and return their names.
 
     Of those that exist only what the code owns is renewed (entrypoint, form, description); schedules, parameters and
-    triggers belong to the user from the first day on.
+    triggers belong to the user from the first day on. Parameters that the form no longer takes become the defaults, with a warning.
     """
     created = []
     with get_client(sync_client=True) as client:
@@ -117,12 +121,17 @@ def renew(client: SyncPrefectClient, name: str, deployment: RunnerDeployment) ->
         found = client.read_deployment_by_name(name)
     except ObjectNotFound:
         return False
-    client.update_deployment(
-        found.id,
-        DeploymentUpdate(
-            description=deployment.description,
-            entrypoint=deployment.entrypoint,
-            parameter_openapi_schema=deployment._parameter_openapi_schema.model_dump(exclude_unset=True),
-        ),
-    )
+    owned: dict[str, Any] = {
+        "description": deployment.description,
+        "entrypoint": deployment.entrypoint,
+        "parameter_openapi_schema": deployment._parameter_openapi_schema.model_dump(exclude_unset=True),
+    }
+    try:
+        client.update_deployment(found.id, DeploymentUpdate(**owned))
+    except PrefectHTTPStatusError as refusal:
+        if refusal.response.status_code != HTTPStatus.CONFLICT:
+            raise
+        # Parameters of an older version, which its form took and this one's does not: no run of them could start.
+        LOG.warning("deployment %s: its parameters do not fit this version and are its defaults again", name)
+        client.update_deployment(found.id, DeploymentUpdate(**owned, parameters=deployment.parameters))
     return True

@@ -93,3 +93,20 @@ def test_a_restart_of_the_stack_keeps_them(stack: Settings, deployed: None) -> N
         up(stack, on_ready=register)
         with get_client(sync_client=True) as client:
             assert state_of(client) == before
+
+
+def test_parameters_of_an_older_version_become_the_defaults_and_schedules_stay(
+    stack: Settings, client: SyncPrefectClient
+) -> None:
+    before = client.read_deployment_by_name("align/align")
+    older = before.parameters["config"] | {"ingest": before.parameters["config"]["ingest"] | {"schema_version": 0}}
+    client.update_deployment(
+        before.id,
+        DeploymentUpdate(parameters={"config": older}, parameter_openapi_schema={}, enforce_parameter_schema=False),
+    )
+    client.update_deployment(before.id, DeploymentUpdate(enforce_parameter_schema=True))
+    with prefect_at(stack):
+        assert register(stack) == []
+    after = client.read_deployment_by_name("align/align")
+    assert after.parameters == next(entry for entry in table() if entry.name == "align/align").parameters
+    assert after.id == before.id and after.schedules == before.schedules
