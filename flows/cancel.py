@@ -14,7 +14,7 @@ from uuid import UUID
 
 import httpx
 from prefect import Flow
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import PrefectException
 from prefect.states import Cancelled, StateType
 
@@ -51,19 +51,21 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         """Pass a cancellation on to this process, once."""
-        while not self.ended.wait(POLL_SECONDS):
-            if self._is_cancelled():
-                self.cancelled = True
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
+        if self.ended.wait(POLL_SECONDS):
+            return
+        with get_client(sync_client=True) as client:  # one for the whole run: making one takes longer than asking
+            while not self._is_cancelled(client):
+                if self.ended.wait(POLL_SECONDS):
+                    return
+        self.cancelled = True
+        os.kill(os.getpid(), signal.SIGTERM)
 
-    def _is_cancelled(self) -> bool:
+    def _is_cancelled(self, client: SyncPrefectClient) -> bool:
         """Return whether somebody asked for the run to be cancelled; a server that is away says nothing."""
         if self.run_id is None:
             return False
         try:
-            with get_client(sync_client=True) as client:
-                state = client.read_flow_run(self.run_id).state
+            state = client.read_flow_run(self.run_id).state
         except (PrefectException, httpx.HTTPError):
             return False
         return state is not None and state.type in {StateType.CANCELLING, StateType.CANCELLED}
