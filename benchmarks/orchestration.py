@@ -1,13 +1,14 @@
 """What Prefect, MLflow, S3 and the records cost, against the same child processes and functions called directly.
 
-`python -m benchmarks.orchestration --json [--recipe demo]` on a running stack (`varflow up`). Every step of the recipe is run
-twice, side by side: once by the pipeline, once by calling its function in a bare folder, the order changing from step to
-step, so that a machine that slows down slows both. Nothing is cached: the pipeline works under a prefix of its own.
+`python -m benchmarks.orchestration --json [--recipe demo]` on a running stack (`varflow up`), Linux only. The recipe is run by the
+pipeline, then each of its steps again by calling its function in a bare folder. Nothing is cached: the pipeline works under a
+prefix of its own.
 
 Keys: `pipeline_seconds` (all of it: planning, every step, promotion, the links), `direct_seconds`, `overhead_share` (of the
 pipeline). A child process computes the same on both ways, and the difference of two such long times is mostly the machine's noise; so
-`direct_seconds` takes the children's time from the pipeline, and everything around them as it was without it. What the pipeline did
-while a child was running (following its metrics, sending them to MLflow) counts by the processor time that it took from it.
+`direct_seconds` takes the children's time from the pipeline, and everything around them as it was without it. What goes on beside a
+child (its metrics on their way to MLflow, a model on its way to S3) counts by the time that the child's threads were ready to run and
+had to wait for a core (`/proc/PID/task/TID/schedstat`), summed over its threads, above what they waited on the bare way.
 `measured_direct_seconds` is the bare way as the clock had it.
 """
 
@@ -16,13 +17,16 @@ import json
 import os
 import platform
 import shutil
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from infra.settings import child_environment, read_settings
 
@@ -39,11 +43,14 @@ from flows.launch import quieten_prefect  # noqa: E402
 from flows.overrides import override  # noqa: E402
 from flows.recipes import read_recipe  # noqa: E402
 from infra.store import open_store  # noqa: E402
+from tasks.artifacts import read_summary  # noqa: E402
 from tasks.child import ChildJob, run_child  # noqa: E402
-from tasks.execute import Execution, read_summary, thread_environment  # noqa: E402
+from tasks.execute import Execution, thread_environment  # noqa: E402
 from tasks.promote import promote  # noqa: E402
 from tasks.report import publish  # noqa: E402
 from tasks.step import Planned, Source  # noqa: E402
+
+SAMPLE_SECONDS = 0.25
 
 
 class Stopwatch:
@@ -59,6 +66,40 @@ class Stopwatch:
             yield
         finally:
             self.seconds += time.monotonic() - started
+
+
+class CoreWaits:
+    """Sums the seconds that the threads of this process's children were ready to run and had no core, while `watched`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        ended, waits = threading.Event(), {}
+
+        def sample() -> None:
+            while not ended.wait(SAMPLE_SECONDS):
+                waits.update(read_core_waits())
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+            self.seconds += sum(waits.values()) / 1e9
+
+
+def read_core_waits() -> dict[tuple[int, str], int]:
+    """Return the nanoseconds that each thread of every descendant has waited for a core so far, by process and thread."""
+    waits = {}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(OSError):  # it has just ended
+            for task in (Path("/proc") / str(process.pid) / "task").iterdir():
+                waits[process.pid, task.name] = int((task / "schedstat").read_text().split()[1])
+    return waits
 
 
 @dataclass
@@ -86,7 +127,7 @@ class BareAttempt:
 
 
 class Watched:
-    """An attempt whose child is timed, and the processor time that this process takes meanwhile."""
+    """An attempt whose child is timed, and what it waits for a core."""
 
     def __init__(self, attempt: Any, way: "Way") -> None:
         self._attempt, self._way = attempt, way
@@ -95,10 +136,8 @@ class Watched:
         return getattr(self._attempt, name)
 
     def run_child(self, package: str, job: str) -> dict[str, Any]:
-        cpu = time.process_time()
-        with self._way.child.running():
+        with self._way.child.running(), self._way.waits.watched():
             summary: dict[str, Any] = self._attempt.run_child(package, job)
-        self._way.beside_child += time.process_time() - cpu
         return summary
 
 
@@ -106,8 +145,7 @@ class Way:
     """What one way of running the steps took."""
 
     def __init__(self) -> None:
-        self.total, self.child = Stopwatch(), Stopwatch()
-        self.beside_child = 0.0  # processor seconds of this process while children ran
+        self.total, self.child, self.waits = Stopwatch(), Stopwatch(), CoreWaits()
 
     @property
     def around(self) -> float:
@@ -115,8 +153,8 @@ class Way:
         return self.total.seconds - self.child.seconds
 
 
-class SideBySide:
-    """Runs each step of a plan by the pipeline and bare, and keeps the times."""
+class BothWays:
+    """Runs the steps of a plan by the pipeline, then bare, and keeps the times of each."""
 
     def __init__(self, execution: Execution, *, pipeline: Way, home: Path) -> None:
         self.execution, self.pipeline, self.home = execution, pipeline, home
@@ -124,21 +162,27 @@ class SideBySide:
         self.outputs: dict[str, Path] = {}
         self.steps: list[dict[str, Any]] = []
 
-    def step(self, planned: Planned) -> None:
-        """Run one step both ways; the way that goes first changes each time. The report needs the pipeline's first."""
-        ways: list[Callable[[Planned], None]] = [self._by_pipeline, self._bare]
-        before = self._times()
-        for way in ways if len(self.steps) % 2 == 0 or planned.step.name == "report" else reversed(ways):
-            way(planned)
-        taken = {name: round(after - before[name], 3) for name, after in self._times().items()}
-        self.steps.append({"step": planned.title} | taken)
-
-    def _times(self) -> dict[str, float]:
-        return {
-            "pipeline_seconds": self.pipeline.total.seconds,
-            "direct_seconds": self.direct.total.seconds,
-            "overhead_seconds": self.pipeline.around - self.direct.around,
-        }
+    def run(self, planned: list[Planned]) -> None:
+        """Run all steps one way, then the other: the pipeline's uploads are done beside its own next step."""
+        times = {}
+        for name, way, run_step in (
+            ("pipeline", self.pipeline, self._by_pipeline),
+            ("direct", self.direct, self._bare),
+        ):
+            for step in planned:
+                before = (way.total.seconds, way.around, way.waits.seconds)
+                run_step(step)
+                after = (way.total.seconds, way.around, way.waits.seconds)
+                times[name, step.fingerprint] = [end - start for start, end in zip(before, after, strict=True)]
+        for step in planned:
+            pipeline, direct = times["pipeline", step.fingerprint], times["direct", step.fingerprint]
+            figures = {
+                "pipeline_seconds": pipeline[0],
+                "direct_seconds": direct[0],
+                "around_seconds": pipeline[1] - direct[1],
+                "core_wait_seconds": pipeline[2] - direct[2],
+            }
+            self.steps.append({"step": step.title} | {name: round(seconds, 3) for name, seconds in figures.items()})
 
     def _by_pipeline(self, planned: Planned) -> None:
         def watched(config: Any, attempt: Any) -> dict[str, float]:
@@ -167,16 +211,15 @@ def measure(config: AlignConfig, home: str) -> dict[str, Any]:
     with pipeline.total.running():
         plan: AlignPlan = plan_align(config, store=open_store(settings), settings=SETTINGS)
         execution = Execution(settings, experiment=config.name, config=config.model_dump(mode="json")).__enter__()
-    both = SideBySide(execution, pipeline=pipeline, home=Path(home))
-    for planned in plan.steps():
-        both.step(planned)
+    both = BothWays(execution, pipeline=pipeline, home=Path(home))
+    both.run(list(plan.steps()))
     with pipeline.total.running():
         verdict, challenger = execution.ref(plan.gate), execution.ref(plan.challenger)
         said = promote(execution, model=config.name, challenger=challenger, over=plan.over, verdict=verdict)
         publish(execution, execution.ref(plan.report), verdict=verdict, promoted=said)
         execution.__exit__(None, None, None)
     direct = both.direct
-    beside = max(0.0, pipeline.beside_child - direct.beside_child)
+    beside = max(0.0, pipeline.waits.seconds - direct.waits.seconds)
     direct_seconds = pipeline.child.seconds - beside + direct.around
     return {
         "pipeline_seconds": round(pipeline.total.seconds, 3),
@@ -209,7 +252,7 @@ def main() -> None:
         shutil.rmtree(home, ignore_errors=True)
     if not options.json:
         for row in result["steps"]:
-            times = (row[name] for name in ("pipeline_seconds", "direct_seconds", "overhead_seconds"))
+            times = (seconds for name, seconds in row.items() if name != "step")
             print("".join(f"{seconds:9.2f}" for seconds in times) + f"  {row['step']}")
     machine = {"recipe": options.recipe, "cores": os.cpu_count(), "python": platform.python_version()}
     print(json.dumps(result | machine))
