@@ -25,8 +25,10 @@ from infra.records import Record
 from infra.settings import Settings, child_environment
 from infra.store import Store, StoredFile, open_store
 from infra.tracking import Run, Tracking, TrackingError
+from tasks.checkpoints import StoredCheckpoints, discard_checkpoints
 from tasks.child import ChildJob, run_child
 from tasks.mirror import MetricsMirror, listener
+from tasks.samples import SamplesMirror
 from tasks.step import ArtifactRef, Metrics, Planned, Source
 
 
@@ -146,6 +148,7 @@ class Execution:
             finally:
                 self._finish(run, kind)
             shutil.rmtree(work_folder, ignore_errors=True)
+            discard_checkpoints(self.store, planned)
         return ArtifactRef(record, False, time.monotonic() - started)
 
     def _commit(self, planned: Planned, run: Run, output: Path, metrics: Metrics, *, seconds: float) -> Record:
@@ -250,21 +253,31 @@ class StepAttempt:
         What an earlier attempt finished but could not commit is taken as it is.
         """
         if not (self.output / "summary.json").exists():
-            mirror = MetricsMirror(self.execution.tracking, run=self.run.id, title=self.planned.title)
-            run_child(
-                ChildJob(
-                    package=package,
-                    name=job,
-                    config=self.planned.config.model_dump(mode="json"),
-                    runtime=self.planned.runtime.model_dump(mode="json"),
-                    inputs=self.inputs,
-                    folder=self.folder,
-                    environment=child_environment(thread_environment(self.planned.runtime.threads)),
-                ),
-                keep_fds=(self.lock,),
-                on_metrics=mirror,
-            )
+            tracking, store = self.execution.tracking, self.execution.store
+            mirror = MetricsMirror(tracking, run=self.run.id, title=self.planned.title)
+            samples = SamplesMirror(self.output, store=store, tracking=tracking, run=self.run)
+            with StoredCheckpoints(store, self.planned, self.folder) as checkpoints:
+
+                def heed(lines: list[dict[str, float]]) -> None:
+                    mirror(lines)
+                    samples()
+                    checkpoints()
+
+                run_child(
+                    ChildJob(
+                        package=package,
+                        name=job,
+                        config=self.planned.config.model_dump(mode="json"),
+                        runtime=self.planned.runtime.model_dump(mode="json"),
+                        inputs=self.inputs,
+                        folder=self.folder,
+                        environment=child_environment(thread_environment(self.planned.runtime.threads)),
+                    ),
+                    keep_fds=(self.lock,),
+                    on_metrics=heed,
+                )
             mirror.close()
+            samples.close()
         return read_summary(self.output)
 
 
