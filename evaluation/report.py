@@ -79,7 +79,7 @@ class ReportData(Config):
     samples: tuple[SampleAnswer, ...] = ()
     metrics: Path | None = None  # metrics.jsonl of the train step
     weights: Path | None = None  # weights.parquet of the train step
-    answers: tuple[TrainingAnswer, ...] = ()  # samples.jsonl of the train step
+    answers: tuple[TrainingAnswer, ...] = ()  # answers.jsonl of the train step
     preflight: dict[str, Any] | None = None  # preflight.json of the train step
     data: dict[str, Any] | None = None  # counts of ingest; `quarantined_by_reason` is drawn
     reward_model: dict[str, Any] | None = None  # its summary; `accuracy` and `length_baseline_accuracy` are drawn

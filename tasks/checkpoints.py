@@ -22,7 +22,7 @@ from tasks.step import Planned
 
 logger = logging.getLogger("varflow.checkpoints")
 ROOT = "checkpoints"
-BESIDE = ("metrics.jsonl", "samples.jsonl")  # of the output: what the steps up to the checkpoint have told
+BESIDE = ("metrics.jsonl", "answers.jsonl")  # of the output: what the steps up to the checkpoint have told
 LAST_SECONDS = 3.0  # for an upload under way when the child has failed; this process may be killed 5 s later
 
 

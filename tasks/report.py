@@ -52,7 +52,7 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             samples=read_samples(inputs, rewards),
             metrics=existing(trained / "metrics.jsonl"),
             weights=existing(trained / "weights.parquet"),
-            answers=read_answers(trained / "samples.jsonl"),
+            answers=read_answers(trained / "answers.jsonl"),
             preflight=read_json(trained / "preflight.json"),
             data=read_json(inputs["rows"] / "summary.json"),
             reward_model=read_json(inputs["scorer"] / "summary.json"),

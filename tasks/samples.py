@@ -8,8 +8,8 @@ from typing import Any
 from infra.store import Store, StoreError
 from infra.tracking import Run, Tracking, TrackingError
 
-SOURCE = "samples.jsonl"  # of training.samples, which needs torch
-TABLE = "samples.json"
+SOURCE = "answers.jsonl"  # of training.samples, which needs torch
+TABLE = "answers.json"
 COLUMNS = ("step", "prompt", "answer", "truncated")
 SHIP_SECONDS = 10.0
 

@@ -1,6 +1,6 @@
 """Greedy answers of a policy to a few held-out prompts while it trains: what no figure shows.
 
-`samples.jsonl` has a line for each step and prompt: `step` (0 is before the first), `row_id`, `prompt`, `answer`, `truncated`.
+`answers.jsonl` has a line for each step and prompt: `step` (0 is before the first), `row_id`, `prompt`, `answer`, `truncated`.
 Nothing is drawn and nothing of the model is changed, so training goes on as if nobody had asked.
 """
 
@@ -18,7 +18,7 @@ from training.logprobs import Policy
 from training.sampling import find_stop_ids, generate_batch
 from training.sharding import reshard
 
-FILE = "samples.jsonl"
+FILE = "answers.jsonl"
 MOST_PROMPTS = 4
 GREEDY = GenerateConfig(temperature=0.0, max_new_tokens=48)
 

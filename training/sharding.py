@@ -34,8 +34,8 @@ def load_sharded_policy(
 ) -> tuple[Policy, Any]:
     """Return (policy, tokenizer) as `load_policy` does, in float32, with this rank's part of the weights.
 
-    `precision` is that of the matrix products to come; an adapter of `lora` begins with what `seed` draws. ValueError as `load_policy`, and for files whose tensors have other
-    names than the model's own.
+    `precision` is that of the matrix products to come; an adapter of `lora` begins with what `seed` draws. ValueError as
+    `load_policy`, and for files whose tensors have other names than the model's own.
     """
     tokenizer = load_tokenizer(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)

@@ -101,7 +101,7 @@ class Prepared:
 
 
 def run(job: Job) -> None:
-    """Train and write the model folder, `metrics.jsonl`, `samples.jsonl`, `weights.parquet`, `preflight.json` and `summary.json`
+    """Train and write the model folder, `metrics.jsonl`, `answers.jsonl`, `weights.parquet`, `preflight.json` and `summary.json`
     to `output`."""
     config, runtime = read_config(job), Runtime.model_validate(job.runtime)
     with open_world(runtime, start_torch(runtime)) as world:

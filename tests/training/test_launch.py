@@ -197,6 +197,28 @@ def test_machines_that_cannot_meet_are_refused(runtime: dict[str, Any], words: s
         Runtime.model_validate(runtime)
 
 
+def test_a_reward_model_with_dropout_is_trained_by_one_of_the_ranks(
+    tmp_path: Path, tiny_reward_model: Path, make_row: Any, write_rows: Any, write_job: Callable[..., Path]
+) -> None:
+    """What is dropped would depend on the number of ranks, so the numbers are those of one."""
+    rows = [
+        make_row(f"Why {i}?", [f"bake bread {i}", "the sky"], split="heldout" if i % 4 == 0 else "train")
+        for i in range(16)
+    ]
+    inputs = {"rows": str(write_rows(tmp_path / "pairs", rows)), "base": str(tiny_reward_model)}
+    weights = []
+    for ranks in (1, 2):
+        path = write_job(f"reward{ranks}", ranks=ranks)
+        raw = json.loads(path.read_text())
+        raw |= {"job": "reward_model", "inputs": inputs, "config": {"epochs": 1, "batch_prompts": 4, "max_tokens": 64}}
+        path.write_text(json.dumps(raw))
+        started = Started(path)
+        assert started.agent.wait(timeout=300) == 0, started.log.read_text()
+        weights.append((path.parent / "output" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert "its first rank trains it alone" in started.log.read_text()
+
+
 @pytest.mark.slow
 def test_the_parents_death_ends_all_after_a_checkpoint(write_job: Callable[..., Path]) -> None:
     job_file = write_job("orphan", ranks=2)
