@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -20,6 +21,7 @@ from evaluation.result import ScoreRow
 from evaluation.verdict import Verdict
 from training.config import Config
 
+MOST_ANSWERED_STEPS = 8
 MOST_WEIGHTS = 1_000_000  # read for the histogram; more add nothing that a reader could see
 
 
@@ -38,6 +40,14 @@ class SampleAnswer(Config):
     challenger: str
     champion_reward: float | None = None
     challenger_reward: float | None = None
+
+
+class TrainingAnswer(Config):
+    """What the policy answered to a held-out prompt after so many steps of training."""
+
+    step: int
+    prompt: str
+    answer: str
 
 
 class StepRow(Config):
@@ -69,6 +79,8 @@ class ReportData(Config):
     samples: tuple[SampleAnswer, ...] = ()
     metrics: Path | None = None  # metrics.jsonl of the train step
     weights: Path | None = None  # weights.parquet of the train step
+    answers: tuple[TrainingAnswer, ...] = ()  # answers.jsonl of the train step
+    preflight: dict[str, Any] | None = None  # preflight.json of the train step
     data: dict[str, Any] | None = None  # counts of ingest; `quarantined_by_reason` is drawn
     reward_model: dict[str, Any] | None = None  # its summary; `accuracy` and `length_baseline_accuracy` are drawn
     steps: tuple[StepRow, ...] = ()
@@ -96,6 +108,7 @@ def render_report(data: ReportData) -> str:
         doubts=[*data.verdict.flags, *doubt_reward(data.reward_model or {})],
         charts=draw_charts(data),
         scores=pair_scores(data),
+        answers=lay_out_answers(data.answers),
         counts=dict(flatten(data.data or {}, without="quarantined_by_reason")),
         reward_figures=dict(flatten(data.reward_model or {})),
         provenance=dict(flatten(data.provenance)),
@@ -119,6 +132,17 @@ def doubt_reward(summary: dict[str, Any]) -> list[str]:
     if accuracy <= length:
         return [f"{said}, no better than that the longer response wins ({length:.1%}): it may reward length alone"]
     return []
+
+
+def lay_out_answers(answers: tuple[TrainingAnswer, ...]) -> dict[str, Any]:
+    """Return `prompts`, and `rows` of (step, an answer to each): the first and last of all steps, and some between."""
+    prompts = list(dict.fromkeys(answer.prompt for answer in answers))
+    steps = sorted({answer.step for answer in answers})
+    if len(steps) > MOST_ANSWERED_STEPS:
+        places = np.linspace(0, len(steps) - 1, MOST_ANSWERED_STEPS).round().astype(int)
+        steps = [steps[place] for place in places]
+    told = {(answer.step, answer.prompt): answer.answer for answer in answers}
+    return {"prompts": prompts, "rows": [(step, [told.get((step, prompt)) for prompt in prompts]) for step in steps]}
 
 
 def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:

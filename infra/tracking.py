@@ -13,6 +13,7 @@ from typing import Any
 from mlflow.entities import Metric, Param, RunStatus, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking.client import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from infra.provenance import is_gone, name_process
 
@@ -94,6 +95,10 @@ class Tracking:
             first, pairs = pairs[:PARAMS_A_BATCH], pairs[PARAMS_A_BATCH:]
             self._ask(lambda h=head, p=first, t=labels: self._client.log_batch(run, metrics=h, params=p, tags=t))
             labels = []
+
+    def show_table(self, run: str, name: str) -> None:
+        """Say that an artifact of a run is a table of `columns` and `data`, so that MLflow shows it as one."""
+        self.log(run, tags={MLFLOW_LOGGED_ARTIFACTS: json.dumps([{"path": name, "type": "table"}])})
 
     def finish(self, run: str, *, status: str) -> None:
         """Close a run as FINISHED, FAILED or KILLED."""

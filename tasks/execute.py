@@ -24,8 +24,10 @@ from infra.settings import Settings, child_environment
 from infra.store import open_store
 from infra.tracking import Run, Tracking
 from tasks.artifacts import count_bytes, fetch_artifact, lock_folder, place_output, read_summary
+from tasks.checkpoints import StoredCheckpoints, discard_checkpoints
 from tasks.child import ChildJob, run_child
 from tasks.mirror import MetricsMirror, Notes, listener
+from tasks.samples import SamplesMirror
 from tasks.step import ArtifactRef, Metrics, Planned, Source, found
 
 COMMIT_BESIDE_BYTES = 32 << 20  # a larger artifact is on its way to the store while the next step computes
@@ -195,6 +197,7 @@ class Execution:
         if not records.is_same_attempt(winner, record):
             self._surplus.append(output)  # what reads it now may go on: both are of one fingerprint
         shutil.rmtree(self.settings.home / "work" / planned.step.name / planned.fingerprint, ignore_errors=True)
+        discard_checkpoints(self.store, planned)
         tags = {"varflow.record": f"{winner.step}/{winner.fingerprint}"}
         figures = partial(self.tracking.log, run.id, metrics=points(metrics), tags=tags)
         self._notes.tell(f"the figures of {planned.title}", figures)
@@ -293,21 +296,31 @@ class StepAttempt:
         What an earlier attempt finished but could not commit is taken as it is.
         """
         if not (self.output / "summary.json").exists():
-            mirror = MetricsMirror(self.execution.tracking, run=self.run.id, title=self.planned.title)
-            run_child(
-                ChildJob(
-                    package=package,
-                    name=job,
-                    config=self.planned.config.model_dump(mode="json"),
-                    runtime=self.planned.runtime.model_dump(mode="json"),
-                    inputs=self.inputs,
-                    folder=self.folder,
-                    environment=child_environment(thread_environment(self.planned.runtime.threads)),
-                ),
-                keep_fds=(self.lock,),
-                on_metrics=mirror,
-            )
+            tracking, store = self.execution.tracking, self.execution.store
+            mirror = MetricsMirror(tracking, run=self.run.id, title=self.planned.title)
+            samples = SamplesMirror(self.output, store=store, tracking=tracking, run=self.run)
+            with StoredCheckpoints(store, self.planned, self.folder) as checkpoints:
+
+                def heed(lines: list[dict[str, float]]) -> None:
+                    mirror(lines)
+                    samples()
+                    checkpoints()
+
+                run_child(
+                    ChildJob(
+                        package=package,
+                        name=job,
+                        config=self.planned.config.model_dump(mode="json"),
+                        runtime=self.planned.runtime.model_dump(mode="json"),
+                        inputs=self.inputs,
+                        folder=self.folder,
+                        environment=child_environment(thread_environment(self.planned.runtime.threads)),
+                    ),
+                    keep_fds=(self.lock,),
+                    on_metrics=heed,
+                )
             mirror.close()
+            samples.close()
         return read_summary(self.output)
 
 

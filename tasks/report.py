@@ -15,7 +15,7 @@ from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
 from training.config import Config
 
 if TYPE_CHECKING:
-    from evaluation.report import SampleAnswer, StepRow
+    from evaluation.report import SampleAnswer, StepRow, TrainingAnswer
     from evaluation.result import ScoreRow
 
 SAMPLES_SHOWN = 8
@@ -27,7 +27,7 @@ class ReportConfig(Config):
     recipe: str
 
 
-@step(version=2)
+@step(version=3)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
@@ -52,6 +52,8 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             samples=read_samples(inputs, rewards),
             metrics=existing(trained / "metrics.jsonl"),
             weights=existing(trained / "weights.parquet"),
+            answers=read_answers(trained / "answers.jsonl"),
+            preflight=read_json(trained / "preflight.json"),
             data=read_json(inputs["rows"] / "summary.json"),
             reward_model=read_json(inputs["scorer"] / "summary.json"),
             steps=tuple(describe_step(planned, execution) for planned in execution.done),
@@ -123,6 +125,14 @@ def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> "tuple[Sa
         )
         for row in chosen
     )
+
+
+def read_answers(path: Path) -> "tuple[TrainingAnswer, ...]":
+    """Return what the policy answered while it trained; nothing where it was not asked."""
+    from evaluation.report import TrainingAnswer
+
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return tuple(TrainingAnswer(**{name: line[name] for name in ("step", "prompt", "answer")}) for line in lines)
 
 
 def existing(path: Path) -> Path | None:

@@ -23,7 +23,7 @@ TARGETS = {
 }
 
 
-RANKED = {"train"}  # what several ranks can share
+RANKED = {"train", "preflight", "reward_model"}  # what several ranks can share
 
 
 def import_late(name: str, target: str) -> Callable[[Job], None]:
@@ -31,9 +31,9 @@ def import_late(name: str, target: str) -> Callable[[Job], None]:
     module, _, function = target.partition(":")
 
     def run(job: Job) -> None:
-        ranks = Runtime.model_validate(job.runtime).ranks if name in RANKED else 1
-        if ranks > 1 and not is_rank():
-            importlib.import_module("training.launch").launch(job, ranks=ranks)
+        runtime = Runtime.model_validate(job.runtime)
+        if name in RANKED and runtime.world_size > 1 and not is_rank():
+            importlib.import_module("training.launch").launch(job, runtime)
         else:
             getattr(importlib.import_module(module), function or "run")(job)
 

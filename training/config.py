@@ -485,6 +485,11 @@ class Runtime(Config):
         title="Layout",
         description="tree: a policy reads each prompt once, with its responses behind it. rows: separate sequences, for a model whose attention cannot be shared.",
     )
+    activation_checkpointing: bool = Field(
+        False,
+        title="Activation checkpointing",
+        description="Keep only what enters each layer and compute the rest again in the backward pass: the same gradients in far less memory, for about a third more computing.",
+    )
     threads: int | None = Field(
         None, ge=1, title="Threads", description="CPU threads of a child process; at least 1, empty for all cores."
     )
@@ -494,21 +499,69 @@ class Runtime(Config):
         title="Held-out cadence",
         description="Optimiser steps between two looks at the loss of held-out rows; the last step always has one; 0 never looks.",
     )
+    samples_every_steps: int = Field(
+        50,
+        ge=0,
+        title="Sample cadence",
+        description="Optimiser steps between two greedy answers to a few held-out prompts, shown as a table; one before the first step and one after the last always; 0 never.",
+    )
     checkpoint_every_steps: int = Field(
         20,
         ge=0,
         title="Checkpoint cadence",
         description="Optimiser steps between checkpoints; 0 saves only when told to stop.",
     )
+    stored_checkpoints: int = Field(
+        0,
+        ge=0,
+        title="Checkpoints in the store",
+        description="How many of the newest checkpoints are kept in the store while a training goes on, so that another machine can go on from there; 0 keeps them on this machine alone.",
+    )
     ranks: int = Field(
         1,
         ge=1,
         title="Ranks",
-        description="Processes, each with its own device, that train a policy together, its weights sharded over them; at least 1. Other jobs take one.",
+        description="Processes of a machine, each with its own device, that train a model together, its weights sharded over them; at least 1. Jobs that train nothing take one.",
+    )
+    nodes: int = Field(
+        1,
+        ge=1,
+        title="Machines",
+        description="Machines that train together, each with as many ranks; at least 1. Every one runs the same job with its own number.",
+    )
+    node_rank: int = Field(
+        0,
+        ge=0,
+        title="Number of this machine",
+        description="From 0, below the number of machines; 0 is the one that others meet at.",
+    )
+    rendezvous: str | None = Field(
+        None,
+        pattern=r"^[^\s:]+:[0-9]{1,5}$",
+        title="Rendezvous",
+        description="host:port of the machine with number 0, a free port that the others reach; for several machines alone.",
     )
     replicas: int = Field(
         1,
         ge=1,
         title="Replicas",
-        description="Groups of ranks that hold a whole sharded model each, for several machines; a divisor of the ranks, at least 1.",
+        description="Groups of ranks that hold a whole sharded model each, for several machines; a divisor of all ranks, at least 1.",
     )
+
+    @property
+    def world_size(self) -> int:
+        """The ranks of all machines."""
+        return self.nodes * self.ranks
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> "Runtime":
+        if self.node_rank >= self.nodes:
+            raise ValueError(
+                f"node_rank: got {self.node_rank} of {self.nodes} machines, expected 0 to {self.nodes - 1}; number them from 0"
+            )
+        if (self.nodes > 1) != (self.rendezvous is not None):
+            raise ValueError(
+                f"rendezvous: got {self.rendezvous} for {self.nodes} machines; expected host:port where there are several, and "
+                "nothing for one; set both nodes and rendezvous, or neither"
+            )
+        return self

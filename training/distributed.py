@@ -54,6 +54,18 @@ class World:
         """Say whether the flag is set on any rank; every rank gets the same answer."""
         return self.sum([float(flag)])[0] > 0
 
+    def max(self, value: float) -> float:
+        """Return the largest value of any rank; every rank gets the same."""
+        if self.size == 1:
+            return value
+        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return float(largest.item())
+
+    def first(self, value: float) -> float:
+        """Return the first rank's value on every rank."""
+        return self.sum([value if self.is_first else 0.0])[0]
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.any(False)

@@ -1,13 +1,16 @@
-"""One job on several ranks of this machine: torch's elastic agent starts them, and what ends one of them ends all.
+"""One job on several ranks: torch's elastic agent starts those of its machine, and what ends one of them ends all.
 
 `python -m training JOB.json` becomes the agent where the job asks for more than one rank; each rank is
 `python -m training.launch JOB.json AGENT_PID`. The agent minds the parent's pipe and its signals as any child does, and
 passes a stop on as the file `work/stop`; a rank whose agent is gone ends at once, since nobody holds the work folder for it
 any more. A rank that fails writes `work/error.json`, the first one of all, and with it fails the job.
 
-Several machines: start `torchrun ... -m training JOB.json` on each, with `work` and `output` on a disk they share.
+Several machines: the same job file on each, but for `runtime.node_rank`, with `work` and `output` on a disk they share. The
+agents meet at `runtime.rendezvous`, a port of machine 0, whose ranks are the first ones.
 """
 
+import hashlib
+import json
 import logging
 import os
 import signal
@@ -17,12 +20,15 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
 from training.__main__ import JOBS
+from training.config import Runtime
 from training.job import (
     EXIT_CANNOT_WRITE,
     EXIT_INTERRUPTED,
@@ -36,6 +42,7 @@ from training.job import (
 )
 
 POLL_SECONDS = 0.1
+MEETING_SECONDS = 600  # of several machines: until all have started the job
 SHUTDOWN_SECONDS = 20  # from the first rank's end to the end of all; a parent that stops the job waits 25 s
 SAME_TIME_SECONDS = 5  # ranks that ended so close to the first did so by themselves
 
@@ -44,15 +51,16 @@ class RankDied(RuntimeError):  # noqa: N818 - what the user reads
     """A rank was ended from outside."""
 
 
-def launch(job: Job, *, ranks: int) -> None:
-    """Run a job on `ranks` processes to its end. Interrupted when it was stopped, RankDied when one of them was killed.
+def launch(job: Job, runtime: Runtime) -> None:
+    """Run this machine's ranks of a job to their end. Interrupted when it was stopped, RankDied when one of them was killed.
 
     Where a rank has said in `work/error.json` why it failed, SystemExit with its status.
     """
-    stop_file(job).unlink(missing_ok=True)
+    if runtime.node_rank == 0:  # before the others meet it, so that none of them finds an earlier attempt's
+        stop_file(job).unlink(missing_ok=True)
     # It would warn that it gets no signals on a thread of its own; they are for this thread to mind.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
-    agent = Agent(job, ranks)
+    agent = Agent(job, runtime)
     agent.start()
     while agent.is_alive():
         if job.stop.is_set():
@@ -61,25 +69,36 @@ def launch(job: Job, *, ranks: int) -> None:
     if agent.error is not None:
         raise agent.error
     if agent.failures:
-        raise_failure(job, agent.failures, ranks=ranks)
+        raise_failure(job, agent.failures, ranks=runtime.world_size)
 
 
 class Agent(threading.Thread):
     """Torch's agent, away from the main thread, whose signals it would take for itself."""
 
-    def __init__(self, job: Job, ranks: int) -> None:
+    def __init__(self, job: Job, runtime: Runtime) -> None:
         super().__init__(name="elastic agent", daemon=True)
         self.failures: Mapping[int, ProcessFailure] = {}
         self.error: Exception | None = None
+        self._runtime = runtime
         self._arguments = ["-m", "training.launch", str(job.file), str(os.getpid())]
+        meeting: dict[str, Any] = {
+            "run_id": uuid.uuid4().hex,
+            "rdzv_backend": "c10d",
+            "rdzv_endpoint": "localhost:0",
+            "local_addr": "127.0.0.1",
+        }
+        if runtime.rendezvous is not None:
+            meeting = {
+                "run_id": hashlib.sha256(json.dumps([job.name, job.config]).encode()).hexdigest(),  # the same for all
+                "rdzv_backend": "static",
+                "rdzv_endpoint": runtime.rendezvous,
+                "rdzv_configs": {"rank": runtime.node_rank, "timeout": MEETING_SECONDS},
+            }
         self._config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=ranks,
-            run_id=uuid.uuid4().hex,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="127.0.0.1",
+            min_nodes=runtime.nodes,
+            max_nodes=runtime.nodes,
+            nproc_per_node=runtime.ranks,
+            **meeting,
             max_restarts=0,  # whoever runs the job starts it again, from its checkpoint
             monitor_interval=POLL_SECONDS,
             logs_specs=DefaultLogsSpecs(log_dir=str(job.work / "ranks")),
@@ -92,6 +111,12 @@ class Agent(threading.Thread):
             launch_agent(self._config, sys.executable, self._arguments)
         except ChildFailedError as error:
             self.failures = error.failures
+        except DistNetworkError as error:
+            self.error = RuntimeError(
+                f"runtime.rendezvous: machine {self._runtime.node_rank} of {self._runtime.nodes} did not meet the others at "
+                f"{self._runtime.rendezvous} within {MEETING_SECONDS} s ({str(error).splitlines()[0]}); expected the same job started on "
+                "every machine, and a free port of machine 0 that the others reach; run the same command again"
+            )
         except Exception as error:  # noqa: BLE001 - raised again by the thread that waits
             self.error = error
 

@@ -104,10 +104,17 @@ def compare_logits(model: Any) -> tuple[float, float]:
     return (expected - got).abs().max().item(), 1e-4 * max(1.0, expected.abs().max().item())
 
 
-def check_layout(model: Any, groups: Sequence[Sequence[Rendered]], *, layout: Layout, device: torch.device) -> None:
+def check_layout(
+    model: Any,
+    groups: Sequence[Sequence[Rendered]],
+    *,
+    layout: Layout,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Make a model ready for a layout. ValueError unless log-probabilities in it are what each response gives alone.
 
-    `groups` are the responses of some prompts; longer ones show more, as with windows of attention or positions that depend
+    `dtype` is what the layers compute in, where it is not that of the parameters. `groups` are the responses of some prompts; longer ones show more, as with windows of attention or positions that depend
     on the length.
     """
     samples = [sample for group in groups for sample in group]
@@ -120,7 +127,7 @@ def check_layout(model: Any, groups: Sequence[Sequence[Rendered]], *, layout: La
         got = policy(trained_logps, lay_out(samples, group_B, device=device, layout=layout))
     expected = torch.cat(alone)
     gap = (got - expected).abs().mean().item()
-    bound = MAX_LAYOUT_GAP[next(model.parameters()).dtype]
+    bound = MAX_LAYOUT_GAP[dtype or next(model.parameters()).dtype]
     if not gap <= bound:
         remedy = (
             "its attention cannot be shared: set runtime.layout to rows"

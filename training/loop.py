@@ -64,6 +64,16 @@ class Work(Protocol):
         ...
 
 
+class Sampler(Protocol):
+    """What shows the model's answers on the way, and leaves model and random state as they were."""
+
+    def start(self, step: int) -> None:
+        """Keep of an earlier attempt what is of steps up to this one."""
+
+    def write(self, step: int) -> None:
+        """Write the answers after so many steps; every rank calls it."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the optimiser does. All of it is identity."""
@@ -87,11 +97,12 @@ def run_steps(
     identity: dict[str, Any],
     world: World = ALONE,
     heldout: Work | None = None,
+    sampler: Sampler | None = None,
     peak_flops: float | None = None,
 ) -> Progress:
     """Train `model` in place from the newest checkpoint, or from the start, to the last step.
 
-    `heldout` is work of one step whose loss is looked at on the way; `peak_flops`, a second and of all ranks, is what
+    `heldout` is work of one step whose loss is looked at on the way, `sampler` answers prompts; `peak_flops`, a second and of all ranks, is what
     `train/flop_share` is a share of. Writes `output/metrics.jsonl` and `work/checkpoints`; with several ranks each calls it, and
     the first writes the metrics. Interrupted when any rank was told to stop, after a checkpoint of the last whole step.
     ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
@@ -101,6 +112,10 @@ def run_steps(
     folder = job.work / "checkpoints"
     progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, world=world)
     trainer = Trainer(model, optimiser, work, settings, runtime, job, progress, world, peak_flops)
+    if sampler is not None and runtime.samples_every_steps:
+        sampler.start(progress.step)
+        if progress.step == 0:
+            trainer.sample(sampler)
     with ExitStack() as stack:
         path = job.output / "metrics.jsonl"
         if world.is_first:
@@ -113,6 +128,8 @@ def run_steps(
             if figures is not None:
                 if heldout is not None and is_due(runtime.heldout_every_steps, progress.step, work.num_steps):
                     figures["heldout/loss"] = trainer.look(heldout)
+                if sampler is not None and is_due(runtime.samples_every_steps, progress.step, work.num_steps):
+                    trainer.sample(sampler)
                 if world.is_first:
                     metrics.write(progress.step, figures)
                     progress.metrics_bytes = metrics.offset()
@@ -248,6 +265,11 @@ class Trainer:
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # no backward pass does it here, and the optimiser needs parts
         return total.over(self.world).loss
+
+    def sample(self, sampler: Sampler) -> None:
+        """Let the model as it is answer."""
+        with self.autocast():
+            sampler.write(self.progress.step)
 
     def autocast(self) -> torch.autocast:
         """Weights, gradients and optimiser stay in float32; bfloat16 is what the matrix products run in."""

@@ -1,18 +1,20 @@
 """LoRA (Hu et al. 2106.09685) through PEFT: small matrices beside every linear layer are trained, the base stays as it is.
 
 The adapter is put into the model itself, so everything else works as with full fine-tuning; at the end it is written on its
-own, as PEFT reads it, and merged into the weights, and both are held to what was trained.
+own, as PEFT reads it, and merged into the base's weights, and both are held to what was trained.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLora
-from peft import LoraModel, PeftModel, get_peft_model_state_dict, inject_adapter_in_model
+from peft import PeftModel, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from training.config import LoraConfig
 
@@ -33,51 +35,66 @@ def peft_config(config: LoraConfig) -> PeftLora:
     )
 
 
-def export_adapter(
-    model: Any, config: LoraConfig, folder: Path, *, measure: Callable[[Any], Tensor], reload_base: Callable[[], Any]
-) -> dict[str, float]:
-    """Write `folder/adapter`, merge the adapter into `model`, and return how far both are from what was trained.
+def draw_matrices(model: Any, seed: int) -> dict[str, Tensor]:
+    """Return the first matrices of a model's adapter by name, on the CPU: what `add_adapter` draws after this seed.
 
-    `measure` gives log-probabilities per token of some rows under a model, `reload_base` the base as it was. ValueError where
-    adapter on base, or merged weights, give other log-probabilities.
+    For a model that has no memory yet. PEFT makes both layers, which draws for each, and then draws the first one's again.
     """
-    trained = measure(model)
-    adapter = folder / "adapter"
-    adapter.mkdir(parents=True, exist_ok=True)
-    state = {f"base_model.model.{name}": t.contiguous() for name, t in get_peft_model_state_dict(model).items()}
-    save_file(state, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    torch.manual_seed(seed)
+    drawn: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            ((adapter, rank),) = module.r.items()
+            assert module.in_features is not None and module.out_features is not None
+            first = nn.Linear(module.in_features, rank, bias=False)
+            second = nn.Linear(rank, module.out_features, bias=False)
+            nn.init.kaiming_uniform_(first.weight, a=math.sqrt(5))
+            drawn[f"{name}.lora_A.{adapter}.weight"] = first.weight.detach()
+            drawn[f"{name}.lora_B.{adapter}.weight"] = torch.zeros_like(second.weight)
+    return drawn
+
+
+@torch.no_grad()
+def with_adapter(base: Any, config: LoraConfig, matrices: Mapping[str, Tensor]) -> Any:
+    """Return the base with an adapter of these matrices, by their names in it."""
+    add_adapter(base, config)
+    parameters = dict(base.named_parameters())
+    for name, matrix in matrices.items():
+        parameters[name].copy_(matrix)
+    return base
+
+
+def write_adapter(folder: Path, config: LoraConfig, trained: Mapping[str, Tensor]) -> None:
+    """Write an adapter's matrices, by their names in the model, as PEFT reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {f"base_model.model.{n.replace('.default.', '.')}": t.contiguous() for n, t in trained.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     described = peft_config(config)
-    described.target_modules = adapted_modules(model)
+    # The last names of the layers that have an adapter: what "all-linear" came to in this architecture.
+    described.target_modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in trained})
     described.base_model_name_or_path = None  # where the base lay is no identity
     described.inference_mode = True
-    described.save_pretrained(str(adapter))
-    merge(model)
+    described.save_pretrained(str(folder))
+
+
+def merge_adapter(
+    base: Any, folder: Path, *, measure: Callable[[Any], Tensor], expected: Tensor
+) -> tuple[Any, dict[str, float]]:
+    """Return the base with a written adapter merged into it, and how far adapter and merged weights are from what was trained.
+
+    `measure` gives log-probabilities per token of some rows under a model, `expected` are those of the trained one. ValueError where
+    adapter on base, or merged weights, give others.
+    """
     with torch.no_grad():
-        loaded = PeftModel.from_pretrained(reload_base(), adapter)
-        found = {"adapter": measure(loaded.base_model.model), "merged": measure(model)}
-    gaps = {f"{name}_gap": float((logp - trained).abs().max()) for name, logp in found.items()}
+        loaded = PeftModel.from_pretrained(base, folder)
+        on_base = measure(loaded.base_model.model)
+        merged = loaded.merge_and_unload(safe_merge=True)
+        found = {"adapter": on_base, "merged": measure(merged)}
+    gaps = {f"{name}_gap": float((logp - expected.to(logp.device)).abs().max()) for name, logp in found.items()}
     far = {name: gap for name, gap in gaps.items() if not gap <= MAX_GAP}
     if far:
         raise ValueError(
             f"LoRA export: {far} nats per token from the model that was trained, expected at most {MAX_GAP}; the files would "
             "be of another model; report it with the model's type"
         )
-    return gaps
-
-
-def adapted_modules(model: Any) -> list[str]:
-    """Return the last names of the layers that have an adapter: what "all-linear" came to in this architecture."""
-    names = {name.rpartition(".lora_A.")[0] for name, _ in model.named_parameters() if ".lora_A." in name}
-    return sorted({name.rpartition(".")[2] for name in names})
-
-
-def merge(model: Any) -> None:
-    """Add the adapter to the weights and take it out of the model."""
-    for name, module in list(model.named_modules()):
-        if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
-            module.merge(safe_merge=True)
-            parent = model.get_submodule(name.rpartition(".")[0]) if "." in name else model
-            setattr(parent, name.rpartition(".")[2], module.get_base_layer())
-    if hasattr(model, "peft_config"):
-        del model.peft_config
-    assert not any(LoraModel.prefix in name for name, _ in model.named_parameters())
+    return merged, gaps

@@ -36,6 +36,15 @@ def run_in_halves(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[An
 
 
 @dataclass(frozen=True)
+class MicroBatchSize:
+    """What of a micro-batch takes memory, in tokens."""
+
+    tokens: int  # through the model
+    keys: int  # that the responses of trees see, and that are copied for them; 0 for rows
+    positions: int  # that predict a trained token
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Bytes that training holds on each rank."""
 
@@ -55,34 +64,37 @@ class Footprint:
 
 
 def estimate_footprint(
-    model: Any, *, precision: Precision, ranks: int, tokens: int, keys: int, positions: int
+    model: Any, *, precision: Precision, ranks: int, micro: MicroBatchSize, activation_checkpointing: bool = False
 ) -> Footprint:
-    """Return what training takes on each of `ranks`, weights, gradients and moments in float32 and sharded evenly.
-
-    Of one micro-batch: `tokens` through the model, `positions` that predict a trained token, and `keys`, those that the responses of
-    trees see and that are copied for them (0 for rows).
-    """
+    """Return what training takes on each of `ranks`, weights, gradients and moments in float32 and sharded evenly."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     share = -(-parameters // ranks)
     layers = model.config.num_hidden_layers
     head = model.get_output_embeddings().weight.numel()
     wide = precision == Precision.float32
     cast = 0 if wide else 2 * share  # autocast keeps a bfloat16 copy of every matrix for the whole step
-    chunk = min(CHUNK_ELEMENTS, positions * model.config.vocab_size)
+    chunk = min(CHUNK_ELEMENTS, micro.positions * model.config.vocab_size)
+    layer = estimate_layer(model.config, precision=precision, micro=micro)
+    # Where layers are computed again: of each what enters it, and all of the one under way.
+    kept = (
+        layers * FLOAT32 * model.config.hidden_size * micro.tokens + layer
+        if activation_checkpointing
+        else layers * layer
+    )
     return Footprint(
         weights=FLOAT32 * share + cast,
         gradients=FLOAT32 * share,
         optimiser=2 * FLOAT32 * share,
         gathered=0 if ranks == 1 else FLOAT32 * max(head, (parameters - head) // layers),
-        activations=estimate_activations(model.config, precision=precision, tokens=tokens, keys=keys),
+        activations=kept + 3 * FLOAT32 * model.config.hidden_size * micro.tokens,  # the norm behind the last layer
         logits=3 * FLOAT32 * chunk + (FLOAT32 if wide else 2) * head,
     )
 
 
-def estimate_activations(config: Any, *, precision: Precision, tokens: int, keys: int) -> int:
-    """Return the bytes that a dense decoder keeps of a micro-batch for its backward pass, nothing recomputed.
+def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) -> int:
+    """Return the bytes that a layer of a dense decoder keeps of a micro-batch for its backward pass.
 
-    Of each layer, with hidden size H, heads x head size A and MLP size I, in numbers a token: 6 H for two norms (input,
+    With hidden size H, heads x head size A and MLP size I, in numbers a token: 6 H for two norms (input,
     normalised, scaled), 5 A for attention (query, key, value, output, output in the order of tokens; keys and values repeated for
     grouped queries), 4 I for a gated MLP. In trees each response has its own copy of the keys and values it sees: 2 A for each
     key. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
@@ -93,8 +105,8 @@ def estimate_activations(config: Any, *, precision: Precision, tokens: int, keys
     norms = 6 * hidden * FLOAT32 if precision == Precision.float32 else 2 * hidden * (2 * FLOAT32 + 2)
     width = FLOAT32 if precision == Precision.float32 else 2
     per_token = norms + width * (5 * attention + 4 * inner)
-    layer: int = per_token * tokens + width * 2 * attention * keys
-    return layer * config.num_hidden_layers + 3 * hidden * FLOAT32 * tokens  # the norm behind the last layer
+    kept: int = per_token * micro.tokens + width * 2 * attention * micro.keys
+    return kept
 
 
 def show_bytes(count: float) -> str:

@@ -2,13 +2,16 @@
 
 import hashlib
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 from training.config import Device, Precision, Runtime
 
@@ -66,6 +69,38 @@ def prepare_model(model: Any, tokenizer: Any, folder: Path) -> Any:
     # engine never reads padding, so every id is to learn.
     model.get_input_embeddings().padding_idx = None
     return model
+
+
+def find_layers(model: Any) -> list[nn.Module]:
+    """Return the layers of a model of transformers, which it names itself as what is not to be split."""
+    names = model._no_split_modules or ()
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Let every layer keep only what enters it, and compute the rest again when the backward pass needs it.
+
+    The gradients are the same to the bit: the layer runs again on the same numbers, under the same random state. Done before
+    layers are sharded, so that a layer's weights are gathered once for both. ValueError for a model that names no layers.
+    """
+    layers = find_layers(model)
+    if not layers:
+        raise ValueError(
+            f"runtime.activation_checkpointing: model type {model.config.model_type} names no layers; expected some in "
+            "_no_split_modules; set it to false"
+        )
+    for layer in layers:
+        layer.forward = partial(keep_entry, layer.forward)
+
+
+def keep_entry(forward: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run a layer, keeping for the backward pass what enters it alone; without gradients it is the layer as it is."""
+    if not torch.is_grad_enabled():
+        return forward(*arguments, **options)
+    # A cache would take the keys of the second run as more tokens.
+    plain = [None if isinstance(value, Cache) else value for value in arguments]
+    named: dict[str, Any] = {name: None if isinstance(value, Cache) else value for name, value in options.items()}
+    return checkpoint(forward, *plain, use_reentrant=False, **named)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from training.data.examples import select_all, select_chosen
 from training.data.rows import read_rows
 from training.devices import ACCELERATORS, PRICES_AS_OF, find_accelerator, measure_gemm
 from training.flops import count_flops
-from training.memory import GIB, Footprint, estimate_footprint, measure_free, show_bytes
+from training.memory import GIB, Footprint, MicroBatchSize, estimate_footprint, measure_free, show_bytes
 from training.render import Renderer, UnusableRow
 
 ARCHITECTURES = Path(__file__).with_name("architectures")
@@ -238,9 +238,12 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
         model,
         precision=config.precision,
         ranks=machine.ranks,
-        tokens=round(micro),
-        keys=round(micro / per_row * work.keys(layout)),
-        positions=round(micro / per_row * work.positions()),
+        micro=MicroBatchSize(
+            tokens=round(micro),
+            keys=round(micro / per_row * work.keys(layout)),
+            positions=round(micro / per_row * work.positions()),
+        ),
+        activation_checkpointing=runtime.activation_checkpointing,
     )
     hours = flops / (machine.ranks * machine.peak_flops * machine.mfu) / 3600
     return Plan(
@@ -277,7 +280,7 @@ def require_room(plan: Plan) -> None:
     movable = plan.footprint.weights + plan.footprint.gradients + plan.footprint.optimiser
     fixed = plan.footprint.total - movable
     left = plan.machine.memory_bytes - fixed
-    advice = "lower runtime.microbatch_tokens, or take a device with more memory"
+    advice = "set runtime.activation_checkpointing, lower runtime.microbatch_tokens, or take a device with more memory"
     if plan.machine.name != "cpu" and left > 0:
         enough = 2 ** math.ceil(math.log2(movable * plan.machine.ranks / left))
         advice = f"raise --ranks to about {enough}, {advice}"

@@ -23,15 +23,17 @@ from training.config import Layout, Precision, Runtime
 from training.data.batch import collate, count_padded
 from training.data.examples import Example
 from training.data.rows import find_rows_file
-from training.job import Job, write_json
-from training.logprobs import MAX_LAYOUT_GAP, check_head, check_layout, sum_logps
+from training.distributed import World
+from training.job import Interrupted, Job, write_json
+from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, sum_logps
 from training.loop import halve_budget
-from training.memory import Footprint, estimate_footprint, measure_free, measure_peak, show_bytes
+from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
 from training.model import DTYPES
 from training.objectives.objective import Objective
 from training.objectives.sft import Sft
 from training.objectives.var import Var
 from training.render import Rendered
+from training.sharding import as_layers, reshard
 from training.steps import Forward, Steps
 
 # R responses of the first step, B those that are tried, T tokens of one response, G prompts
@@ -53,14 +55,29 @@ class Ready:
 
     job: Job
     runtime: Runtime
-    device: torch.device
+    world: World
     precision: Precision
-    model: Any
+    policy: Policy
     tokenizer: Any
     examples: Sequence[Example]
     objective: Objective
     forward: Forward
     steps: Steps
+
+    @property
+    def model(self) -> Any:
+        """The language model of the policy."""
+        return self.policy.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        return self.world.device
+
+    @property
+    def layers_dtype(self) -> torch.dtype:
+        """What layers compute in without autocast: sharded ones are gathered in the precision of the matrix products."""
+        return torch.float32 if self.world.size == 1 else DTYPES[self.precision]
 
 
 class Failure(Exception):  # noqa: N818 - a finding, told with all others
@@ -142,16 +159,21 @@ def describe_failure(check: Check) -> str:
 def check_run(ready: Ready) -> Report:
     """Make every check and write `output/preflight.json`; the model is ready for its layout afterwards.
 
-    An attempt that goes on after an earlier one has passed makes the layout's check alone.
+    An attempt that goes on after an earlier one has passed makes the layout's check alone. Every rank calls it, comes to the
+    same findings, and the first one writes them.
     """
-    path = ready.job.output / FILE
+    path, world = ready.job.output / FILE, ready.world
     report = Report(
         ready.steps.digest, ready.runtime.model_dump(mode="json"), LEAST_SECONDS, ready.runtime.microbatch_tokens
     )
-    earlier = read_report(path)
-    if earlier and earlier.passed and (earlier.plan, earlier.runtime) == (report.plan, report.runtime):
-        check_layout(ready.model, longest_groups(ready.examples), layout=ready.runtime.layout, device=ready.device)
-        return earlier
+    earlier = read_report(path) if world.is_first else None
+    if earlier and (not earlier.passed or (earlier.plan, earlier.runtime) != (report.plan, report.runtime)):
+        earlier = None
+    if world.any(earlier is not None):
+        check_layout_of(ready)
+        reshard(ready.policy)
+        report.microbatch_tokens = int(world.first(earlier.microbatch_tokens if earlier else 0))
+        return earlier or report
     checks = Checks(ready, report)
     for check in (
         checks.weights,
@@ -167,8 +189,18 @@ def check_run(ready: Ready) -> Report:
         checks.measure_speed()
         for check in (checks.reference, checks.microbatches, checks.memory):
             checks.make(check)
-    write_json(path, report.as_json())
+    reshard(ready.policy)
+    if world.is_first:
+        write_json(path, report.as_json())
     return report
+
+
+def check_layout_of(ready: Ready) -> int:
+    """Make the model ready for the run's layout and return how many rows were looked at; ValueError as `check_layout`."""
+    groups = longest_groups(ready.examples)
+    with as_layers(ready.world, precision=ready.precision):
+        check_layout(ready.policy, groups, layout=ready.runtime.layout, device=ready.device, dtype=ready.layers_dtype)
+    return len(groups)
 
 
 def read_report(path: Path) -> Report | None:
@@ -192,7 +224,8 @@ class Checks:
 
     def make(self, check: Callable[[], str]) -> None:
         """Make a check and note how it came out, under the name of its function."""
-        self._ready.job.check_stop()
+        if self._ready.world.any(self._ready.job.stop.is_set()):
+            raise Interrupted(self._ready.job.name)
         started = time.monotonic()
         outcome, rows = "passed", []
         try:
@@ -206,7 +239,8 @@ class Checks:
             outcome, line = "failed", str(refusal)
         name = check.__name__
         self._report.checks.append(Check(name, outcome, line, round(time.monotonic() - started, 3), rows))
-        sys.stderr.write(f"preflight: {name} {outcome}: {line}\n")
+        if self._ready.world.is_first:
+            sys.stderr.write(f"preflight: {name} {outcome}: {line}\n")
 
     # --- what needs no model ---
 
@@ -298,15 +332,15 @@ class Checks:
 
     def output_head(self) -> str:
         """Hidden states times output embedding are the model's logits."""
-        check_head(self._ready.model)
+        with as_layers(self._ready.world, precision=self._ready.precision):
+            check_head(self._ready.policy)
         return "hidden states times output embedding are the logits"
 
     def layout(self) -> str:
         """What the layout gives is what each response gives alone; the model is ready for it afterwards."""
-        ready = self._ready
-        groups = longest_groups(ready.examples)
-        check_layout(ready.model, groups, layout=ready.runtime.layout, device=ready.device)
-        return f"{ready.runtime.layout.value}: the log-probabilities of the {len(groups)} longest rows are those of separate responses"
+        count = check_layout_of(self._ready)
+        layout = self._ready.runtime.layout.value
+        return f"{layout}: the log-probabilities of the {count} longest rows are those of separate responses"
 
     def measure_speed(self) -> None:
         """Time one prompt's pass; choose how much of the first step is tried, and how long all may take."""
@@ -315,7 +349,8 @@ class Checks:
         first = [index for index, group in enumerate(group_R) if group == group_R[0]]
         started = time.monotonic()
         self._values(first)
-        self._seconds_per_token = (time.monotonic() - started) / self._count(first)
+        seconds = self._ready.world.max(time.monotonic() - started)  # of the slowest rank; all go by the same clock
+        self._seconds_per_token = seconds / self._count(first)
         of_run = sum(len(s.ids_T) for e in ready.examples for s in e.samples) * steps.num_steps / steps.steps_per_epoch
         seconds = SHARE_OF_RUN * 3 * of_run * self._seconds_per_token
         self._report.seconds_allowed = round(min(MOST_SECONDS, max(LEAST_SECONDS, seconds)), 3)
@@ -361,13 +396,14 @@ class Checks:
         samples = ready.steps.samples(0)
         members = sorted(range(len(samples)), key=lambda index: len(samples[index].ids_T))[:2]
         samples = [samples[index] for index in members]
-        with torch.no_grad():  # in float32 whatever the precision: this is about what is computed, not how closely
-            logp_B = torch.cat([sum_logps(ready.model, collate([sample], device=ready.device)) for sample in samples])
-            expected = sum(stock_nll(ready.model, sample, ready.device) for sample in samples)
+        # On one rank in float32 whatever the precision: this is about what is computed, not how closely.
+        with torch.no_grad(), as_layers(ready.world, precision=ready.precision):
+            logp_B = torch.cat([sum_logps(ready.policy, collate([sample], device=ready.device)) for sample in samples])
+            expected = sum(ready.policy(stock_nll, sample, ready.device) for sample in samples)
         columns_B = ready.steps.columns(0).take(members)
         got = ready.objective.loss_sum(logp_B, torch.ones_like(logp_B), columns_B).item()
         tokens = sum(sample.num_trained for sample in samples)
-        bound = MAX_LAYOUT_GAP[torch.float32]
+        bound = MAX_LAYOUT_GAP[ready.layers_dtype]
         if not abs(got - expected) / tokens <= bound:
             raise Failure(
                 f"the loss of {len(members)} responses with weights of 1 is {got:.6g}, the stock model's cross-entropy {expected:.6g} "
@@ -408,10 +444,10 @@ class Checks:
     def _try_largest(self) -> str | None:
         """Return what was seen of the largest micro-batch; None, with half the budget noted, where there was no room for it."""
         ready, report = self._ready, self._report
-        trial = find_largest(ready.steps, budget=report.microbatch_tokens, layout=ready.runtime.layout)
+        trial = find_largest_of_first(ready, budget=report.microbatch_tokens)
         needed = estimate_trial(ready, trial)
-        free = measure_free(ready.device)
-        estimate = needed.gradients + needed.activations + needed.logits
+        free = share_of_free(ready)
+        estimate = needed.gradients + needed.gathered + needed.activations + needed.logits
         report.memory = {
             "microbatch_tokens": trial.tokens, "free_bytes": free, "estimated_bytes": estimate, "optimiser_bytes": needed.optimiser,
         }  # fmt: skip
@@ -419,12 +455,14 @@ class Checks:
         if ready.device.type == "cpu":  # where too much is a kill and no exception
             self._require_room(estimate + needed.optimiser, free, f"{trial} would take about", row_ids)
         seconds = 4 * trial.tokens * self._seconds_per_token
-        if seconds > self._seconds_left():
+        left = self._seconds_left()
+        if seconds > left:
             return (
-                f"{trial}: not tried, as it would take about {seconds:.0f} s of {self._seconds_left():.0f} s left; by the formula it takes "
+                f"{trial}: not tried, as it would take about {seconds:.0f} s of {left:.0f} s left; by the formula it takes "
                 f"{show_bytes(estimate + needed.optimiser)} with the optimiser's state, {show_bytes(free)} are free"
             )
-        write_json(ready.job.output / FILE, report.as_json())  # should the kernel end this process now
+        if ready.world.is_first:
+            write_json(ready.job.output / FILE, report.as_json())  # should the kernel end this process now
         peak = self._probe(trial.step, trial.members)
         if peak is None:
             self._halve(trial, free)
@@ -451,25 +489,30 @@ class Checks:
     def _require_room(self, needed: int, free: int, what: str, row_ids: Sequence[str]) -> None:
         if needed > free:
             raise Failure(
-                f"{what} {show_bytes(needed)} with the optimiser's state, got {show_bytes(free)} free; expected room for it; lower "
-                "runtime.microbatch_tokens or max_tokens, or end what else uses the memory",
+                f"{what} {show_bytes(needed)} with the optimiser's state, got {show_bytes(free)} free; expected room for it; set "
+                "runtime.activation_checkpointing, lower runtime.microbatch_tokens or max_tokens, or end what else uses the memory",
                 row_ids,
             )
 
     def _probe(self, step: int, members: Sequence[int]) -> int | None:
-        """Return the bytes that a micro-batch's forward and backward pass took at most; None where there was no room."""
+        """Return the bytes that a micro-batch's forward and backward pass took at most; None where there was no room.
+
+        Several ranks run it at once and the largest of them counts; one without room fails all, since others are within theirs.
+        """
         try:
             with measure_peak(self._ready.device) as peak:
                 with self._autocast():
-                    part = self._ready.steps.part(self._ready.model, step, members)
+                    part = self._ready.steps.part(self._ready.policy, step, members)
                 part.loss.backward()
                 del part
         except torch.OutOfMemoryError:
+            if self._ready.world.size > 1:
+                raise
             return None
         finally:
-            self._ready.model.zero_grad()
+            self._ready.policy.zero_grad()
             torch.cuda.empty_cache()
-        return peak.bytes
+        return int(self._ready.world.max(peak.bytes))
 
     def _has_failed(self, name: str) -> bool:
         return any(check.name == name for check in self._report.failures)
@@ -486,19 +529,20 @@ class Checks:
         """Return logp_B of responses of the first step, in one pass."""
         group_B = self._ready.steps.columns(0).group_R[list(members)]
         with torch.no_grad(), self._autocast():
-            out: Tensor = self._ready.forward.values(self._ready.model, self._samples(members), group_B).value_B
+            out: Tensor = self._ready.forward.values(self._ready.policy, self._samples(members), group_B).value_B
         return out.double().cpu().numpy()
 
     def _loss(self, members: Sequence[int]) -> float:
         with torch.no_grad(), self._autocast():
-            return self._ready.steps.part(self._ready.model, 0, members).loss.item()
+            return self._ready.steps.part(self._ready.policy, 0, members).loss.item()
 
     def _autocast(self) -> torch.autocast:
         wide = self._ready.precision == Precision.float32
         return torch.autocast(self._ready.device.type, dtype=torch.bfloat16, enabled=not wide)
 
     def _seconds_left(self) -> float:
-        return max(0.0, self._report.seconds_allowed - (time.monotonic() - self._started))
+        passed = self._ready.world.max(time.monotonic() - self._started)
+        return max(0.0, self._report.seconds_allowed - passed)
 
     def _row_ids(self, members: Sequence[int]) -> list[str]:
         columns = self._ready.steps.columns(0)
@@ -553,19 +597,36 @@ class Trial:
         return f"step {self.step}, the largest micro-batch of {self.looked_at} steps: {self.tokens} tokens of {len(self.members)} responses"
 
 
-def find_largest(steps: Steps, *, budget: int, layout: Layout) -> Trial:
-    """Return the largest micro-batch of an epoch, or of as many steps as can be looked at in a second."""
+def find_largest_of_first(ready: Ready, *, budget: int) -> Trial:
+    """Return what the first rank finds in its time, on every rank."""
+    trial = None
+    if ready.world.is_first:
+        trial = find_largest(ready.steps, budget=budget, layout=ready.runtime.layout)
+    looked_at = int(ready.world.first(trial.looked_at if trial else 0))
+    return trial or find_largest(ready.steps, budget=budget, layout=ready.runtime.layout, num_steps=looked_at)
+
+
+def find_largest(steps: Steps, *, budget: int, layout: Layout, num_steps: int | None = None) -> Trial:
+    """Return the largest micro-batch of some steps: of an epoch, or of as many as can be looked at in a second."""
     best = Trial(step=0, members=[], tokens=-1, looked_at=0)
     ends = time.monotonic() + SEARCH_SECONDS
-    for step in range(steps.steps_per_epoch):
+    for step in range(num_steps or steps.steps_per_epoch):
         samples, group_R = steps.samples(step), steps.columns(step).group_R
         for members in steps.cut(step, budget=budget):
             tokens = count_padded([samples[index] for index in members], group_R[members], layout=layout)
             if tokens > best.tokens:
                 best = Trial(step, members, tokens, looked_at=0)
-        if time.monotonic() > ends:
+        if num_steps is None and time.monotonic() > ends:
             break
     return dataclasses.replace(best, looked_at=step + 1)
+
+
+def share_of_free(ready: Ready) -> int:
+    """Return the bytes that each rank may take: of a CPU's free memory its share, since those of a machine have one."""
+    free = measure_free(ready.device)
+    if ready.device.type == "cpu":
+        free //= min(ready.runtime.ranks, ready.world.size)
+    return -int(ready.world.max(-free))
 
 
 def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
@@ -575,10 +636,13 @@ def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
     return estimate_footprint(
         ready.model,
         precision=ready.precision,
-        ranks=1,
-        tokens=trial.tokens,
-        keys=seen if ready.runtime.layout == Layout.tree else 0,
-        positions=sum(sample.num_trained for sample in samples),
+        ranks=ready.world.size // ready.runtime.replicas,
+        micro=MicroBatchSize(
+            tokens=trial.tokens,
+            keys=seen if ready.runtime.layout == Layout.tree else 0,
+            positions=sum(sample.num_trained for sample in samples),
+        ),
+        activation_checkpointing=ready.runtime.activation_checkpointing,
     )
 
 

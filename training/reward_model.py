@@ -4,6 +4,8 @@ Trained by the same loop as the policy, with the objective bradley_terry. Its ac
 wins": on several preference sets a small reward model is no better, and then it is not a reward.
 """
 
+import copy
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,24 +15,36 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from scipy.stats import beta
-from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from training.config import RewardModelConfig, Runtime, Schedule
 from training.data.batch import cut_rows, pack_by_tokens
 from training.data.examples import Example, select_preferred_first
 from training.data.rows import read_rows
-from training.distributed import World
+from training.distributed import World, open_world
 from training.job import Job
+from training.logprobs import Policy, as_policy
 from training.loop import Settings, run_steps
-from training.model import check_context, check_model_folder, check_vocabulary, save_policy, start_torch
+from training.model import (
+    check_context,
+    check_model_folder,
+    check_vocabulary,
+    checkpoint_activations,
+    save_policy,
+    start_torch,
+)
 from training.objectives.bradley_terry import BradleyTerry
 from training.reward.render import RewardInput, RewardRenderer
 from training.reward.scorer import compute_rewards, score_batch, set_pad_token
+from training.sharding import as_layers, gather_weights, reshard, shard_and_read
 from training.steps import Forwarded, Steps
 
 # B responses of a micro-batch
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,9 +60,21 @@ def run(job: Job) -> None:
     """Train and write the model folder, `metrics.jsonl` and `summary.json`. ValueError below the accuracy floor."""
     config = RewardModelConfig.model_validate(job.config)
     runtime = Runtime.model_validate(job.runtime)
-    device = start_torch(runtime)
+    with open_world(runtime, start_torch(runtime)) as world:
+        dropout = read_dropout(job.inputs["base"])
+        if dropout and world.size > 1:
+            # What each rank drops is its own: the numbers would depend on how many there are.
+            LOG.warning("the base has dropout %g: its first rank trains it alone", dropout)
+            if not world.is_first:
+                return
+            world = World(world.device)
+        train(job, config, runtime, world)
+
+
+def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -> None:
+    """Train on this rank; the first one writes what all have in common."""
     started = time.monotonic()
-    model, tokenizer = load_base(job.inputs["base"], config, device=device)
+    policy, tokenizer = load_base(job.inputs["base"], config, runtime, world)
     renderer = RewardRenderer(tokenizer, render=config.render, max_tokens=config.max_tokens)
     pairs = {split: load_pairs(job.inputs["rows"], renderer, split=split) for split in ("train", "heldout")}
     steps = Steps(
@@ -60,13 +86,17 @@ def run(job: Job) -> None:
         seed=config.seed,
     )
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
-    model.train()  # the base's own dropout, drawn from the run's seed
-    world = World(device)
-    progress = run_steps(model, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
-    model.eval()
-    accuracy = measure_accuracy(model, pairs["heldout"], budget=runtime.microbatch_tokens)
+    policy.train()  # the base's own dropout, drawn from the run's seed
+    progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
+    policy.eval()
+    with as_layers(world, precision=config.precision):
+        accuracy = measure_accuracy(policy, pairs["heldout"], budget=runtime.microbatch_tokens)
     check_accuracy(accuracy, config)
-    save_policy(model, tokenizer, job.output)
+    reshard(policy)
+    weights = gather_weights(policy.model, world) if world.size > 1 else None
+    if not world.is_first:
+        return
+    save_policy(policy.model, tokenizer, job.output, weights=weights)
     job.write_summary(
         {
             "steps": steps.num_steps,
@@ -77,7 +107,7 @@ def run(job: Job) -> None:
             "tokens": progress.tokens,
             "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
             "microbatch_tokens": progress.microbatch_tokens,
-            "dropout": max((m.p for m in model.modules() if isinstance(m, nn.Dropout)), default=0.0),
+            "dropout": max((m.p for m in policy.modules() if isinstance(m, nn.Dropout)), default=0.0),
             **accuracy,
             **count_dropped(pairs),
             "wall_seconds": round(time.monotonic() - started, 3),
@@ -85,18 +115,50 @@ def run(job: Job) -> None:
     )
 
 
-def load_base(folder: Path, config: RewardModelConfig, *, device: torch.device) -> tuple[Any, Any]:
-    """Return (model with one label, tokenizer) in float32; a head that the base lacks is drawn from the seed."""
+def read_dropout(folder: Path) -> float:
+    """Return the largest dropout that a model's configuration names in any of its parts."""
+    check_model_folder(folder)
+    values = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    named = (value for name, value in values.items() if "dropout" in name or "pdrop" in name)
+    return max((float(value) for value in named if isinstance(value, int | float)), default=0.0)
+
+
+def load_base(folder: Path, config: RewardModelConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:
+    """Return (model with one label, tokenizer) in float32, whole on one rank, sharded over several.
+
+    A head that the base lacks is drawn from the seed.
+    """
     check_model_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     torch.manual_seed(config.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=1, local_files_only=True, use_safetensors=True, dtype=torch.float32
-    )
+    if world.size == 1:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=1, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        ).to(world.device)
+    else:
+        described = AutoConfig.from_pretrained(folder, num_labels=1, local_files_only=True)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForSequenceClassification.from_config(described, dtype=torch.float32)
     check_vocabulary(model, tokenizer, folder)
     set_pad_token(model, tokenizer, folder)
     check_context(model, config.max_tokens)
-    return model.to(device), tokenizer
+    policy = Policy(model)
+    if runtime.activation_checkpointing:
+        checkpoint_activations(model)
+    if world.size > 1:
+        shard_and_read(policy, folder, world, precision=config.precision, drawn=draw_head(model))
+    return policy, tokenizer
+
+
+def draw_head(model: Any) -> dict[str, Tensor]:
+    """Return the first tensors of what a model has outside its base, by name, on the CPU: as transformers draws them."""
+    drawn: dict[str, Tensor] = {}
+    for name, module in model.named_children():
+        if name != model.base_model_prefix:
+            whole = copy.deepcopy(module).to_empty(device="cpu")
+            whole.apply(model._init_weights)
+            drawn |= {f"{name}.{below}": tensor for below, tensor in whole.state_dict().items()}
+    return drawn
 
 
 class RewardForward:
@@ -115,7 +177,7 @@ class RewardForward:
     def values(self, model: Any, samples: Sequence[RewardInput], group_B: np.ndarray) -> Forwarded:
         """Return reward_B, float64."""
         lengths = [len(sample.ids) for sample in samples]
-        return Forwarded(compute_rewards(model, samples).double(), sum(lengths), len(lengths) * max(lengths))
+        return Forwarded(as_policy(model)(compute_rewards, samples).double(), sum(lengths), len(lengths) * max(lengths))
 
 
 def make_settings(config: RewardModelConfig) -> Settings:

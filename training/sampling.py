@@ -94,11 +94,13 @@ def generate_batch(
     stop_ids: list[int],
     config: GenerateConfig,
     check_stop: Callable[[], None],
+    to_the_end: bool = False,
 ) -> list[list[int]]:
     """Return the new tokens after each prompt, up to `max_new_tokens`, the stop token last where the model wrote one.
 
-    `check_stop` is called before every token; what it raises ends the batch. Nothing of the model's own generation settings is used: they often carry top_k = 50 or a repetition penalty, and a sample
-    of that is no sample of the policy.
+    `check_stop` is called before every token; what it raises ends the batch. With `to_the_end` the model goes on to the last token
+    even where all have stopped. Nothing of the model's own generation settings is used: they often carry top_k = 50 or a repetition
+    penalty, and a sample of that is no sample of the policy. The model is as before afterwards.
     """
     T = max(map(len, prompts))
     ids_BT = torch.full((len(prompts), T), stop_ids[0], dtype=torch.int64)
@@ -108,18 +110,27 @@ def generate_batch(
         mask_BT[row, T - len(prompt) :] = 1
     device = model.device
     settings = GenerationConfig(
-        do_sample=False, max_new_tokens=config.max_new_tokens, eos_token_id=stop_ids, pad_token_id=stop_ids[0]
+        do_sample=False,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=None if to_the_end else stop_ids,
+        pad_token_id=stop_ids[0],
     )
-    model.generation_config = settings  # generate() fills what is unset from the model's own
+    own, model.generation_config = (
+        model.generation_config,
+        settings,
+    )  # generate() fills what is unset from the model's own
     noise = torch.from_numpy(noise_BS).to(device)
     draw = [InverseCdf(noise, config=config)] if config.temperature > 0 else []
-    with torch.inference_mode():
-        out_BS = model.generate(
-            input_ids=ids_BT.to(device),
-            attention_mask=mask_BT.to(device),
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([Heed(check_stop), *draw]),
-        )[:, T:].tolist()
+    try:
+        with torch.no_grad():  # weights gathered under inference mode could not be trained afterwards
+            out_BS = model.generate(
+                input_ids=ids_BT.to(device),
+                attention_mask=mask_BT.to(device),
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([Heed(check_stop), *draw]),
+            )[:, T:].tolist()
+    finally:
+        model.generation_config = own
     return [cut_at_stop(new, stop_ids) for new in out_BS]
 
 

@@ -3,6 +3,7 @@
 No rank ever holds the whole model: it is made without memory, sharded, and each rank reads its part from the files.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +12,30 @@ import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from training.checkpoint import own_errors
-from training.config import Precision
+from training.config import LoraConfig, Precision
 from training.distributed import World
 from training.logprobs import Policy
-from training.model import load_tokenizer, prepare_model
+from training.lora import add_adapter, draw_matrices
+from training.model import checkpoint_activations, find_layers, load_tokenizer, prepare_model
 
 
-def load_sharded_policy(folder: Path, world: World, *, precision: Precision) -> tuple[Policy, Any]:
+def load_sharded_policy(
+    folder: Path,
+    world: World,
+    *,
+    precision: Precision,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    activation_checkpointing: bool = False,
+) -> tuple[Policy, Any]:
     """Return (policy, tokenizer) as `load_policy` does, in float32, with this rank's part of the weights.
 
-    `precision` is that of the matrix products to come. ValueError as `load_policy`, and for files whose tensors have other
-    names than the model's own.
+    `precision` is that of the matrix products to come; an adapter of `lora` begins with what `seed` draws. ValueError as
+    `load_policy`, and for files whose tensors have other names than the model's own.
     """
     tokenizer = load_tokenizer(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -34,18 +44,41 @@ def load_sharded_policy(folder: Path, world: World, *, precision: Precision) -> 
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     policy = Policy(prepare_model(model, tokenizer, folder).eval())
+    if lora is not None:
+        add_adapter(policy.model, lora)
+    if activation_checkpointing:
+        checkpoint_activations(policy.model)
+    drawn = draw_matrices(policy.model, seed) if lora is not None else {}
+    shard_and_read(policy, folder, world, precision=precision, drawn=drawn)
+    return policy, tokenizer
+
+
+def shard_and_read(
+    policy: Policy, folder: Path, world: World, *, precision: Precision, drawn: Mapping[str, Tensor] | None = None
+) -> None:
+    """Shard a model that has no memory and give it this rank's part of a folder's tensors.
+
+    `drawn` are whole tensors, by their names in the model, for those that the folder lacks.
+    """
     shard_policy(policy, world, precision=precision)
     allocate(policy, world.device)
-    read_weights(policy.model, folder)
-    return policy, tokenizer
+    read_weights(policy.model, folder, drawn=drawn or {})
+
+
+@torch.no_grad()
+def fill(model: Any, whole: Mapping[str, Tensor]) -> None:
+    """Give parameters this rank's part of whole tensors, which every rank has."""
+    parameters = dict(model.named_parameters())
+    for name, tensor in whole.items():
+        own = parameters[name]
+        own.copy_(distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements, src_data_rank=None))
 
 
 def shard_policy(policy: Policy, world: World, *, precision: Precision) -> None:
     """Shard each decoder layer, and what is around them (embedding, last norm, output head, tied or not) as one part."""
     # Inputs and what is around the layers stay float32, as they do on one rank: autocast alone decides what is narrow.
     narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = [m for m in policy.modules() if type(m).__name__ in (policy.model._no_split_modules or ())]
-    for layer in layers:
+    for layer in find_layers(policy.model):
         fully_shard(
             layer, mesh=world.mesh, mp_policy=narrow if precision == Precision.bfloat16 else MixedPrecisionPolicy()
         )
@@ -54,6 +87,19 @@ def shard_policy(policy: Policy, world: World, *, precision: Precision) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # a sum over ranks: shares of a loss add up
             module.set_force_sum_reduction_for_comms(True)
+
+
+def as_layers(world: World, *, precision: Precision) -> torch.autocast:
+    """Return what a pass outside of training runs under: sharded layers are gathered in the precision of the matrix products,
+    so what is around them has to follow. One rank's model stays as it is."""
+    narrow = world.size > 1 and precision == Precision.bfloat16
+    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=narrow)
+
+
+def reshard(policy: nn.Module) -> None:
+    """Let go of what a forward pass without a backward one has left gathered: optimiser and files see parts."""
+    if isinstance(policy, FSDPModule):
+        policy.reshard()
 
 
 def allocate(policy: Policy, device: torch.device) -> None:
@@ -65,16 +111,21 @@ def allocate(policy: Policy, device: torch.device) -> None:
     policy.model.tie_weights()  # to_empty has made two parameters of a tied one
 
 
-def read_weights(model: Any, folder: Path) -> None:
-    """Read this rank's part of a model's tensors from safetensors files. ValueError for tensors that are not there."""
+def read_weights(model: Any, folder: Path, *, drawn: Mapping[str, Tensor]) -> None:
+    """Read this rank's part of a model's tensors from safetensors files, or take it of what is drawn for those they lack.
+
+    ValueError for tensors that are in neither.
+    """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata.keys()
     names: dict[Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        plain = name.replace(".base_layer.", ".")
         # A tied tensor is stored under one of its names; a base model's files leave out the prefix of the base.
-        names.setdefault(tensor, []).extend([name, name.removeprefix(f"{model.base_model_prefix}.")])
+        names.setdefault(tensor, []).extend([plain, plain.removeprefix(f"{model.base_model_prefix}.")])
     found = {tensor: next((name for name in known if name in stored), None) for tensor, known in names.items()}
-    missing = [names[tensor][0] for tensor, name in found.items() if name is None]
+    lacking = {names[tensor][0] for tensor, name in found.items() if name is None}
+    missing = sorted(lacking - drawn.keys())
     if missing:
         raise ValueError(
             f"model {folder}: {len(missing)} tensors of {model.config.model_type} are not in its files under their names (first: "
@@ -83,13 +134,19 @@ def read_weights(model: Any, folder: Path) -> None:
         )
     with own_errors():
         dcp.load({name: tensor.detach() for tensor, name in found.items() if name}, storage_reader=reader)
+    fill(model, {name: drawn[name] for name in lacking})
 
 
-def gather_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """Return the whole state dict on the first rank, tensor by tensor, in the CPU's memory; an empty one on the others."""
+def gather_weights(model: nn.Module, world: World, *, trained_only: bool = False) -> dict[str, Tensor]:
+    """Return the whole state dict on the first rank, tensor by tensor, in the CPU's memory; an empty one on the others.
+
+    With `trained_only` it is the parameters that training changes.
+    """
     whole: dict[str, Tensor] = {}
     gathered: dict[Tensor, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if trained_only and not tensor.requires_grad:
+            continue
         if tensor not in gathered:
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             gathered[tensor] = full.detach().cpu() if world.is_first else full.new_empty(0)

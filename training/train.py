@@ -14,7 +14,6 @@ import pyarrow as pa
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from training.config import (
     AnyTrainConfig,
@@ -49,10 +48,18 @@ from training.devices import device_peak, name_device
 from training.distributed import World, open_world
 from training.flops import Flops, count_flops
 from training.job import Job
-from training.logprobs import Policy, check_head, check_layout, sum_logps, trained_logps
+from training.logprobs import Policy, sum_logps, trained_logps
 from training.loop import Progress, Settings, run_steps
-from training.lora import add_adapter, export_adapter
-from training.model import ModelDigests, check_context, digest_model, load_policy, save_policy, start_torch
+from training.lora import add_adapter, merge_adapter, with_adapter, write_adapter
+from training.model import (
+    ModelDigests,
+    check_context,
+    checkpoint_activations,
+    digest_model,
+    load_policy,
+    save_policy,
+    start_torch,
+)
 from training.objectives.cross import Cross
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, Objective
@@ -60,8 +67,9 @@ from training.objectives.sft import Sft
 from training.objectives.transforms import describe_transform, transform_rewards
 from training.objectives.var import Var, check_rewards, make_var
 from training.objectives.weights import argmax_agrees, describe_weights, within_group_variance
-from training.preflight import Ready, check_run, longest_groups
+from training.preflight import Ready, check_run
 from training.render import Rendered, Renderer
+from training.samples import FILE, Sampler
 from training.sharding import gather_weights, load_sharded_policy
 from training.steps import Forwarded, Steps, gather_columns
 
@@ -86,13 +94,15 @@ class Prepared:
     policy: Policy
     ready: Ready
     heldout: Steps | None
+    kept: list[Example]  # some of the held-out rows
     dropped: Counter[str]
     columns: Columns  # of the train split, as stored
     weighed: Columns  # with the rewards that weights are made of
 
 
 def run(job: Job) -> None:
-    """Train and write the model folder, `metrics.jsonl`, `weights.parquet`, `preflight.json` and `summary.json` to `output`."""
+    """Train and write the model folder, `metrics.jsonl`, `answers.jsonl`, `weights.parquet`, `preflight.json` and `summary.json`
+    to `output`."""
     config, runtime = read_config(job), Runtime.model_validate(job.runtime)
     with open_world(runtime, start_torch(runtime)) as world:
         train(job, config, runtime, world)
@@ -101,8 +111,10 @@ def run(job: Job) -> None:
 def check(job: Job) -> None:
     """Make the checks that precede training and write `preflight.json` and `summary.json`, whatever they find."""
     config, runtime = read_config(job), Runtime.model_validate(job.runtime)
-    prepared = prepare(job, config, runtime, World(start_torch(runtime)))
-    job.write_summary(check_run(prepared.ready).summary())
+    with open_world(runtime, start_torch(runtime)) as world:
+        report = check_run(prepare(job, config, runtime, world).ready)
+        if world.is_first:
+            job.write_summary(report.summary())
 
 
 def read_config(job: Job) -> TrainConfig:
@@ -115,7 +127,9 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     started = time.monotonic()
     prepared = prepare(job, config, runtime, world)
     policy, steps, objective = prepared.policy, prepared.ready.steps, prepared.ready.objective
-    runtime, checked = check_before(prepared, runtime, world)
+    report = check_run(prepared.ready)
+    report.require()
+    runtime = runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens})  # what the device has room for
     if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
         write_weights(job, steps)
     identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
@@ -129,16 +143,21 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
         identity=identity,
         world=world,
         heldout=prepared.heldout,
+        sampler=Sampler(policy, prepared.ready.tokenizer, prepared.kept, job.output / FILE, world=world),
         peak_flops=peak * world.size if peak else None,
     )
-    weights = gather_weights(policy.model, world) if world.size > 1 else None
+    exported, weights = policy.model, None
+    gaps: dict[str, float] = {}
+    if config.lora.rank:
+        exported, gaps = split_adapter(job, config.lora, policy, prepared.ready.examples[:ADAPTER_ROWS], world)
+    elif world.size > 1:
+        weights = gather_weights(policy.model, world)
     if world.is_first:
-        figures = summarise_run(steps, progress, prepared.dropped) | summarise_objective(steps, objective) | checked
-        figures |= describe_speed(prepared.ready, progress, peak * world.size if peak else None)
-        if config.lora.rank:
-            rows = prepared.ready.examples[:ADAPTER_ROWS]
-            figures |= split_adapter(job, config.lora, policy.model, rows, world.device)
-        save_policy(policy.model, prepared.ready.tokenizer, job.output, weights=weights)
+        figures = (
+            summarise_run(steps, progress, prepared.dropped) | summarise_objective(steps, objective) | report.summary()
+        )
+        figures |= describe_speed(prepared.ready, progress, peak * world.size if peak else None) | gaps
+        save_policy(exported, prepared.ready.tokenizer, job.output, weights=weights)
         if isinstance(config, VarConfig):
             figures |= describe_transform(prepared.columns, prepared.weighed, config)
         job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
@@ -146,7 +165,7 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
 
 def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Prepared:
     """Return the policy with its steps; nothing has gone through it yet."""
-    policy, tokenizer = open_policy(job.inputs["base"], config, world)
+    policy, tokenizer = open_policy(job.inputs["base"], config, runtime, world)
     check_context(policy.model, config.max_tokens)
     manifest = read_rows_manifest(job.inputs["rows"])
     if world.is_first:
@@ -166,59 +185,55 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     )
     kept, _ = gather_examples(job, config, renderer, regime=manifest.regime, split="heldout", limit=HELDOUT_ROWS)
     heldout = plan_heldout(kept, config, objective, forward)
-    ready = Ready(
-        job, runtime, world.device, config.precision, policy.model, tokenizer, trained, objective, forward, steps
-    )
-    return Prepared(policy, ready, heldout, dropped, columns, weighed)
+    ready = Ready(job, runtime, world, config.precision, policy, tokenizer, trained, objective, forward, steps)
+    return Prepared(policy, ready, heldout, kept, dropped, columns, weighed)
 
 
-def check_before(prepared: Prepared, runtime: Runtime, world: World) -> tuple[Runtime, dict[str, Any]]:
-    """Make the preflight's checks; return the runtime that the device has room for, and figures. ValueError for all that fail.
-
-    Several ranks check head and layout alone: the others are for a model that is whole, and `varflow preflight` makes them.
-    """
-    if world.size == 1:
-        report = check_run(prepared.ready)
-        report.require()
-        return runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens}), dict(report.summary())
-    check_head(prepared.policy)
-    groups = longest_groups(prepared.ready.examples)
-    check_layout(prepared.policy, groups, layout=runtime.layout, device=world.device)
-    if isinstance(prepared.policy, FSDPModule):
-        prepared.policy.reshard()  # what a forward pass leaves gathered, so that the optimiser sees parts
-    return runtime, {}
-
-
-def open_policy(folder: Path, config: TrainConfig, world: World) -> tuple[Policy, Any]:
+def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:
     """Return (policy, tokenizer), whole on one rank, sharded over several."""
-    if world.size > 1 and config.lora.rank:
-        raise ValueError(
-            f"train.lora.rank: got {config.lora.rank} on {world.size} ranks; an adapter is trained on 1; set runtime.ranks to 1"
-        )
     if world.size > 1:
-        return load_sharded_policy(folder, world, precision=config.precision)
+        return load_sharded_policy(
+            folder,
+            world,
+            precision=config.precision,
+            lora=config.lora if config.lora.rank else None,
+            seed=config.seed,
+            activation_checkpointing=runtime.activation_checkpointing,
+        )
     # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
     model, tokenizer = load_policy(folder, precision=Precision.float32, device=world.device)
     if config.lora.rank:
         torch.manual_seed(config.seed)
         add_adapter(model, config.lora)
+    if runtime.activation_checkpointing:
+        checkpoint_activations(model)
     return Policy(model), tokenizer
 
 
 def split_adapter(
-    job: Job, lora: LoraConfig, model: Any, examples: Sequence[Example], device: torch.device
-) -> dict[str, float]:
-    """Write the adapter and merge it into the model; both are held to the trained model on some prompts."""
+    job: Job, lora: LoraConfig, policy: Policy, examples: Sequence[Example], world: World
+) -> tuple[Any, dict[str, float]]:
+    """Return the base with the trained adapter merged into it, and how far both are from what was trained on some prompts.
+
+    Every rank calls it; the first one writes the adapter, and alone gets a model: the base is frozen, so none is gathered. A model
+    that was sharded may be too large for a device: on several ranks it is put together again in the first one's memory.
+    """
     samples = [example.samples[0] for example in examples]
+    trained = gather_weights(policy.model, world, trained_only=True)
+    if not world.is_first:
+        return None, {}
+    device = world.device if world.size == 1 else torch.device("cpu")
 
     @torch.no_grad()
-    def measure(other: Any) -> Tensor:
-        return torch.cat([trained_logps(other, collate([sample], device=device)) for sample in samples])
+    def measure(model: Any) -> Tensor:
+        return torch.cat([trained_logps(model, collate([sample], device=device)) for sample in samples])
 
-    def reload_base() -> Any:
+    def load_base() -> Any:
         return load_policy(job.inputs["base"], precision=Precision.float32, device=device)[0]
 
-    return export_adapter(model, lora, job.output, measure=measure, reload_base=reload_base)
+    write_adapter(job.output / "adapter", lora, trained)
+    expected = measure(policy.model if world.size == 1 else with_adapter(load_base(), lora, trained))
+    return merge_adapter(load_base(), job.output / "adapter", measure=measure, expected=expected)
 
 
 class PolicyForward:

@@ -30,7 +30,7 @@ class Tree:
 
     lengths: tuple[tuple[int, ...], ...]
     device: torch.device
-    _masks: dict[tuple[int | None, torch.dtype], Any] = field(default_factory=dict, compare=False)
+    _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
 
     @property
     def segments(self) -> list[int]:
@@ -48,7 +48,7 @@ class Tree:
 
     def response_masks(self, window: int | None, dtype: torch.dtype) -> list[list[Tensor]]:
         """Return for each prompt's each response the additive mask [q, prompt + q]; made once, used in every layer."""
-        key = (window, dtype)
+        key = ("responses", window, dtype)
         if key not in self._masks:
             self._masks[key] = [
                 [causal_mask(n, group[0] + n, window, dtype, self.device) for n in group[1:]] for group in self.lengths
@@ -56,11 +56,21 @@ class Tree:
         masks: list[list[Tensor]] = self._masks[key]
         return masks
 
+    def prompt_masks(self, window: int | None, dtype: torch.dtype, *, capped: bool) -> list[Tensor | None]:
+        """Return for each prompt the additive mask [q, q], None where plain causal attention needs none; made once likewise."""
+        if not (window or capped):
+            return [None] * len(self.lengths)
+        key = ("prompts", window, dtype)
+        if key not in self._masks:
+            self._masks[key] = [causal_mask(group[0], group[0], window, dtype, self.device) for group in self.lengths]
+        masks: list[Tensor | None] = self._masks[key]
+        return masks
+
     def block_mask(self, window: int | None) -> Any:
         """Return FlexAttention's mask of the whole sequence."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        key = (window, torch.bool)
+        key = ("blocks", window)
         if key not in self._masks:
             count = len(self.segments)
             segment_T = self._on_device(np.repeat(np.arange(count), self.segments))
@@ -130,13 +140,13 @@ def attend_segments(
 ) -> Tensor:
     """Attend prompt by prompt and response by response. One split each: slicing would cost a full gradient a slice."""
     q, k, v = (iter(tensor.split(tree.segments, dim=2)) for tensor in (query, key, value))
-    masks = tree.response_masks(window, query.dtype)
+    prompt_masks = tree.prompt_masks(window, query.dtype, capped=softcap is not None)
+    response_masks = tree.response_masks(window, query.dtype)
     out: list[Tensor] = []
-    for group, group_masks in zip(tree.lengths, masks, strict=True):
+    for group, prompt_mask, group_masks in zip(tree.lengths, prompt_masks, response_masks, strict=True):
         prompt_q, prompt_k, prompt_v = next(q), next(k), next(v)
         if group[0]:
-            mask = causal_mask(group[0], group[0], window, query.dtype, query.device) if window or softcap else None
-            out.append(attend_dense(prompt_q, prompt_k, prompt_v, mask, softcap=softcap, scaling=scaling))
+            out.append(attend_dense(prompt_q, prompt_k, prompt_v, prompt_mask, softcap=softcap, scaling=scaling))
         for mask in group_masks:
             response_k, response_v = torch.cat([prompt_k, next(k)], dim=2), torch.cat([prompt_v, next(v)], dim=2)
             out.append(attend_dense(next(q), response_k, response_v, mask, softcap=softcap, scaling=scaling))

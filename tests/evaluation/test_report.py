@@ -12,7 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.gate import compare_guard, compare_target, conclude
-from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, doubt_reward, render_report, show_seconds
+from evaluation.report import (
+    ReportData,
+    RewardPair,
+    SampleAnswer,
+    StepRow,
+    TrainingAnswer,
+    doubt_reward,
+    lay_out_answers,
+    render_report,
+    show_seconds,
+)
 from evaluation.result import ScoreRow
 from evaluation.verdict import Verdict
 
@@ -85,6 +95,18 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
         "samples": (SampleAnswer(prompt=HOSTILE, champion=HOSTILE, challenger="", champion_reward=-1.25),),
         "metrics": folder / "metrics.jsonl",
         "weights": folder / "weights.parquet",
+        "answers": tuple(
+            TrainingAnswer(step=step, prompt=prompt, answer=f"after {step}" if prompt == "Why?" else HOSTILE)
+            for step in range(0, 200, 10)
+            for prompt in ("Why?", HOSTILE)
+        ),
+        "preflight": {
+            "seconds": 2.5,
+            "checks": [
+                {"name": "weights", "outcome": "passed", "line": "40 steps: finite", "seconds": 0.5, "rows": []},
+                {"name": "bos", "outcome": "not applicable", "line": HOSTILE, "seconds": 0.0, "rows": []},
+            ],
+        },
         "data": {"rows": 380, "train": 300, "heldout": 80, "quarantined_by_reason": {"empty response": 7, HOSTILE: 2}},
         "reward_model": {"accuracy": 0.71, "length_baseline_accuracy": 0.58, "pairs": 80},
         "steps": steps,
@@ -144,6 +166,22 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     }
 
 
+def test_shows_answers_by_step_and_prompt_and_what_the_preflight_found(page: Page) -> None:
+    training = page.text[page.text.index("Answers while training") :]
+    assert "after 0" in training and "after 190" in training and "after 10 " not in training
+    assert training.index("after 0") < training.index("after 190")
+    assert "weights passed 0.5 s 40 steps: finite" in training and "bos not applicable" in training
+
+
+def test_a_prompt_without_an_answer_after_some_step_has_a_gap() -> None:
+    answers = (
+        TrainingAnswer(step=0, prompt="a", answer="x"),
+        TrainingAnswer(step=5, prompt="a", answer=""),
+        TrainingAnswer(step=5, prompt="b", answer="z"),
+    )
+    assert lay_out_answers(answers) == {"prompts": ["a", "b"], "rows": [(0, ["x", None]), (5, ["", "z"])]}
+
+
 def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:
     for name, figure in page.charts.items():
         assert go.Figure(figure).data, name  # validates every property
@@ -182,7 +220,8 @@ def test_equal_data_give_the_equal_page(tmp_path: Path) -> None:
 
 
 def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
-    bare = {"metrics": None, "weights": None, "data": None, "reward_model": None, "config": {}, "provenance": {}}
+    bare: dict[str, Any] = {"answers": (), "preflight": None}
+    bare |= {"metrics": None, "weights": None, "data": None, "reward_model": None, "config": {}, "provenance": {}}
     bare |= {name: () for name in ("champion_scores", "challenger_scores", "rewards", "samples", "steps")}
     page = Page(render_report(make_report(tmp_path, **bare, links={})))
     for sentence in (
@@ -191,6 +230,8 @@ def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
         "No sample answers were kept.",
         "This run trained nothing.",
         "There are no weights of responses",
+        "No answers were written while training.",
+        "This run has no findings of a preflight.",
         "The reward model was given, not trained in this run",
         "The data of this run were not summarised.",
         "The steps of this run were not given to this page.",

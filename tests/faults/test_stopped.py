@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,41 @@ def test_a_signal_lets_the_training_save_and_the_next_run_go_on(
     stopped_at = log.stat().st_mtime
     outcome = varflow.ask("run", "smoke", *words)
     assert first_metric_time(store, stack, outcome) < stopped_at, "its first steps are those of the stopped run"
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_on_another_machine(
+    varflow: Command, store: Store, stack: Settings, done: dict[str, Any], tmp_path: Path
+) -> None:
+    """kill -9 of the flow, its home deleted: a run in another home goes on from the store, and its page shows the way there."""
+    gone, other = (Command(stack.model_copy(update={"home": tmp_path / name}), varflow.folder) for name in ("a", "b"))
+    words = small(name="moved", train__seed=3000, runtime__stored_checkpoints=2, **LONG)
+
+    def is_up() -> bool:
+        return any(
+            item.name.endswith(".json") and item.name.count("/") == 3 for item in store.scan("checkpoints/train")
+        )
+
+    with killed_at_the_end(gone.start("run", "smoke", *words)) as flow:
+        await_child(flow, gone.settings.home, "train", metric_lines=6)
+        wait_until("a checkpoint in the store", lambda: flow.poll() is not None or is_up())
+        assert flow.poll() is None, finish(flow).stderr
+        flow.kill()
+        flow.communicate()
+    await_no_children(gone.settings.home)
+    shutil.rmtree(gone.settings.home)
+    moved_at = time.time()
+    outcome = other.ask("run", "smoke", *words)
+    trained = record_of(store, outcome, "train")
+    folder = fetch_artifact(store, trained, home=other.settings.home)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, lines[-1]["total"] + 1))
+    assert lines[0]["time"] < moved_at < lines[-1]["time"], "its first steps are those of the machine that is gone"
+    assert not list(store.scan(f"checkpoints/train/{trained.fingerprint}"))
+    assert {"answers.jsonl", "answers.json", "preflight.json"} <= {file.name for file in trained.files}
+    page = Path(outcome["report"]).read_text()
+    assert "Answers while training" in page and "No answers were written while training" not in page
+    assert "output_head" in page
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from torch import Tensor
 from training.config import Layout, ReferenceFactor, ResponseRegime
 from training.data.batch import MicroBatch
 from training.logprobs import sum_logps
+from training.model import checkpoint_activations
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
@@ -65,6 +66,26 @@ def test_micro_batches_change_nothing(
         other_loss, got = accumulate(model, examples, var_objective, budget=budget)
         assert other_loss == pytest.approx(loss, rel=bound)
         assert_close(got, expected, bound=bound)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("name", ["llama", "gpt2", "sliding"])
+def test_activation_checkpointing_changes_no_bit(
+    name: str, layout: Layout, make_model: Any, make_examples: Any, var_objective: Var, accumulate: Any
+) -> None:
+    model, examples = make_model(name), make_examples(8, num_responses=3)
+    loss, expected = accumulate(model, examples, var_objective, budget=60, layout=layout)
+    checkpoint_activations(model)
+    again, got = accumulate(model, examples, var_objective, budget=60, layout=layout)
+    assert again == loss and got.keys() == expected.keys()
+    assert all(torch.equal(got[parameter], gradient) for parameter, gradient in expected.items())
+
+
+def test_layers_that_no_model_names_are_not_checkpointed_in_silence(make_model: Any) -> None:
+    model = make_model("llama")
+    model._no_split_modules = None
+    with pytest.raises(ValueError, match=r"activation_checkpointing: model type llama names no layers"):
+        checkpoint_activations(model)
 
 
 @pytest.mark.usefixtures("wide_norm")

@@ -23,6 +23,7 @@ from training.distributed import ALONE, World
 from training.job import Job
 from training.logprobs import Policy
 from training.loop import Trainer, make_optimiser
+from training.model import checkpoint_activations
 from training.objectives.objective import Objective
 from training.objectives.var import Var
 from training.sharding import shard_policy
@@ -43,6 +44,7 @@ class Case:
     budget: int
     folder: Path
     precision: Precision = Precision.float32
+    checkpointing: bool = False
 
 
 @dataclass
@@ -72,6 +74,8 @@ def take_step(world: World, case: Case) -> Outcome:
     with wide_norms():
         policy = Policy(copy.deepcopy(case.model))
         enable_trees(policy.model)
+        if case.checkpointing:
+            checkpoint_activations(policy.model)
         if world.size > 1:
             shard_policy(policy, world, precision=case.precision)
         forward = PolicyForward(world.device, Layout.tree)
@@ -148,6 +152,20 @@ def test_ranks_change_nothing(
         assert_close(got.gradients, expected.gradients, bound=bound)
         if dtype == torch.float64:  # AdamW makes much of a rounding of a small gradient
             assert_close(got.weights, expected.weights, bound=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_activation_checkpointing_changes_no_bit_on_ranks(
+    dtype: torch.dtype, make_case: Callable[..., Case], ranks: Ranks
+) -> None:
+    case = make_case(dtype=torch.float64)
+    if dtype == torch.bfloat16:
+        case = dataclasses.replace(make_case(dtype=torch.float32), precision=Precision.bfloat16)
+    expected = ranks.run(take_step, size=2, case=case)[0]
+    for got in ranks.run(take_step, size=2, case=dataclasses.replace(case, checkpointing=True)):
+        assert got.sharded and all(got.sharded)
+        assert all(torch.equal(got.gradients[name], gradient) for name, gradient in expected.gradients.items())
+        assert (got.loss, got.norm) == (expected.loss, expected.norm)
 
 
 @pytest.mark.parametrize(("size", "budget", "micros"), [(2, 60, 3), (4, 60, 3), (4, 10_000, 1), (2, 1, 9)])

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,9 @@ from safetensors.torch import load_file
 
 from tasks.child import STOP_SECONDS, ChildJob, UserError, run_child
 from training import train
+from training.config import Runtime
 from training.job import EXIT_INTERRUPTED, Job
+from training.launch import launch
 
 CONFIG = {
     "objective": "sft",
@@ -48,11 +51,12 @@ def write_job(tmp_path: Path, train_inputs: dict[str, str]) -> Callable[..., Pat
 class Started:
     """A job's agent, its ranks, and the pipe they hang on."""
 
-    def __init__(self, job_file: Path) -> None:
-        self.folder = job_file.parent
+    def __init__(self, job_file: Path, *, num_ranks: int = 2) -> None:
+        self.folder, self.num_ranks = job_file.parent, num_ranks
         self.started = time.time()
+        self.log = job_file.with_suffix(".log")
         reader, self.lifeline = os.pipe()
-        with (self.folder / "log").open("wb") as log:
+        with self.log.open("wb") as log:
             self.agent = subprocess.Popen(
                 [sys.executable, "-m", "training", str(job_file), str(reader)],
                 env={**os.environ, **ENVIRONMENT},
@@ -66,10 +70,10 @@ class Started:
     def run_to(self, steps: int) -> None:
         """Wait until the metrics of this start tell of so many steps, and look at who works."""
         while self.last_step() < steps:
-            assert self.agent.poll() is None, (self.folder / "log").read_text()
+            assert self.agent.poll() is None, self.log.read_text()
             time.sleep(0.005)
         self.ranks = psutil.Process(self.agent.pid).children()
-        assert len(self.ranks) == 2
+        assert len(self.ranks) == self.num_ranks
 
     def last_step(self) -> int:
         metrics = self.folder / "output" / "metrics.jsonl"
@@ -123,7 +127,7 @@ def test_whatever_ends_a_rank_ends_all_and_the_next_start_goes_on(write_job: Cal
 
     finished = Started(job_file)
     finished.run_to(saved_step(job_file) + 3)
-    assert finished.end() == 0, (job_file.parent / "log").read_text()
+    assert finished.end() == 0, finished.log.read_text()
 
     alone = write_job("alone")
     train.run(Job.read(alone))
@@ -132,6 +136,87 @@ def test_whatever_ends_a_rank_ends_all_and_the_next_start_goes_on(write_job: Cal
     assert all(torch.isfinite(tensor).all() for tensor in got.values())
     lines = (job_file.parent / "output" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+
+
+def test_two_machines_of_one_rank_give_the_bits_of_one_of_two(write_job: Callable[..., Path]) -> None:
+    """Two agents on loopback: stopped by a signal to the second alone, bereft of the second, then run to the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one = write_job("one", ranks=2)
+    first = write_job("two", nodes=2, node_rank=0, rendezvous=f"127.0.0.1:{port}")
+    second = first.with_name("second.json")
+    second.write_text(first.read_text().replace('"node_rank": 0', '"node_rank": 1'))
+
+    def start(steps: int) -> list[Started]:
+        machines = [Started(path, num_ranks=1) for path in (second, first)]  # the second waits for the first
+        for machine in machines:
+            machine.run_to(steps)
+        return machines
+
+    stopped = start(3)
+    stopped[0].agent.send_signal(signal.SIGTERM)
+    assert [machine.end() for machine in stopped] == [EXIT_INTERRUPTED] * 2
+    after_stop = saved_step(first)
+
+    bereft = start(after_stop + 3)
+    bereft[0].agent.kill()
+    assert [machine.end() for machine in bereft] == [-signal.SIGKILL, 1]
+    assert after_stop <= saved_step(first) < NUM_STEPS
+
+    assert [machine.end() for machine in start(saved_step(first) + 3)] == [0, 0]
+    whole = Started(one)
+    whole.run_to(3)
+    assert whole.end() == 0, whole.log.read_text()
+    weights = [(path.parent / "output" / "model.safetensors").read_bytes() for path in (one, first)]
+    assert weights[0] == weights[1]
+
+
+def test_a_machine_that_meets_nobody_says_where_it_waited(
+    write_job: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.launch.MEETING_SECONDS", 2)
+    job = Job.read(write_job("lonely", nodes=2, node_rank=1, rendezvous="127.0.0.1:9"))
+    with pytest.raises(
+        RuntimeError, match=r"machine 1 of 2 did not meet the others at 127.0.0.1:9 within 2 s.*every machine"
+    ):
+        launch(job, Runtime.model_validate(job.runtime))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "words"),
+    [
+        ({"nodes": 2}, "got None for 2 machines"),
+        ({"rendezvous": "host:1"}, "got host:1 for 1 machines"),
+        ({"nodes": 2, "node_rank": 2, "rendezvous": "host:1"}, "got 2 of 2 machines, expected 0 to 1"),
+        ({"nodes": 2, "rendezvous": "host"}, "rendezvous"),
+    ],
+)
+def test_machines_that_cannot_meet_are_refused(runtime: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Runtime.model_validate(runtime)
+
+
+def test_a_reward_model_with_dropout_is_trained_by_one_of_the_ranks(
+    tmp_path: Path, tiny_reward_model: Path, make_row: Any, write_rows: Any, write_job: Callable[..., Path]
+) -> None:
+    """What is dropped would depend on the number of ranks, so the numbers are those of one."""
+    rows = [
+        make_row(f"Why {i}?", [f"bake bread {i}", "the sky"], split="heldout" if i % 4 == 0 else "train")
+        for i in range(16)
+    ]
+    inputs = {"rows": str(write_rows(tmp_path / "pairs", rows)), "base": str(tiny_reward_model)}
+    weights = []
+    for ranks in (1, 2):
+        path = write_job(f"reward{ranks}", ranks=ranks)
+        raw = json.loads(path.read_text())
+        raw |= {"job": "reward_model", "inputs": inputs, "config": {"epochs": 1, "batch_prompts": 4, "max_tokens": 64}}
+        path.write_text(json.dumps(raw))
+        started = Started(path)
+        assert started.agent.wait(timeout=300) == 0, started.log.read_text()
+        weights.append((path.parent / "output" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    assert "its first rank trains it alone" in started.log.read_text()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Plans against what is known of published models, and against what small real ones take."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from training import train
 from training.config import Layout, Precision, Runtime, SftConfig
 from training.job import Job
 from training.loop import make_optimiser
-from training.memory import estimate_activations, estimate_footprint, measure_free
+from training.memory import MicroBatchSize, estimate_footprint, measure_free
+from training.model import checkpoint_activations
 from training.plan import (
     ARCHITECTURES,
     Mfu,
@@ -84,6 +86,13 @@ def kept_bytes(model: Any, samples: list[Rendered], group_B: np.ndarray, layout:
     return sum(kept.values())
 
 
+def estimate_kept(model: Any, *, tokens: int, keys: int, checkpointing: bool = False) -> int:
+    size = MicroBatchSize(tokens, keys, positions=0)
+    return estimate_footprint(
+        model, precision=Precision.float32, ranks=1, micro=size, activation_checkpointing=checkpointing
+    ).activations
+
+
 @pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize(
     ("config", "low", "high"),
@@ -103,8 +112,44 @@ def test_the_formula_of_activations_is_what_autograd_keeps(
         enable_trees(model)
     samples, group_B = [sample(120, 60), sample(120, 60), sample(100, 80), sample(100, 80)], np.array([0, 0, 1, 1])
     tokens, keys = (500, 720) if layout == Layout.tree else (720, 0)
-    expected = estimate_activations(model.config, precision=Precision.float32, tokens=tokens, keys=keys)
+    expected = estimate_kept(model, tokens=tokens, keys=keys)
     assert low < kept_bytes(model, samples, group_B, layout) / expected < high
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_with_activation_checkpointing_a_layer_keeps_what_enters_it(layout: Layout) -> None:
+    """Counted as autograd keeps it: the entries of all layers and what is behind them; the formula has the layer under way too."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=176, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if layout == Layout.tree:
+        enable_trees(model)
+    samples, group_B = [sample(120, 60), sample(120, 60), sample(100, 80), sample(100, 80)], np.array([0, 0, 1, 1])
+    size = {"tokens": 500, "keys": 720} if layout == Layout.tree else {"tokens": 720, "keys": 0}
+    whole = kept_bytes(model, samples, group_B, layout)
+    checkpoint_activations(model)
+    kept = kept_bytes(model, samples, group_B, layout)
+    layer = estimate_kept(model, **size) - estimate_kept(build_on_meta(shorten(config, 7)), **size)
+    assert 0.85 < kept / (estimate_kept(model, **size, checkpointing=True) - layer) < 1.15
+    assert kept + layer < 0.3 * whole
+
+
+def shorten(config: Any, layers: int) -> Any:
+    """Return a config with so many layers."""
+    other = copy.deepcopy(config)
+    other.num_hidden_layers = layers
+    return other
+
+
+def test_the_plan_follows_activation_checkpointing() -> None:
+    model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
+    machine = choose_machine("H100", SftConfig(), ranks=8, mfu=Mfu(0.4, "given"))
+
+    def activations(**runtime: Any) -> int:
+        plan = plan_training(model, SftConfig(), Runtime(**runtime), assume_workload(None, None), machine)
+        return plan.footprint.activations
+
+    assert activations(activation_checkpointing=True) < 0.1 * activations()
 
 
 PROBE = """
@@ -129,7 +174,7 @@ def test_the_peak_of_a_real_process_is_near_the_formula() -> None:
     config = LlamaConfig(
         vocab_size=512, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8
     )
-    expected = estimate_activations(config, precision=Precision.float32, tokens=2048, keys=0)
+    expected = estimate_kept(build_on_meta(config), tokens=2048, keys=0)
     assert expected > 200e6  # well above what else a process takes
     assert 1 / 1.5 < json.loads(done.stdout) / expected < 1.5
 
@@ -209,7 +254,7 @@ def test_what_does_not_fit_says_what_takes_it_and_how_many_ranks_would_do() -> N
 def test_more_ranks_hold_less_each_and_one_gathered_layer() -> None:
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
     one, eight = (
-        estimate_footprint(model, precision=Precision.float32, ranks=n, tokens=100, keys=0, positions=50)
+        estimate_footprint(model, precision=Precision.float32, ranks=n, micro=MicroBatchSize(100, 0, 50))
         for n in (1, 8)
     )
     assert (one.weights, eight.weights) == (4 * 8_030_261_248, 4 * 1_003_782_656)
@@ -263,6 +308,6 @@ def test_the_embedded_models_real_step_is_as_planned() -> None:
     measured = json.loads(done.stdout)
     for path in (folder, ARCHITECTURES / "smollm2-135m-instruct.json"):
         model = build_on_meta(read_architecture(path))
-        sizes = estimate_footprint(model, precision=Precision.float32, ranks=1, tokens=512, keys=768, positions=256)
+        sizes = estimate_footprint(model, precision=Precision.float32, ranks=1, micro=MicroBatchSize(512, 768, 256))
         assert sum(p.numel() for p in model.parameters()) == measured["parameters"]
         assert 1 / 1.5 < measured["bytes"] / (sizes.gradients + sizes.activations + sizes.logits) < 1.5

@@ -14,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig
 
+from tests.ranks import Ranks
 from training import memory, reference, train
-from training.config import Runtime
+from training.config import Precision, Runtime
 from training.data.rows import RowsWriter
 from training.distributed import World
 from training.job import Job, write_json
@@ -362,3 +364,37 @@ def test_what_is_known_of_memory_is_on_disk_before_it_is_tried(
     assert check_run(replace(ready, forward=forward)).passed
     assert forward.seen["passed"] is False  # so a rerun makes the checks again
     assert forward.seen["memory"].keys() == {"microbatch_tokens", "free_bytes", "estimated_bytes", "optimiser_bytes"}
+
+
+def check_on(world: World, job: dict[str, Any], runtime: Runtime) -> tuple[Report, bool]:
+    """Return the findings of this rank, and whether it is as before: sharded, without gradients, with its random state."""
+    ready = train.prepare(Job(**job), train.read_config(Job(**job)), runtime, world).ready
+    state = torch.get_rng_state()
+    report = check_run(ready)
+    same = all(isinstance(p, DTensor) and p.grad is None for p in ready.policy.parameters())
+    return report, same and torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("column", ["inputs", "shifted"])
+def test_ranks_come_to_the_findings_of_one(
+    column: str, precision: Precision, request: pytest.FixtureRequest, make_job: Callable[..., Job], ranks: Ranks
+) -> None:
+    """Sound or with a foreign column, and once more when an attempt goes on."""
+    given: dict[str, Path] = request.getfixturevalue(column)
+    config = {**VAR, "precision": precision.value}
+    alone = check_run(prepare(make_job("train", "alone", config=config, inputs=given)))
+    both = make_job("train", "both", config=config, inputs=given)
+    job = {name: getattr(both, name) for name in ("name", "config", "runtime", "inputs", "output", "work")}
+    runtime = Runtime.model_validate(both.runtime)
+    found = ranks.run(check_on, size=2, job=job, runtime=runtime)
+    for report, same in found:
+        assert same
+        assert [(c.name, c.outcome) for c in report.checks] == [(c.name, c.outcome) for c in alone.checks]
+        assert report.memory == found[0][0].memory and report.seconds_allowed == found[0][0].seconds_allowed
+    told = json.loads((both.output / FILE).read_text())
+    assert told["passed"] == alone.passed and told["memory"]["optimiser_bytes"] == alone.memory["optimiser_bytes"] / 2
+    if alone.passed:
+        (first, _), (second, _) = ranks.run(check_on, size=2, job=job, runtime=runtime)
+        assert first.checks and not second.checks, "the first rank's are those of before"
+        assert first.microbatch_tokens == second.microbatch_tokens == 2048

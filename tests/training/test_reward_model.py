@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
+from tests.ranks import Ranks
 from training import reward_model
 from training.config import RewardModelConfig, RewardRender, Runtime
+from training.distributed import ALONE, World
 from training.job import Interrupted, Job
 from training.reward.scorer import load_scorer
 from training.reward_model import binomial_interval, measure_accuracy, share_of_wins
@@ -67,8 +70,8 @@ def test_learns_the_rule_and_reports_its_figures(
 
 def test_a_single_label_head_is_made_from_the_seed(rows: Path, tiny_reward_model: Path) -> None:
     config = RewardModelConfig.model_validate(CONFIG)
-    first, _ = reward_model.load_base(tiny_reward_model, config, device=torch.device("cpu"))
-    second, _ = reward_model.load_base(tiny_reward_model, config, device=torch.device("cpu"))
+    first, _ = reward_model.load_base(tiny_reward_model, config, Runtime(), ALONE)
+    second, _ = reward_model.load_base(tiny_reward_model, config, Runtime(), ALONE)
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
@@ -135,9 +138,67 @@ def test_figures_by_hand() -> None:
 
 def test_accuracy_does_not_depend_on_the_batch(rows: Path, tiny_reward_model: Path) -> None:
     config = RewardModelConfig.model_validate(CONFIG)
-    model, tokenizer = reward_model.load_base(tiny_reward_model, config, device=torch.device("cpu"))
+    model, tokenizer = reward_model.load_base(tiny_reward_model, config, Runtime(), ALONE)
     renderer = reward_model.RewardRenderer(tokenizer, render=config.render, max_tokens=64)
     pairs = reward_model.load_pairs(rows, renderer, split="heldout")
     model.eval()
     assert Runtime().microbatch_tokens > 1
     assert measure_accuracy(model, pairs, budget=1) == measure_accuracy(model, pairs, budget=2048)
+
+
+def run_on(world: World, job: dict[str, Any], runtime: Runtime) -> None:
+    reward_model.train(Job(**job), RewardModelConfig.model_validate(job["config"]), runtime, world)
+
+
+@pytest.mark.parametrize(
+    ("render", "precision", "bound"),
+    [
+        (RewardRender.text_pair, "float32", 1e-4),
+        (RewardRender.chat_template, "float32", 1e-4),
+        (RewardRender.text_pair, "bfloat16", 2e-2),
+    ],
+)
+def test_two_ranks_give_the_reward_model_of_one(
+    rows: Path,
+    tiny_policy: Path,
+    render: RewardRender,
+    precision: str,
+    bound: float,
+    make_job: Callable[..., Job],
+    ranks: Ranks,
+) -> None:
+    """A decoder without dropout, whose head is drawn, sharded over two; one rank with its activations kept."""
+    config = {**CONFIG, "epochs": 2, "render": render.value, "precision": precision}
+    alone, both = (
+        make_job("reward_model", name, config=config, inputs={"rows": rows, "base": tiny_policy}, microbatch_tokens=128)
+        for name in ("alone", "both")
+    )
+    reward_model.run(alone)
+    job = {name: getattr(both, name) for name in ("name", "config", "runtime", "inputs", "output", "work")}
+    ranks.run(run_on, size=2, job=job, runtime=Runtime(microbatch_tokens=128, activation_checkpointing=True))
+    got, wanted = (load_file(j.output / "model.safetensors") for j in (both, alone))
+    assert got.keys() == wanted.keys() and "score.weight" in got
+    assert max((got[name] - tensor).abs().max().item() for name, tensor in wanted.items()) < bound
+    figures = [json.loads((j.output / "summary.json").read_text()) for j in (both, alone)]
+    assert figures[0]["accuracy"] == pytest.approx(figures[1]["accuracy"], abs=0 if precision == "float32" else 0.2)
+    assert figures[0]["final_loss"] == pytest.approx(figures[1]["final_loss"], rel=10 * bound)
+
+
+def test_dropout_is_found_wherever_a_configuration_names_it(tiny_reward_model: Path, tiny_policy: Path) -> None:
+    assert (reward_model.read_dropout(tiny_reward_model), reward_model.read_dropout(tiny_policy)) == (0.1, 0.0)
+
+
+def test_activation_checkpointing_draws_the_same_dropout(
+    rows: Path, tiny_reward_model: Path, make_job: Callable[..., Job]
+) -> None:
+    jobs = [
+        make_job(
+            "reward_model", str(again), config={**CONFIG, "epochs": 1}, inputs={"rows": rows, "base": tiny_reward_model},
+            activation_checkpointing=again,
+        )
+        for again in (False, True)
+    ]  # fmt: skip
+    for job in jobs:
+        reward_model.run(job)
+    weights = [(job.output / "model.safetensors").read_bytes() for job in jobs]
+    assert weights[0] == weights[1]

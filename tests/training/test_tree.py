@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from tests.architectures import CONFIGS, SMALL, make_model
+from training import tree as tree_module
 from training.config import Layout
 from training.data.batch import collate, collate_trees, cut_trees
 from training.logprobs import check_layout, sum_logps
@@ -85,6 +86,22 @@ def test_one_masked_call_equals_segment_by_segment(window: int | None, softcap: 
     wide = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
     expected = attend_segments(query, *wide, tree, window=window, softcap=softcap, scaling=0.25)
     assert torch.allclose(got, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("window", "softcap", "made"), [(None, None, 6), (5, None, 9), (None, 1.5, 9)])
+def test_masks_are_made_once_for_all_layers(
+    window: int | None, softcap: float | None, made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine segments: six responses, and three prompts that need a mask where there is a window or a cap."""
+    calls: list[int] = []
+    real = tree_module.causal_mask
+    monkeypatch.setattr(tree_module, "causal_mask", lambda *arguments: calls.append(1) or real(*arguments))
+    tree = Tree(lengths=((9, 4, 11, 1), (1, 3), (14, 2, 12)), device=CPU)
+    query = torch.randn(1, 4, sum(tree.segments), 16)
+    first, *others = (
+        attend_segments(query, query, query, tree, window=window, softcap=softcap, scaling=0.25) for _ in range(3)
+    )
+    assert len(calls) == made and all(torch.equal(first, other) for other in others)
 
 
 def test_cut_keeps_the_budget_and_every_response() -> None:

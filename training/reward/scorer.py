@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.config import Precision, RewardRender
 from training.data.batch import pack_by_tokens
+from training.logprobs import as_policy
 from training.memory import run_in_halves
 from training.model import DTYPES, check_context, check_model_folder, check_vocabulary
 from training.reward.render import RewardInput, RewardRenderer
@@ -66,11 +67,12 @@ class RewardScorer:
 
 
 def score_batch(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
-    """Return the rewards of one forward pass, float64 [B] on the CPU; a batch too large for the device is halved."""
+    """Return the rewards of one forward pass of a model or its Policy, float64 [B] on the CPU; a batch too large for the device is halved."""
 
     def score(batch: Sequence[RewardInput]) -> list[float]:
-        with torch.inference_mode():
-            return compute_rewards(model, batch).double().tolist()
+        with torch.no_grad():  # sharded weights cannot be gathered under inference mode
+            values: list[float] = as_policy(model)(compute_rewards, batch).double().tolist()
+            return values
 
     return torch.tensor(run_in_halves(score, inputs), dtype=torch.float64)
 
@@ -89,7 +91,7 @@ def compute_rewards(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
     device = model.device
     more = {} if inputs[0].segments is None else {"token_type_ids": segments_BT.to(device)}
     logits: Tensor = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), **more).logits
-    return logits[:, 0]
+    return logits[:, 0].clone()  # a view would be warned of where weights are sharded
 
 
 def load_scorer(

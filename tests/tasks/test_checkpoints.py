@@ -1,0 +1,185 @@
+"""Checkpoints in a real S3: a training whose machine is gone ends on another one with the same bits."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from infra.settings import Settings
+from infra.store import Store, open_store
+from tasks import checkpoints
+from tasks.checkpoints import StoredCheckpoints, discard_checkpoints, list_manifests, name_root, stage
+from tasks.child import ChildJob, StepFailed, run_child
+from tasks.step import Planned, Source
+from tasks.train import train
+from training.config import Device, Runtime, SftConfig
+from training.data.rows import RowsWriter
+from training.data.schema import SCHEMA, digest_row
+
+CONFIG = SftConfig(responses="all", batch_prompts=4, epochs=16, max_tokens=96, learning_rate=3e-4)
+NUM_STEPS = 48
+
+
+@pytest.fixture
+def store(s3: Settings) -> Store:
+    return open_store(s3)
+
+
+@pytest.fixture
+def plan(tiny_policy: Path, tmp_path: Path) -> Planned:
+    """A training of 48 steps on twelve rows, with a checkpoint every fourth, of which two are kept in the store."""
+    rows = []
+    for i in range(12):
+        turns, responses = [{"role": "user", "content": f"Question {i}?"}], [f"Answer {i}", "No"]
+        rows.append(
+            {"row_id": digest_row(turns, responses), "split": "train", "prompt": turns, "responses": responses,
+             "preferred": 0, "truncated": None, "logq": None, "source": "test", "line": i}
+        )  # fmt: skip
+    (tmp_path / "rows").mkdir()
+    with RowsWriter(tmp_path / "rows" / "rows.parquet", SCHEMA) as out:
+        out.write(rows)
+    (tmp_path / "rows" / "manifest.json").write_text(json.dumps({"regime": "support"}))
+    inputs = {"rows": Source("rows", tmp_path / "rows", os.urandom(32).hex()), "base": Source("base", tiny_policy, "b")}
+    runtime = Runtime(device=Device.cpu, threads=1, checkpoint_every_steps=4, stored_checkpoints=2)
+    return train(CONFIG, inputs, runtime=runtime)
+
+
+def run(planned: Planned, folder: Path, *hear: Callable[[], None]) -> None:
+    """Run the step's child in a folder, as the parent does."""
+    job = ChildJob(
+        package="training",
+        name="train",
+        config=planned.config.model_dump(mode="json"),
+        runtime=planned.runtime.model_dump(mode="json"),
+        inputs={name: source.path for name, source in planned.inputs.items() if isinstance(source, Source)},
+        folder=folder,
+        environment={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"},
+    )
+    job.output.mkdir(parents=True, exist_ok=True)
+    run_child(job, on_metrics=lambda _: [call() for call in hear] and None)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_machine_that_is_gone_costs_the_steps_after_the_last_upload(
+    plan: Planned, store: Store, tmp_path: Path
+) -> None:
+    """SIGKILL of the child once two checkpoints are up, then its folder is deleted; another folder ends with the same bits."""
+    run(plan, tmp_path / "whole")
+    root = name_root(plan)
+
+    def kill() -> None:
+        if len(list_manifests(store, root)) >= 2:
+            for child in psutil.Process().children():
+                with suppress(psutil.ZombieProcess):  # killed a moment ago
+                    if "training" in child.cmdline():
+                        child.kill()
+
+    gone = tmp_path / "gone"
+    with pytest.raises(StepFailed, match="SIGKILL"), StoredCheckpoints(store, plan, gone) as stored:
+        run(plan, gone, stored, kill)
+    shutil.rmtree(gone)
+    left = list_manifests(store, root)
+    assert 2 <= len(left) <= 3
+
+    other, started = tmp_path / "other", time.time()
+    with StoredCheckpoints(store, plan, other) as stored:
+        ((step, _),) = [checkpoints.find_newest(other)]
+        assert step == checkpoints.step_of(left[0]) >= 8
+        run(plan, other, stored)
+    weights = [(tmp_path / name / "output" / "model.safetensors").read_bytes() for name in ("whole", "other")]
+    assert weights[0] == weights[1]
+    lines = read_metrics(other)
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    assert [line["time"] > started for line in lines] == [line["step"] > step for line in lines]
+    expected = read_metrics(tmp_path / "whole")
+    assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in expected]
+    assert len(list_manifests(store, root)) == 2
+    names = {item.name.split("/")[3].removesuffix(".json")[:13] for item in store.scan(root)}
+    assert len(names) == 2, "files of the older ones are gone too"
+    discard_checkpoints(store, plan)
+    assert not list(store.scan(root))
+
+
+def leave_checkpoint(folder: Path, step: int) -> Path:
+    """Write what looks like a checkpoint from outside."""
+    checkpoint = folder / "work" / "checkpoints" / f"step-{step:08d}"
+    (checkpoint / "tensors").mkdir(parents=True)
+    (checkpoint / "tensors" / "a").write_bytes(b"weights")
+    (checkpoint / "rng.safetensors").write_bytes(b"rng")
+    (checkpoint / "state.json").write_text(json.dumps({"shards": {"a": 7}}))
+    return checkpoint
+
+
+def upload(store: Store, plan: Planned, folder: Path) -> None:
+    with StoredCheckpoints(store, plan, folder) as stored:
+        stored()
+
+
+def test_what_this_machine_has_is_not_fetched_and_what_it_lacks_is(plan: Planned, store: Store, tmp_path: Path) -> None:
+    leave_checkpoint(tmp_path / "a", 8)
+    upload(store, plan, tmp_path / "a")
+    leave_checkpoint(tmp_path / "newer", 12)
+    with StoredCheckpoints(store, plan, tmp_path / "newer"):
+        assert [path.name for path in (tmp_path / "newer" / "work" / "checkpoints").iterdir()] == ["step-00000012"]
+    leave_checkpoint(tmp_path / "older", 4)
+    with StoredCheckpoints(store, plan, tmp_path / "older"):
+        step, newest = checkpoints.find_newest(tmp_path / "older")
+        assert step == 8 and newest is not None and (newest / "tensors" / "a").read_bytes() == b"weights"
+    discard_checkpoints(store, plan)
+
+
+def test_a_checkpoint_whose_file_was_changed_is_passed_over(
+    plan: Planned, store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (4, 8):
+        leave_checkpoint(tmp_path / str(step), step)
+        upload(store, plan, tmp_path / str(step))
+    newest, _ = list_manifests(store, name_root(plan))
+    (name,) = [
+        item.name for item in store.scan(name_root(plan)) if "00000008-" in item.name and item.name.endswith("/a")
+    ]
+    store.put(name, b"WEIGHTS")
+    with StoredCheckpoints(store, plan, tmp_path / "b"):
+        assert checkpoints.find_newest(tmp_path / "b")[0] == 4
+    assert f"{newest} cannot be fetched" in caplog.text
+    discard_checkpoints(store, plan)
+
+
+def test_a_checkpoint_without_its_manifest_is_not_seen(plan: Planned, store: Store, tmp_path: Path) -> None:
+    store.put(f"{name_root(plan)}/step-00000020-0000abcd/checkpoint/state.json", b"{}")
+    with StoredCheckpoints(store, plan, tmp_path):
+        assert checkpoints.find_newest(tmp_path) == (-1, None)
+    discard_checkpoints(store, plan)
+    assert not list(store.scan(name_root(plan)))
+
+
+def test_nothing_goes_up_where_nobody_asked(plan: Planned, store: Store, tmp_path: Path) -> None:
+    runtime = plan.runtime.model_copy(update={"stored_checkpoints": 0})
+    silent = train(CONFIG, plan.inputs, runtime=runtime)
+    assert silent.fingerprint == plan.fingerprint, "where checkpoints lie is no identity"
+    leave_checkpoint(tmp_path, 8)
+    upload(store, silent, tmp_path)
+    assert not list(store.scan(name_root(silent)))
+
+
+def test_what_training_deletes_meanwhile_is_left_alone_or_whole(tmp_path: Path) -> None:
+    """The second name of a file outlives the first; a checkpoint that is half gone is not taken."""
+    checkpoint = leave_checkpoint(tmp_path, 4)
+    staged = stage(checkpoint, tmp_path)
+    shutil.rmtree(checkpoint)
+    assert staged is not None and (staged / "checkpoint" / "tensors" / "a").read_bytes() == b"weights"
+    half = leave_checkpoint(tmp_path, 8)
+    (half / "tensors" / "a").unlink()
+    assert stage(half, tmp_path) is None
+    (half / "state.json").unlink()
+    assert stage(half, tmp_path) is None
