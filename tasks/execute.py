@@ -158,6 +158,7 @@ class Execution:
             fingerprint=planned.fingerprint,
             identity=planned.identity,
             inputs=planned.identity["inputs"],
+            given={name: self._given(given) for name, given in planned.inputs.items()},
             attempt=uuid.uuid4().hex,
             prefix=prefix,
             files=tuple(files),
@@ -172,6 +173,13 @@ class Execution:
         if winner.attempt == record.attempt:
             keep_artifact(output, record, home=self.settings.home)
         return winner
+
+    def _given(self, given: Planned | Source) -> records.Given:
+        """Return name and digest of what a step read."""
+        if isinstance(given, Source):
+            return records.Given(name=given.name, digest=given.content or given.digest)
+        ref = self.refs[given.fingerprint]
+        return records.Given(name=ref.name, digest=records.digest_files(ref.record))
 
     def input_folders(self, planned: Planned) -> dict[str, Path]:
         """Return the local folders of what a step takes, whose own steps have been run here."""

@@ -35,7 +35,9 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
         path = resolvers[kind](rest)
     elif ARTIFACT.fullmatch(reference):
         record = records.resolve(store, reference)
-        return Source(reference, fetch_artifact(store, record, home=settings.home), record.fingerprint)
+        folder = fetch_artifact(store, record, home=settings.home)
+        name = f"{record.step}/{record.fingerprint}"
+        return Source(name, folder, record.fingerprint, content=records.digest_files(record))
     else:
         path = Path(reference).expanduser().resolve()
     if not path.exists():
@@ -44,6 +46,38 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
             "hub:ORG/NAME@COMMIT, batches:DIGEST or STEP/FINGERPRINT"
         )
     return Source(reference, path, open_digests(settings).of(path))
+
+
+def find_local(reference: str, *, settings: Settings) -> list[Path]:
+    """Return the folders on this machine that may say more of a source: its own, or that around a file. Fetches nothing."""
+    kind, separator, rest = reference.partition(":")
+    if separator and kind == "demo":
+        return [DEMO]
+    if separator and kind == "embedded":
+        paths = [settings.home / "models" / rest]
+    elif separator and kind == "hub":
+        paths = _find_snapshot(rest)
+    else:
+        paths = [Path(reference).expanduser()]
+    return [folder for path in paths if (folder := path.parent if path.is_file() else path).is_dir()]
+
+
+def _find_snapshot(reference: str) -> list[Path]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository, _, commit = reference.partition("@")
+    kind = "dataset" if repository.startswith("datasets/") else "model"
+    try:
+        return [
+            Path(
+                snapshot_download(
+                    repository.removeprefix("datasets/"), revision=commit, repo_type=kind, local_files_only=True
+                )
+            )
+        ]
+    except LocalEntryNotFoundError:
+        return []
 
 
 def _fetch_from_hub(reference: str) -> Path:
