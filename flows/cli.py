@@ -333,7 +333,7 @@ def show_report(
     from flows.launch import find_report
     from infra.store import open_store
     from infra.tracking import Tracking
-    from tasks.execute import fetch_artifact
+    from tasks.artifacts import fetch_artifact
 
     store = open_store(settings)
     record = find_report(store, run, tracking=Tracking(settings.mlflow_tracking_uri))

@@ -124,7 +124,7 @@ def find_rows(config: AlignConfig, store: Store, settings: Settings) -> Path | N
     """Return the folder of the recipe's ingest artifact; None where it is not made. Nothing is fetched from a hub for it."""
     if config.preferences.startswith("hub:"):
         return None
-    from tasks.execute import fetch_artifact  # and with it Prefect, which a plan without a store does without
+    from tasks.artifacts import fetch_artifact  # and with it Prefect, which a plan without a store does without
     from tasks.sources import resolve_source
 
     try:

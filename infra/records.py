@@ -90,7 +90,7 @@ def commit(store: Store, record: Record) -> Record:
     found = read_record(store, step=record.step, fingerprint=record.fingerprint)
     assert found, "records are never deleted while steps run"
     winner, etag = found
-    if winner.attempt == record.attempt:  # a retry after a lost answer met its own write
+    if is_same_attempt(winner, record):  # a retry after a lost answer met its own write
         return winner
     if winner.identity != record.identity:
         lines = "\n  ".join(diff_identities(winner.identity, record.identity))
@@ -99,6 +99,11 @@ def commit(store: Store, record: Record) -> Record:
         store.put(name, data, replace=etag)
         return record
     return winner
+
+
+def is_same_attempt(one: Record, other: Record) -> bool:
+    """Tell whether two records are of one commit: an attempt that goes on after a restart writes below another prefix."""
+    return (one.attempt, one.prefix) == (other.attempt, other.prefix)
 
 
 def dump(record: Record) -> bytes:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-from boto3.s3.transfer import TransferConfig
+from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from s3transfer.exceptions import CancelledError
 
 from infra.fingerprint import digest_file, visible_files
 from infra.settings import Settings
@@ -87,6 +88,8 @@ class Store:
             ),
         )
         self._transfer = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES)
+        self._sending: dict[int, Any] = {}  # uploads under way
+        self._stopped = False
 
     def url(self, name: str) -> str:
         """Return `s3://bucket/prefix/name`."""
@@ -153,26 +156,35 @@ class Store:
 
     def upload_folder(self, folder: Path, name: str) -> list[StoredFile]:
         """Write every file of a folder below `name`, several at once, and return the manifest."""
+        files = sorted(visible_files(folder))
+        hasher = ThreadPoolExecutor(1)  # hashing and sending run side by side: both let go of the interpreter lock
+        try:
+            with create_transfer_manager(self._client, self._transfer) as transfers:
+                digests = [hasher.submit(digest_file, folder / file) for file in files]
+                sending = {file: self._send(transfers, folder / file, f"{name}/{file}") for file in files}
+                for file, sent in sending.items():
+                    self._guard(f"upload {folder / file} to {self.url(f'{name}/{file}')}", sent.result)
+                    del self._sending[id(sent)]
+                return [
+                    StoredFile(file, (folder / file).stat().st_size, digest.result())
+                    for file, digest in zip(files, digests, strict=True)
+                ]
+        finally:
+            hasher.shutdown(cancel_futures=True)
 
-        def upload(relative: str) -> StoredFile:
-            path, target = folder / relative, f"{name}/{relative}"
-            # hashing and sending run side by side: both let go of the interpreter lock
-            with ThreadPoolExecutor(1) as hasher:
-                digest = hasher.submit(digest_file, path)
-                self._guard(
-                    f"upload {path} to {self.url(target)}",
-                    lambda: self._client.upload_file(
-                        str(path),
-                        self.bucket,
-                        self._key(target),
-                        ExtraArgs={"ChecksumAlgorithm": "SHA256"} | _content_type(path),
-                        Config=self._transfer,
-                    ),
-                )
-                return StoredFile(relative, path.stat().st_size, digest.result())
+    def stop_uploads(self) -> None:
+        """End for good, within seconds, what other threads upload: their `upload_folder` raises StoreError."""
+        self._stopped = True
+        for sent in list(self._sending.values()):
+            sent.cancel()
 
-        with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            return list(pool.map(upload, sorted(visible_files(folder))))
+    def _send(self, transfers: Any, path: Path, name: str) -> Any:
+        extra = {"ChecksumAlgorithm": "SHA256"} | _content_type(path)
+        sent = transfers.upload(str(path), self.bucket, self._key(name), extra)
+        self._sending[id(sent)] = sent
+        if self._stopped:  # asked for while this one was on its way into the list
+            sent.cancel()
+        return sent
 
     def download_folder(self, name: str, files: list[StoredFile], folder: Path) -> None:
         """Fetch the files of a manifest into `folder`, which appears whole or not at all, each checked by its digest."""
@@ -268,6 +280,8 @@ class Store:
         """Run a request; turn its failure into one of ours."""
         try:
             return call()
+        except CancelledError as error:
+            raise StoreError(f"{what}: stopped on request") from error
         except (BotoCoreError, ClientError, boto3.exceptions.Boto3Error) as error:
             raise self._explain(what, error) from error
 

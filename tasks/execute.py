@@ -1,33 +1,34 @@
 """Running a plan inside a Prefect flow: found? else work, commit, record, each step one Prefect task and one MLflow run."""
 
-import fcntl
 import json
 import shutil
 import time
-import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
 from infra import provenance, records
-from infra.fingerprint import Digests
 from infra.records import Record
 from infra.settings import Settings, child_environment
-from infra.store import Store, StoredFile, open_store
-from infra.tracking import Run, Tracking, TrackingError
+from infra.store import open_store
+from infra.tracking import Run, Tracking
+from tasks.artifacts import count_bytes, fetch_artifact, lock_folder, open_digests, place_output, read_summary
 from tasks.child import ChildJob, run_child
-from tasks.mirror import MetricsMirror, listener
-from tasks.step import ArtifactRef, Metrics, Planned, Source
+from tasks.mirror import MetricsMirror, Notes, listener
+from tasks.step import ArtifactRef, Metrics, Planned, Source, found
+
+COMMIT_BESIDE_BYTES = 32 << 20  # a larger artifact is on its way to the store while the next step computes
 
 
 class Execution:
@@ -39,11 +40,17 @@ class Execution:
         self.tracking = Tracking(settings.mlflow_tracking_uri)
         self.refs: dict[str, ArtifactRef] = {}
         self.done: list[Planned] = []
-        self._shown: Metrics = {}
-        self._tagged: dict[str, str] = {}
         self.prefect_run = str(flow_run.id or "")
         self.config, self.experiment_name = dict(config), experiment
         self.parent: Run
+        self._notes = Notes()
+        self._shown: Metrics = {}
+        self._tagged: dict[str, str] = {}
+        self._outputs: dict[str, Path] = {}  # by fingerprint: the folders of what was computed here
+        self._surplus: list[Path] = []  # those of attempts that came second
+        self._stopped = False
+        # one thread: records are put in the order of the steps, an input's before that of what was made of it
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
 
     def __enter__(self) -> Self:
         self.store.probe()
@@ -51,14 +58,24 @@ class Execution:
         self.experiment = self.tracking.ensure_experiment(self.experiment_name, artifact_location=location)
         self.tracking.close_orphans(self.experiment)
         self.parent = self.tracking.start_run(self.experiment, name=str(flow_run.name), tags=self._tags())
-        self.tracking.log(self.parent.id, params=flatten(self.config))
+        self._notes.tell("the config", partial(self.tracking.log, self.parent.id, params=flatten(self.config)))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._show()
-        self._finish(self.parent, kind)
+        self._stopped = kind is not None and not issubclass(kind, Exception)
+        if self._stopped:  # whoever asked for it does not wait for an upload; a rerun takes up what is left
+            self.store.stop_uploads()
+        self._committer.shutdown(cancel_futures=self._stopped)
+        error = value or self._find_failure()
+        self._notes.tell("the figures of all steps", self._show)
+        self._finish(self.parent, error)
+        self._notes.close()
+        for folder in self._surplus:
+            shutil.rmtree(folder, ignore_errors=True)
+        if error is not None and error is not value:
+            raise error
 
     @property
     def links(self) -> dict[str, str]:
@@ -87,6 +104,8 @@ class Execution:
         """Bring a step to its artifact as one Prefect task, whose inputs have been run before. A found one is *Cached*."""
         if planned.fingerprint in self.refs:
             return self.refs[planned.fingerprint]
+        if failure := self._find_failure():  # of a commit that was left to itself: nothing more is started
+            raise failure
 
         @task(
             name=planned.step.name,
@@ -100,9 +119,9 @@ class Execution:
             record = self.find(planned)
             if record is None:
                 return self._compute(planned)
-            seconds = time.monotonic() - started
+            ref = found(record, seconds=time.monotonic() - started)
             message = f"found {planned.step.name}/{fingerprint[:12]}, computed {record.created}"
-            return Completed(name="Cached", message=message, data=ArtifactRef(record, True, seconds))
+            return Completed(name="Cached", message=message, data=ref)
 
         hear = listener.get()
         if hear:
@@ -111,75 +130,107 @@ class Execution:
         ref: ArtifactRef = state.result()
         self.refs[planned.fingerprint] = ref
         self.done.append(planned)
-        self._mirror(planned, ref)
+        if ref.cached:
+            self._mirror(planned, ref.record)
         if hear:
             hear.finished(planned.title, cached=ref.cached, seconds=ref.seconds)
         return ref
 
     def folder(self, ref: ArtifactRef | Record) -> Path:
         """Return the local folder of an artifact, fetched from the store the first time."""
+        if ref.fingerprint in self._outputs:
+            return self._outputs[ref.fingerprint]
         record = ref.record if isinstance(ref, ArtifactRef) else ref
         return fetch_artifact(self.store, record, home=self.settings.home)
 
     def _compute(self, planned: Planned) -> ArtifactRef:
         work_folder = self.settings.home / "work" / planned.step.name / planned.fingerprint
-        with lock_folder(work_folder) as lock:
+        with ExitStack() as held:
+            lock = held.enter_context(lock_folder(work_folder))
             record = self.find(planned)  # another flow of this machine may have finished it while this one waited
             if record is not None:
-                return ArtifactRef(record, True, 0.0)
+                return found(record, seconds=0.0)
             started = time.monotonic()
             run = self.tracking.start_run(
                 self.experiment, name=planned.title, tags=self._tags(planned), parent=self.parent.id
             )
-            kind: type[BaseException] | None = None
-            try:
-                attempt = StepAttempt(planned, self, run, work_folder, lock, self.input_folders(planned))
-                self.tracking.log(run.id, params=flatten(planned.config.model_dump(mode="json")))
+            with self._closing(run):
+                output = place_output(work_folder, home=self.settings.home)
+                attempt = StepAttempt(planned, self, run, work_folder, output, lock, self.input_folders(planned))
+                params = flatten(planned.config.model_dump(mode="json"))
+                self._notes.tell(f"the config of {planned.title}", partial(self.tracking.log, run.id, params=params))
                 metrics = planned.step.work(planned.config, attempt)
-                record = self._commit(planned, run, attempt.output, metrics, seconds=time.monotonic() - started)
-                self.tracking.log(
-                    run.id, metrics=points(metrics), tags={"varflow.record": f"{record.step}/{record.fingerprint}"}
-                )
-            except BaseException as error:
-                kind = type(error)
-                raise
-            finally:
-                self._finish(run, kind)
-            shutil.rmtree(work_folder, ignore_errors=True)
-        return ArtifactRef(record, False, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            commit = self._committer.submit(self._commit, planned, run, output, metrics, seconds=seconds)
+            commit.add_done_callback(partial(self._release, held.pop_all(), run))
+        if count_bytes(output) <= COMMIT_BESIDE_BYTES:
+            commit.result()
+        self._outputs[planned.fingerprint] = output
+        return ArtifactRef(planned.step.name, planned.fingerprint, False, time.monotonic() - started, commit)
 
     def _commit(self, planned: Planned, run: Run, output: Path, metrics: Metrics, *, seconds: float) -> Record:
-        """Upload the files to the run's own place, put the record, keep the files as the local copy."""
-        prefix = self.store.name_of(run.artifact_uri)
-        files: list[StoredFile] = self.store.upload_folder(output, prefix)
-        record = Record(
-            step=planned.step.name,
-            version=planned.step.version,
-            fingerprint=planned.fingerprint,
-            identity=planned.identity,
-            inputs=planned.identity["inputs"],
-            given={name: self._given(given) for name, given in planned.inputs.items()},
-            attempt=uuid.uuid4().hex,
-            prefix=prefix,
-            files=tuple(files),
-            summary=read_summary(output) | {"metrics": metrics},
-            provenance=provenance.describe(),
-            cost={"wall_seconds": round(seconds, 3)},
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            mlflow_run=run.id,
-            prefect_run=self.prefect_run,
-        )
-        winner = records.commit(self.store, record)
-        if winner.attempt == record.attempt:
-            keep_artifact(output, record, home=self.settings.home)
+        """Upload the files to the run's own place and put the record; then let go of the work folder."""
+        with self._closing(run):
+            for given in planned.inputs.values():
+                if isinstance(given, Planned):
+                    self.ref(given).commit.result()  # done before this began; raises if it failed
+            prefix = self.store.name_of(run.artifact_uri)
+            record = Record(
+                step=planned.step.name,
+                version=planned.step.version,
+                fingerprint=planned.fingerprint,
+                identity=planned.identity,
+                inputs=planned.identity["inputs"],
+                given={name: self._describe_input(given) for name, given in planned.inputs.items()},
+                attempt=output.name,
+                prefix=prefix,
+                files=tuple(self.store.upload_folder(output, prefix)),
+                summary=read_summary(output) | {"metrics": metrics},
+                provenance=provenance.describe(),
+                cost={"wall_seconds": round(seconds, 3)},
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                mlflow_run=run.id,
+                prefect_run=self.prefect_run,
+            )
+            winner = records.commit(self.store, record)
+        if not records.is_same_attempt(winner, record):
+            self._surplus.append(output)  # what reads it now may go on: both are of one fingerprint
+        shutil.rmtree(self.settings.home / "work" / planned.step.name / planned.fingerprint, ignore_errors=True)
+        tags = {"varflow.record": f"{winner.step}/{winner.fingerprint}"}
+        figures = partial(self.tracking.log, run.id, metrics=points(metrics), tags=tags)
+        self._notes.tell(f"the figures of {planned.title}", figures)
+        self._finish(run, None)
+        self._mirror(planned, winner, computed=True)
         return winner
 
-    def _given(self, given: Planned | Source) -> records.Given:
-        """Return name and digest of what a step read."""
+    def _describe_input(self, given: Planned | Source) -> records.Given:
+        """Return name and digest of what a step read: of this flow's own files, even where another's were recorded."""
         if isinstance(given, Source):
             return records.Given(name=given.name, digest=given.content or given.digest)
-        ref = self.refs[given.fingerprint]
-        return records.Given(name=ref.name, digest=records.digest_files(ref.record))
+        ref, output = self.ref(given), self._outputs.get(given.fingerprint)
+        if output is None or output.name == ref.record.attempt:
+            return records.Given(name=ref.name, digest=records.digest_files(ref.record))
+        return records.Given(name=ref.name, digest=open_digests(self.settings).of(output))
+
+    @contextmanager
+    def _closing(self, run: Run) -> Iterator[None]:
+        """Close a run when what is done for it fails."""
+        try:
+            yield
+        except BaseException as error:
+            self._finish(run, error)
+            raise
+
+    def _release(self, held: ExitStack, run: Run, commit: "Future[Record]") -> None:
+        """Let go of the lock of a work folder when its commit has ended, or was not begun."""
+        held.close()
+        if commit.cancelled():
+            self._finish(run, KeyboardInterrupt())
+
+    def _find_failure(self) -> BaseException | None:
+        """Return what the first failed commit failed with."""
+        ended = [ref.commit for ref in self.refs.values() if ref.commit.done() and not ref.commit.cancelled()]
+        return next((error for commit in ended if (error := commit.exception())), None)
 
     def input_folders(self, planned: Planned) -> dict[str, Path]:
         """Return the local folders of what a step takes, whose own steps have been run here."""
@@ -192,28 +243,28 @@ class Execution:
                 folders[name] = self.folder(self.refs[given.fingerprint])
         return folders
 
-    def _mirror(self, planned: Planned, ref: ArtifactRef) -> None:
+    def _mirror(self, planned: Planned, record: Record, *, computed: bool = False) -> None:
         """Show a step's figures on the parent run too, where runs are compared; a cached step links to its run.
 
         What cached steps have to say goes in one request, since there may be nothing else to wait for.
         """
         whose = planned.label.rpartition(" ")[2]  # the challenger's figures, the ones to compare, go without
         prefix = f"{whose}/" if whose in {"champion", "preferences"} else ""
-        metrics = {f"{prefix}{name}": value for name, value in ref.record.summary["metrics"].items()}
-        metrics[f"cost/{planned.key}_seconds"] = ref.record.cost["wall_seconds"]
-        self._shown |= metrics
-        state = "cached" if ref.cached else "computed"
-        self._tagged[f"step.{planned.key}"] = f"{state} {ref.name} run {ref.record.mlflow_run}"
-        if not ref.cached:
-            self._show()
+        metrics = {f"{prefix}{name}": value for name, value in record.summary["metrics"].items()}
+        metrics[f"cost/{planned.key}_seconds"] = record.cost["wall_seconds"]
+        said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"
+
+        def show() -> None:
+            self._shown |= metrics
+            self._tagged[f"step.{planned.key}"] = said
+            if computed:
+                self._show()
+
+        self._notes.tell(f"{planned.title} on the parent run", show)
 
     def _show(self) -> None:
-        """Send what `_mirror` gathered; a server that is away costs the mirror, not the run."""
-        try:
-            self.tracking.log(self.parent.id, metrics=points(self._shown), tags=self._tagged)
-        except TrackingError as error:
-            get_run_logger().warning("the parent run shows less than was done: %s", error)
-            return
+        """Send what `_mirror` gathered; kept for the next time where it is not taken."""
+        self.tracking.log(self.parent.id, metrics=points(self._shown), tags=self._tagged)
         self._shown, self._tagged = {}, {}
 
     def _tags(self, planned: Planned | None = None) -> dict[str, str]:
@@ -227,13 +278,11 @@ class Execution:
             tags |= {"varflow.step": planned.step.name, "varflow.fingerprint": planned.fingerprint}
         return tags
 
-    def _finish(self, run: Run, kind: type[BaseException] | None) -> None:
-        """Close a run; a server that is away delays it, but a result that is recorded stays a result."""
-        status = "FINISHED" if kind is None else "FAILED" if issubclass(kind, Exception) else "KILLED"
-        try:
-            self.tracking.finish(run.id, status=status)
-        except TrackingError as error:
-            get_run_logger().warning("run %s could not be closed as %s: %s", run.id, status, error)
+    def _finish(self, run: Run, error: BaseException | None) -> None:
+        """Close a run, once all that is to be told about it has been."""
+        stopped = self._stopped or not isinstance(error, Exception)
+        status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
+        self._notes.tell(f"the end of run {run.id}", partial(self.tracking.finish, run.id, status=status))
 
 
 @dataclass
@@ -244,13 +293,9 @@ class StepAttempt:
     execution: Execution
     run: Run
     folder: Path
+    output: Path
     lock: int
     inputs: Mapping[str, Path]
-    output: Path = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.output = self.folder / "output"
-        self.output.mkdir(parents=True, exist_ok=True)
 
     def run_child(self, package: str, job: str) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
@@ -276,40 +321,6 @@ class StepAttempt:
         return read_summary(self.output)
 
 
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[int]:
-    """Hold the one lock of a work folder on this machine; yields its descriptor for a child to keep it alive with.
-
-    The kernel drops the lock when the last process that holds the descriptor is gone, so nothing can be left locked.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()
-
-
-def fetch_artifact(store: Store, record: Record, *, home: Path) -> Path:
-    """Return the local folder with an artifact's files, fetched and checked by digest the first time."""
-    folder = home / "artifacts" / record.attempt
-    if not folder.is_dir():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        store.download_folder(record.prefix, list(record.files), folder)
-    return folder
-
-
-def keep_artifact(output: Path, record: Record, *, home: Path) -> None:
-    """Move the files just uploaded to where `fetch_artifact` looks."""
-    folder = home / "artifacts" / record.attempt
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    output.rename(folder)
-
-
-def read_summary(output: Path) -> dict[str, Any]:
-    """Return an artifact's summary, empty where its step writes none."""
-    path = output / "summary.json"
-    return dict(json.loads(path.read_text())) if path.exists() else {}
-
-
 def thread_environment(threads: int | None) -> dict[str, str]:
     """Return the variables that bound a child's threads."""
     return {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} if threads else {}
@@ -330,8 +341,3 @@ def flatten(config: Mapping[str, Any], *, at: str = "") -> dict[str, Any]:
         else:
             flat[f"{at}{name}"] = json.dumps(value) if isinstance(value, list | tuple) else value
     return flat
-
-
-def open_digests(settings: Settings) -> Digests:
-    """Return the memory of digests in the home."""
-    return Digests(settings.home / "digests.sqlite")

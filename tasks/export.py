@@ -16,8 +16,9 @@ from infra.fingerprint import visible_files
 from infra.records import Given, Record
 from infra.settings import Settings
 from infra.store import Store, StoredFile
+from tasks.artifacts import fetch_artifact
 from tasks.candidate import list_verdicts
-from tasks.execute import fetch_artifact, flatten
+from tasks.execute import flatten
 from tasks.lineage import Lineage, read_lineage
 from tasks.sources import find_local
 

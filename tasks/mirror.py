@@ -1,9 +1,10 @@
-"""A child's metrics on their way to people: the screen at once, MLflow in batches, Prefect's log rarely."""
+"""What people see of a run on its way to them: the screen at once, MLflow in batches, Prefect's log rarely."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Protocol
+from typing import Any, Protocol
 
 from prefect.logging import get_run_logger
 
@@ -28,6 +29,30 @@ class Listener(Protocol):
 
 
 listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+class Notes:
+    """Tells MLflow what happened, in order, on a thread of its own: no step waits for it.
+
+    MLflow is a mirror: what it does not take is named at the end, and costs nothing else.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="notes")
+        self._told: list[tuple[str, Future[Any]]] = []
+
+    def tell(self, what: str, request: Callable[[], Any]) -> None:
+        """Make a request of MLflow after all that were asked for before; `what` names it in a warning."""
+        self._told.append((what, self._thread.submit(request)))
+
+    def close(self) -> None:
+        """Wait for the last request, and warn of those that failed."""
+        self._thread.shutdown()
+        for what, note in self._told:
+            try:
+                note.result()
+            except TrackingError as error:
+                get_run_logger().warning("MLflow shows less than was done: %s: %s", what, error)
 
 
 class MetricsMirror:

@@ -5,8 +5,9 @@ import shutil
 from typing import Any
 
 from infra.settings import child_environment
+from tasks.artifacts import lock_folder
 from tasks.child import PREFLIGHT_FILE, ChildJob, run_child
-from tasks.execute import Execution, lock_folder, thread_environment
+from tasks.execute import Execution, thread_environment
 from tasks.mirror import listener
 from tasks.step import Planned
 

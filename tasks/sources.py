@@ -13,7 +13,7 @@ from infra import records
 from infra.models import fetch_embedded
 from infra.settings import Settings
 from infra.store import Store
-from tasks.execute import fetch_artifact, open_digests
+from tasks.artifacts import fetch_artifact, open_digests
 from tasks.preferences import fetch_snapshot
 from tasks.step import Source
 

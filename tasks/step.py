@@ -6,6 +6,7 @@ needs only the config, the step's version and the fingerprints of the inputs. `t
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -124,17 +125,27 @@ Given = Planned | Source
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """A finished step's artifact: what tasks hand on, never rows or weights."""
+    """A finished step's artifact: what tasks hand on, never rows or weights. A large one may still be on its way up."""
 
-    record: Record
+    step: str
+    fingerprint: str
     cached: bool
     seconds: float
+    commit: Future[Record]
 
     @property
-    def fingerprint(self) -> str:
-        return self.record.fingerprint
+    def record(self) -> Record:
+        """The record, waited for while the files are on their way; raises what the commit failed with."""
+        return self.commit.result()
 
     @property
     def name(self) -> str:
         """`step/fingerprint`, as the command line takes it."""
-        return f"{self.record.step}/{self.record.fingerprint}"
+        return f"{self.step}/{self.fingerprint}"
+
+
+def found(record: Record, *, seconds: float) -> ArtifactRef:
+    """Return the artifact of a record that was there already, `seconds` after it was looked for."""
+    commit: Future[Record] = Future()
+    commit.set_result(record)
+    return ArtifactRef(record.step, record.fingerprint, True, seconds, commit)

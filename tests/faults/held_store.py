@@ -9,12 +9,15 @@ CHUNK_BYTES = 65_536
 
 
 class HeldStore:
-    """Passes bytes on between boto3 and the server. A request that begins with `held` is kept back, or only its answer."""
+    """Passes bytes on between boto3 and the server. A request that begins with `held` is kept back, or only its answer.
+
+    One kept back goes on when `release` is set.
+    """
 
     def __init__(self, endpoint: str, *, held: bytes, pass_request: bool) -> None:
         host, _, port = endpoint.removeprefix("http://").partition(":")
         self._server, self._held, self._pass = (host, int(port)), held, pass_request
-        self.reached = threading.Event()
+        self.reached, self.release = threading.Event(), threading.Event()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
@@ -35,15 +38,15 @@ class HeldStore:
                 threading.Thread(target=self._answer, args=(client, server, mute), daemon=True).start()
 
     def _ask(self, client: socket.socket, server: socket.socket, mute: threading.Event) -> None:
-        """Pass requests on; from the held one on, pass nothing, or everything but the answers."""
+        """Pass requests on; the held one once it is released, or at once with its answers, and all later ones, kept back."""
         with suppress(OSError), server:
             while data := client.recv(CHUNK_BYTES):
-                if data.startswith(self._held):
+                if data.startswith(self._held) and self._pass:
                     mute.set()
-                if not mute.is_set() or self._pass:
-                    server.sendall(data)
                 elif data.startswith(self._held):
                     self.reached.set()
+                    self.release.wait()
+                server.sendall(data)
 
     def _answer(self, client: socket.socket, server: socket.socket, mute: threading.Event) -> None:
         with suppress(OSError), client:

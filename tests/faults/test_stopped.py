@@ -12,7 +12,7 @@ from mlflow.tracking.client import MlflowClient
 from infra.settings import Settings
 from infra.stack.http import ask
 from infra.store import Store
-from tasks.execute import fetch_artifact
+from tasks.artifacts import fetch_artifact
 from tests.faults.command import (
     BENCHMARK,
     Command,

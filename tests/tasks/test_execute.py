@@ -1,0 +1,150 @@
+"""Committing beside the next step: what is read before it is up, what is recorded first, what a failure leaves."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking.client import MlflowClient
+from prefect import flow
+
+from infra import records
+from infra.settings import Settings
+from infra.store import Store, open_store
+from tasks import execute
+from tasks.artifacts import place_output
+from tasks.execute import Execution
+from tasks.step import Attempt, Metrics, Planned, Step, Work
+from tests.faults.command import prefect_at
+from tests.faults.held_store import HeldStore
+from training.config import Config, Runtime
+
+
+class Named(Config):
+    """Tells the artifacts of one test from those of the others."""
+
+    name: str
+
+
+def weights(config: Named, attempt: Attempt) -> Metrics:
+    """Stand for a training: a file, and two figures."""
+    (attempt.output / "weights.txt").write_text(config.name)
+    (attempt.output / "summary.json").write_text("{}")
+    return {"loss/last": 0.5}
+
+
+def plan(name: str, work: Work, *inputs: Planned) -> Planned:
+    """Plan a step whose work is any function."""
+    return Step(work.__name__, 1, work, "")(
+        Named(name=name), {given.step.name: given for given in inputs}, runtime=Runtime()
+    )
+
+
+@pytest.fixture
+def servers(stack: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Settings]:
+    """Give the stack with a home of its own, where even the smallest artifact is committed beside the next step."""
+    monkeypatch.setattr(execute, "COMMIT_BESIDE_BYTES", -1)
+    with prefect_at(stack):
+        yield stack.model_copy(update={"home": tmp_path / "home"})
+
+
+def run(settings: Settings, name: str, *items: Planned) -> Execution:
+    """Bring steps to their artifacts in a flow of their own."""
+
+    @flow(name=name, persist_result=False)
+    def chain() -> Any:
+        with Execution(settings, experiment=name, config={"name": name}) as execution:
+            execution.steps(*items)
+        return execution
+
+    ended: Execution = chain()
+    return ended
+
+
+def read_runs(settings: Settings, experiment: str) -> dict[str, Any]:
+    """Return the MLflow runs of an experiment by name; the parent's name is drawn, and stands as `parent`."""
+    client = MlflowClient(settings.mlflow_tracking_uri)
+    found = client.get_experiment_by_name(experiment)
+    assert found
+    runs = client.search_runs([found.experiment_id])
+    return {run.info.run_name if "mlflow.parentRunId" in run.data.tags else "parent": run for run in runs}
+
+
+def test_the_next_step_reads_an_artifact_that_is_not_up_yet(servers: Settings) -> None:
+    store, seen = open_store(servers), {}
+    first = plan("beside", weights)
+
+    def reader(config: Named, attempt: Attempt) -> Metrics:
+        assert proxy.reached.wait(60), "the record of the weights is on its way"
+        seen["text"] = (attempt.inputs["weights"] / "weights.txt").read_text()
+        seen["found"] = records.find(store, step="weights", fingerprint=first.fingerprint)
+        proxy.release.set()
+        return {}
+
+    second = plan("beside", reader, first)
+    assert servers.s3_endpoint
+    held = f"PUT /{servers.s3_bucket}/records/weights/".encode()
+    with HeldStore(servers.s3_endpoint, held=held, pass_request=False) as proxy:
+        ended = run(servers.model_copy(update={"s3_endpoint": proxy.endpoint}), "beside", first, second)
+    assert seen == {"text": "beside", "found": None}
+    written = [store.stat(records.record_name(planned.step.name, planned.fingerprint)) for planned in (first, second)]
+    assert written[0] and written[1] and written[0].modified <= written[1].modified
+    assert ended.folder(ended.ref(first)).name == ended.ref(first).record.attempt
+    assert not list((servers.home / "work").glob("*/*/")), "nothing is left to go on with"
+
+
+def test_mlflow_is_told_everything_though_no_step_waits_for_it(servers: Settings) -> None:
+    ended = run(servers, "told", plan("told", weights))
+    runs, record = read_runs(servers, "told"), ended.ref(ended.done[0]).record
+    assert {name: run.info.status for name, run in runs.items()} == {"parent": "FINISHED", "weights": "FINISHED"}
+    assert runs["weights"].data.params == {"name": "told"} == runs["parent"].data.params
+    assert runs["weights"].data.metrics == {"loss/last": 0.5}
+    assert runs["weights"].data.tags["varflow.record"] == f"weights/{record.fingerprint}"
+    assert runs["parent"].data.metrics == {"loss/last": 0.5, "cost/weights_seconds": record.cost["wall_seconds"]}
+
+
+def test_a_commit_that_fails_ends_the_run_and_leaves_nothing_that_was_made_of_it(servers: Settings) -> None:
+    store, first = open_store(servers), plan("refused", weights)
+
+    def reader(config: Named, attempt: Attempt) -> Metrics:
+        return {}
+
+    second = plan("refused", reader, first)
+    make_foreign_record(store, first)
+    with pytest.raises(ValueError, match="another identity has this fingerprint"):
+        run(servers, "refused", first, second)
+    assert store.stat(records.record_name("reader", second.fingerprint)) is None
+    statuses = {name: run.info.status for name, run in read_runs(servers, "refused").items()}
+    assert statuses["parent"] == statuses["weights"] == "FAILED" and "RUNNING" not in statuses.values()
+
+
+def make_foreign_record(store: Store, planned: Planned) -> None:
+    """Write a record of another identity where that of a planned step belongs; its file is nowhere."""
+    record = {
+        "step": planned.step.name, "version": 1, "fingerprint": planned.fingerprint, "identity": {"step": "other"},
+        "inputs": {}, "attempt": "0", "prefix": "nowhere", "files": [{"name": "a", "size": 1, "sha256": "0"}], "summary": {},
+        "provenance": {}, "cost": {}, "created": "", "mlflow_run": "", "prefect_run": "",
+    }  # fmt: skip
+    data = records.dump(records.Record.model_validate(record))
+    store.put(records.record_name(planned.step.name, planned.fingerprint), data, create=True)
+
+
+def test_whoever_stops_a_run_does_not_wait_for_its_upload(servers: Settings) -> None:
+    store, first = open_store(servers), plan("stopped", weights_of_a_gigabyte)
+
+    def reader(config: Named, attempt: Attempt) -> Metrics:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(servers, "stopped", first, plan("stopped", reader, first))
+    assert store.stat(records.record_name(first.step.name, first.fingerprint)) is None
+    assert {run.info.status for run in read_runs(servers, "stopped").values()} == {"KILLED"}
+    kept = servers.home / "work" / first.step.name / first.fingerprint
+    assert (place_output(kept, home=servers.home) / "weights.bin").stat().st_size == 1 << 30, "a rerun may take it"
+
+
+def weights_of_a_gigabyte(config: Named, attempt: Attempt) -> Metrics:
+    """Write what takes seconds to upload, and no room on the disk."""
+    with (attempt.output / "weights.bin").open("wb") as file:
+        file.truncate(1 << 30)
+    return {}
