@@ -118,6 +118,77 @@ def export_model(
     return None
 
 
+@app.command("compare")
+def compare_models(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C…]", help="champion, a run's id, STEP/FINGERPRINT, or any model; the reference first."
+        ),
+    ],
+    model: Model = None,
+    as_json: Json = False,
+) -> None:
+    """Lay models side by side: scores with intervals, flips, rewards, lengths, settings, data, cost; and as a page."""
+    settings = connect()
+    from pydantic import ValidationError
+    from rich.console import Console
+
+    from flows.compare import compare
+    from flows.config import CompareConfig
+    from flows.launch import run_here
+
+    try:
+        config = CompareConfig(models=tuple(models), model_name=model or "")
+    except ValidationError as error:
+        raise ValueError(f"compare: {error.errors()[0]['msg']}; got {' '.join(models)}") from None
+    outcome = run_here(compare, config, settings=settings, console=Console(stderr=True))
+    if as_json:
+        return print_json(outcome)
+    draw_comparison(outcome)
+    return None
+
+
+def draw_comparison(outcome: dict[str, Any]) -> None:
+    """Print the table of a comparison, how many items flip, and where its page lies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    found = outcome["comparison"]
+    wide = Console().width
+    console = Console(width=max(wide, 100))  # a pipe has no width, and numbers must not be cut
+    table = Table(
+        box=None, title=f"each minus {found['subjects'][0]}, {found['confidence']:.0%} intervals", title_justify="left"
+    )
+    for column in ("what", "model", "level", "difference", "won:lost", "p adj."):
+        table.add_column(column, justify="left" if column in ("what", "model") else "right")
+    for measure in [*found["benchmarks"], *(m for m in (found["reward"], found["length"]) if m)]:
+        scale, digits = (100, 1) if measure["unit"] == "items" else (1, 1 if "characters" in measure["what"] else 3)
+        for place, level in enumerate(measure["levels"]):
+            difference = measure["differences"][place - 1] if place else None
+            cells = ["", ""]
+            if difference:
+                low, high = (f"{scale * difference[end]:+.{digits}f}" for end in ("low", "high"))
+                cells = [f"{difference['won']}:{difference['lost']}", f"{difference['p_adjusted']:.2g}"]
+            table.add_row(
+                f"{measure['what']} ({measure['n']})" if not place else "",
+                found["subjects"][place],
+                f"{scale * level['value']:.{digits}f}",
+                f"{scale * difference['difference']:+.{digits}f} [{low}, {high}]" if difference else "reference",
+                *cells,
+            )  # fmt: skip
+    console.print(table)
+    for sentence in found["not_compared"]:
+        typer.echo(f"not compared: {sentence}")
+    for row in found["settings"]:
+        typer.echo(
+            f"  {row['name']}: {' | '.join('-' if value is None else str(value)[:60] for value in row['values'])}"
+        )
+    won = sum(flip["won"] for flip in found["flips"])
+    typer.echo(f"{won} items won, {len(found['flips']) - won} lost; their texts are on the page")
+    typer.echo(f"  page         {outcome['report']}\n  in MLflow    {outcome['report_in_mlflow']}")
+
+
 def show_standing(store: "Store", name: str, *, settings: "Settings", moved: bool, as_json: bool) -> None:
     """Bring MLflow's aliases up and say who is champion now. A registry that is away is told of, and costs nothing else."""
     from infra.registry import mirror, read_standing

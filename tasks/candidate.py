@@ -28,11 +28,11 @@ def choose_model(store: Store, name: str | None) -> str:
 def find_model(store: Store, reference: str, *, tracking: Tracking, model: str | None = None) -> Record:
     """Return the record of the model that a reference means.
 
-    `champion`; an artifact as STEP/FINGERPRINT or the start of one; a verdict, for the challenger it is about; a run by its
+    `champion` or `champion:MODEL`; an artifact as STEP/FINGERPRINT or the start of one; a verdict, for the challenger it is about; a run by its
     Prefect or MLflow id or page, for what it trained. Raises ValueError for anything else, and for what is no model.
     """
-    if reference == "champion":
-        name = choose_model(store, model)
+    if reference == "champion" or reference.startswith("champion:"):
+        name = choose_model(store, reference.partition(":")[2] or model)
         champion = registry.read_standing(store, name).champion
         if champion is None:
             raise ValueError(f"champion of {name!r}: nothing was promoted yet; expected a reference to a model")
