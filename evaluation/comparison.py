@@ -21,7 +21,7 @@ from training.config import Config
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20_241_105
 SAMPLES = 8
-WORDS = re.compile(r"\s+|[^\s]+")
+WORDS = re.compile(r"\S+\s*|\s+")  # a word with the space behind it
 
 Scores = NDArray[np.float64]
 
@@ -369,8 +369,10 @@ def colour(texts: Sequence[str]) -> tuple[tuple[Span, ...], ...]:
 
 
 def mark(own: list[str], other: list[str]) -> tuple[Span, ...]:
-    """Return words joined into spans, marked where `other` has none like them in that place."""
-    matcher = difflib.SequenceMatcher(None, other, own, autojunk=False)
+    """Return words joined into spans, marked where `other` has none like them in that place; white space makes no difference."""
+    matcher = difflib.SequenceMatcher(
+        None, *([word.strip() for word in words] for words in (other, own)), autojunk=False
+    )
     spans = [
         (tag != "equal", "".join(own[start:end])) for tag, _, _, start, end in matcher.get_opcodes() if end > start
     ]

@@ -39,10 +39,10 @@ def draw_charts(comparison: Comparison, subjects: tuple[Subject, ...]) -> dict[s
     if comparison.benchmarks:
         reference = comparison.subjects[0]
         rows = [row for measure in comparison.benchmarks for row in forest_rows(measure, scale=100)]
-        charts["benchmarks"] = report_plots.plot_forest(rows, x=f"minus {reference}, points")
+        charts["benchmarks"] = report_plots.plot_forest(rows, x=f"difference to {reference}, points")
     if comparison.reward:
         rows = forest_rows(comparison.reward, scale=1)
-        charts["reward"] = report_plots.plot_forest(rows, x=f"minus {comparison.subjects[0]}, reward")
+        charts["reward"] = report_plots.plot_forest(rows, x=f"difference to {comparison.subjects[0]}, reward")
         values = {subject.name: list(subject.rewards.values()) for subject in subjects}
         charts["rewards"] = report_plots.plot_distributions(values, x="held-out reward")
     if comparison.length:
