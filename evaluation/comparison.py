@@ -370,9 +370,8 @@ def colour(texts: Sequence[str]) -> tuple[tuple[Span, ...], ...]:
 
 def mark(own: list[str], other: list[str]) -> tuple[Span, ...]:
     """Return words joined into spans, marked where `other` has none like them in that place; white space makes no difference."""
-    matcher = difflib.SequenceMatcher(
-        None, *([word.strip() for word in words] for words in (other, own)), autojunk=False
-    )
+    theirs, ours = [word.strip() for word in other], [word.strip() for word in own]
+    matcher = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)
     spans = [
         (tag != "equal", "".join(own[start:end])) for tag, _, _, start, end in matcher.get_opcodes() if end > start
     ]

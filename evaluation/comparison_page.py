@@ -53,7 +53,7 @@ def draw_charts(comparison: Comparison, subjects: tuple[Subject, ...]) -> dict[s
 
 def forest_rows(measure: Measure, *, scale: float) -> list[tuple[str, str, float, float, float]]:
     """Return one row a difference."""
-    name = measure.what.replace("_", " ") if measure.unit == "prompts" else measure.what
+    name = measure.what.replace("heldout", "held-out").replace("_", " ") if measure.unit == "prompts" else measure.what
     return [(name, d.subject, scale * d.difference, scale * d.low, scale * d.high) for d in measure.differences]
 
 

@@ -248,9 +248,10 @@ class Execution:
 
         What cached steps have to say goes in one request, since there may be nothing else to wait for.
         """
-        whose = planned.label.rpartition(" ")[2]  # the challenger's figures, the ones to compare, go without
-        prefix = f"{whose}/" if whose in {"champion", "preferences"} else ""
-        metrics = {f"{prefix}{name}": value for name, value in record.summary["metrics"].items()}
+        whose = planned.label.rpartition(" ")[2]
+        # the challenger's figures, the ones to compare, go without; the champion's stand beside them in MLflow's tables
+        prefix, suffix = "preferences/" if whose == "preferences" else "", "_champion" if whose == "champion" else ""
+        metrics = {f"{prefix}{name}{suffix}": value for name, value in record.summary["metrics"].items()}
         metrics[f"cost/{planned.key}_seconds"] = record.cost["wall_seconds"]
         said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"
 
