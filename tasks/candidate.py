@@ -16,13 +16,15 @@ RUN_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  
 
 
 def choose_model(store: Store, name: str | None) -> str:
-    """Return the registered model that is meant: the named one, or the only one that has a history."""
-    if name:
-        return name
+    """Return the registered model that is meant: the named one, or the only one, of those that have a history."""
     known = registry.list_models(store)
-    if len(known) != 1:
-        raise ValueError(f"got no --model, expected one of {', '.join(known) or '(none was promoted yet)'}")
-    return known[0]
+    if name is None and len(known) == 1:
+        return known[0]
+    if name not in known:
+        raise ValueError(
+            f"got {f'--model {name}' if name else 'no --model'}, expected one of {', '.join(known) or '(none was promoted yet)'}"
+        )
+    return name
 
 
 def find_model(store: Store, reference: str, *, tracking: Tracking, model: str | None = None) -> Record:

@@ -12,7 +12,7 @@ from infra.registry import ChampionMoved
 from infra.settings import Settings
 from infra.store import Store, StoreError, open_store
 from infra.tracking import Tracking
-from tasks.candidate import check_evaluated, choose_verdict, find_model, promote_by_hand
+from tasks.candidate import check_evaluated, choose_verdict, find_model, make_candidate, promote_by_hand
 from tests.tasks.maker import Maker
 
 
@@ -133,7 +133,11 @@ def test_a_model_is_found_by_its_reference_its_verdict_and_as_champion(
         assert find_model(store, reference, tracking=tracking).attempt == model.attempt
     with pytest.raises(ValueError, match=r"expected a model: config\.json"):
         find_model(store, f"evaluate/{verdict.inputs['challenger_eval_mmlu']}", tracking=tracking)
-    with pytest.raises(ValueError, match="nothing was promoted yet"):
+    with pytest.raises(ValueError, match=r"got --model m, expected one of \(none was promoted yet\)"):
         find_model(store, "champion", tracking=tracking, model="m")
+    maker.judge(maker.model(2), decision="HOLD")
+    registry.measure(store, "m", make_candidate(store, model, verdict=verdict, by="a test"))
+    with pytest.raises(ValueError, match="champion of 'm': nothing was promoted yet"):
+        find_model(store, "champion", tracking=tracking)
     promote_by_hand(store, "m", model, without_gate="")
     assert find_model(store, "champion", tracking=tracking).attempt == model.attempt
