@@ -95,7 +95,7 @@ def read_standing(store: Store, model: str) -> Standing:
 
 def list_models(store: Store) -> list[str]:
     """Return the names of the models that have a history."""
-    return sorted({item.name.split("/")[1] for item in store.scan("models")})
+    return sorted({item.name.split("/")[1] for item in store.scan("models") if "/history/" in item.name})
 
 
 def read_history(store: Store, model: str) -> list[Entry]:
