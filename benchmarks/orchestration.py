@@ -215,7 +215,7 @@ def measure(config: AlignConfig, home: str) -> dict[str, Any]:
     both.run(list(plan.steps()))
     with pipeline.total.running():
         verdict, challenger = execution.ref(plan.gate), execution.ref(plan.challenger)
-        said = promote(execution, model=config.name, challenger=challenger, over=plan.over, verdict=verdict)
+        said = promote(execution, model=config.name, challenger=challenger, verdict=verdict)
         publish(execution, execution.ref(plan.report), verdict=verdict, promoted=said)
         execution.__exit__(None, None, None)
     direct = both.direct

@@ -91,6 +91,28 @@ class ReportData(Config):
 
 def render_report(data: ReportData) -> str:
     """Return the page, about 5 MB of which are the drawing library. Equal data give the equal page."""
+    return (
+        make_environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            verdict=data.verdict,
+            doubts=[*data.verdict.flags, *doubt_reward(data.reward_model or {})],
+            charts=draw_charts(data),
+            scores=pair_scores(data),
+            answers=lay_out_answers(data.answers),
+            counts=dict(flatten(data.data or {}, without="quarantined_by_reason")),
+            reward_figures=dict(flatten(data.reward_model or {})),
+            provenance=dict(flatten(data.provenance)),
+            names={step.fingerprint: step.title for step in data.steps},
+            plotly=Markup(get_plotlyjs()),
+            plot_config=report_plots.CONFIG,
+        )
+    )
+
+
+def make_environment() -> Environment:
+    """Return Jinja with what the pages of this folder need: escaping, numbers as people read them, no undefined names."""
     environment = Environment(
         loader=PackageLoader("evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -102,20 +124,7 @@ def render_report(data: ReportData) -> str:
         "pretty": show_json,
     }
     environment.tests["web"] = is_web
-    return environment.get_template("report.html.j2").render(
-        data=data,
-        verdict=data.verdict,
-        doubts=[*data.verdict.flags, *doubt_reward(data.reward_model or {})],
-        charts=draw_charts(data),
-        scores=pair_scores(data),
-        answers=lay_out_answers(data.answers),
-        counts=dict(flatten(data.data or {}, without="quarantined_by_reason")),
-        reward_figures=dict(flatten(data.reward_model or {})),
-        provenance=dict(flatten(data.provenance)),
-        names={step.fingerprint: step.title for step in data.steps},
-        plotly=Markup(get_plotlyjs()),
-        plot_config=report_plots.CONFIG,
-    )
+    return environment
 
 
 def doubt_reward(summary: dict[str, Any]) -> list[str]:

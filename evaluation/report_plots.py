@@ -16,6 +16,9 @@ from evaluation.verdict import GuardState, GuardVerdict, TargetVerdict
 
 CHALLENGER, CHAMPION = "#3b82c4", "#8a9099"
 GOOD, OPEN, BAD = "#2e9e5b", "#c98500", "#d64545"
+SERIES = (CHALLENGER, "#b5651d", "#7a5bb5", "#2e9e5b")  # of models against a reference
+SERIES_BARS = (CHAMPION, *SERIES)
+SYMBOLS = ("circle", "diamond", "square", "triangle-up")
 STATES = {
     GuardState.non_inferior: (GOOD, "circle"),
     GuardState.undecided: (OPEN, "diamond"),
@@ -83,15 +86,66 @@ def plot_guards(guards: Sequence[GuardVerdict]) -> Figure:
     return {"data": [*traces, margins], "layout": layout}
 
 
+def plot_forest(rows: Sequence[tuple[str, str, float, float, float]], *, x: str) -> Figure:
+    """Return differences with their intervals: (name of the row, of the series, difference, low, high), a symbol each series."""
+    names = list(dict.fromkeys(name for name, *_ in rows))
+    series = list(dict.fromkeys(whose for _, whose, *_ in rows))
+    traces = []
+    for place, whose in enumerate(series):
+        own = [row for row in rows if row[1] == whose]
+        # side by side where several models share a row
+        shift = 0.0 if len(series) == 1 else 0.36 * (place / (len(series) - 1) - 0.5)
+        colour = SERIES[place % len(SERIES)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": label(whose),
+                "x": [difference for _, _, difference, _, _ in own],
+                "y": [len(names) - 1 - names.index(name) - shift for name, *_ in own],
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [high - difference for _, _, difference, _, high in own],
+                    "arrayminus": [difference - low for _, _, difference, low, _ in own],
+                    "color": colour,
+                    "thickness": 2,
+                    "width": 6,
+                },
+                "marker": {"color": colour, "symbol": SYMBOLS[place % len(SYMBOLS)], "size": 11},
+                "hovertext": [
+                    f"{label(n)}, {label(whose)}: {d:+.3g} [{low:+.3g}, {high:+.3g}]" for n, _, d, low, high in own
+                ],
+                "hoverinfo": "text",
+            }
+        )
+    layout = _layout(height=110 + 56 * len(names), x=x, legend=len(series) > 1)
+    layout["xaxis"] |= {"zeroline": True, "zerolinewidth": 2}
+    layout["yaxis"] |= {
+        "tickmode": "array",
+        "tickvals": list(range(len(names)))[::-1],
+        "ticktext": [label(name) for name in names],
+        "range": [-0.6, len(names) - 0.4],
+        "showgrid": False,
+    }
+    return {"data": traces, "layout": layout}
+
+
+def plot_distributions(values: Mapping[str, Sequence[float]], *, x: str) -> Figure:
+    """Return the distributions of several models over the same bins."""
+    edges = _edges([value for own in values.values() for value in own])
+    traces = [
+        _bars(_count(own, edges), edges, name=label(name), colour=SERIES_BARS[place % len(SERIES_BARS)])
+        | {"opacity": 0.62}
+        for place, (name, own) in enumerate(values.items())
+    ]
+    layout = _layout(height=300, x=x, y="prompts", legend=True) | {"barmode": "overlay", "bargap": 0.04}
+    return {"data": traces, "layout": layout}
+
+
 def plot_rewards(champion: Sequence[float], challenger: Sequence[float]) -> Figure:
     """Return both models' distributions of held-out reward, over the same bins."""
-    edges = _edges([*champion, *challenger])
-    traces = [
-        _bars(_count(values, edges), edges, name=name, colour=colour) | {"opacity": 0.62}
-        for name, values, colour in (("champion", champion, CHAMPION), ("challenger", challenger, CHALLENGER))
-    ]
-    layout = _layout(height=300, x="held-out reward", y="prompts", legend=True) | {"barmode": "overlay", "bargap": 0.04}
-    return {"data": traces, "layout": layout}
+    return plot_distributions({"champion": champion, "challenger": challenger}, x="held-out reward")
 
 
 def plot_gains(gains: Sequence[float], target: TargetVerdict) -> Figure:

@@ -11,7 +11,7 @@ from prefect import flow
 from evaluation.config import SuiteConfig
 from evaluation.mirror import missing_data
 from flows.config import AlignConfig, TrainedReward
-from infra.registry import read_champion
+from infra.registry import read_standing
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
 from tasks.evaluate import MirrorConfig, evaluate, mirror
@@ -38,7 +38,6 @@ class AlignPlan:
     columns: dict[str, Given]  # rewards and reference log-probabilities of the stored responses
     challenger: Planned
     champion: Given
-    over: str  # what the champion pointer holds, or will be taken over from
     mirror: Planned
     answers: dict[str, Given]  # of both models to the held-out prompts
     judged: dict[str, Given]  # held-out rewards and benchmarks of both models, as the gate names them
@@ -57,7 +56,7 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     """Resolve the sources by content and lay out every step. Reads, but computes and writes nothing in the store."""
     source = partial(resolve_source, store=store, settings=settings)
     policy = source(config.policy)
-    champion, over = _find_champion(config, policy, store=store, settings=settings)
+    champion = _find_champion(config, policy, store=store, settings=settings)
 
     def plan(step: Step, step_config: Config, inputs: Mapping[str, Given], *, label: str = "") -> Planned:
         return step(step_config, inputs, runtime=config.runtime, label=label)
@@ -93,7 +92,7 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     shown = {f"{who}_answers": step for who, step in answers.items()} | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     page = plan(report, ReportConfig(recipe=config.name), shown)
-    return AlignPlan(rows, scorer, columns, challenger, champion, over, files, answers, judged, verdict, page)
+    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, verdict, page)
 
 
 def cross_config(config: AlignConfig) -> CrossScoreConfig:
@@ -109,16 +108,14 @@ def cross_config(config: AlignConfig) -> CrossScoreConfig:
     )
 
 
-def _find_champion(config: AlignConfig, policy: Source, *, store: Store, settings: Settings) -> tuple[Given, str]:
-    """Return the model to beat, and its name in the champion pointer."""
-    held = read_champion(store, config.model_name) if config.champion == "current" else None
+def _find_champion(config: AlignConfig, policy: Source, *, store: Store, settings: Settings) -> Given:
+    """Return the model to beat."""
+    held = read_standing(store, config.model_name).champion if config.champion == "current" else None
     if held:
-        reference = held[0].current.ref
-        return resolve_source(reference, store=store, settings=settings), reference
+        return resolve_source(held.ref, store=store, settings=settings)
     if config.champion in {"base", "current"}:
-        return replace(policy, name="base"), f"base:{policy.digest[:16]}"
-    given = resolve_source(config.champion, store=store, settings=settings)
-    return given, config.champion
+        return replace(policy, name="base")
+    return resolve_source(config.champion, store=store, settings=settings)
 
 
 @flow(name="align", persist_result=False, validate_parameters=True)
@@ -137,7 +134,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         challenger = run.step(plan.challenger)
         run.steps(*plan.answers.values(), *plan.judged.values())
         verdict = run.step(plan.gate)
-        promoted = promote(run, model=config.model_name, challenger=challenger, over=plan.over, verdict=verdict)
+        promoted = promote(run, model=config.model_name, challenger=challenger, verdict=verdict)
         return publish(run, run.step(plan.report), verdict=verdict, promoted=promoted)
 
 

@@ -6,17 +6,17 @@ status: 0 done, 1 failed, 2 wrong usage, 130 and 143 stopped by SIGINT and SIGTE
 """
 
 import errno
-import json
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from flows import cli_models
+from flows.console import Json, Set, connect, print_json, progress
 
 if TYPE_CHECKING:
     from infra.settings import Settings
@@ -33,11 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Change a field of the config; may be repeated.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+app.add_typer(cli_models.app)
 
 
 def main() -> None:
@@ -365,15 +361,6 @@ def show_lineage(
     return None
 
 
-def connect() -> "Settings":
-    """Read the settings and export them to the libraries, which must not be imported before."""
-    from infra.settings import read_settings
-
-    settings = read_settings()
-    settings.apply()
-    return settings
-
-
 def launch(name: str, config: Any, *, on: str, as_json: bool) -> None:
     """Run a flow here or on the worker and show what came of it."""
     settings = connect()
@@ -453,21 +440,3 @@ def draw_lineage(found: dict[str, Any]) -> None:
     grow(origins, found)
     grow_uses(uses, found["used_by"])
     Console().print(origins, uses)
-
-
-# --- how every verb talks ---
-
-
-@contextmanager
-def progress(title: str) -> Iterator[Callable[[str], None]]:
-    """Show on stderr that work is under way; the yielded function prints a line of news."""
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False)
-    with console.status(title):
-        yield lambda message: console.print(message, markup=False, soft_wrap=True)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """Print one JSON object on stdout."""
-    typer.echo(json.dumps(value, indent=1, allow_nan=False))

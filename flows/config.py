@@ -17,7 +17,7 @@ from training.config import (
     show_as_choice,
 )
 
-REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, or STEP/FINGERPRINT of the store."
+REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, champion:MODEL, or STEP/FINGERPRINT of the store."
 
 
 class TrainedReward(Config):
@@ -110,6 +110,25 @@ class BenchmarkFlowConfig(Config):
     suite: SuiteConfig = Field(title="Suite")
     runtime: Runtime = Field(
         Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
+    )
+
+
+class CompareConfig(Config):
+    """Models side by side, on everything on record that was measured of all of them alike."""
+
+    name: str = Field(
+        "compare", pattern=r"^[a-z][a-z0-9_]{0,40}$", title="Name", description="Name of the MLflow experiment."
+    )
+    models: tuple[str, ...] = Field(
+        min_length=2,
+        title="Models",
+        description="At least two, the reference first: champion, a run's id, or a model. " + REFERENCE_FORMS,
+    )
+    model_name: str = Field(
+        "",
+        pattern=r"^([a-z][a-z0-9_-]{0,40})?$",
+        title="Model name",
+        description="The registered model whose champion is meant; may be empty while there is only one.",
     )
 
 

@@ -18,7 +18,8 @@ from evaluation.suites import demo as demo_suite
 from flows import recipes
 from flows.align import align
 from flows.benchmark import benchmark
-from flows.config import BenchmarkFlowConfig, RetrainConfig
+from flows.compare import compare
+from flows.config import BenchmarkFlowConfig, CompareConfig, RetrainConfig
 from flows.retrain import retrain, sweep
 from infra.settings import Settings
 
@@ -37,16 +38,24 @@ class Entry:
     parameters: dict[str, Any]
     schedules: tuple[DeploymentScheduleCreate, ...] = ()
     triggers: tuple[DeploymentEventTrigger, ...] = field(default_factory=tuple)
+    purpose: str = ""  # the deployment's own name where a flow has several; else the flow's
+
+    @property
+    def deployment(self) -> str:
+        return self.purpose or self.flow.name
 
     @property
     def name(self) -> str:
-        return f"{self.flow.name}/{self.flow.name}"
+        return f"{self.flow.name}/{self.deployment}"
 
 
 def table() -> tuple[Entry, ...]:
     """Return every deployment."""
     demo = recipes.demo()
     retraining = RetrainConfig(recipe=demo.model_copy(update={"name": "retrain", "champion": "current"}))
+    reevaluation = BenchmarkFlowConfig(
+        name="nightly", model=f"champion:{demo.model_name}", benchmarks=demo.benchmarks, suite=demo.suite
+    )
     landed = DeploymentEventTrigger(
         name="preferences landed",
         description="Starts a retrain for pushed batches; what lands within the debounce goes into the same run.",
@@ -80,7 +89,18 @@ def table() -> tuple[Entry, ...]:
             benchmark,
             "Any suite on any model.",
             {"config": BenchmarkFlowConfig(model=demo.policy, suite=demo_suite()).model_dump(mode="json")},
+        ),
+        Entry(
+            benchmark,
+            "The champion on its suite again: nothing is computed unless harness, data, settings or champion changed.",
+            {"config": reevaluation.model_dump(mode="json")},
             (DeploymentScheduleCreate(schedule=CronSchedule(cron="0 4 * * *", timezone="UTC"), active=False),),
+            purpose="nightly",
+        ),
+        Entry(
+            compare,
+            "Models side by side, by what is on record; the first one is the reference.",
+            {"config": CompareConfig(models=(f"champion:{demo.model_name}", demo.policy)).model_dump(mode="json")},
         ),
     )
 
@@ -100,7 +120,7 @@ def register(settings: Settings) -> list[str]:
     with get_client(sync_client=True) as client:
         for entry in table():
             deployment = entry.flow.to_deployment(
-                name=entry.flow.name,
+                name=entry.deployment,
                 description=entry.description,
                 parameters=entry.parameters,
                 schedules=list(entry.schedules),

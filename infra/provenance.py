@@ -1,5 +1,6 @@
 """Where a result came from: code, environment, host, process."""
 
+import getpass
 import os
 import platform
 import socket
@@ -39,6 +40,15 @@ def describe() -> dict[str, Any]:
 def name_process() -> dict[str, Any]:
     """Return host, pid and start (unix seconds) of this process. A pid alone is given again, soon in a container."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def name_user() -> str:
+    """Return user@host of this process; the number of a user who has no name."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a container's user without an entry
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
 
 
 def is_gone(process: Mapping[str, Any]) -> bool:

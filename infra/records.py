@@ -14,6 +14,15 @@ from infra.fingerprint import diff_identities, fingerprint
 from infra.store import PreconditionFailed, Store, StoredFile
 
 
+class Given(BaseModel):
+    """What a step really read as one of its inputs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str  # step/fingerprint, or the reference of a source as somebody wrote it
+    digest: str  # of names and bytes: `digest_files` of an artifact, infra.fingerprint.Digests of a source
+
+
 class Record(BaseModel):
     """What was made, of what, by whom, at what cost."""
 
@@ -24,6 +33,7 @@ class Record(BaseModel):
     fingerprint: str
     identity: dict[str, Any]  # the very payload that was hashed
     inputs: dict[str, str]  # name -> fingerprint of a step's artifact, or digest of a source
+    given: dict[str, Given] = {}  # by the same names; a fingerprint says what was asked for, this what was there
     attempt: str  # hex; who wrote this
     prefix: str  # name in the store below which the files lie
     files: tuple[StoredFile, ...]
@@ -33,6 +43,11 @@ class Record(BaseModel):
     created: str  # ISO 8601, UTC
     mlflow_run: str
     prefect_run: str
+
+
+def digest_files(record: Record) -> str:
+    """Return 64 hex digits over names and bytes of an artifact's files: what `Digests.of` says of them as a folder."""
+    return fingerprint([[file.name, file.sha256] for file in sorted(record.files, key=lambda file: file.name)])
 
 
 def record_name(step: str, fingerprint: str) -> str:
@@ -96,9 +111,9 @@ def dump(record: Record) -> bytes:
     return json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False).encode()
 
 
-def iterate(store: Store) -> Iterator[Record]:
-    """Yield every record of the store."""
-    for item in store.scan("records"):
+def iterate(store: Store, step: str = "") -> Iterator[Record]:
+    """Yield every record of the store, or of one kind of step."""
+    for item in store.scan(f"records/{step}" if step else "records"):
         found = store.get(item.name)
         if found:
             yield Record.model_validate_json(found[0])

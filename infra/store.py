@@ -5,9 +5,10 @@ probe at start refuses a server that ignores the condition, since everything els
 """
 
 import hashlib
+import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from infra.settings import Settings
 MULTIPART_BYTES = 64 << 20
 CONFLICT_ATTEMPTS = 20
 PARALLEL_FILES = 4
+CHECK_CHUNK_BYTES = 4 << 20
 
 
 class StoreError(Exception):
@@ -195,20 +197,42 @@ class Store:
                 f"download {self.url(source)} to {path}",
                 lambda: self._client.download_file(self.bucket, self._key(source), str(path), Config=self._transfer),
             )
-            if (got := digest_file(path)) != file.sha256:
-                raise StoreError(
-                    f"{self.url(source)}: got SHA-256 {got}, expected {file.sha256}; the object was changed after it was "
-                    "recorded: restore it, or delete its record to compute it anew"
-                )
+            self._compare(source, digest_file(path), file)
+
+        try:
+            with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+                list(pool.map(download, files))
+            partial.mkdir(parents=True, exist_ok=True)
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process fetched the same folder first
+                raise
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def check_files(self, name: str, files: Sequence[StoredFile]) -> None:
+        """Read every file of a manifest below `name` and raise StoreError unless its bytes are the recorded ones."""
+
+        def check(file: StoredFile) -> None:
+            source, got = f"{name}/{file.name}", hashlib.sha256()
+            body = self._call("get_object", source)["Body"]
+
+            def read() -> None:
+                for chunk in body.iter_chunks(CHECK_CHUNK_BYTES):
+                    got.update(chunk)
+
+            self._guard(f"read {self.url(source)}", read)
+            self._compare(source, got.hexdigest(), file)
 
         with ThreadPoolExecutor(PARALLEL_FILES) as pool:
-            list(pool.map(download, files))
-        partial.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.rename(folder)
-        except OSError:  # another process fetched the same folder first
-            if not folder.is_dir():
-                raise
+            list(pool.map(check, files))
+
+    def _compare(self, source: str, got: str, file: StoredFile) -> None:
+        if got != file.sha256:
+            raise StoreError(
+                f"{self.url(source)}: got SHA-256 {got}, expected {file.sha256}; the object was changed after it was "
+                "recorded: restore it, or delete its record to compute it anew"
+            )
 
     def delete(self, name: str) -> None:
         """Delete an object; nothing happens where there is none."""

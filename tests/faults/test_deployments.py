@@ -36,7 +36,9 @@ def test_the_table() -> None:
         "align/align": ([({"cron": "0 2 * * *"}, False)], []),
         "retrain/retrain": ([({"cron": "0 3 * * *"}, False)], [landed]),
         "sweep/sweep": ([({"interval": 900.0}, True)], []),
-        "benchmark/benchmark": ([({"cron": "0 4 * * *"}, False)], []),
+        "benchmark/benchmark": ([], []),
+        "benchmark/nightly": ([({"cron": "0 4 * * *"}, False)], []),
+        "compare/compare": ([], []),
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from infra import ledger, records, registry
+from infra import ledger, records
 from infra.fingerprint import fingerprint
 from infra.records import Record
 from infra.settings import Settings
@@ -77,7 +77,7 @@ def test_a_changed_object_is_refused_and_no_folder_appears(store: Store, folder:
     store.put("x/a.json", b"[]")
     with pytest.raises(StoreError, match=r"got SHA-256 .* expected"):
         store.download_folder("x", files, tmp_path / "back")
-    assert not (tmp_path / "back").exists()
+    assert not list(tmp_path.glob("back*")), "nor anything of it"
 
 
 def test_conditional_writes(store: Store) -> None:
@@ -166,17 +166,6 @@ def test_of_several_claims_on_a_snapshot_one_holds(store: Store) -> None:
     assert ledger.claim(store, snapshot="s", recipe="r", run=winner), "the holder asks again and still holds"
     found = ledger.read_claim(store, "s", "r")
     assert found and ledger.claim(store, snapshot="s", recipe="r", run="z", over=found[1]), "taken over knowingly"
-
-
-def test_the_champion_moves_only_over_the_one_it_was_measured_against(store: Store) -> None:
-    move = {"model": "m", "verdict": "gate/1", "source": "s3://x", "mlflow_run": "r"}
-    registry.promote(store, ref="train/a", over="base", **move)
-    registry.promote(store, ref="train/b", over="train/a", **move)
-    registry.promote(store, ref="train/b", over="train/a", **move)  # again: nothing happens
-    with pytest.raises(registry.ChampionMoved, match="got train/b, expected train/a"):
-        registry.promote(store, ref="train/c", over="train/a", **move)
-    held = registry.read_champion(store, "m")
-    assert held and [step.ref for step in held[0].history] == ["train/a", "train/b"]
 
 
 class CarelessStore(http.server.BaseHTTPRequestHandler):

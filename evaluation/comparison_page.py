@@ -1,0 +1,67 @@
+"""The page of a comparison: one HTML file that holds everything it shows, written like the report."""
+
+from collections import Counter
+
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from evaluation import report_plots
+from evaluation.comparison import Comparison, Flip, Measure, Subject, mean_characters
+from evaluation.report import make_environment
+
+FLIPS_SHOWN = 12  # a benchmark and direction; comparison.json has all
+
+
+def render_comparison(comparison: Comparison, subjects: tuple[Subject, ...], *, links: dict[str, str]) -> str:
+    """Return the page. Equal data give the equal page."""
+    environment = make_environment()
+    environment.filters["figure"] = show_figure
+    return environment.get_template("comparison.html.j2").render(
+        comparison=comparison,
+        charts=draw_charts(comparison, subjects),
+        measures=[*comparison.benchmarks, *(m for m in (comparison.reward, comparison.length) if m)],
+        flips=group_flips(comparison.flips),
+        links=links,
+        plotly=Markup(get_plotlyjs()),
+        plot_config=report_plots.CONFIG,
+    )
+
+
+def show_figure(value: float, measure: Measure, *, sign: bool = False) -> str:
+    """Return a reward with three decimals, a length with one."""
+    digits = 1 if measure.what == "answer_characters" else 3
+    return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def draw_charts(comparison: Comparison, subjects: tuple[Subject, ...]) -> dict[str, report_plots.Figure]:
+    """Return the charts for which there is data, by name."""
+    charts: dict[str, report_plots.Figure] = {}
+    if comparison.benchmarks:
+        reference = comparison.subjects[0]
+        rows = [row for measure in comparison.benchmarks for row in forest_rows(measure, scale=100)]
+        charts["benchmarks"] = report_plots.plot_forest(rows, x=f"difference to {reference}, points")
+    if comparison.reward:
+        rows = forest_rows(comparison.reward, scale=1)
+        charts["reward"] = report_plots.plot_forest(rows, x=f"difference to {comparison.subjects[0]}, reward")
+        values = {subject.name: list(subject.rewards.values()) for subject in subjects}
+        charts["rewards"] = report_plots.plot_distributions(values, x="held-out reward")
+    if comparison.length:
+        lengths = {s.name: [mean_characters(answer) for answer in s.answers.values()] for s in subjects}
+        charts["lengths"] = report_plots.plot_distributions(lengths, x="characters of an answer")
+    return charts
+
+
+def forest_rows(measure: Measure, *, scale: float) -> list[tuple[str, str, float, float, float]]:
+    """Return one row a difference."""
+    name = measure.what.replace("heldout", "held-out").replace("_", " ") if measure.unit == "prompts" else measure.what
+    return [(name, d.subject, scale * d.difference, scale * d.low, scale * d.high) for d in measure.differences]
+
+
+def group_flips(flips: tuple[Flip, ...]) -> list[tuple[str, str, bool, int, list[Flip]]]:
+    """Return (benchmark, model, won, how many there are, the first of them) in the order in which they come."""
+    counts = Counter((flip.benchmark, flip.subject, flip.won) for flip in flips)
+    groups = []
+    for (benchmark, subject, won), count in counts.items():
+        shown = [f for f in flips if (f.benchmark, f.subject, f.won) == (benchmark, subject, won)][:FLIPS_SHOWN]
+        groups.append((benchmark, subject, won, count, shown))
+    return groups

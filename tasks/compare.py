@@ -1,0 +1,283 @@
+"""Comparison: what was measured of several models alike is found on record, and laid side by side by one step."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from infra import records
+from infra.fingerprint import diff_identities, fingerprint
+from infra.records import Record
+from infra.settings import Settings
+from infra.store import Store
+from infra.tracking import Tracking
+from tasks.artifacts import fetch_artifact
+from tasks.candidate import find_model, name_run
+from tasks.execute import StepAttempt, flatten
+from tasks.gate import read_rewards
+from tasks.lineage import read_lineage
+from tasks.sources import resolve_source
+from tasks.step import Attempt, Metrics, Planned, Source, step
+from training.config import Config, Runtime
+from training.job import write_json
+
+if TYPE_CHECKING:
+    from evaluation.comparison import Answer, Comparison, ItemText, Subject
+
+ROWS_FILE = "rows.parquet"
+STORED = re.compile(r"([a-z_]+/)?[0-9a-f]{6,64}")  # an artifact, or the start of its fingerprint
+
+
+class SubjectConfig(Config):
+    """One model of a comparison, and what its records say of it."""
+
+    name: str
+    ref: str
+    settings: dict[str, Any] = Field({})
+    data: dict[str, Any] = Field({})
+    cost: dict[str, float] = Field({})
+
+
+class ComparisonConfig(Config):
+    """The models, the reference first."""
+
+    subjects: tuple[SubjectConfig, ...]
+
+
+@dataclass
+class Measured:
+    """A model and everything on record that was measured of it, newest last; of a run, only what that run measured."""
+
+    name: str
+    fingerprint: str
+    record: Record | None = None  # None for a source, which nothing here made
+    only: frozenset[str] | None = None  # references that count, where a run was named
+    chosen: dict[str, Record] = field(default_factory=dict)  # what is compared: eval_<benchmark>, answers, rewards
+
+    @property
+    def ref(self) -> str:
+        return f"{self.record.step}/{self.record.fingerprint}" if self.record else f"source {self.fingerprint[:16]}"
+
+    def counts(self, record: Record) -> bool:
+        return self.only is None or f"{record.step}/{record.fingerprint}" in self.only
+
+
+@step(version=1)
+def compare(config: ComparisonConfig, attempt: Attempt) -> Metrics:
+    """Lay models side by side. Inputs: of the model at place N `N_eval_<benchmark>`, `N_answers`, `N_rewards`, `N_rows`."""
+    from evaluation.comparison import compare as lay_side_by_side  # SciPy and Plotly: only where something is compared
+    from evaluation.comparison_page import render_comparison
+
+    subjects = tuple(
+        read_subject(
+            given,
+            {name.partition("_")[2]: folder for name, folder in attempt.inputs.items() if name.startswith(f"{place}_")},
+        )
+        for place, given in enumerate(config.subjects)
+    )
+    comparison = lay_side_by_side(subjects)
+    run = cast(StepAttempt, attempt).execution  # the page tells of the run it is made in
+    links = {"Prefect run": run.links["prefect_run"], "MLflow run": run.links["mlflow_run"]}
+    write_json(attempt.output / "comparison.json", comparison.model_dump(mode="json"))
+    (attempt.output / "comparison.html").write_text(render_comparison(comparison, subjects, links=links))
+    return describe_figures(comparison)
+
+
+def describe_figures(comparison: "Comparison") -> Metrics:
+    """Return the differences as metrics, by the place of the model that is held against the first."""
+    metrics: Metrics = {}
+    measures = [*comparison.benchmarks, *(m for m in (comparison.reward, comparison.length) if m)]
+    for measure in measures:
+        for place, difference in enumerate(measure.differences, start=2):
+            name = f"compare/{measure.what}/{place}_minus_1"
+            metrics |= {name: difference.difference, f"{name}_low": difference.low, f"{name}_high": difference.high}
+    return metrics
+
+
+def read_subject(config: SubjectConfig, inputs: Mapping[str, Path]) -> "Subject":
+    """Return one model with what was measured of it, read from the artifacts."""
+    from evaluation.comparison import Subject
+    from evaluation.result import read_result
+
+    folders = {name.removeprefix("eval_"): folder for name, folder in inputs.items() if name.startswith("eval_")}
+    rows = inputs.get("rows")
+    return Subject(
+        name=config.name,
+        ref=config.ref,
+        results={name: read_result(folder) for name, folder in folders.items()},
+        texts={name: read_texts(folder) for name, folder in folders.items()},
+        answers=read_answers(inputs["answers"]) if "answers" in inputs else {},
+        rewards=read_rewards(inputs["rewards"]) if "rewards" in inputs else {},
+        settings=config.settings,
+        data=config.data,
+        rows=frozenset(pq.read_table(rows / ROWS_FILE, columns=["row_id"])["row_id"].to_pylist())
+        if rows
+        else frozenset(),
+        cost=config.cost,
+    )
+
+
+def read_texts(folder: Path) -> "dict[tuple[str, str], ItemText]":
+    """Return what each item of a benchmark asked and got."""
+    from evaluation.comparison import ItemText
+
+    items = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return {
+        (str(item["task"]), str(item["doc_id"])): ItemText(item["prompt"], item["answer"], item["target"])
+        for item in items
+    }
+
+
+def read_answers(folder: Path) -> "dict[str, Answer]":
+    """Return the answers to each held-out prompt, by row id."""
+    from evaluation.comparison import Answer
+
+    columns = ["row_id", "prompt", "responses", "truncated"]
+    return {
+        row["row_id"]: Answer(
+            prompt="\n\n".join(f"{turn['role']}: {turn['content']}" for turn in row["prompt"]),
+            responses=tuple(row["responses"]),
+            truncated=tuple(row["truncated"]),
+        )
+        for row in pq.read_table(folder / "responses.parquet", columns=columns).to_pylist()
+    }
+
+
+def plan_comparison(
+    references: tuple[str, ...], *, model: str | None, store: Store, settings: Settings, tracking: Tracking
+) -> Planned:
+    """Return the step that compares models, with everything on record that was measured of all of them alike.
+
+    Raises ValueError, naming the field, where the same benchmark was measured of them in different ways only.
+    """
+    if len(set(references)) < max(len(references), 2):
+        raise ValueError(f"compare: got {', '.join(references)}, expected at least two models, each once")
+    found = [find_measured(r, model=model, store=store, settings=settings, tracking=tracking) for r in references]
+    choose_alike(found, store=store)
+    inputs: dict[str, Source] = {}
+    subjects = []
+    for place, one in enumerate(found):
+        lineage = read_lineage(store, one.record) if one.record else None
+        rows = lineage.find("ingest") if lineage else None
+        taken = one.chosen | ({"rows": rows} if rows else {})
+        for name, record in sorted(taken.items()):
+            folder = fetch_artifact(store, record, home=settings.home)
+            ref = f"{record.step}/{record.fingerprint}"
+            inputs[f"{place}_{name}"] = Source(ref, folder, record.fingerprint, content=records.digest_files(record))
+        subjects.append(describe_subject(one, store=store))
+    return compare(ComparisonConfig(subjects=tuple(subjects)), inputs, runtime=Runtime())
+
+
+def find_measured(
+    reference: str, *, model: str | None, store: Store, settings: Settings, tracking: Tracking
+) -> Measured:
+    """Return what a reference means: a run with what it measured, `champion`, a model of the store, or a source from outside."""
+    run = name_run(reference)
+    tags = tracking.find_tags(run) if run else {}
+    said = [value.split()[1] for key, value in tags.items() if key.startswith("step.") and not key.endswith("champion")]
+    if said and "step.train" not in tags:  # a run of benchmark: the model is what its evaluations read
+        read = {records.resolve(store, ref).inputs["model"] for ref in said if ref.startswith("evaluate/")}
+        if len(read) != 1:
+            raise ValueError(
+                f"run {run}: it measured {len(read)} models, expected one; name a run of align or benchmark"
+            )
+        (digest,) = read
+        made = [r for name in ("train", "reward_model") if (r := records.find(store, step=name, fingerprint=digest))]
+        return Measured(reference, digest, made[0] if made else None, frozenset(said))
+    if said or reference.partition(":")[0] == "champion" or STORED.fullmatch(reference):
+        record = find_model(store, reference, tracking=tracking, model=model)
+        return Measured(reference, record.fingerprint, record, frozenset(said) if said else None)
+    source = resolve_source(reference, store=store, settings=settings)
+    return Measured(reference, source.fingerprint)
+
+
+def choose_alike(found: list[Measured], *, store: Store) -> None:
+    """Choose of everything on record what was measured of all models in the same way, newest first.
+
+    What only some have is left to each of them, for the comparison to say so.
+    """
+    evaluations = list(records.iterate(store, "evaluate"))
+    pools: dict[str, list[list[Record]]] = {}
+    for place, one in enumerate(found):
+        for record in sorted(evaluations, key=lambda r: r.created):
+            if record.inputs["model"] == one.fingerprint and one.counts(record):
+                name = f"eval_{record.identity['config']['name']}"
+                pools.setdefault(name, [[] for _ in found])[place].append(record)
+    answers = [
+        [r for r in records.iterate(store, "generate") if r.inputs["policy"] == one.fingerprint and one.counts(r)]
+        for one in found
+    ]
+    if any(answers):
+        pools["answers"] = answers
+    for name, pool in pools.items():
+        without = "policy" if name == "answers" else "model"
+        for one, chosen in zip(found, choose_one(name, pool, found, without=without), strict=True):
+            if chosen:
+                one.chosen[name] = chosen
+    scored = list(records.iterate(store, "score_rewards"))
+    of = [
+        [r for r in scored if "answers" in one.chosen and r.inputs["rows"] == one.chosen["answers"].fingerprint]
+        for one in found
+    ]
+    for one, chosen in zip(found, choose_one("rewards", of, found, without="rows"), strict=True):
+        if chosen:
+            one.chosen["rewards"] = chosen
+
+
+def choose_one(name: str, pool: list[list[Record]], found: list[Measured], *, without: str) -> list[Record | None]:
+    """Return one record of each model, all of one identity but for the model; the newest of each where not all have any."""
+    keys = [{measure_key(record, without=without): record for record in own} for own in pool]
+    if not all(keys):
+        return [own[-1] if own else None for own in pool]
+    common = [key for key in keys[0] if all(key in own for own in keys[1:])]
+    if common:
+        return [own[common[-1]] for own in keys]
+    place = next((place for place, held in enumerate(keys) if not keys[0].keys() & held.keys()), len(keys) - 1)
+    first, other, whose = pool[0][-1], pool[place][-1], found[place].name
+    fields = "; ".join(diff_identities(*(strip(record, without=without) for record in (first, other)))[:5])
+    raise ValueError(
+        f"{name.removeprefix('eval_')}: scores of different profiles are never compared; {found[0].name} -> {whose}: {fields}; "
+        "measure both in the same way first (`varflow benchmark`, or one run of the same recipe)"
+    )
+
+
+def measure_key(record: Record, *, without: str) -> str:
+    """Return what two measurements must share, as one text."""
+    return fingerprint(strip(record, without=without))
+
+
+def strip(record: Record, *, without: str) -> dict[str, Any]:
+    """Return a record's identity without the model it is about."""
+    inputs = {name: given for name, given in record.identity["inputs"].items() if name != without}
+    return record.identity | {"inputs": inputs}
+
+
+def describe_subject(one: Measured, *, store: Store) -> SubjectConfig:
+    """Return a model's settings, data and cost as its records tell them."""
+    settings: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    cost: dict[str, float] = {}
+    if one.record:
+        lineage = read_lineage(store, one.record)
+        for record in lineage.steps:
+            settings |= {f"{record.step}.{name}": value for name, value in flatten(record.identity["config"]).items()}
+        settings |= {role: f"{given.name} ({given.digest[:12]})" for role, given in lineage.sources.items()}
+        if rows := lineage.find("ingest"):
+            data = flatten({name: value for name, value in rows.summary.items() if name != "metrics"})
+        cost = dict(lineage.wall_seconds)
+    for name, record in one.chosen.items():
+        cost[f"measuring: {name.removeprefix('eval_')}"] = record.cost.get("wall_seconds", 0.0)
+    return SubjectConfig(name=shorten(one), ref=one.ref, settings=settings, data=data, cost=cost)
+
+
+def shorten(one: Measured) -> str:
+    """Return a name short enough for a table: the reference as it was given, digests cut."""
+    if name_run(one.name):
+        return f"run {name_run(one.name)[:8]}"  # type: ignore[index]
+    head, _, tail = one.name.rpartition("/")
+    return f"{head}/{tail[:12]}" if head and one.record else one.name

@@ -1,0 +1,171 @@
+"""A model leaves the store: a folder as Hugging Face's libraries read it, with a card, there whole or not at all."""
+
+import re
+import shutil
+import uuid
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from evaluation.card import Card, CardScore, CardSource, CardStep, render_card
+from evaluation.intervals import score_interval
+from evaluation.result import read_result
+from evaluation.verdict import Verdict
+from infra import records, registry
+from infra.fingerprint import visible_files
+from infra.records import Given, Record
+from infra.settings import Settings
+from infra.store import Store, StoredFile
+from tasks.artifacts import fetch_artifact
+from tasks.candidate import list_verdicts
+from tasks.execute import flatten
+from tasks.lineage import Lineage, read_lineage
+from tasks.sources import find_local
+
+MODEL_FILES = (
+    "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.jinja", "adapter/*",
+)  # fmt: skip
+LICENCE = re.compile(r"^[^\n]{0,60}?\blicen[cs]e:\s*[\"']?([A-Za-z][\w.+-]*\w)", re.IGNORECASE | re.MULTILINE)
+LICENCE_TITLES = {"Apache License": "apache-2.0", "MIT License": "mit", "The MIT License": "mit"}
+
+
+def export(store: Store, record: Record, folder: Path, *, settings: Settings) -> list[str]:
+    """Write a model and its card to a folder that is not there yet, or empty; return the names of its files.
+
+    Raises ValueError for a folder in use, StoreError for files that are not the recorded ones.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder}: got a place in use, expected a new or empty folder; name another, or move it away")
+    files = [file for file in record.files if is_model_file(file.name)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        store.download_folder(record.prefix, files, staging)
+        (staging / "README.md").write_text(render_card(describe_model(store, record, files=files, settings=settings)))
+        staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return sorted(visible_files(folder))
+
+
+def is_model_file(name: str) -> bool:
+    """Tell whether a file of an artifact belongs to the model, and not to the story of its training."""
+    return any(fnmatch(name, pattern) for pattern in MODEL_FILES)
+
+
+def describe_model(store: Store, record: Record, *, files: list[StoredFile], settings: Settings) -> Card:
+    """Return all that the card says, from the records of the model, of what it was made of, and of what was said about it."""
+    lineage = read_lineage(store, record)
+    sources = [describe_source(role, given, settings=settings) for role, given in lineage.sources.items()]
+    base = next((source for source in sources if source.role == f"{record.step}.base"), None)
+    rows, reward = lineage.find("ingest"), lineage.find("reward_model")
+    verdict, verdict_ref = read_verdict(store, record)
+    ref = f"{record.step}/{record.fingerprint}"
+    return Card(
+        title=f"{base.name if base else record.step} aligned, {record.fingerprint[:12]}",
+        ref=ref,
+        digest=records.digest_files(record),
+        base=base.name if base else None,
+        licence=base.licence if base else None,
+        objective=str(record.identity["config"].get("objective", record.step)),
+        training=flatten(record.identity["config"]),
+        figures=figures_of(record),
+        data=flatten(figures_of(rows)) if rows else {},
+        reward=describe_reward(lineage),
+        reward_figures=figures_of(reward) if reward else {},
+        scores=tuple(describe_score(store, done, settings=settings) for done in list_evaluations(store, record)),
+        verdict=verdict,
+        verdict_ref=verdict_ref,
+        promoted=describe_promotion(store, ref),
+        sources=tuple(sources),
+        steps=tuple(describe_step(step) for step in lineage.steps),
+        files={file.name: file.sha256 for file in files},
+        adapter=any(file.name.startswith("adapter/") for file in files),
+        commit=str(record.provenance.get("commit", "")),
+        versions=record.provenance.get("versions", {}),
+    )
+
+
+def figures_of(record: Record) -> dict[str, Any]:
+    """Return a record's summary without what is not about the artifact."""
+    return {name: value for name, value in record.summary.items() if name not in {"metrics", "plan"}}
+
+
+def describe_reward(lineage: Lineage) -> str | None:
+    """Return what scored the responses: a model that was trained, or one that was given."""
+    if trained := lineage.find("reward_model"):
+        base = lineage.sources.get("reward_model.base")
+        made_of = f" on {base.name}" if base else ""
+        return f"reward_model/{trained.fingerprint[:16]}, trained on the train split{made_of}"
+    given = lineage.sources.get("score_rewards.scorer")
+    return given.name if given else None
+
+
+def describe_step(record: Record) -> CardStep:
+    """Return a line of the lineage."""
+    seconds = record.cost.get("wall_seconds", 0.0)
+    return CardStep(step=record.step, fingerprint=record.fingerprint, created=record.created, wall_seconds=seconds)
+
+
+def describe_source(role: str, given: Given, *, settings: Settings) -> CardSource:
+    """Return a source with the licence that its files state."""
+    return CardSource(
+        role=role, name=given.name, digest=given.digest, licence=find_licence(given.name, settings=settings)
+    )
+
+
+def find_licence(name: str, *, settings: Settings) -> str | None:
+    """Return the licence that a source's own files state, None where they state none or are not on this machine.
+
+    In a model card's or README's `license: NAME`, else in the title of a licence file.
+    """
+    for folder in find_local(name, settings=settings):
+        readme = folder / "README.md"
+        if readme.is_file() and (stated := LICENCE.search(readme.read_text(errors="replace"))):
+            return stated[1].lower()
+        for path in sorted(folder.glob("LICEN[SC]E*")):
+            head = path.read_text(errors="replace")[:400]
+            known = [licence for title, licence in LICENCE_TITLES.items() if title in head]
+            if known:
+                return known[0]
+    return None
+
+
+def read_verdict(store: Store, record: Record) -> tuple[Verdict | None, str]:
+    """Return the newest verdict about a model with its reference; (None, "") where the gate said nothing."""
+    for verdict in list_verdicts(store, record):
+        found = store.get(f"{verdict.prefix}/verdict.json")
+        if found:
+            return Verdict.model_validate_json(found[0]), f"gate/{verdict.fingerprint}"
+    return None, ""
+
+
+def describe_promotion(store: Store, ref: str) -> str | None:
+    """Return when and why the model became champion, None where it never was."""
+    for model in registry.list_models(store):
+        for entry in reversed(registry.read_history(store, model)):
+            if entry.ref == ref and entry.move is not registry.Move.measured:
+                by_hand = "" if entry.verdict else f", without the gate: {entry.reason}"
+                what = "Promoted to" if entry.move is registry.Move.promoted else "Rolled back to as"
+                return f"{what} champion of {model} at {entry.at} by {entry.by} (entry {entry.number}){by_hand}."
+    return None
+
+
+def list_evaluations(store: Store, model: Record) -> list[Record]:
+    """Return the newest evaluation of a model on each benchmark."""
+    about = [record for record in records.iterate(store, "evaluate") if record.inputs["model"] == model.fingerprint]
+    newest = {record.identity["config"]["name"]: record for record in sorted(about, key=lambda r: r.created)}
+    return [newest[name] for name in sorted(newest)]
+
+
+def describe_score(store: Store, record: Record, *, settings: Settings) -> CardScore:
+    """Return a benchmark's deciding score with its interval."""
+    result = read_result(fetch_artifact(store, record, home=settings.home))
+    row = next(row for row in result.scores if row.decides)
+    low, high = score_interval(list(result.items.values()))
+    return CardScore(
+        benchmark=result.benchmark, metric=row.metric, filter=row.filter, value=row.value, low=low, high=high, n=row.n,
+        num_fewshot=row.num_fewshot, harness_version=row.harness_version,
+    )  # fmt: skip

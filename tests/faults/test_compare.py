@@ -1,0 +1,64 @@
+"""Models side by side and out of the store, by the command, on a real stack."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking.client import MlflowClient
+from transformers import AutoModelForCausalLM
+
+from infra.settings import Settings
+from tests.faults.command import BENCHMARK, Command, words_of
+
+
+@pytest.fixture
+def trained(done: dict[str, Any]) -> str:
+    """Give the reference of the model that the small recipe trained."""
+    return next(f"train/{step['fingerprint']}" for step in done["steps"] if step["step"] == "train")
+
+
+def test_a_run_against_its_base_and_again_for_nothing(
+    varflow: Command, stack: Settings, trained: str, done: dict[str, Any]
+) -> None:
+    told = varflow.ask("compare", "demo:tiny-policy", trained)
+    found = told["comparison"]
+    assert found["subjects"] == ["demo:tiny-policy", trained[:18]]
+    (measure,) = found["benchmarks"]
+    assert (measure["what"], measure["n"]) == ("mmlu_part", 2)
+    assert found["reward"]["n"] == found["length"]["n"] == 4 and len(found["samples"]) == 4
+    assert any(row["name"] == "train" and row["values"][1] > 0 for row in found["cost"])
+    page = Path(told["report"]).read_text()
+    assert trained in page and "fetches nothing" in page
+    run = told["mlflow_run"].partition("/runs/")[2].partition("?")[0]
+    client = MlflowClient(tracking_uri=stack.mlflow_tracking_uri)
+    assert "compare/heldout_reward/2_minus_1" in client.get_run(run).data.metrics
+    step = told["report_in_mlflow"].partition("/runs/")[2].partition("/")[0]
+    assert {item.path for item in client.list_artifacts(step)} == {"comparison.html", "comparison.json"}
+    again = varflow.ask("compare", "demo:tiny-policy", done["mlflow_run"])
+    assert again["comparison"]["refs"] == found["refs"] and again["comparison"]["reward"] is not None
+    shown = varflow.run("compare", "demo:tiny-policy", trained)
+    assert shown.returncode == 0 and "mmlu_part (2)" in shown.stdout and told["report"] in shown.stdout
+
+
+def test_what_was_measured_otherwise_is_refused_by_field(varflow: Command, trained: str, done: dict[str, Any]) -> None:
+    other = words_of({"suite.benchmarks": [BENCHMARK | {"limit": 1}], "runtime.threads": 1})
+    measured = varflow.ask("benchmark", "demo:tiny-policy", "--suite", "smoke", *other)
+    told = varflow.refuse("compare", trained, measured["mlflow_run"].partition("/runs/")[2].partition("?")[0])
+    assert "mmlu_part: scores of different profiles are never compared" in told and "config.limit: 2 -> 1" in told
+    assert "expected at least two models, each once" in varflow.refuse("compare", trained, trained)
+    assert "at least 2 items" in varflow.refuse("compare", trained)
+
+
+def test_a_model_leaves_the_store(varflow: Command, trained: str, tmp_path: Path) -> None:
+    told = varflow.ask("export", trained, str(tmp_path / "model"))
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(told["files"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "model").config.model_type == "llama"
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert (
+        "| mmlu_part | acc | none |" in card
+        and "## Verdict\n**" in card
+        and "| train.base | demo:tiny-policy | apache-2.0 |" in card
+    )
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["vocab_size"] > 0
+    assert "got a place in use" in varflow.refuse("export", trained, str(tmp_path / "model"))

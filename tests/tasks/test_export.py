@@ -1,0 +1,137 @@
+"""A model leaves the store as a folder that Hugging Face's libraries load, with a card that says what it is."""
+
+import json
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluation.intervals import score_interval
+from infra import records
+from infra.records import Given, Record
+from infra.settings import Settings
+from infra.store import Store, StoreError, open_store
+from tasks.candidate import promote_by_hand
+from tasks.export import export, find_licence
+from tests.tasks.maker import Maker
+
+SCORE = {
+    "benchmark": "mmlu_part", "task": "mmlu_part", "metric": "acc", "filter": "none", "value": 0.75, "stderr": 0.25, "n": 4,
+    "task_version": 1, "num_fewshot": 0, "decides": True, "harness_version": "0.4.13",
+}  # fmt: skip
+ITEMS = [
+    {"task": "t", "doc_id": n, "correct": float(n > 0), "prompt": "?", "answer": "A", "target": "A"} for n in range(4)
+]
+
+
+@pytest.fixture
+def store(s3: Settings) -> Store:
+    """Return a store under a prefix of its own."""
+    return open_store(s3.model_copy(update={"s3_prefix": f"test-{uuid.uuid4().hex[:8]}"}))
+
+
+@pytest.fixture
+def model(store: Store, tiny_policy: Path, tmp_path: Path) -> Record:
+    """Return the record of a trained model with data, rewards and an evaluation, evaluated but not gated."""
+    maker = Maker(store, tmp_path)
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub" / "prefs.jsonl").write_text("{}")
+    (tmp_path / "hub" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Preferences | of [people]\n")
+    data = Given(name=str(tmp_path / "hub" / "prefs.jsonl"), digest="da7a" * 16)
+    rows = maker.make(
+        "ingest", {"source": data}, {"rows.parquet": ""}, summary={"rows": 12, "quarantined_by_reason": {"empty": 1}}
+    )
+    scorer = Given(name="demo:tiny-reward-model", digest="5c0e" * 16)
+    rewards = maker.make("score_rewards", {"rows": rows, "scorer": scorer}, {"scores.parquet": ""})
+    files = {path.name: path.read_bytes() for path in tiny_policy.iterdir()}
+    base = Given(name="embedded:minilm-l6-v2", digest="ba5e" * 16)
+    trained = maker.make(
+        "train",
+        {"rows": rows, "base": base, "rewards": rewards},
+        files | {"metrics.jsonl": "{}", "summary.json": "{}", "weights.parquet": ""},
+        config={"objective": "var", "lambda_": 0.5, "seed": 1},
+        summary={"lambda": 0.5, "final_loss": 2.5, "metrics": {"train/loss": 2.5}},
+    )
+    result = {
+        "scores.json": json.dumps([SCORE]),
+        "samples.jsonl": "\n".join(map(json.dumps, ITEMS)),
+        "profile.json": "{}",
+    }
+    maker.make("evaluate", {"model": trained}, result, config={"name": "mmlu_part"})
+    return trained
+
+
+def test_an_exported_model_loads_and_is_the_one_in_the_store(
+    store: Store, model: Record, s3: Settings, tiny_policy: Path, tmp_path: Path
+) -> None:
+    promote_by_hand(store, "m", model, without_gate="a test")
+    files = export(store, model, tmp_path / "out", settings=s3)
+    assert "README.md" in files and not {"metrics.jsonl", "summary.json", "weights.parquet"} & set(files)
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", tiny_policy))
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out")("What is the capital of France?", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(ours(**ids).logits, theirs(**ids).logits)
+    assert [path.name for path in tmp_path.glob("out.partial-*")] == []
+
+
+def test_the_card_says_what_the_model_is(store: Store, model: Record, s3: Settings, tmp_path: Path) -> None:
+    promote_by_hand(store, "m", model, without_gate="for the | table")
+    export(store, model, tmp_path / "out", settings=s3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    head = yaml.safe_load(card.split("---\n")[1])
+    assert (
+        head["library_name"] == "transformers" and head["pipeline_tag"] == "text-generation" and "var" in head["tags"]
+    )
+    low, high = score_interval([0, 1, 1, 1])
+    for words in (
+        f"`train/{model.fingerprint}`", records.digest_files(model), "at lambda = 0.5",
+        f"| mmlu_part | acc | none | 75.0 | {100 * low:.1f} to {100 * high:.1f} | 4 | 0 | 0.4.13 |",
+        "The gate has said nothing about this model.", "without the gate: for the \\| table",
+        "Responses were scored by demo:tiny-reward-model.", "| rows | 12 |", "| quarantined_by_reason.empty | 1 |",
+        "prefs.jsonl | cc-by-4.0 | `da7ada7ada7ada7a` |", "| demo:tiny-reward-model | apache-2.0 |",
+        "| embedded:minilm-l6-v2 | not stated in its files |", "| ingest | `",
+    ):  # fmt: skip
+        assert words in card, words
+    weights = next(file for file in model.files if file.name == "model.safetensors")
+    assert f"| model.safetensors | `{weights.sha256}` |" in card
+    assert "\n\n\n" not in card and "undefined" not in card.lower()
+
+
+def test_a_place_in_use_and_changed_weights_are_refused_and_nothing_is_left(
+    store: Store, model: Record, s3: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match="got a place in use, expected a new or empty folder"):
+        export(store, model, tmp_path / "out", settings=s3)
+    store.put(f"{model.prefix}/model.safetensors", b"other")
+    with pytest.raises(StoreError, match=r"model\.safetensors: got SHA-256"):
+        export(store, model, tmp_path / "elsewhere", settings=s3)
+    assert not list(tmp_path.glob("elsewhere*")) and (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+@pytest.mark.parametrize(
+    ("files", "licence"),
+    [
+        ({"README.md": "---\nlicense: mit\n---\n"}, "mit"),
+        ({"README.md": "# A model\nNothing said.", "LICENSE": "MIT License\n\nCopyright"}, "mit"),
+        ({"LICENSE.txt": "                                 Apache License\n        Version 2.0"}, "apache-2.0"),
+        ({"README.md": "A model without one."}, None),
+    ],
+)
+def test_a_licence_is_what_the_files_state(
+    files: dict[str, str], licence: str | None, tmp_path: Path, s3: Settings
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert find_licence(str(tmp_path), settings=s3) == licence
+
+
+def test_the_interval_of_a_score_is_wilsons() -> None:
+    """Wilson's interval of 3 in 4 at 95 %, from its formula by hand: (p + z²/2n ± z sqrt(p q / n + z²/4n²)) / (1 + z²/n)."""
+    assert score_interval([0, 1, 1, 1]) == pytest.approx((0.30064, 0.95441), abs=1e-4)
+    assert score_interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
+    assert score_interval([0.5]) == (0.0, 1.0)
