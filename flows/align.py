@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import flow
 
-from evaluation.config import SuiteConfig
+from evaluation.config import GateConfig, SuiteConfig
 from evaluation.mirror import missing_data
 from flows.config import AlignConfig, TrainedReward
 from infra.registry import read_champion
@@ -89,8 +89,10 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         for benchmark in config.suite.benchmarks:
             inputs = {"model": model, "mirror": files}
             judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
-    verdict = plan(gate, config.gate, {"challenger": challenger, "champion": champion} | judged)
-    shown = {f"{who}_answers": step for who, step in answers.items()} | columns | judged
+    answered = {f"{who}_answers": step for who, step in answers.items()}
+    models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
+    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
+    shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     page = plan(report, ReportConfig(recipe=config.name), shown)
     return AlignPlan(rows, scorer, columns, challenger, champion, over, files, answers, judged, verdict, page)

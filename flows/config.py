@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from evaluation.config import GatePolicy, SuiteConfig
+from evaluation.policy import check_names
 from training.config import (
     AnyTrainConfig,
     Config,
@@ -93,6 +94,11 @@ class AlignConfig(Config):
     runtime: Runtime = Field(
         Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
     )
+
+    @model_validator(mode="after")
+    def _policy_names_what_is_run(self) -> "AlignConfig":
+        check_names(self.gate, self.suite)
+        return self
 
 
 class BenchmarkFlowConfig(Config):

@@ -244,6 +244,11 @@ class StepAttempt:
         self.output = self.folder / "output"
         self.output.mkdir(parents=True, exist_ok=True)
 
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """What the inputs are, by name."""
+        return {name: given.fingerprint for name, given in self.planned.inputs.items()}
+
     def run_child(self, package: str, job: str) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
 

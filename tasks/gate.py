@@ -1,41 +1,82 @@
 """The verdict on a challenger."""
 
 import filecmp
-import json
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
-from evaluation.config import GatePolicy
+from evaluation.config import GateConfig
 from tasks.step import Attempt, Metrics, step
 from training.job import write_json
 
+if TYPE_CHECKING:
+    from evaluation.gate import Evidence
+
 CHALLENGER, CHAMPION = "challenger", "champion"
+WEIGHED = ("scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet")
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
-@step(version=1)
-def gate(config: GatePolicy, attempt: Attempt) -> Metrics:
+@step(version=2)
+def gate(config: GateConfig, attempt: Attempt) -> Metrics:
     """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), and for both of them
-    `<who>_rewards` and `<who>_<benchmark>`."""
-    from evaluation.gate import decide  # SciPy takes a second, which a run that finds its verdict need not spend
-    from evaluation.result import read_result
+    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`."""
+    from evaluation.gate import (
+        decide,
+        write_verdict,
+    )  # SciPy takes a second, which a run that finds its verdict need not spend
 
     inputs = attempt.inputs
-    results = {
-        who: [read_result(inputs[name]) for name in sorted(inputs) if name.startswith(f"{who}_eval_")]
-        for who in (CHALLENGER, CHAMPION)
-    }
     verdict = decide(
-        config,
-        challenger=results[CHALLENGER],
-        champion=results[CHAMPION],
-        rewards_challenger=read_rewards(inputs[f"{CHALLENGER}_rewards"]),
-        rewards_champion=read_rewards(inputs[f"{CHAMPION}_rewards"]),
+        config.policy,
+        challenger=read_evidence(inputs, CHALLENGER),
+        champion=read_evidence(inputs, CHAMPION),
         same_model=same_weights(inputs[CHALLENGER], inputs[CHAMPION]),
+        looks_spent=config.looks_spent,
+        inputs=digest_inputs(attempt),
     )
-    write_json(attempt.output / "verdict.json", json.loads(verdict.model_dump_json()))
-    write_json(attempt.output / "summary.json", {"verdict": verdict.decision, "reasons": list(verdict.reasons)})
-    return {"gate/promote": float(verdict.decision == "PROMOTE"), "gate/reward_gain": verdict.target.gain}
+    write_verdict(verdict, attempt.output / "verdict.json")
+    summary = {"verdict": verdict.decision, "reasons": list(verdict.reasons), "seal": verdict.seal}
+    write_json(attempt.output / "summary.json", summary)
+    gains = {f"gate/{target.name}_gain": target.gain for target in verdict.targets}
+    return {"gate/promote": float(verdict.decision == "PROMOTE")} | gains
+
+
+def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
+    """Return what was measured of one model."""
+    from evaluation.gate import Evidence
+    from evaluation.result import read_result
+
+    return Evidence(
+        results=[read_result(inputs[name]) for name in sorted(inputs) if name.startswith(f"{who}_eval_")],
+        rewards=read_rewards(inputs[f"{who}_rewards"]),
+        lengths=read_lengths(inputs[f"{who}_answers"]),
+        weight_bytes=sum(path.stat().st_size for kind in WEIGHTS for path in inputs[who].glob(kind)),
+    )
+
+
+def digest_inputs(attempt: Attempt) -> dict[str, str]:
+    """Return what the verdict rests on: the sha256 of every file that was weighed as `<input>/<file>`, which is what its record's
+    manifest and `sha256sum` say, and the fingerprint of both models."""
+    weighed = {name: folder for name, folder in attempt.inputs.items() if name not in (CHALLENGER, CHAMPION)}
+    files = {
+        f"{name}/{file}": hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        for name, folder in sorted(weighed.items())
+        for file in WEIGHED
+        if (folder / file).is_file()
+    }
+    return {who: attempt.fingerprints[who] for who in (CHALLENGER, CHAMPION)} | files
+
+
+def read_lengths(folder: Path) -> dict[str, float]:
+    """Return the mean length of each row's answers in characters, by row id."""
+    table = pq.read_table(folder / "responses.parquet", columns=["row_id", "responses"]).to_pydict()
+    return {
+        row: sum(map(len, texts)) / len(texts) for row, texts in zip(table["row_id"], table["responses"], strict=True)
+    }
 
 
 def read_rewards(folder: Path) -> dict[str, float]:
@@ -46,7 +87,7 @@ def read_rewards(folder: Path) -> dict[str, float]:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Tell whether two model folders hold the same weights, byte for byte."""
-    names = sorted(path.name for path in one.glob("*.safetensors"))
-    if names != sorted(path.name for path in other.glob("*.safetensors")):
+    ours, theirs = (sorted(path.name for kind in WEIGHTS for path in folder.glob(kind)) for folder in (one, other))
+    if not ours or ours != theirs:
         return False
-    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in ours)

@@ -11,28 +11,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evaluation.gate import compare_guard, compare_target, conclude
+from evaluation.config import GatePolicy
+from evaluation.gate import Evidence, decide
 from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, doubt_reward, render_report, show_seconds
-from evaluation.result import ScoreRow
+from evaluation.result import BenchmarkResult, ScoreRow
 from evaluation.verdict import Verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} <b>bold</b> & \u2028 \"'"
 
 
-def make_verdict(gain_P: np.ndarray, *, names: tuple[str, ...] = ("mmlu", "bbh")) -> Verdict:
+def make_verdict(gain_P: np.ndarray, *, names: tuple[str, ...] = ("mmlu", "bbh"), **policy: Any) -> Verdict:
     right = np.r_[np.ones(200), np.zeros(200)]
     worse = np.r_[np.zeros(12), np.ones(188 + 10), np.zeros(190)]
-    guards = tuple(compare_guard(name, worse, right, margin=0.05, alpha=0.05) for name in names)
-    target = compare_target("heldout_reward", gain_P, levels=(1.0 + gain_P.mean(), 1.0), alpha=0.05, min_gain=0.0)
-    decision, reasons = conclude(guards, target=target, same_model=False)
-    return Verdict(
-        decision=decision,
-        reasons=reasons,
-        flags=("look at the samples",),
-        guards=guards,
-        target=target,
+
+    def results(correct_N: np.ndarray) -> list[BenchmarkResult]:
+        items = {("task", f"{i:03d}"): float(value) for i, value in enumerate(correct_N)}
+        return [BenchmarkResult(benchmark=name, scores=(), items=items, profile={}) for name in names]
+
+    rows = [f"{i:032x}" for i in range(len(gain_P))]
+    lengths = {row: 100.0 + i % 7 for i, row in enumerate(rows)}
+    gained = {row: 1.0 + float(gain) for row, gain in zip(rows, gain_P, strict=True)}
+    return decide(
+        GatePolicy(margins=dict.fromkeys(names, 0.05), **policy),
+        challenger=Evidence(results(worse), gained, lengths),
+        champion=Evidence(results(right), dict.fromkeys(rows, 1.0), lengths),
         same_model=False,
-        alpha=0.05,
+        inputs={"challenger": "c" * 64},
     )
 
 

@@ -65,7 +65,7 @@ def test_every_field_but_runtime_and_names_is_identity(settings: Settings) -> No
     config = smoke()
     for path in (
         "ingest.heldout_fraction=0.3", "reward.scoring.max_tokens=65", "reference.max_tokens=300", "train.seed=5",
-        "heldout.seed=5", "suite.benchmarks.0.seed=5", "gate.min_target_gain=0.5",
+        "heldout.seed=5", "suite.benchmarks.0.seed=5", "gate.targets.heldout_reward=0.5",
     ):  # fmt: skip
         assert changed(config, settings, path), path
 
@@ -152,6 +152,13 @@ def test_recipes_are_complete_and_survive_json(name: str) -> None:
 def test_a_bad_override_says_what_is_expected(change: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         override(smoke(), [change])
+
+
+def test_a_gate_that_names_what_the_suite_does_not_run_is_refused_when_it_is_loaded() -> None:
+    with pytest.raises(
+        ValueError, match=r"does not run: margins mmlu, targets gsm8k; the suite runs mmlu_part, gsm8k_part"
+    ):
+        override(smoke(), ['gate.margins={"mmlu": 0.1}', 'gate.targets={"gsm8k": 0}'])
 
 
 @pytest.mark.parametrize("reference", ["absent/folder", "demo:absent", "hub:org/name@main", "hub:org/name"])
