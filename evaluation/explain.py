@@ -8,7 +8,8 @@ def explain_guard(guard: GuardVerdict) -> str:
     """Return the reason of a guard."""
     numbers = (
         f"{100 * guard.champion:.1f} → {100 * guard.challenger:.1f} on {guard.n} items, difference "
-        f"{100 * guard.difference:+.1f} [{100 * guard.low:+.1f}, {100 * guard.high:+.1f}] points at {show_share(guard.confidence)}"
+        f"{100 * guard.difference:+.1f} [{100 * guard.low:+.1f}, {100 * guard.high:+.1f}] points at {show_share(guard.confidence)}, "
+        f"detectable {100 * guard.detectable_difference:.1f}"
     )
     margin = f"{100 * guard.margin:g} points"
     if guard.state is GuardState.non_inferior:
@@ -28,8 +29,12 @@ def explain_target(target: TargetVerdict) -> str:
         f"{points * target.gain:+.{digits}f} [{points * target.low:+.{digits}f}, {points * target.high:+.{digits}f}]"
         f"{' points' if points > 1 else ''} at {show_share(target.confidence)}, p {show_p(target.p_value)}"
     )
+    if target.promotable_gain is not None:
+        numbers += (
+            f"; with these guards a true gain of {points * target.promotable_gain:.4g} would be promoted 4 times in 5"
+        )
     if target.p_adjusted != target.p_value:
-        numbers += f", {show_p(target.p_adjusted)} with Holm's adjustment for any of several targets"
+        numbers += f"; p {show_p(target.p_adjusted)} with Holm's adjustment for any of several targets"
     if target.superior:
         return f"{target.name}: a gain{bound} is shown: {numbers}"
     return f"{target.name}: a gain{bound} is not shown: {numbers}; {would_decide(target.more_to_decide, target.unit, 'show')}"

@@ -87,6 +87,7 @@ def decide(
         for name, margin in policy.margins.items()
     )
     targets = _compare_targets(policy, deciding, judged)
+    targets = tuple(weigh.add_promotable_gain(target, guards, targets=len(targets), alpha=alpha) for target in targets)
     floors = tuple(_compare_floor(name, floor, deciding, judged, alpha=alpha) for name, floor in policy.floors.items())
     growths = _compare_growths(policy, judged, challenger, champion)
     looks = Looks(spent=looks_spent, planned=policy.planned_looks, alpha_of_a_look=alpha, alpha_of_a_year=policy.alpha)
@@ -254,10 +255,7 @@ def _pair_benchmarks(challenger: Sequence[BenchmarkResult], champion: Sequence[B
             f"gate: both models need the same benchmarks; only the challenger has {sorted(ours.keys() - theirs.keys())}, "
             f"only the champion has {sorted(theirs.keys() - ours.keys())}; evaluate both on the same suite"
         )
-    return {
-        name: pair_scores(*pair_items(ours[name], theirs[name]), strata=[task for task, _ in sorted(ours[name].items)])
-        for name in sorted(ours)
-    }
+    return {name: Pairs(*pair_items(ours[name], theirs[name]), theirs[name].strata) for name in sorted(ours)}
 
 
 def _pair_heldout(challenger: Evidence, champion: Evidence, *, prompts: Mapping[str, str] | None) -> Heldout:
@@ -326,7 +324,7 @@ def _split_items(
         return dict(pairs), {}
     deciding, apart = {}, {}
     for result in results:
-        chosen_N = _choose_audit(["\x1f".join(key) for key in sorted(result.items)], share=share)
+        chosen_N = _choose_audit(["\x1f".join(key) for key in result.keys], share=share)
         _require_both(result.benchmark, chosen_N, share=share)
         deciding[result.benchmark] = pairs[result.benchmark].choose(~chosen_N)
         apart[result.benchmark] = pairs[result.benchmark].choose(chosen_N)

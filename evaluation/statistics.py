@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 PLANNED_POWER = 0.8  # of every printed detectable effect and every printed number of items
 LIMIT_TOLERANCE = 1e-12  # of the ends of an interval, in score
@@ -30,7 +30,17 @@ class MeanTest:
     p_value: float
 
 
-def score_statistic(won: int, lost: int, *, n: int, difference: float) -> float:
+def normal_quantile(p: float) -> float:
+    """Return what a standard normal variable stays below with probability p."""
+    return float(special.ndtri(p))
+
+
+def t_quantile(p: float, free: int) -> float:
+    """Return what Student's t on `free` degrees of freedom stays below with probability p."""
+    return float(special.stdtrit(free, p))
+
+
+def score_statistic(won: float, lost: float, *, n: int, difference: float) -> float:
     """Return Tango's score statistic against the hypothesis p(won) - p(lost) = `difference`, standard normal under it.
 
     The variance takes the likelihood's best p(lost) under the hypothesis, which is why it stays right at few items, at no
@@ -52,7 +62,7 @@ def score_statistic(won: int, lost: int, *, n: int, difference: float) -> float:
 def tango_interval(won: int, lost: int, *, n: int, confidence: float) -> tuple[float, float]:
     """Return the differences that the score test does not reject; finite at zero discordance: +- z^2 / (n + z^2)."""
     _check_counts(won, lost, n=n)
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = normal_quantile((1 + confidence) / 2)
     observed = (won - lost) / n
 
     def end(sign: int) -> float:
@@ -75,8 +85,7 @@ def mcnemar_midp(won: int, lost: int) -> float:
     The two-sided value is 2 min(p, 1 - p). Source: Fagerland, Lydersen, Laake, BMC Med. Res. Methodol. 13 (2013) 91.
     """
     _check_counts(won, lost, n=max(won + lost, 1))
-    binomial = stats.binom(won + lost, 0.5)
-    return float(binomial.sf(won) + binomial.pmf(won) / 2)
+    return float(stats.binom.sf(won, won + lost, 0.5) + stats.binom.pmf(won, won + lost, 0.5) / 2)
 
 
 def paired_t(differences: ArrayLike, *, alpha: float, minimum: float = 0.0) -> MeanTest:
@@ -93,8 +102,8 @@ def _test_mean(mean: float, sd: float, *, n: int, free: int, alpha: float, minim
     if sd <= 1e-12 * max(1.0, abs(mean)):  # rounding of equal numbers
         return MeanTest(n=n, mean=mean, sd=0.0, low=mean, high=mean, p_value=float(mean <= minimum))
     error = sd / math.sqrt(n)
-    reach = error * float(stats.t.ppf(1 - alpha, free))
-    p_value = float(stats.t.sf((mean - minimum) / error, free))
+    reach = error * t_quantile(1 - alpha, free)
+    p_value = float(special.stdtr(free, (minimum - mean) / error))
     return MeanTest(n=n, mean=mean, sd=sd, low=mean - reach, high=mean + reach, p_value=p_value)
 
 
@@ -165,7 +174,7 @@ def detectable_difference(n: int, *, discordance: float, alpha: float, power: fl
     _check_counts(0, 0, n=n)
     if not 0 < discordance <= 1:
         raise ValueError(f"minimum detectable effect: the discordance must be above 0 and at most 1; got {discordance}")
-    z_alpha, z_power = (float(stats.norm.ppf(p)) for p in (1 - alpha, power))
+    z_alpha, z_power = (normal_quantile(p) for p in (1 - alpha, power))
 
     def shortfall(difference: float) -> float:
         spread = math.sqrt(max(discordance - difference**2, 0.0))
@@ -183,7 +192,7 @@ def detectable_average(sizes: Sequence[int], *, discordances: Sequence[float], a
     """
     n_B, psi_B = np.asarray(sizes, dtype=np.float64), np.asarray(discordances, dtype=np.float64)
     assert n_B.shape == psi_B.shape and len(n_B) > 0, f"{n_B.shape} sizes and {psi_B.shape} discordances"
-    z_alpha, z_power = (float(stats.norm.ppf(p)) for p in (1 - alpha, PLANNED_POWER))
+    z_alpha, z_power = (normal_quantile(p) for p in (1 - alpha, PLANNED_POWER))
 
     def shortfall(difference: float) -> float:
         spread = math.sqrt(float((np.maximum(psi_B - difference**2, 0.0) / n_B).sum()))
@@ -280,12 +289,31 @@ def detectable_mean(n: int, *, sd: float, alpha: float, power: float = PLANNED_P
 
 @cache
 def _detectable_shift(n: int, *, alpha: float, power: float) -> float:
-    critical = float(stats.t.ppf(1 - alpha, n - 1))
+    critical = t_quantile(1 - alpha, n - 1)
 
     def shortfall(shift: float) -> float:
         return float(stats.nct.sf(critical, n - 1, shift)) - power
 
     return float(optimize.brentq(shortfall, 0.0, critical + 40.0))
+
+
+def passing_power(n: int, *, discordance: float, margin: float, alpha: float) -> float:
+    """Return how likely two equal models pass the score test against a margin: the normal approximation around the statistic
+    and its variance at the expected counts."""
+    half = n * discordance / 2
+    statistic = score_statistic(half, half, n=n, difference=-margin)
+    fitted = n * (margin / statistic) ** 2  # the variance of one difference that the test reckons with
+    return float(
+        special.ndtr((margin * math.sqrt(n) - normal_quantile(1 - alpha) * math.sqrt(fitted)) / math.sqrt(discordance))
+    )
+
+
+def round_up(value: float, *, digits: int = 2) -> float:
+    """Return a value rounded up to so many significant digits, as an effect is printed that should be enough."""
+    if value <= 0:
+        return value
+    places = digits - 1 - math.floor(math.log10(value))
+    return round(math.ceil(round(value * 10**places, 9)) / 10**places, max(places, 0))
 
 
 def items_to_decide(statistic: float, *, n: int, alpha: float, power: float = PLANNED_POWER) -> int | None:
@@ -295,11 +323,11 @@ def items_to_decide(statistic: float, *, n: int, alpha: float, power: float = PL
     """
     if abs(statistic) < 1e-9:
         return None
-    needed = float(stats.norm.ppf(1 - alpha) + stats.norm.ppf(power))
+    needed = normal_quantile(1 - alpha) + normal_quantile(power)
     return math.ceil(n * (needed / statistic) ** 2)
 
 
-def _check_counts(won: int, lost: int, *, n: int) -> None:
+def _check_counts(won: float, lost: float, *, n: int) -> None:
     if n < 1:
         raise ValueError(f"paired score: no items to compare; got n = {n}, expected at least 1")
     if won < 0 or lost < 0 or won + lost > n:

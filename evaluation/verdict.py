@@ -94,9 +94,13 @@ class TargetVerdict(Config):
     p_value: float  # one-sided, of a gain above min_gain
     p_adjusted: float  # by Holm, for any one of several targets; the same where one is named
     sd: float  # of the differences between prompts or items
+    discordance: float | None  # share of items on which the models differ; None where scores are not 0 or 1
     bootstrap_low: float
     bootstrap_high: float
     detectable_gain: float  # beyond min_gain, at this spread, with power 0.8
+    promotable_gain: float | None = (
+        None  # true gain at which this gate promotes with power 0.8 if no guard moves; None: at none
+    )
     more_to_decide: int | None  # prompts or items
     reason: str
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special
 
 from evaluation import explain, statistics
 from evaluation.policy import smallest_margin
@@ -31,6 +31,7 @@ BOOTSTRAP_SEED = 20_241_105  # fixed, so that equal inputs give the equal verdic
 TANGO = "Tango score interval"
 PAIRED_T = "paired t interval"
 STRATIFIED_T = "paired t interval within tasks"
+MCNEMAR, SCORE_TEST = "mid-p McNemar", "Tango score test"
 ITEMS, PROMPTS = "items", "prompts"
 Scores = NDArray[np.float64]
 
@@ -62,12 +63,9 @@ class Pairs:
         return Pairs(self.challenger_N[chosen_N], self.champion_N[chosen_N], kept)
 
 
-def pair_scores(challenger_N: Scores, champion_N: Scores, *, strata: Sequence[Any] | None = None) -> Pairs:
-    """Return scores as pairs; all of one stratum where none is named."""
-    codes: dict[Any, int] = {}
-    names = strata if strata is not None else [0] * len(challenger_N)
-    stratum_N = np.fromiter((codes.setdefault(name, len(codes)) for name in names), dtype=np.int64, count=len(names))
-    return Pairs(challenger_N, champion_N, stratum_N)
+def pair_scores(challenger_N: Scores, champion_N: Scores) -> Pairs:
+    """Return scores as pairs of one stratum."""
+    return Pairs(challenger_N, champion_N, np.zeros(len(challenger_N), dtype=np.int64))
 
 
 def compare_guard(
@@ -134,12 +132,13 @@ def compare_benchmark(name: str, pairs: Pairs, *, alpha: float, min_gain: float)
         raise ValueError(f"gate: {name} needs at least 2 items to be a target; got {len(gain_N)}")
     test = statistics.stratified_t(gain_N, pairs.stratum_N, alpha=alpha, minimum=min_gain)
     n, won, lost = pairs.counts()
-    if pairs.binary:
+    discordance = max(won + lost, 1) / n if pairs.binary else None
+    if discordance is not None:
         statistic = statistics.score_statistic(won, lost, n=n, difference=min_gain)
-        p_value = statistics.mcnemar_midp(won, lost) if min_gain == 0 else float(stats.norm.sf(statistic))
+        p_value = statistics.mcnemar_midp(won, lost) if min_gain == 0 else float(special.ndtr(-statistic))
         interval = statistics.tango_interval(won, lost, n=n, confidence=1 - 2 * alpha)
-        detectable = statistics.detectable_difference(n, discordance=max(won + lost, 1) / n, alpha=alpha)
-        method = "mid-p McNemar" if min_gain == 0 else "Tango score test"
+        detectable = statistics.detectable_difference(n, discordance=discordance, alpha=alpha)
+        method = MCNEMAR if min_gain == 0 else SCORE_TEST
     else:
         statistic = _standardise(test.mean - min_gain, test) if test.sd > 0 else 0.0
         p_value, interval, method = test.p_value, (test.low, test.high), STRATIFIED_T
@@ -147,13 +146,14 @@ def compare_benchmark(name: str, pairs: Pairs, *, alpha: float, min_gain: float)
     return _describe_target(
         name, test, gain_N, levels=(float(pairs.challenger_N.mean()), float(pairs.champion_N.mean())), alpha=alpha,
         min_gain=min_gain, unit=ITEMS, method=method, interval=interval, p_value=p_value, statistic=statistic,
-        detectable=detectable,
+        detectable=detectable, discordance=discordance,
     )  # fmt: skip
 
 
 def _describe_target(
     name: str, test: statistics.MeanTest, gain_N: Scores, *, levels: tuple[float, float], alpha: float, min_gain: float,
     unit: str, method: str, interval: tuple[float, float], p_value: float, statistic: float, detectable: float,
+    discordance: float | None = None,
 ) -> TargetVerdict:  # fmt: skip
     confidence = 1 - 2 * alpha
     low, high = statistics.bootstrap_interval(gain_N, np.arange(test.n), confidence=confidence, seed=BOOTSTRAP_SEED)
@@ -176,6 +176,7 @@ def _describe_target(
         p_value=p_value,
         p_adjusted=p_value,
         sd=test.sd,
+        discordance=discordance,
         bootstrap_low=low,
         bootstrap_high=high,
         detectable_gain=detectable,
@@ -197,16 +198,50 @@ def adjust_targets(targets: Sequence[TargetVerdict], *, alpha: float) -> tuple[T
     return tuple(adjusted)
 
 
+def find_promotable_gain(n: int, *, sd: float, discordance: float | None, passing: float, alpha: float) -> float | None:
+    """Return the true gain, rounded up to two digits, at which the target and the guards together promote with power 0.8.
+
+    `passing` is how likely the guards pass when no score of theirs changes. `discordance` is of a target whose scores are 0 or 1,
+    and `sd` of any other. None where the guards alone pass more seldom than that.
+    """
+    power = statistics.PLANNED_POWER / passing
+    if power >= 1 - 1e-6 or n < 2 or sd == 0:
+        return None
+    if discordance is not None:
+        gain = statistics.detectable_difference(n, discordance=discordance, alpha=alpha, power=power)
+    else:
+        gain = statistics.detectable_mean(n, sd=sd, alpha=alpha, power=power)
+    return statistics.round_up(gain)
+
+
+def chance_to_pass(guard: GuardVerdict, *, alpha: float) -> float:
+    """Return how likely equal models pass a guard of this size, discordance and margin."""
+    discordance = max(guard.discordance, 1 / guard.n)
+    return statistics.passing_power(guard.n, discordance=discordance, margin=guard.margin, alpha=alpha)
+
+
+def add_promotable_gain(
+    target: TargetVerdict, guards: Sequence[GuardVerdict], *, targets: int, alpha: float
+) -> TargetVerdict:
+    """Return a target with the gain that this gate would promote; of several targets each with its share of alpha."""
+    passing = math.prod(chance_to_pass(guard, alpha=alpha) for guard in guards)
+    gain = find_promotable_gain(
+        target.n, sd=target.sd, discordance=target.discordance, passing=passing, alpha=alpha / targets
+    )
+    changed = target.model_copy(update={"promotable_gain": None if gain is None else target.min_gain + gain})
+    return changed.model_copy(update={"reason": explain.explain_target(changed)})
+
+
 def compare_floor(name: str, level_N: Scores, *, floor: float, unit: str, alpha: float) -> FloorVerdict:
     """Test the challenger's own level over items or prompts (n,) against a floor: Wilson's score test where each is 0 or 1."""
     n, confidence = len(level_N), 1 - 2 * alpha
     if unit == ITEMS and np.isin(level_N, (0, 1)).all():
         statistic = statistics.level_test(float(level_N.sum()), n=n, level=floor)
-        critical = float(stats.norm.ppf(1 - alpha))
+        critical = statistics.normal_quantile(1 - alpha)
         low, high = statistics.wilson_interval(int(level_N.sum()), n=n, confidence=confidence)
     else:
         test = statistics.paired_t(level_N, alpha=alpha)
-        statistic, critical = _standardise(test.mean - floor, test), float(stats.t.ppf(1 - alpha, n - 1))
+        statistic, critical = _standardise(test.mean - floor, test), statistics.t_quantile(1 - alpha, n - 1)
         low, high = test.low, test.high
     state = _state_of(statistic, critical)
     more = statistics.items_to_decide(statistic, n=n, alpha=alpha) if state is BoundState.undecided else None
@@ -225,7 +260,7 @@ def compare_growth(
     A paired t test of challenger - (1 + bound) champion, whose mean is below 0 exactly when the growth is below the bound.
     """
     test = statistics.paired_t(challenger_N - (1 + bound) * champion_N, alpha=alpha)
-    statistic, critical = _standardise(-test.mean, test), float(stats.t.ppf(1 - alpha, test.n - 1))
+    statistic, critical = _standardise(-test.mean, test), statistics.t_quantile(1 - alpha, test.n - 1)
     state = BoundState.kept if test.sd == 0 and test.mean == 0 else _state_of(statistic, critical)
     more = statistics.items_to_decide(statistic, n=test.n, alpha=alpha) if state is BoundState.undecided else None
     champion, challenger = float(champion_N.mean()), float(challenger_N.mean())
@@ -314,7 +349,7 @@ def _test_binary(won: int, lost: int, *, n: int, margin: float, alpha: float) ->
     discordance = max(won + lost, 1) / n  # none seen is not none: plan with one
     return {
         "statistic": statistics.score_statistic(won, lost, n=n, difference=-margin),
-        "critical": float(stats.norm.ppf(1 - alpha)),
+        "critical": statistics.normal_quantile(1 - alpha),
         "low": low,
         "high": high,
         "method": TANGO,
@@ -328,7 +363,7 @@ def _test_continuous(test: statistics.MeanTest, *, strata: int, margin: float, a
     free = test.n - strata if 1 < strata < test.n else test.n - 1
     return {
         "statistic": _standardise(test.mean + margin, test),
-        "critical": float(stats.t.ppf(1 - alpha, free)),
+        "critical": statistics.t_quantile(1 - alpha, free),
         "low": test.low,
         "high": test.high,
         "method": STRATIFIED_T if strata > 1 else PAIRED_T,

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from evaluation import statistics
 from evaluation.config import BenchmarkConfig, GatePolicy, SuiteConfig
@@ -16,7 +17,7 @@ from evaluation.gate import Evidence, decide, measure_noise, write_verdict
 from evaluation.policy import check_names, count_items, flag_policy
 from evaluation.result import BenchmarkResult, ScoreRow, diff_fields, read_result
 from evaluation.verdict import BoundState, Decision, GuardState, Verdict, check_seal, compute_seal, read_verdict
-from evaluation.weigh import compare_guard, pair_scores
+from evaluation.weigh import Pairs, compare_guard, pair_scores
 from flows.recipes import read_recipe
 
 PROFILE: dict[str, Any] = {
@@ -324,12 +325,22 @@ def test_any_of_several_targets_is_adjusted_by_holm() -> None:
     assert {target.reason for target in weaker.targets} <= set(weaker.reasons)
 
 
+def test_the_gain_that_would_be_promoted_reckons_with_the_guards() -> None:
+    guard = flip(1000, right=500, won=50, lost=50)
+    tight, wide, hopeless = (judge(guard, margin=margin).targets[0] for margin in (0.029, 0.2, 0.01))
+    assert wide.promotable_gain == statistics.round_up(wide.detectable_gain)  # the guard passes in all but every run
+    assert tight.promotable_gain is not None and wide.promotable_gain is not None
+    assert tight.promotable_gain > wide.promotable_gain
+    assert f"a true gain of {tight.promotable_gain:.4g} would be promoted 4 times in 5" in tight.reason
+    assert hopeless.promotable_gain is None  # equal models pass this guard less often than 4 times in 5
+
+
 def test_a_target_with_a_least_gain_takes_the_score_test() -> None:
     guard = flip(1000, right=500, won=120, lost=40)  # +8 points
     reached, missed = (judge(guard, policy={"targets": {"mmlu": gain}}).targets[0] for gain in (0.05, 0.07))
     assert reached.method == "Tango score test" and reached.superior and not missed.superior
     z = statistics.score_statistic(120, 40, n=1000, difference=0.05)
-    assert statistics.stats.norm.sf(z) == pytest.approx(reached.p_value)
+    assert stats.norm.sf(z) == pytest.approx(reached.p_value)
 
 
 @pytest.mark.parametrize(
@@ -489,7 +500,7 @@ def test_the_mean_is_of_the_four_in_full_and_of_nothing_less() -> None:
 def test_tasks_of_a_benchmark_are_its_strata() -> None:
     challenger, champion = flip(300, right=150, won=15, lost=15)
     names = [("anatomy", "law", "virology")[i % 3] for i in range(300)]
-    pairs = pair_scores(np.array(challenger), np.array(champion), strata=names)
+    pairs = Pairs(np.array(challenger), np.array(champion), np.unique(names, return_inverse=True)[1])
     guard = compare_guard("mmlu", pairs, margin=0.05, alpha=0.05)
     within = statistics.stratified_t(np.array(challenger) - np.array(champion), names, alpha=0.05)
     assert guard.strata == 3 and (guard.stratified_low, guard.stratified_high) == (within.low, within.high)

@@ -300,6 +300,17 @@ def test_smallest_margin_is_the_published_factor() -> None:
     assert smallest_margin(164, discordance=0.1, alpha=0.05) == pytest.approx(3.29 * math.sqrt(0.1 / 164), rel=1e-3)
 
 
+@pytest.mark.parametrize(("n", "margin", "discordance"), [(164, 0.09, 0.1), (400, 0.05, 0.1), (100, 0.1, 0.05)])
+def test_passing_power_is_that_of_all_outcomes_or_a_little_less(n: int, margin: float, discordance: float) -> None:
+    exact = passing_rate(n, margin=margin, difference=0.0, discordance=discordance)
+    said = statistics.passing_power(n, discordance=discordance, margin=margin, alpha=0.05)
+    assert exact - 0.015 < said <= exact
+
+
+def test_effects_are_rounded_up_so_that_what_is_printed_is_enough() -> None:
+    assert [statistics.round_up(x) for x in (0.1763, 0.0607, 0.18, 1.0, 123.4)] == [0.18, 0.061, 0.18, 1.0, 130.0]
+
+
 def test_items_to_decide_do_decide() -> None:
     won, lost, n, margin = 3, 5, 100, 0.05
     z = statistics.score_statistic(won, lost, n=n, difference=-margin)
