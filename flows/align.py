@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.logging import get_run_logger
 
 from evaluation.config import GateConfig, SuiteConfig
 from evaluation.mirror import missing_data
+from evaluation.policy import flag_policy
 from flows.config import AlignConfig, TrainedReward
 from infra.registry import read_champion
 from infra.settings import Settings, read_settings
@@ -130,6 +132,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
     Returns the verdict, every step with its fingerprint, and links. A rerun goes on where the last one ended.
     """
     settings = read_settings()
+    for flag in flag_policy(config.gate, config.suite):
+        get_run_logger().warning("gate: %s", flag)
     plan = plan_align(config, store=open_store(settings), settings=settings)
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
         files = run.step(plan.mirror)
