@@ -12,6 +12,7 @@ from prefect.logging import get_run_logger
 from evaluation.config import GateConfig, SuiteConfig
 from evaluation.mirror import missing_data
 from evaluation.policy import flag_policy
+from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
 from infra.registry import read_champion
 from infra.settings import Settings, read_settings
@@ -22,11 +23,11 @@ from tasks.gate import CHALLENGER, CHAMPION, gate
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.promote import promote
-from tasks.report import ReportConfig, publish, report
+from tasks.report import ReportConfig, publish, report, report_url
 from tasks.reward_model import reward_model
 from tasks.score import score_cross, score_reference, score_rewards
 from tasks.sources import resolve_source
-from tasks.step import Given, Planned, Source, Step
+from tasks.step import ArtifactRef, Given, Planned, Source, Step
 from tasks.train import train
 from training.config import Config, CrossScoreConfig, StoredColumn
 
@@ -143,8 +144,23 @@ def align(config: AlignConfig) -> dict[str, Any]:
         challenger = run.step(plan.challenger)
         run.steps(*plan.answers.values(), *plan.judged.values())
         verdict = run.step(plan.gate)
-        promoted = promote(run, model=config.model_name, challenger=challenger, over=plan.over, verdict=verdict)
-        return publish(run, run.step(plan.report), verdict=verdict, promoted=promoted)
+        page = run.step(plan.report)
+        refused = ask_person(config, run, page=page, verdict=verdict)
+        promoted = refused or promote(
+            run, model=config.model_name, challenger=challenger, over=plan.over, verdict=verdict
+        )
+        return publish(run, page, verdict=verdict, promoted=promoted)
+
+
+def ask_person(config: AlignConfig, run: Execution, *, page: ArtifactRef, verdict: ArtifactRef) -> str:
+    """Ask for approval where the config wants it and the gate says PROMOTE; return '' for a yes, else one sentence."""
+    summary = verdict.record.summary
+    if not config.approval or summary["verdict"] != "PROMOTE":
+        return ""
+    approval = ask_approval(
+        model=config.model_name, reasons=summary["reasons"], report=report_url(run, page), page=run.prefect_url
+    )
+    return "" if approval.promote else describe_refusal(approval, model=config.model_name)
 
 
 def check_benchmarks(suite: SuiteConfig, *, source: str, folder: Path) -> None:

@@ -91,6 +91,11 @@ class AlignConfig(Config):
         title="Champion",
         description="base: the policy as given. current: the promoted model, the base while there is none. Or STEP/FINGERPRINT.",
     )
+    approval: bool = Field(
+        False,
+        title="Approval",
+        description="Before a promotion the run pauses on Prefect's page, with the report, until a person says yes or no.",
+    )
     runtime: Runtime = Field(
         Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
     )

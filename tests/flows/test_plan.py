@@ -55,7 +55,13 @@ def test_the_gates_margins_change_the_verdict_alone(settings: Settings) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["runtime.device=cpu", "runtime.microbatch_tokens=64", "runtime.threads=2", "runtime.checkpoint_every_steps=7"],
+    [
+        "approval=true",
+        "runtime.device=cpu",
+        "runtime.microbatch_tokens=64",
+        "runtime.threads=2",
+        "runtime.checkpoint_every_steps=7",
+    ],
 )
 def test_runtime_is_no_identity(settings: Settings, change: str) -> None:
     assert changed(smoke(), settings, change) == set()
