@@ -19,7 +19,7 @@ from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
 from tasks.evaluate import MirrorConfig, evaluate, mirror
 from tasks.execute import Execution
-from tasks.gate import CHALLENGER, CHAMPION, gate
+from tasks.gate import CHALLENGER, CHAMPION, gate, plan_look, spend_look
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.promote import promote
@@ -95,6 +95,7 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
     verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
+    verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     page = plan(report, ReportConfig(recipe=config.name), shown)
@@ -143,6 +144,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
         run.steps(*plan.answers.values(), *plan.judged.values())
+        spend_look(plan.gate, store=run.store, model=config.model_name)
         verdict = run.step(plan.gate)
         page = run.step(plan.report)
         refused = ask_person(config, run, page=page, verdict=verdict)

@@ -3,13 +3,16 @@
 import filecmp
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
 from evaluation.config import GateConfig
-from tasks.step import Attempt, Metrics, step
+from infra import looks
+from infra.store import Store
+from tasks.step import Attempt, Metrics, Planned, step
 from training.job import write_json
 
 if TYPE_CHECKING:
@@ -43,6 +46,26 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
     write_json(attempt.output / "summary.json", summary)
     gains = {f"gate/{target.name}_gain": target.gain for target in verdict.targets}
     return {"gate/promote": float(verdict.decision == "PROMOTE")} | gains
+
+
+def plan_look(planned: Planned, *, store: Store, model: str) -> Planned:
+    """Return the gate step as the look that it is of this year; as it was where the policy plans no looks. Reads the store alone."""
+    config = planned.config
+    assert isinstance(config, GateConfig)
+    if config.policy.planned_looks is None:
+        return planned
+    before = looks.count_before(store, model=model, evidence=planned.fingerprint, year=looks.this_year())
+    return replace(planned, config=config.model_copy(update={"looks_spent": before}))
+
+
+def spend_look(planned: Planned, *, store: Store, model: str) -> None:
+    """Put a planned look into the year's list before it is taken; one for which nothing is left of the year is not taken at all."""
+    config = planned.config
+    assert isinstance(config, GateConfig)
+    if config.policy.planned_looks is None or config.looks_spent >= config.policy.planned_looks:
+        return
+    evidence = replace(planned, config=config.model_copy(update={"looks_spent": 0})).fingerprint
+    looks.spend(store, model=model, evidence=evidence, before=config.looks_spent, year=looks.this_year())
 
 
 def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
