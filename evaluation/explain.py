@@ -57,7 +57,9 @@ def explain_floor(floor: FloorVerdict) -> str:
 
 def explain_growth(growth: GrowthVerdict) -> str:
     """Return the reason of a bound on length or cost."""
-    numbers = f"{growth.champion:.4g} → {growth.challenger:.4g} {growth.unit} over {growth.n} prompts, {100 * growth.growth:+.1f} %"
+    numbers = (
+        f"{growth.champion:.4g} → {growth.challenger:.4g} {growth.unit} over {growth.n} prompts, {show_growth(growth)}"
+    )
     bound = f"{100 * growth.bound:g} %"
     if growth.state is BoundState.kept:
         said = f"{growth.name}: shown to grow by less than {bound}: {numbers}"
@@ -73,6 +75,11 @@ def explain_growth(growth: GrowthVerdict) -> str:
     if growth.holds:
         return f"{said}; the reward's gain at equal length is shown all the same: {interval}"
     return f"{said}, and at equal length no gain of the reward is shown: {interval}; longer answers may be all that was learnt"
+
+
+def show_growth(growth: GrowthVerdict) -> str:
+    """Return a growth in percent."""
+    return "the champion's are all empty" if growth.growth is None else f"{100 * growth.growth:+.1f} %"
 
 
 def would_decide(more: int | None, unit: str, verb: str) -> str:

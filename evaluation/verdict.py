@@ -131,7 +131,7 @@ class GrowthVerdict(Config):
     champion: float  # mean
     challenger: float
     bound: float
-    growth: float  # challenger / champion - 1
+    growth: float | None  # challenger / champion - 1; None where the champion's answers are all empty
     low: float  # of the interval of the mean of challenger - (1 + bound) champion: below 0 the bound is shown to hold
     high: float
     confidence: float

@@ -264,13 +264,9 @@ def compare_growth(
     state = BoundState.kept if test.sd == 0 and test.mean == 0 else _state_of(statistic, critical)
     more = statistics.items_to_decide(statistic, n=test.n, alpha=alpha) if state is BoundState.undecided else None
     champion, challenger = float(champion_N.mean()), float(challenger_N.mean())
-    if champion <= 0:
-        raise ValueError(
-            f"gate: {name}: the champion's answers are all empty, so no growth can be told; look at its samples"
-        )
     verdict = GrowthVerdict(
         name=name, state=state, unit=unit, n=test.n, champion=champion, challenger=challenger, bound=bound,
-        growth=challenger / champion - 1, low=test.low, high=test.high, confidence=1 - 2 * alpha, more_to_decide=more,
+        growth=challenger / champion - 1 if champion > 0 else None, low=test.low, high=test.high, confidence=1 - 2 * alpha, more_to_decide=more,
         holds=state is BoundState.kept, reason="",
     )  # fmt: skip
     return verdict.model_copy(update={"reason": explain.explain_growth(verdict)})

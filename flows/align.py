@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from evaluation.config import GateConfig, SuiteConfig
+from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
 from evaluation.mirror import missing_data
 from evaluation.policy import flag_policy
 from flows.approval import ask_approval, describe_refusal
@@ -19,7 +19,7 @@ from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
 from tasks.evaluate import MirrorConfig, evaluate, mirror
 from tasks.execute import Execution
-from tasks.gate import CHALLENGER, CHAMPION, gate, plan_look, spend_look
+from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, plan_look, spend_look
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.promote import promote
@@ -92,6 +92,10 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         for benchmark in config.suite.benchmarks:
             inputs = {"model": model, "mirror": files}
             judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
+    for number, benchmark in vary_seeds(config.suite, seeds=config.noise_seeds):
+        label = f"{benchmark.name} {benchmark.seed} {NOISE}"
+        inputs = {"model": champion, "mirror": files}
+        judged[f"{NOISE}_{number}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=label)
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
     verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
@@ -100,6 +104,14 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     page = plan(report, ReportConfig(recipe=config.name), shown)
     return AlignPlan(rows, scorer, columns, challenger, champion, over, files, answers, judged, verdict, page)
+
+
+def vary_seeds(suite: SuiteConfig, *, seeds: int) -> Iterator[tuple[int, BenchmarkConfig]]:
+    """Yield (number, benchmark) of each benchmark with drawn worked examples under other seeds."""
+    for benchmark in suite.benchmarks:
+        for number in range(1, seeds + 1) if benchmark.num_fewshot else ():
+            other = benchmark.model_dump() | {"seed": benchmark.seed + number}
+            yield number, BenchmarkConfig.model_validate(other)
 
 
 def cross_config(config: AlignConfig) -> CrossScoreConfig:

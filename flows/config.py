@@ -91,6 +91,13 @@ class AlignConfig(Config):
         title="Champion",
         description="base: the policy as given. current: the promoted model, the base while there is none. Or STEP/FINGERPRINT.",
     )
+    noise_seeds: int = Field(
+        0,
+        ge=0,
+        le=10,
+        title="Noise floor",
+        description="How many more few-shot seeds the champion is measured with, from 0 to 10: how far a score moves when no model does. Only where worked examples are drawn.",
+    )
     approval: bool = Field(
         False,
         title="Approval",

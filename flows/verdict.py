@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.explain import show_p, show_share
+from evaluation.explain import show_growth, show_p, show_share
 from evaluation.verdict import Verdict, check_seal, read_verdict
 from infra.records import Record
 from infra.settings import Settings
@@ -134,7 +134,7 @@ def lay_out(verdict: Verdict) -> Iterator[tuple[str, ...]]:
     for growth in verdict.growths:
         yield (
             f"growth of {growth.name}", growth.state.value, "paired t, beyond the bound", f"{growth.n}",
-            f"{growth.champion:.4g} → {growth.challenger:.4g}", f"{100 * growth.growth:+.1f} %",
+            f"{growth.champion:.4g} → {growth.challenger:.4g}", show_growth(growth),
             f"[{growth.low:+.4g}, {growth.high:+.4g}] {show_share(growth.confidence)}",
             f"{100 * growth.bound:g} %", "", show_count(growth.more_to_decide, "prompts"),
         )  # fmt: skip

@@ -190,7 +190,7 @@ class Execution:
         What cached steps have to say goes in one request, since there may be nothing else to wait for.
         """
         whose = planned.label.rpartition(" ")[2]  # the challenger's figures, the ones to compare, go without
-        prefix = f"{whose}/" if whose in {"champion", "preferences"} else ""
+        prefix = f"{whose}/" if whose in {"champion", "noise", "preferences"} else ""
         metrics = {f"{prefix}{name}": value for name, value in ref.record.summary["metrics"].items()}
         metrics[f"cost/{planned.key}_seconds"] = ref.record.cost["wall_seconds"]
         self._shown |= metrics

@@ -17,16 +17,19 @@ from training.job import write_json
 
 if TYPE_CHECKING:
     from evaluation.gate import Evidence
+    from evaluation.result import BenchmarkResult
+    from evaluation.verdict import Noise
 
-CHALLENGER, CHAMPION = "challenger", "champion"
+CHALLENGER, CHAMPION, NOISE = "challenger", "champion", "noise"
 WEIGHED = ("scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet")
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @step(version=2)
 def gate(config: GateConfig, attempt: Attempt) -> Metrics:
-    """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), and for both of them
-    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`."""
+    """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), for both of them
+    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, and the champion under other few-shot seeds as
+    `noise_<number>_eval_<benchmark>`."""
     from evaluation.gate import (
         decide,
         write_verdict,
@@ -38,6 +41,7 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
         challenger=read_evidence(inputs, CHALLENGER),
         champion=read_evidence(inputs, CHAMPION),
         same_model=same_weights(inputs[CHALLENGER], inputs[CHAMPION]),
+        noise=read_noise(inputs),
         looks_spent=config.looks_spent,
         inputs=digest_inputs(attempt),
     )
@@ -79,6 +83,20 @@ def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
         lengths=read_lengths(inputs[f"{who}_answers"]),
         weight_bytes=sum(path.stat().st_size for kind in WEIGHTS for path in inputs[who].glob(kind)),
     )
+
+
+def read_noise(inputs: Mapping[str, Path]) -> "dict[str, Noise]":
+    """Return the noise floor of each benchmark that was measured under several few-shot seeds."""
+    from evaluation.gate import measure_noise
+    from evaluation.result import read_result
+
+    runs: dict[str, list[BenchmarkResult]] = {}
+    for name in sorted(inputs):
+        kind, _, benchmark = name.partition("_eval_")
+        if kind.startswith(f"{NOISE}_"):
+            runs.setdefault(benchmark, [read_result(inputs[f"{CHAMPION}_eval_{benchmark}"])])
+            runs[benchmark].append(read_result(inputs[name]))
+    return {name: measure_noise(found, varied=("few-shot seed",)) for name, found in runs.items()}
 
 
 def digest_inputs(attempt: Attempt) -> dict[str, str]:

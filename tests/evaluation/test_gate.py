@@ -401,6 +401,15 @@ def test_a_gain_that_only_length_bought_is_held() -> None:
     assert short.growths[0].state is BoundState.kept and short.decision is Decision.promote
 
 
+@pytest.mark.parametrize(("after", "state"), [(0.0, BoundState.kept), (9.0, BoundState.broken)])
+def test_a_champion_that_answers_nothing_is_no_error_and_no_growth(after: float, state: BoundState) -> None:
+    ours, theirs = rewards(0.5)
+    lengths = dict.fromkeys(ours, after), dict.fromkeys(theirs, 0.0)
+    (length,) = weigh(GatePolicy(margins={}), rewards_challenger=ours, rewards_champion=theirs, lengths=lengths).growths
+    assert (length.state, length.growth) == (state, None)
+    assert "the champion's are all empty" in length.reason
+
+
 def test_cost_is_bounded_by_weights_times_characters() -> None:
     ours, theirs = rewards(0.5)
     lengths = {row: 80.0 + i % 9 for i, row in enumerate(ours)}

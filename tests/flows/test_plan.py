@@ -167,6 +167,16 @@ def test_a_gate_that_names_what_the_suite_does_not_run_is_refused_when_it_is_loa
         override(smoke(), ['gate.margins={"mmlu": 0.1}', 'gate.targets={"gsm8k": 0}'])
 
 
+def test_the_noise_floor_is_the_champion_under_other_seeds_where_examples_are_drawn(settings: Settings) -> None:
+    plan = fingerprints(override(smoke(), ["noise_seeds=2"]), settings)
+    new = plan.keys() - fingerprints(smoke(), settings).keys()
+    assert new == {
+        "evaluate · gsm8k_part 1235 noise",
+        "evaluate · gsm8k_part 1236 noise",
+    }  # MMLU is asked without examples
+    assert list(plan)[-2:] == ["gate", "report"]
+
+
 @pytest.mark.parametrize("reference", ["absent/folder", "demo:absent", "hub:org/name@main", "hub:org/name"])
 def test_a_source_that_is_not_there_is_refused_when_the_plan_is_made(settings: Settings, reference: str) -> None:
     with pytest.raises(ValueError, match=r"expected a path, demo:|expected a commit of 40 hex digits"):
