@@ -148,6 +148,30 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     }
 
 
+def test_shows_what_else_the_policy_asks(tmp_path: Path) -> None:
+    asked = {
+        "floors": {"mmlu": 0.2}, "targets": {"heldout_reward": 0.0, "bbh": 0.0}, "audit_share": 0.2, "planned_looks": 4,
+    }  # fmt: skip
+    verdict = make_verdict(np.random.default_rng(0).normal(0.4, 1.0, 80), **asked)
+    page = Page(render_report(make_report(tmp_path, verdict=verdict)))
+    for part in (*verdict.targets, *verdict.floors, *verdict.growths):
+        assert part.reason in page.text
+    assert "the year's 0.05 over 4 planned looks, of which 0 were spent before" in page.text
+    assert (
+        "Audit split, which decides nothing" in page.text
+        and page.text.count("intervals meet") == len(verdict.audit) == 3
+    )
+    assert f"Seal {verdict.seal} over the verdict" in page.text
+    assert f"a true gain of {verdict.targets[0].promotable_gain:g} would be promoted 4 times in 5" in page.text
+
+
+def test_a_policy_without_the_reward_as_target_says_so(tmp_path: Path) -> None:
+    verdict = make_verdict(np.random.default_rng(0).normal(0.4, 1.0, 80), targets={"bbh": 0.0})
+    page = Page(render_report(make_report(tmp_path, verdict=verdict)))
+    assert "The held-out reward is no target of this policy." in page.text and "gains" not in page.charts
+    assert verdict.targets[0].reason in page.text
+
+
 def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:
     for name, figure in page.charts.items():
         assert go.Figure(figure).data, name  # validates every property
