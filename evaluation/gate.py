@@ -138,11 +138,13 @@ def conclude(
     bad += [floor.reason for floor in floors if floor.state is BoundState.broken]
     if bad:
         return Decision.reject, tuple(bad)
-    shown = [target.reason for target in targets if target.superior]
+    bought = [growth.reason for growth in growths if growth.name == weigh.LENGTH and not growth.holds]
+    counts = [target for target in targets if not (bought and target.name == HELDOUT_REWARD)]
+    shown = [target.reason for target in counts if target.superior]
     open_ends = [guard.reason for guard in guards if guard.state is GuardState.undecided]
     open_ends += [floor.reason for floor in floors if floor.state is BoundState.undecided]
-    open_ends += [] if shown else [target.reason for target in targets]
-    open_ends += [growth.reason for growth in growths if not growth.holds]
+    open_ends += [] if shown else [*(target.reason for target in targets if not target.superior), *bought]
+    open_ends += [growth.reason for growth in growths if growth.name == weigh.COST and not growth.holds]
     if open_ends:
         return Decision.hold, tuple(open_ends)
     kept = [guard.reason for guard in guards] + [floor.reason for floor in floors]
@@ -385,7 +387,7 @@ def _compare_growths(
         return ()
     if policy.max_length_growth is not None and HELDOUT_REWARD in policy.targets:
         growth = weigh.compare_growth(
-            "length", lengths.challenger_N, lengths.champion_N,
+            weigh.LENGTH, lengths.challenger_N, lengths.champion_N,
             bound=policy.max_length_growth, unit="characters", alpha=alpha,
         )  # fmt: skip
         gain_N = heldout.rewards.challenger_N - heldout.rewards.champion_N
@@ -395,7 +397,7 @@ def _compare_growths(
     if policy.max_cost_growth is not None:
         ours, theirs = challenger.weight_bytes / GIGABYTE, champion.weight_bytes / GIGABYTE
         cost = weigh.compare_growth(
-            "cost", lengths.challenger_N * ours, lengths.champion_N * theirs,
+            weigh.COST, lengths.challenger_N * ours, lengths.champion_N * theirs,
             bound=policy.max_cost_growth, unit="GB of weights x characters", alpha=alpha,
         )  # fmt: skip
         found.append(cost)

@@ -38,9 +38,10 @@ def flag_policy(policy: GatePolicy, suite: SuiteConfig) -> list[str]:
     """Return what is wrong with a policy that can be used all the same: margins that would hold back equal models."""
     flags = []
     for benchmark in suite.benchmarks:
-        n = count_items(benchmark)
-        if benchmark.name not in policy.margins or n is None:
+        items = count_items(benchmark)
+        if benchmark.name not in policy.margins or items is None:
             continue
+        n = max(1, round(items * (1 - policy.audit_share)))
         margin, psi = policy.margins[benchmark.name], policy.planned_discordance
         least = smallest_margin(n, discordance=psi, alpha=policy.alpha_of_a_look)
         if margin < least:

@@ -33,6 +33,7 @@ PAIRED_T = "paired t interval"
 STRATIFIED_T = "paired t interval within tasks"
 MCNEMAR, SCORE_TEST = "mid-p McNemar", "Tango score test"
 ITEMS, PROMPTS = "items", "prompts"
+LENGTH, COST = "length", "cost"
 Scores = NDArray[np.float64]
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from evaluation import statistics
 from evaluation.config import BenchmarkConfig, GatePolicy, SuiteConfig
-from evaluation.gate import Evidence, decide, measure_noise, write_verdict
+from evaluation.gate import Evidence, conclude, decide, measure_noise, write_verdict
 from evaluation.policy import check_names, count_items, flag_policy
 from evaluation.result import BenchmarkResult, ScoreRow, diff_fields, read_result
 from evaluation.verdict import BoundState, Decision, GuardState, Verdict, check_seal, compute_seal, read_verdict
@@ -401,6 +401,27 @@ def test_a_gain_that_only_length_bought_is_held() -> None:
     assert short.growths[0].state is BoundState.kept and short.decision is Decision.promote
 
 
+def test_a_gain_that_length_bought_stops_no_promotion_by_another_target() -> None:
+    challenger, champion = flip(1000, right=500, won=120, lost=40)
+    long = {f"{i:032x}": 200.0 + i % 7 for i in range(60)}, {f"{i:032x}": 80.0 + i % 5 for i in range(60)}
+    verdicts = [
+        judge((challenger, champion), policy={"targets": targets}, lengths=long)
+        for targets in ({"heldout_reward": 0.0}, {"heldout_reward": 0.0, "mmlu": 0.0})
+    ]
+    bought = [conclude_as_bought(verdict) for verdict in verdicts]
+    assert [decision for decision, _ in bought] == [Decision.hold, Decision.promote]
+    assert bought[0][1] == (verdicts[0].growths[0].reason,)
+    assert bought[1][1][0] == verdicts[1].targets[1].reason
+
+
+def conclude_as_bought(verdict: Verdict) -> tuple[Decision, tuple[str, ...]]:
+    """What the gate concludes from a verdict's parts if length explains the whole gain."""
+    growths = [growth.model_copy(update={"holds": False}) for growth in verdict.growths]
+    return conclude(
+        verdict.guards, targets=verdict.targets, growths=growths, looks=verdict.looks, same_model=verdict.same_model
+    )
+
+
 @pytest.mark.parametrize(("after", "state"), [(0.0, BoundState.kept), (9.0, BoundState.broken)])
 def test_a_champion_that_answers_nothing_is_no_error_and_no_growth(after: float, state: BoundState) -> None:
     ours, theirs = rewards(0.5)
@@ -559,6 +580,7 @@ def test_a_policy_is_flagged_when_it_is_loaded_if_equal_models_would_fail_it() -
     assert flag_policy(GatePolicy(margins={"humaneval": 0.082}), SUITE) == []
     assert flag_policy(GatePolicy(margins=margins, planned_discordance=0.07), SUITE) == []
     assert len(flag_policy(GatePolicy(margins=margins, planned_looks=52), SUITE)) == 2
+    assert len(flag_policy(GatePolicy(margins={"humaneval": 0.082}, audit_share=0.1), SUITE)) == 1
 
 
 def test_the_recipes_for_full_suites_have_margins_that_can_be_held() -> None:
