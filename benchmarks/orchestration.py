@@ -115,6 +115,10 @@ class BareAttempt:
     def output(self) -> Path:
         return self.folder / "output"
 
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        return {name: given.fingerprint for name, given in self.planned.inputs.items()}
+
     def run_child(self, package: str, job: str) -> dict[str, Any]:
         run_child(
             ChildJob(

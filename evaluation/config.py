@@ -1,8 +1,6 @@
 """What an evaluation is, in closed configs without torch. Everything here is identity."""
 
-from typing import Literal
-
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from training.config import Config, Precision
 
@@ -53,20 +51,109 @@ class SuiteConfig(Config):
     benchmarks: tuple[BenchmarkConfig, ...] = Field(title="Benchmarks", description="Each with its own settings.")
 
 
+HELDOUT_REWARD = "heldout_reward"  # the one target and floor that is no benchmark
+
+
 class GatePolicy(Config):
-    """What a challenger must show. PROMOTE: every guard non-inferior and the target superior. REJECT: a guard shown worse
-    than its margin. HOLD: anything else."""
+    """What a challenger must show. PROMOTE: every guard non-inferior, the target superior, floors and bounds shown to hold.
+    REJECT: a guard shown worse than its margin, or a level shown below its floor. HOLD: anything else."""
 
     margins: dict[str, float] = Field(
         title="Margins",
-        description='JSON: for each guarded benchmark the largest loss that is still acceptable, in score from 0 to 1, such as {"mmlu": 0.01}.',
+        description='JSON: for each guarded benchmark the largest loss that is still acceptable, in score above 0 and below 1, such as {"mmlu": 0.01}.',
     )
-    target: Literal["heldout_reward"] = Field(
-        "heldout_reward", title="Target", description="What must be better with confidence."
+    targets: dict[str, float] = Field(
+        {HELDOUT_REWARD: 0.0},
+        title="Targets",
+        description="JSON: what must be better with confidence, heldout_reward or a benchmark, and the gain that it must exceed, at least 0. Of several, one is enough, with Holm's adjustment.",
+    )
+    floors: dict[str, float] = Field(
+        {},
+        title="Floors",
+        description='JSON: the lowest level of the challenger, whatever the champion has: a benchmark\'s score above 0 and below 1, such as {"humaneval": 0.2}, or any heldout_reward.',
+    )
+    max_length_growth: float | None = Field(
+        0.5,
+        ge=0,
+        title="Free growth of answers",
+        description="How much longer held-out answers may get on the mean before a reward gain counts only as far as it is there at equal length; 0.5 is half as long again. Empty: not looked at.",
+    )
+    max_cost_growth: float | None = Field(
+        None,
+        ge=0,
+        title="Growth of cost",
+        description="How much more an answer may cost on the mean, as bytes of weights times characters written; 0.2 is a fifth more. Empty: not bounded.",
     )
     alpha: float = Field(
-        0.05, gt=0, lt=0.5, title="Alpha", description="One-sided error rate of each test, between 0 and 0.5."
+        0.05,
+        gt=0,
+        lt=0.5,
+        title="Alpha",
+        description="One-sided error rate of each test, between 0 and 0.5; where looks are planned, of all looks of a year together.",
     )
-    min_target_gain: float = Field(
-        0.0, ge=0, title="Smallest gain", description="The target's gain must exceed this with confidence; at least 0."
+    planned_looks: int | None = Field(
+        None,
+        ge=1,
+        title="Planned looks",
+        description="How often a year this gate will be asked, at least 1: each look has alpha divided by it, and none is left after them. Empty: each look has all of alpha.",
+    )
+    planned_discordance: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        title="Planned discordance",
+        description="Share of items, above 0 and at most 1, on which the models are expected to differ; what margins are checked with before anything is measured.",
+    )
+    audit_share: float = Field(
+        0.0,
+        ge=0,
+        le=0.5,
+        title="Audit split",
+        description="Share of items and prompts, from 0 to 0.5, that never decides and is reported beside.",
+    )
+
+    @property
+    def alpha_of_a_look(self) -> float:
+        """The one-sided error rate of each test of one look."""
+        return self.alpha / (self.planned_looks or 1)
+
+    @field_validator("margins")
+    @classmethod
+    def _margins_are_losses(cls, margins: dict[str, float]) -> dict[str, float]:
+        bad = {name: margin for name, margin in margins.items() if not 0 < margin < 1}
+        if bad:
+            raise ValueError(
+                f"gate: a margin is a loss in score, above 0 and below 1; got {bad}; 0.02 means two points"
+            )
+        return margins
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_are_gains(cls, targets: dict[str, float]) -> dict[str, float]:
+        if not targets:
+            raise ValueError('gate: no target, so nothing could ever be promoted; name one, as {"heldout_reward": 0}')
+        bad = {name: gain for name, gain in targets.items() if gain < 0 or (name != HELDOUT_REWARD and gain >= 1)}
+        if bad:
+            raise ValueError(
+                f"gate: a target is the gain to exceed, at least 0 and, of a score, below 1; got {bad}; 0 asks for any gain"
+            )
+        return targets
+
+    @field_validator("floors")
+    @classmethod
+    def _floors_are_scores(cls, floors: dict[str, float]) -> dict[str, float]:
+        bad = {name: floor for name, floor in floors.items() if name != HELDOUT_REWARD and not 0 < floor < 1}
+        if bad:
+            raise ValueError(
+                f"gate: a floor of a benchmark is a score above 0 and below 1; got {bad}; 0.2 means 20 points"
+            )
+        return floors
+
+
+class GateConfig(Config):
+    """A policy at one look."""
+
+    policy: GatePolicy
+    looks_spent: int = Field(
+        0, ge=0, title="Looks spent", description="Looks of this year before this one, at least 0."
     )

@@ -1,166 +1,169 @@
 """The gate: from paired results to PROMOTE, HOLD or REJECT with reasons. Pure; docs/gate.md gives tests and formulas.
 
-All guards must pass, so none is corrected for being one of several; one target is named beforehand, so neither is it.
+All guards must pass, so none is corrected for being one of several. One target is named beforehand, so neither is it; of
+several any one is enough, so they are (Holm).
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
 
-from evaluation import statistics
-from evaluation.config import GatePolicy
+from evaluation import statistics, weigh
+from evaluation.config import HELDOUT_REWARD, GatePolicy
 from evaluation.result import BenchmarkResult, pair_items
 from evaluation.result import read_result as read_result  # callers read what they decide on
-from evaluation.verdict import Decision, GuardState, GuardVerdict, TargetVerdict, Verdict
+from evaluation.verdict import (
+    AuditRow,
+    BoundState,
+    Decision,
+    FloorVerdict,
+    GrowthVerdict,
+    GuardState,
+    GuardVerdict,
+    Looks,
+    Noise,
+    TargetVerdict,
+    Verdict,
+    seal,
+)
+from evaluation.weigh import ITEMS, PROMPTS, TANGO, Pairs, pair_scores
 from training.job import write_json
 
-BOOTSTRAP_SEED = 20_241_105  # fixed, so that equal inputs give the equal verdict
 FEW_ITEMS = 50  # by enumeration, the score test's error rate at alpha 0.05 is 0.06 at most from here up (docs/gate.md)
-TANGO = "Tango score interval"
-Scores = NDArray[np.float64]
+PAPER = frozenset(
+    {"mmlu", "gsm8k", "humaneval", "bbh"}
+)  # whose unweighted mean the paper gives; a part has another name
+GIGABYTE = 1e9
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was measured of one model. Rewards and lengths are keyed by row id."""
+
+    results: Sequence[BenchmarkResult] = ()
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    lengths: Mapping[str, float] = field(default_factory=dict)  # characters of the held-out answer
+    weight_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out prompts in the order of their names: both models' rewards, and what their answers took."""
+
+    names: list[str]
+    rewards: Pairs
+    lengths: Pairs | None
 
 
 def decide(
     policy: GatePolicy,
     *,
-    challenger: list[BenchmarkResult],
-    champion: list[BenchmarkResult],
-    rewards_challenger: Mapping[str, float],
-    rewards_champion: Mapping[str, float],
+    challenger: Evidence,
+    champion: Evidence,
     same_model: bool,
     prompts: Mapping[str, str] | None = None,
+    noise: Mapping[str, Noise] | None = None,
+    looks_spent: int = 0,
+    inputs: Mapping[str, str] | None = None,
 ) -> Verdict:
-    """Return the verdict on two models' results over the same items and the same held-out prompts.
+    """Return the sealed verdict on two models' results over the same items and the same held-out prompts.
 
-    Rewards are keyed by row id. `prompts` names the prompt of each row where several rows may share one; their rewards are
-    averaged first, since answers to one prompt are not independent. ValueError for results that cannot be compared.
+    `prompts` names the prompt of each row where several rows may share one; their rewards are averaged first, since answers to
+    one prompt are not independent. `noise` is the champion's by benchmark, `looks_spent` how often this gate was asked this
+    year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
     """
-    check_margins(policy)
-    pairs = _pair_benchmarks(challenger, champion)
-    absent = sorted(policy.margins.keys() - pairs.keys())
-    if absent:
-        raise ValueError(
-            f"gate: no result of the guarded {', '.join(absent)}; got {sorted(pairs) or 'none'}; run it first"
-        )
+    alpha = policy.alpha_of_a_look
+    pairs = _pair_benchmarks(challenger.results, champion.results)
+    heldout = _pair_heldout(challenger, champion, prompts=prompts)
+    _check_measured(policy, pairs, heldout, weighed=bool(challenger.weight_bytes and champion.weight_bytes))
+    deciding, audited = _split_items(pairs, challenger.results, share=policy.audit_share)
+    judged, apart = _split_prompts(heldout, share=policy.audit_share)
     guards = tuple(
-        compare_guard(name, *pairs[name], margin=margin, alpha=policy.alpha) for name, margin in policy.margins.items()
+        weigh.compare_guard(name, deciding[name], margin=margin, alpha=alpha, noise=(noise or {}).get(name))
+        for name, margin in policy.margins.items()
     )
-    gains, levels = _pair_rewards(rewards_challenger, rewards_champion, prompts=prompts)
-    target = compare_target(policy.target, gains, levels=levels, alpha=policy.alpha, min_gain=policy.min_target_gain)
-    decision, reasons = conclude(guards, target=target, same_model=same_model)
-    flags = [
-        *(flag for guard in guards for flag in flag_guard(guard)),
-        *flag_target(target),
-        *([] if guards else ["no benchmark is guarded: nothing stops a challenger that forgot everything else"]),
-        *(f"{name} was measured and is not guarded" for name in sorted(pairs.keys() - policy.margins.keys())),
-        *_flag_limits(challenger),
-    ]
-    return Verdict(
+    targets = _compare_targets(policy, deciding, judged)
+    targets = tuple(weigh.add_promotable_gain(target, guards, targets=len(targets), alpha=alpha) for target in targets)
+    floors = tuple(_compare_floor(name, floor, deciding, judged, alpha=alpha) for name, floor in policy.floors.items())
+    growths = _compare_growths(policy, judged, challenger, champion)
+    looks = Looks(spent=looks_spent, planned=policy.planned_looks, alpha_of_a_look=alpha, alpha_of_a_year=policy.alpha)
+    decision, reasons = conclude(
+        guards, targets=targets, floors=floors, growths=growths, looks=looks, same_model=same_model
+    )
+    whole = pairs.keys() >= PAPER and all(
+        _limit(each) is None for each in challenger.results if each.benchmark in PAPER
+    )
+    verdict = Verdict(
         decision=decision,
         reasons=reasons,
-        flags=tuple(flags),
+        flags=tuple(_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=looks)),
         guards=guards,
-        target=target,
+        targets=targets,
+        floors=floors,
+        growths=growths,
+        mean=weigh.average_benchmarks({name: deciding[name] for name in sorted(PAPER)}, alpha=alpha)
+        if whole and all(deciding[name].binary for name in PAPER)
+        else None,
+        audit=_audit(guards, targets, audited, apart, alpha=alpha),
+        looks=looks,
         same_model=same_model,
-        alpha=policy.alpha,
+        policy=policy,
+        inputs=dict(inputs or {}),
     )
-
-
-def check_margins(policy: GatePolicy) -> None:
-    """Refuse margins that mean nothing."""
-    bad = {name: margin for name, margin in policy.margins.items() if not 0 < margin < 1}
-    if bad:
-        raise ValueError(f"gate: a margin is a loss in score, above 0 and below 1; got {bad}; 0.02 means two points")
-
-
-def compare_guard(
-    benchmark: str, challenger_N: Scores, champion_N: Scores, *, margin: float, alpha: float
-) -> GuardVerdict:
-    """Test non-inferiority of paired item scores (n,): Tango's score test where each is 0 or 1, else a paired t test."""
-    difference_N = challenger_N - champion_N
-    n, won, lost = len(difference_N), int((difference_N > 0).sum()), int((difference_N < 0).sum())
-    if np.isin(challenger_N, (0, 1)).all() and np.isin(champion_N, (0, 1)).all():
-        tested = _test_binary(won, lost, n=n, margin=margin, alpha=alpha)
-    else:
-        tested = _test_continuous(difference_N, margin=margin, alpha=alpha)
-    statistic, critical = tested.pop("statistic"), tested.pop("critical")
-    state = GuardState.undecided
-    if abs(statistic) >= critical:
-        state = GuardState.non_inferior if statistic > 0 else GuardState.inferior
-    more = statistics.items_to_decide(statistic, n=n, alpha=alpha) if state is GuardState.undecided else None
-    guard = GuardVerdict(
-        benchmark=benchmark,
-        state=state,
-        n=n,
-        champion=float(champion_N.mean()),
-        challenger=float(challenger_N.mean()),
-        difference=float(difference_N.mean()),
-        confidence=1 - 2 * alpha,
-        margin=margin,
-        won=won,
-        lost=lost,
-        discordance=(won + lost) / n,
-        items_to_decide=more,
-        reason="",
-        **tested,
-    )
-    return guard.model_copy(update={"reason": _explain_guard(guard)})
-
-
-def compare_target(
-    name: str, gain_N: Scores, *, levels: tuple[float, float], alpha: float, min_gain: float
-) -> TargetVerdict:
-    """Test whether the mean gain over prompts (n,) exceeds `min_gain`; `levels` are both means, challenger first."""
-    if len(gain_N) < 2:
-        raise ValueError(f"gate: {name} needs at least 2 held-out prompts to have an interval; got {len(gain_N)}")
-    test = statistics.paired_t(gain_N, alpha=alpha, minimum=min_gain)
-    confidence = 1 - 2 * alpha
-    low, high = statistics.bootstrap_interval(gain_N, np.arange(test.n), confidence=confidence, seed=BOOTSTRAP_SEED)
-    superior = bool(test.sd > 0 and test.low > min_gain)
-    statistic = (test.mean - min_gain) * np.sqrt(test.n) / test.sd if test.sd > 0 else 0.0
-    # A loss is not shown to be a gain by any number of prompts.
-    more = statistics.items_to_decide(statistic, n=test.n, alpha=alpha) if statistic > 0 and not superior else None
-    target = TargetVerdict(
-        name=name,
-        superior=superior,
-        n=test.n,
-        champion=levels[1],
-        challenger=levels[0],
-        gain=test.mean,
-        low=test.low,
-        high=test.high,
-        confidence=confidence,
-        min_gain=min_gain,
-        p_value=test.p_value,
-        sd=test.sd,
-        bootstrap_low=low,
-        bootstrap_high=high,
-        detectable_gain=statistics.detectable_mean(test.n, sd=test.sd, alpha=alpha),
-        prompts_to_decide=more,
-        reason="",
-    )
-    return target.model_copy(update={"reason": _explain_target(target)})
+    return seal(verdict)
 
 
 def conclude(
-    guards: tuple[GuardVerdict, ...], *, target: TargetVerdict, same_model: bool
+    guards: Sequence[GuardVerdict],
+    *,
+    targets: Sequence[TargetVerdict],
+    looks: Looks,
+    same_model: bool,
+    floors: Sequence[FloorVerdict] = (),
+    growths: Sequence[GrowthVerdict] = (),
 ) -> tuple[Decision, tuple[str, ...]]:
     """Return the decision and the reasons that made it."""
     if same_model:
         return Decision.hold, ("challenger and champion are the same model: there is nothing to promote",)
-    worse = tuple(guard.reason for guard in guards if guard.state is GuardState.inferior)
-    if worse:
-        return Decision.reject, worse
-    open_ends = tuple(guard.reason for guard in guards if guard.state is GuardState.undecided)
-    if not target.superior:
-        open_ends += (target.reason,)
+    if looks.planned is not None and looks.spent >= looks.planned:
+        return Decision.hold, (
+            f"the year's {looks.planned} planned looks are spent, and with them its error of {looks.alpha_of_a_year:g}; plan more looks "
+            "for the next year, or wait for it",
+        )
+    bad = [guard.reason for guard in guards if guard.state is GuardState.inferior]
+    bad += [floor.reason for floor in floors if floor.state is BoundState.broken]
+    if bad:
+        return Decision.reject, tuple(bad)
+    bought = [growth.reason for growth in growths if growth.name == weigh.LENGTH and not growth.holds]
+    counts = [target for target in targets if not (bought and target.name == HELDOUT_REWARD)]
+    shown = [target.reason for target in counts if target.superior]
+    open_ends = [guard.reason for guard in guards if guard.state is GuardState.undecided]
+    open_ends += [floor.reason for floor in floors if floor.state is BoundState.undecided]
+    open_ends += [] if shown else [*(target.reason for target in targets if not target.superior), *bought]
+    open_ends += [growth.reason for growth in growths if growth.name == weigh.COST and not growth.holds]
     if open_ends:
-        return Decision.hold, open_ends
-    return Decision.promote, (target.reason, *(guard.reason for guard in guards))
+        return Decision.hold, tuple(open_ends)
+    kept = [guard.reason for guard in guards] + [floor.reason for floor in floors]
+    return Decision.promote, (*shown, *kept, *(growth.reason for growth in growths))
+
+
+def measure_noise(runs: Sequence[BenchmarkResult], *, varied: Sequence[str]) -> Noise:
+    """Return the noise floor of one model on one benchmark from runs of the same items that vary only what is named.
+
+    Profiles are not compared: that a few-shot seed or a batch size differs is what is measured.
+    """
+    names, items = {run.benchmark for run in runs}, {frozenset(run.items) for run in runs}
+    if len(names) != 1 or len(items) != 1:
+        raise ValueError(
+            f"noise floor: runs must be of one benchmark and the same items; got {sorted(names)} with {len(items)} sets of items"
+        )
+    keys = sorted(runs[0].items)
+    found = statistics.measure_noise([[run.items[key] for key in keys] for run in runs])
+    return Noise(varied=tuple(varied), runs=found.runs, flip_rate=found.flip_rate, max_difference=found.max_difference)
 
 
 def flag_guard(guard: GuardVerdict) -> list[str]:
@@ -183,14 +186,24 @@ def flag_guard(guard: GuardVerdict) -> list[str]:
         flags.append(f"{guard.benchmark}: {guard.n} items are few; the test can err in 9 % of cases where 5 % is asked")
     if guard.discordance == 0:
         flags.append(f"{guard.benchmark}: both models score alike on every one of {guard.n} items")
+    if guard.noise and guard.noise.max_difference >= min(guard.margin, max(abs(guard.difference), 1e-12)):
+        flags.append(
+            f"{guard.benchmark}: {guard.noise.runs} runs of the champion alone that vary {', '.join(guard.noise.varied)} differ by up to "
+            f"{100 * guard.noise.max_difference:.1f} points ({guard.noise.flip_rate:.1%} of items flip): the difference of "
+            f"{100 * guard.difference:+.1f} or the margin of {100 * guard.margin:g} is within that noise"
+        )
     return flags
 
 
 def flag_target(target: TargetVerdict) -> list[str]:
     """Return what a reader should know before believing the target."""
     if target.sd == 0:
-        return [f"{target.name}: the gain is {target.gain:+.4f} on every prompt; without spread nothing can be shown"]
-    if target.superior != (target.bootstrap_low > target.min_gain):
+        return [
+            f"{target.name}: the gain is {target.gain:+.4f} on every one of {target.n} {target.unit}; without spread nothing can be shown"
+        ]
+    if target.unit == PROMPTS and (target.p_value <= (1 - target.confidence) / 2) != (
+        target.bootstrap_low > target.min_gain
+    ):
         return [
             f"{target.name}: paired t [{target.low:+.4f}, {target.high:+.4f}] and bootstrap [{target.bootstrap_low:+.4f}, "
             f"{target.bootstrap_high:+.4f}] disagree about a gain above {target.min_gain:g}; the t interval decides"
@@ -203,70 +216,40 @@ def write_verdict(verdict: Verdict, path: Path) -> None:
     write_json(path, verdict.model_dump(mode="json"))
 
 
-def _test_binary(won: int, lost: int, *, n: int, margin: float, alpha: float) -> dict[str, Any]:
-    low, high = statistics.tango_interval(won, lost, n=n, confidence=1 - 2 * alpha)
-    p_one_sided = statistics.mcnemar_midp(won, lost)
-    discordance = max(won + lost, 1) / n  # none seen is not none: plan with one
-    return {
-        "statistic": statistics.score_statistic(won, lost, n=n, difference=-margin),
-        "critical": float(stats.norm.ppf(1 - alpha)),
-        "low": low,
-        "high": high,
-        "method": TANGO,
-        "p_difference": 2 * min(p_one_sided, 1 - p_one_sided),
-        "detectable_difference": statistics.detectable_difference(n, discordance=discordance, alpha=alpha),
-        "smallest_margin": statistics.smallest_margin(n, discordance=discordance, alpha=alpha),
-    }
+def _flag(
+    policy: GatePolicy,
+    guards: Sequence[GuardVerdict],
+    targets: Sequence[TargetVerdict],
+    *,
+    measured: Iterable[str],
+    results: Sequence[BenchmarkResult],
+    looks: Looks,
+) -> list[str]:
+    flags = [flag for guard in guards for flag in flag_guard(guard)]
+    flags += [flag for target in targets for flag in flag_target(target)]
+    if not guards:
+        flags.append("no benchmark is guarded: nothing stops a challenger that forgot everything else")
+    named = {*policy.margins, *policy.targets, *policy.floors}
+    flags += [f"{name} was measured and is not guarded" for name in sorted(set(measured) - named)]
+    limits = {result.benchmark: limit for result in results if (limit := _limit(result)) is not None}
+    if limits:
+        cut = ", ".join(f"{name} ({limit} items per task)" for name, limit in limits.items())
+        flags.append(f"limited, and so no full score: {cut}")
+    if looks.planned is None and looks.spent > 0:
+        chance = statistics.chance_of_a_false_promotion(policy.alpha, looks=looks.spent + 1)
+        flags.append(
+            f"this is look {looks.spent + 1} of the year and none was planned: with {policy.alpha:g} at each, the chance that at least one "
+            f"of them promotes a model that is no better is up to {chance:.0%}"
+        )
+    return flags
 
 
-def _test_continuous(difference_N: Scores, *, margin: float, alpha: float) -> dict[str, Any]:
-    test = statistics.paired_t(difference_N, alpha=alpha)
-    # Without spread all items moved alike; the mean itself is then compared with the margin.
-    error = max(test.sd / np.sqrt(test.n), np.finfo(float).tiny)
-    return {
-        "statistic": float((test.mean + margin) / error),
-        "critical": float(stats.t.ppf(1 - alpha, test.n - 1)),
-        "low": test.low,
-        "high": test.high,
-        "method": "paired t interval",
-        "p_difference": 2 * min(test.p_value, 1 - test.p_value) if test.sd > 0 else float(test.mean == 0),
-        "detectable_difference": statistics.detectable_mean(test.n, sd=test.sd, alpha=alpha),
-        "smallest_margin": statistics.smallest_margin(test.n, discordance=test.sd**2, alpha=alpha),
-    }
+def _limit(result: BenchmarkResult) -> int | None:
+    limit: int | None = result.profile.get("config", {}).get("limit")
+    return limit
 
 
-def _explain_guard(guard: GuardVerdict) -> str:
-    numbers = (
-        f"{100 * guard.champion:.1f} → {100 * guard.challenger:.1f} on {guard.n} items, difference "
-        f"{100 * guard.difference:+.1f} [{100 * guard.low:+.1f}, {100 * guard.high:+.1f}] points at {guard.confidence:.0%}"
-    )
-    margin = f"{100 * guard.margin:g} points"
-    if guard.state is GuardState.non_inferior:
-        return f"{guard.benchmark}: not worse by {margin} or more: {numbers}"
-    if guard.state is GuardState.inferior:
-        return f"{guard.benchmark}: shown worse than the margin of {margin}: {numbers}"
-    would = "no number of items at these rates would"
-    if guard.items_to_decide is not None:
-        would = f"about {guard.items_to_decide} items at these rates would"
-    return f"{guard.benchmark}: undecided against the margin of {margin}: {numbers}; {would} decide it"
-
-
-def _explain_target(target: TargetVerdict) -> str:
-    bound = f" above {target.min_gain:g}" if target.min_gain else ""
-    p_value = f"= {target.p_value:.2g}" if target.p_value >= 1e-4 else "< 0.0001"
-    numbers = (
-        f"{target.champion:.3f} → {target.challenger:.3f} over {target.n} prompts, gain {target.gain:+.3f} "
-        f"[{target.low:+.3f}, {target.high:+.3f}] at {target.confidence:.0%}, p {p_value}"
-    )
-    if target.superior:
-        return f"{target.name}: a gain{bound} is shown: {numbers}"
-    would = "no number of prompts" if target.prompts_to_decide is None else f"about {target.prompts_to_decide} prompts"
-    return f"{target.name}: a gain{bound} is not shown: {numbers}; {would} at these rates would show it"
-
-
-def _pair_benchmarks(
-    challenger: list[BenchmarkResult], champion: list[BenchmarkResult]
-) -> dict[str, tuple[Scores, Scores]]:
+def _pair_benchmarks(challenger: Sequence[BenchmarkResult], champion: Sequence[BenchmarkResult]) -> dict[str, Pairs]:
     ours, theirs = ({result.benchmark: result for result in side} for side in (challenger, champion))
     assert len(ours) == len(challenger) and len(theirs) == len(champion), "a benchmark is given twice"
     if ours.keys() != theirs.keys():
@@ -274,27 +257,169 @@ def _pair_benchmarks(
             f"gate: both models need the same benchmarks; only the challenger has {sorted(ours.keys() - theirs.keys())}, "
             f"only the champion has {sorted(theirs.keys() - ours.keys())}; evaluate both on the same suite"
         )
-    return {name: pair_items(ours[name], theirs[name]) for name in sorted(ours)}
+    return {name: Pairs(*pair_items(ours[name], theirs[name]), theirs[name].strata) for name in sorted(ours)}
 
 
-def _pair_rewards(
-    challenger: Mapping[str, float], champion: Mapping[str, float], *, prompts: Mapping[str, str] | None
-) -> tuple[Scores, tuple[float, float]]:
-    only = [len(challenger.keys() - champion.keys()), len(champion.keys() - challenger.keys())]
-    if any(only):
-        raise ValueError(
-            f"gate: held-out rewards must be of the same rows; {only[0]} of {len(challenger)} are the challenger's alone "
-            f"and {only[1]} of {len(champion)} the champion's alone; generate and score both from the same rows"
-        )
-    rows = sorted(challenger)
+def _pair_heldout(challenger: Evidence, champion: Evidence, *, prompts: Mapping[str, str] | None) -> Heldout:
+    for what, ours, theirs in (
+        ("rewards", challenger.rewards, champion.rewards),
+        ("lengths", challenger.lengths, champion.lengths),
+    ):
+        only = [len(ours.keys() - theirs.keys()), len(theirs.keys() - ours.keys())]
+        if any(only):
+            raise ValueError(
+                f"gate: held-out {what} must be of the same rows; {only[0]} of {len(ours)} are the challenger's alone "
+                f"and {only[1]} of {len(theirs)} the champion's alone; generate and score both from the same rows"
+            )
+        for who, side in (("challenger", ours), ("champion", theirs)):
+            bad = [row for row, value in side.items() if not np.isfinite(value)]
+            if bad:
+                raise ValueError(
+                    f"gate: {len(bad)} of {len(side)} held-out {what} of the {who} are not finite (first: row {bad[0]}); look at "
+                    "what the reward model says of that row, and leave out or mend what it cannot score"
+                )
+    rows = sorted(challenger.rewards)
     if len(rows) < 2:
         raise ValueError(f"gate: at least 2 held-out prompts are needed for an interval; got {len(rows)}")
     names = [prompts[row] for row in rows] if prompts is not None else rows
-    ours, theirs = (statistics.average_clusters([side[row] for row in rows], names) for side in (challenger, champion))
-    return ours - theirs, (float(ours.mean()), float(theirs.mean()))
+
+    def average(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Pairs:
+        sides = (statistics.average_clusters([side[row] for row in rows], names) for side in (ours, theirs))
+        return pair_scores(*sides)
+
+    lengths = None
+    if challenger.lengths:
+        missing = [row for row in rows if row not in challenger.lengths]
+        if missing:
+            raise ValueError(
+                f"gate: {len(missing)} of {len(rows)} rows have a reward and no answer length (first: {missing[0]}); "
+                "generate and score both from the same rows"
+            )
+        lengths = average(challenger.lengths, champion.lengths)
+    return Heldout(sorted(set(names)), average(challenger.rewards, champion.rewards), lengths)
 
 
-def _flag_limits(results: list[BenchmarkResult]) -> list[str]:
-    limits = {result.benchmark: result.profile.get("config", {}).get("limit") for result in results}
-    cut = ", ".join(f"{name} ({limit} items per task)" for name, limit in limits.items() if limit is not None)
-    return [f"limited, and so no full score: {cut}"] if cut else []
+def _check_measured(policy: GatePolicy, pairs: Mapping[str, Pairs], heldout: Heldout, *, weighed: bool) -> None:
+    for what, named in (("guarded", policy.margins), ("target", policy.targets), ("floored", policy.floors)):
+        absent = sorted(named.keys() - pairs.keys() - ({HELDOUT_REWARD} if what != "guarded" else set()))
+        if absent:
+            raise ValueError(
+                f"gate: no result of the {what} {', '.join(absent)}; got {sorted(pairs) or 'none'}; run it first"
+            )
+    bounds_length = policy.max_length_growth is not None and HELDOUT_REWARD in policy.targets
+    if heldout.lengths is None and (bounds_length or policy.max_cost_growth is not None):
+        raise ValueError(
+            "gate: the policy bounds the growth of answers, and no lengths of held-out answers were given; give them, or leave "
+            "max_length_growth and max_cost_growth empty"
+        )
+    if policy.max_cost_growth is not None and not weighed:
+        raise ValueError(
+            "gate: the policy bounds the cost, and the size of the models' weights was not given; give it, or leave max_cost_growth empty"
+        )
+
+
+def _split_items(
+    pairs: Mapping[str, Pairs], results: Sequence[BenchmarkResult], *, share: float
+) -> tuple[dict[str, Pairs], dict[str, Pairs]]:
+    """Return the items that decide, and those of the audit split, by benchmark."""
+    if share == 0:
+        return dict(pairs), {}
+    deciding, apart = {}, {}
+    for result in results:
+        chosen_N = _choose_audit(["\x1f".join(key) for key in result.keys], share=share)
+        _require_both(result.benchmark, chosen_N, share=share)
+        deciding[result.benchmark] = pairs[result.benchmark].choose(~chosen_N)
+        apart[result.benchmark] = pairs[result.benchmark].choose(chosen_N)
+    return deciding, apart
+
+
+def _split_prompts(heldout: Heldout, *, share: float) -> tuple[Heldout, Pairs | None]:
+    if share == 0:
+        return heldout, None
+    chosen_N = _choose_audit(heldout.names, share=share)
+    _require_both("held-out prompts", chosen_N, share=share)
+    kept = [name for name, chosen in zip(heldout.names, chosen_N, strict=True) if not chosen]
+    lengths = heldout.lengths.choose(~chosen_N) if heldout.lengths else None
+    return Heldout(kept, heldout.rewards.choose(~chosen_N), lengths), heldout.rewards.choose(chosen_N)
+
+
+def _choose_audit(names: Sequence[str], *, share: float) -> NDArray[np.bool_]:
+    """Return which names are in the audit split: a hash decides, so that an item is in it in every run or in none."""
+    heads = (hashlib.sha256(name.encode()).digest()[:8] for name in names)
+    return np.array([int.from_bytes(head, "big") / 2**64 < share for head in heads])
+
+
+def _require_both(what: str, chosen_N: NDArray[np.bool_], *, share: float) -> None:
+    audited = int(chosen_N.sum())
+    if audited < 2 or len(chosen_N) - audited < 2:
+        raise ValueError(
+            f"gate: an audit share of {share:g} puts {audited} of {len(chosen_N)} {what} aside; at least 2 have to be on either side; "
+            "take more, or set audit_share to 0"
+        )
+
+
+def _compare_targets(policy: GatePolicy, pairs: Mapping[str, Pairs], heldout: Heldout) -> tuple[TargetVerdict, ...]:
+    alpha, rewards = policy.alpha_of_a_look, heldout.rewards
+    gain_N = rewards.challenger_N - rewards.champion_N
+    levels = (float(rewards.challenger_N.mean()), float(rewards.champion_N.mean()))
+    compared = [
+        weigh.compare_target(name, gain_N, levels=levels, alpha=alpha, min_gain=min_gain)
+        if name == HELDOUT_REWARD
+        else weigh.compare_benchmark(name, pairs[name], alpha=alpha, min_gain=min_gain)
+        for name, min_gain in policy.targets.items()
+    ]
+    return weigh.adjust_targets(compared, alpha=alpha)
+
+
+def _compare_floor(
+    name: str, floor: float, pairs: Mapping[str, Pairs], heldout: Heldout, *, alpha: float
+) -> FloorVerdict:
+    if name == HELDOUT_REWARD:
+        return weigh.compare_floor(name, heldout.rewards.challenger_N, floor=floor, unit=PROMPTS, alpha=alpha)
+    return weigh.compare_floor(name, pairs[name].challenger_N, floor=floor, unit=ITEMS, alpha=alpha)
+
+
+def _compare_growths(
+    policy: GatePolicy, heldout: Heldout, challenger: Evidence, champion: Evidence
+) -> tuple[GrowthVerdict, ...]:
+    alpha, lengths, found = policy.alpha_of_a_look, heldout.lengths, []
+    if lengths is None:
+        return ()
+    if policy.max_length_growth is not None and HELDOUT_REWARD in policy.targets:
+        growth = weigh.compare_growth(
+            weigh.LENGTH, lengths.challenger_N, lengths.champion_N,
+            bound=policy.max_length_growth, unit="characters", alpha=alpha,
+        )  # fmt: skip
+        gain_N = heldout.rewards.challenger_N - heldout.rewards.champion_N
+        growth_N = lengths.challenger_N - lengths.champion_N
+        min_gain = policy.targets[HELDOUT_REWARD]
+        found.append(weigh.weigh_length(growth, gain_N, growth_N, min_gain=min_gain, alpha=alpha))
+    if policy.max_cost_growth is not None:
+        ours, theirs = challenger.weight_bytes / GIGABYTE, champion.weight_bytes / GIGABYTE
+        cost = weigh.compare_growth(
+            weigh.COST, lengths.challenger_N * ours, lengths.champion_N * theirs,
+            bound=policy.max_cost_growth, unit="GB of weights x characters", alpha=alpha,
+        )  # fmt: skip
+        found.append(cost)
+    return tuple(found)
+
+
+def _audit(
+    guards: Sequence[GuardVerdict],
+    targets: Sequence[TargetVerdict],
+    items: Mapping[str, Pairs],
+    prompts: Pairs | None,
+    *,
+    alpha: float,
+) -> tuple[AuditRow, ...]:
+    if prompts is None:
+        return ()
+    decided = {guard.benchmark: (guard.low, guard.high) for guard in guards}
+    for target in targets:
+        decided.setdefault(target.name, (target.low, target.high))
+    return tuple(
+        weigh.audit(name, prompts, unit=PROMPTS, decided=interval, alpha=alpha)
+        if name == HELDOUT_REWARD
+        else weigh.audit(name, items[name], unit=ITEMS, decided=interval, alpha=alpha)
+        for name, interval in decided.items()
+    )

@@ -17,6 +17,8 @@ from plotly.offline import get_plotlyjs
 from pydantic import Field
 
 from evaluation import report_plots
+from evaluation.config import HELDOUT_REWARD
+from evaluation.explain import show_share
 from evaluation.result import ScoreRow
 from evaluation.verdict import Verdict
 from training.config import Config
@@ -119,6 +121,7 @@ def make_environment() -> Environment:
     environment.filters |= {
         "points": show_points,
         "number": show_number,
+        "share": show_share,
         "reward": show_reward,
         "seconds": show_seconds,
         "pretty": show_json,
@@ -163,7 +166,8 @@ def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:
         champion, challenger = [p.champion for p in data.rewards], [p.challenger for p in data.rewards]
         gains = [after - before for after, before in zip(challenger, champion, strict=True)]
         charts["rewards"] = report_plots.plot_rewards(champion, challenger)
-        charts["gains"] = report_plots.plot_gains(gains, data.verdict.target)
+        target = data.verdict.target(HELDOUT_REWARD)
+        charts["gains"] = report_plots.plot_gains(gains, target) if target else None
     if data.metrics:
         lines = read_metrics(data.metrics)
         losses = {"trained": "train/loss", "held out": "heldout/loss"}

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ class BenchmarkResult:
     scores: tuple[ScoreRow, ...]
     items: dict[ItemKey, float]
     profile: dict[str, Any]
+
+    @cached_property
+    def keys(self) -> tuple[ItemKey, ...]:
+        """The items in an order that no file decides."""
+        return tuple(sorted(self.items))
+
+    @cached_property
+    def strata(self) -> NDArray[np.int64]:
+        """The number of each item's task, in the order of `keys`."""
+        codes: dict[str, int] = {}
+        return np.array([codes.setdefault(task, len(codes)) for task, _ in self.keys], dtype=np.int64)
 
     @property
     def score(self) -> float:
@@ -82,17 +94,17 @@ def pair_items(
             f"{name}: scores of different profiles are never compared; of challenger and champion, {', '.join(unlike)}; "
             f"evaluate the champion again under the challenger's profile"
         )
-    only_challenger = sorted(challenger.items.keys() - champion.items.keys())
-    only_champion = sorted(champion.items.keys() - challenger.items.keys())
-    if only_challenger or only_champion:
+    if challenger.items.keys() != champion.items.keys():
+        only_challenger = sorted(challenger.items.keys() - champion.items.keys())
+        only_champion = sorted(champion.items.keys() - challenger.items.keys())
         first = (only_challenger or only_champion)[0]
         raise ValueError(
             f"{name}: both models must have the same items; {len(only_challenger)} of {len(challenger.items)} are the "
             f"challenger's alone and {len(only_champion)} of {len(champion.items)} the champion's alone (first: "
             f"{first[0]}, document {first[1]}); evaluate both on the same benchmark data"
         )
-    keys = sorted(challenger.items)
-    return np.array([challenger.items[key] for key in keys]), np.array([champion.items[key] for key in keys])
+    ours_N, theirs_N = (np.array([*map(side.items.__getitem__, champion.keys)]) for side in (challenger, champion))
+    return ours_N, theirs_N
 
 
 def diff_fields(ours: Any, theirs: Any, *, path: str = "") -> Iterator[tuple[str, str, str]]:

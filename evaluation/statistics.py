@@ -6,17 +6,15 @@ interval printed beside such a test has two-sided confidence 1 - 2 alpha, so tha
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 PLANNED_POWER = 0.8  # of every printed detectable effect and every printed number of items
-EQUAL_MODELS_POWER = (
-    0.95  # a margin that n "can hold" lets equal models pass this often: 1.645 + 1.645 = 3.29 at alpha 0.05
-)
 LIMIT_TOLERANCE = 1e-12  # of the ends of an interval, in score
 
 
@@ -32,7 +30,17 @@ class MeanTest:
     p_value: float
 
 
-def score_statistic(won: int, lost: int, *, n: int, difference: float) -> float:
+def normal_quantile(p: float) -> float:
+    """Return what a standard normal variable stays below with probability p."""
+    return float(special.ndtri(p))
+
+
+def t_quantile(p: float, free: int) -> float:
+    """Return what Student's t on `free` degrees of freedom stays below with probability p."""
+    return float(special.stdtrit(free, p))
+
+
+def score_statistic(won: float, lost: float, *, n: int, difference: float) -> float:
     """Return Tango's score statistic against the hypothesis p(won) - p(lost) = `difference`, standard normal under it.
 
     The variance takes the likelihood's best p(lost) under the hypothesis, which is why it stays right at few items, at no
@@ -54,7 +62,7 @@ def score_statistic(won: int, lost: int, *, n: int, difference: float) -> float:
 def tango_interval(won: int, lost: int, *, n: int, confidence: float) -> tuple[float, float]:
     """Return the differences that the score test does not reject; finite at zero discordance: +- z^2 / (n + z^2)."""
     _check_counts(won, lost, n=n)
-    z = float(stats.norm.ppf((1 + confidence) / 2))
+    z = normal_quantile((1 + confidence) / 2)
     observed = (won - lost) / n
 
     def end(sign: int) -> float:
@@ -77,8 +85,7 @@ def mcnemar_midp(won: int, lost: int) -> float:
     The two-sided value is 2 min(p, 1 - p). Source: Fagerland, Lydersen, Laake, BMC Med. Res. Methodol. 13 (2013) 91.
     """
     _check_counts(won, lost, n=max(won + lost, 1))
-    binomial = stats.binom(won + lost, 0.5)
-    return float(binomial.sf(won) + binomial.pmf(won) / 2)
+    return float(stats.binom.sf(won, won + lost, 0.5) + stats.binom.pmf(won, won + lost, 0.5) / 2)
 
 
 def paired_t(differences: ArrayLike, *, alpha: float, minimum: float = 0.0) -> MeanTest:
@@ -86,13 +93,37 @@ def paired_t(differences: ArrayLike, *, alpha: float, minimum: float = 0.0) -> M
     and p is 0 or 1: the caller must say that nothing was estimated."""
     d_N = np.asarray(differences, dtype=np.float64)
     _check_differences(d_N, least=2)
-    n, mean, sd = len(d_N), float(d_N.mean()), float(d_N.std(ddof=1))
+    return _test_mean(
+        float(d_N.mean()), float(d_N.std(ddof=1)), n=len(d_N), free=len(d_N) - 1, alpha=alpha, minimum=minimum
+    )
+
+
+def _test_mean(mean: float, sd: float, *, n: int, free: int, alpha: float, minimum: float) -> MeanTest:
     if sd <= 1e-12 * max(1.0, abs(mean)):  # rounding of equal numbers
         return MeanTest(n=n, mean=mean, sd=0.0, low=mean, high=mean, p_value=float(mean <= minimum))
     error = sd / math.sqrt(n)
-    reach = error * float(stats.t.ppf(1 - alpha, n - 1))
-    p_value = float(stats.t.sf((mean - minimum) / error, n - 1))
+    reach = error * t_quantile(1 - alpha, free)
+    p_value = float(special.stdtr(free, (minimum - mean) / error))
     return MeanTest(n=n, mean=mean, sd=sd, low=mean - reach, high=mean + reach, p_value=p_value)
+
+
+def stratified_t(differences: ArrayLike, strata: ArrayLike, *, alpha: float, minimum: float = 0.0) -> MeanTest:
+    """Return mean, interval and one-sided p of differences (n,) drawn from fixed strata, as a benchmark's subjects are.
+
+    What strata differ by is no error of the mean, so the spread is the one within them: the residual mean square of a one-way
+    analysis of variance, on n - k degrees of freedom for k strata. It is also how lm-eval pools the standard errors of a
+    group's tasks. With one stratum, or where each holds one item, it is `paired_t`.
+    """
+    d_N = np.asarray(differences, dtype=np.float64)
+    _check_differences(d_N, least=2)
+    names_K, stratum_N = np.unique(np.asarray(strata), return_inverse=True)
+    assert stratum_N.shape == d_N.shape, f"{stratum_N.shape} strata for {d_N.shape} differences"
+    n, free = len(d_N), len(d_N) - len(names_K)
+    if len(names_K) == 1 or free == 0:
+        return paired_t(d_N, alpha=alpha, minimum=minimum)
+    mean_K = np.bincount(stratum_N, weights=d_N) / np.bincount(stratum_N)
+    mean, sd = float(d_N.mean()), math.sqrt(float(((d_N - mean_K[stratum_N]) ** 2).sum()) / free)
+    return _test_mean(mean, sd, n=n, free=free, alpha=alpha, minimum=minimum)
 
 
 def average_clusters(differences: ArrayLike, clusters: ArrayLike) -> NDArray[np.float64]:
@@ -143,7 +174,7 @@ def detectable_difference(n: int, *, discordance: float, alpha: float, power: fl
     _check_counts(0, 0, n=n)
     if not 0 < discordance <= 1:
         raise ValueError(f"minimum detectable effect: the discordance must be above 0 and at most 1; got {discordance}")
-    z_alpha, z_power = (float(stats.norm.ppf(p)) for p in (1 - alpha, power))
+    z_alpha, z_power = (normal_quantile(p) for p in (1 - alpha, power))
 
     def shortfall(difference: float) -> float:
         spread = math.sqrt(max(discordance - difference**2, 0.0))
@@ -151,6 +182,103 @@ def detectable_difference(n: int, *, discordance: float, alpha: float, power: fl
 
     # |difference| <= discordance always: where even that is not shown by n items, that is the honest answer's bound.
     return discordance if shortfall(discordance) < 0 else float(optimize.brentq(shortfall, 0.0, discordance))
+
+
+def detectable_average(sizes: Sequence[int], *, discordances: Sequence[float], alpha: float) -> float:
+    """Return the true difference of the unweighted mean of several benchmarks that is shown with `PLANNED_POWER`.
+
+    As `detectable_difference`, each benchmark moving by the same: D = (z_alpha sqrt(V(0)) + z_power sqrt(V(D))) / m with
+    V(D) = sum((psi_b - D^2) / n_b) over m benchmarks.
+    """
+    n_B, psi_B = np.asarray(sizes, dtype=np.float64), np.asarray(discordances, dtype=np.float64)
+    assert n_B.shape == psi_B.shape and len(n_B) > 0, f"{n_B.shape} sizes and {psi_B.shape} discordances"
+    z_alpha, z_power = (normal_quantile(p) for p in (1 - alpha, PLANNED_POWER))
+
+    def shortfall(difference: float) -> float:
+        spread = math.sqrt(float((np.maximum(psi_B - difference**2, 0.0) / n_B).sum()))
+        return difference - (z_alpha * math.sqrt(float((psi_B / n_B).sum())) + z_power * spread) / len(n_B)
+
+    largest = float(psi_B.mean())
+    return largest if shortfall(largest) < 0 else float(optimize.brentq(shortfall, 0.0, largest))
+
+
+def combine_intervals(
+    estimates: ArrayLike, intervals: Sequence[tuple[float, float]], *, coefficients: ArrayLike
+) -> tuple[float, float]:
+    """Return the interval of sum(c_i x_i) of independent estimates from the interval of each, of the same confidence.
+
+    MOVER: each end moves by the root of the sum of squared distances to the ends of the parts, so that a skewed part stays
+    skewed and one without discordance keeps its width. Source: Zou, Donner, Statistics in Medicine 27 (2008) 1693.
+    """
+    x_B, c_B = np.asarray(estimates, dtype=np.float64), np.asarray(coefficients, dtype=np.float64)
+    end_B2 = np.asarray(intervals, dtype=np.float64)
+    assert end_B2.shape == (*x_B.shape, 2) and c_B.shape == x_B.shape, (
+        f"{x_B.shape} estimates, {end_B2.shape} intervals"
+    )
+    moved_B2 = np.sort(c_B[:, None] * (end_B2 - x_B[:, None]), axis=1)
+    below, above = np.sqrt((moved_B2**2).sum(axis=0))
+    middle = float((c_B * x_B).sum())
+    return middle - float(below), middle + float(above)
+
+
+def level_test(successes: float, *, n: int, level: float) -> float:
+    """Return the score statistic of a rate against a fixed `level` between 0 and 1; its inversion is Wilson's interval."""
+    _check_counts(0, 0, n=n)
+    return (successes - n * level) / math.sqrt(n * level * (1 - level))
+
+
+def wilson_interval(successes: int, *, n: int, confidence: float) -> tuple[float, float]:
+    """Return the levels that `level_test` does not reject. Source: Wilson, JASA 22 (1927) 209."""
+    _check_counts(successes, 0, n=n)
+    found = stats.binomtest(successes, n).proportion_ci(confidence_level=confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def gain_at_equal_length(gains: ArrayLike, growths: ArrayLike, *, alpha: float) -> MeanTest | None:
+    """Return the mean gain where the answers did not grow: the intercept of the gains (n,) over the growths (n,), and its test.
+
+    None where the growths have no spread or there are fewer than 3 prompts: then length and gain cannot be told apart.
+    """
+    gain_N, growth_N = np.asarray(gains, dtype=np.float64), np.asarray(growths, dtype=np.float64)
+    _check_differences(gain_N, least=1)
+    _check_differences(growth_N, least=1)
+    n = len(gain_N)
+    if n < 3 or np.ptp(growth_N) <= 1e-12 * max(1.0, float(np.abs(growth_N).max())):
+        return None
+    line = stats.linregress(growth_N, gain_N)
+    sd = float(line.intercept_stderr) * math.sqrt(n)
+    return _test_mean(float(line.intercept), sd, n=n, free=n - 2, alpha=alpha, minimum=0.0)
+
+
+@dataclass(frozen=True)
+class NoiseFloor:
+    """How far one model's score moves when nothing about the model changed. A greedy rerun alone gives 0."""
+
+    runs: int
+    n: int
+    flip_rate: float  # share of items whose score differs between two runs, the mean over all pairs of runs
+    max_difference: float  # the largest difference of the score between two runs
+
+
+def measure_noise(scores: ArrayLike) -> NoiseFloor:
+    """Return the noise floor of scores (R, n) of one model over the same items: runs that vary batch, workers, few-shot seed
+    or repeat a judge, and nothing else."""
+    score_RN = np.asarray(scores, dtype=np.float64)
+    if score_RN.ndim != 2 or score_RN.shape[0] < 2 or score_RN.shape[1] < 1:
+        raise ValueError(
+            f"noise floor: got scores of shape {score_RN.shape}, expected at least 2 runs over the same items"
+        )
+    if not np.isfinite(score_RN).all():
+        raise ValueError(f"noise floor: {int((~np.isfinite(score_RN)).sum())} of {score_RN.size} scores are not finite")
+    runs, n = score_RN.shape
+    flips = [float((score_RN[a] != score_RN[b]).mean()) for a in range(runs) for b in range(a)]
+    mean_R = score_RN.mean(axis=1)
+    return NoiseFloor(runs, n, math.fsum(flips) / len(flips), float(mean_R.max() - mean_R.min()))
+
+
+def chance_of_a_false_promotion(alpha: float, *, looks: int) -> float:
+    """Return how likely at least one of several independent looks promotes falsely: 93 % for 52 at 5 %."""
+    return -math.expm1(looks * math.log1p(-alpha))
 
 
 def detectable_mean(n: int, *, sd: float, alpha: float, power: float = PLANNED_POWER) -> float:
@@ -161,7 +289,7 @@ def detectable_mean(n: int, *, sd: float, alpha: float, power: float = PLANNED_P
 
 @cache
 def _detectable_shift(n: int, *, alpha: float, power: float) -> float:
-    critical = float(stats.t.ppf(1 - alpha, n - 1))
+    critical = t_quantile(1 - alpha, n - 1)
 
     def shortfall(shift: float) -> float:
         return float(stats.nct.sf(critical, n - 1, shift)) - power
@@ -169,10 +297,23 @@ def _detectable_shift(n: int, *, alpha: float, power: float) -> float:
     return float(optimize.brentq(shortfall, 0.0, critical + 40.0))
 
 
-def smallest_margin(n: int, *, discordance: float, alpha: float) -> float:
-    """Return the smallest margin that lets equal models pass a guard of `n` items with 95 %: 3.29 sqrt(psi / n) at alpha 0.05."""
-    _check_counts(0, 0, n=n)
-    return float(stats.norm.ppf(1 - alpha) + stats.norm.ppf(EQUAL_MODELS_POWER)) * math.sqrt(discordance / n)
+def passing_power(n: int, *, discordance: float, margin: float, alpha: float) -> float:
+    """Return how likely two equal models pass the score test against a margin: the normal approximation around the statistic
+    and its variance at the expected counts."""
+    half = n * discordance / 2
+    statistic = score_statistic(half, half, n=n, difference=-margin)
+    fitted = n * (margin / statistic) ** 2  # the variance of one difference that the test reckons with
+    return float(
+        special.ndtr((margin * math.sqrt(n) - normal_quantile(1 - alpha) * math.sqrt(fitted)) / math.sqrt(discordance))
+    )
+
+
+def round_up(value: float, *, digits: int = 2) -> float:
+    """Return a value rounded up to so many significant digits, as an effect is printed that should be enough."""
+    if value <= 0:
+        return value
+    places = digits - 1 - math.floor(math.log10(value))
+    return round(math.ceil(round(value * 10**places, 9)) / 10**places, max(places, 0))
 
 
 def items_to_decide(statistic: float, *, n: int, alpha: float, power: float = PLANNED_POWER) -> int | None:
@@ -182,11 +323,11 @@ def items_to_decide(statistic: float, *, n: int, alpha: float, power: float = PL
     """
     if abs(statistic) < 1e-9:
         return None
-    needed = float(stats.norm.ppf(1 - alpha) + stats.norm.ppf(power))
+    needed = normal_quantile(1 - alpha) + normal_quantile(power)
     return math.ceil(n * (needed / statistic) ** 2)
 
 
-def _check_counts(won: int, lost: int, *, n: int) -> None:
+def _check_counts(won: float, lost: float, *, n: int) -> None:
     if n < 1:
         raise ValueError(f"paired score: no items to compare; got n = {n}, expected at least 1")
     if won < 0 or lost < 0 or won + lost > n:

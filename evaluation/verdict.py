@@ -1,12 +1,18 @@
-"""What the gate says, in closed models that serialise to verdict.json. The report and the registry read these and nothing else."""
+"""What the gate says, in closed models that serialise to verdict.json. The report, the registry and `varflow gate` read these
+and nothing else."""
 
+import hashlib
+import json
 from enum import StrEnum
+from typing import Any
 
+from evaluation.config import GatePolicy
 from training.config import Config
 
 
 class Decision(StrEnum):
-    """PROMOTE: every guard non-inferior and the target superior. REJECT: a guard shown worse than its margin. HOLD: else."""
+    """PROMOTE: every guard non-inferior, the target superior, floors and bounds shown to hold. REJECT: a guard shown worse than
+    its margin, or a floor broken. HOLD: else."""
 
     promote = "PROMOTE"
     hold = "HOLD"
@@ -19,6 +25,23 @@ class GuardState(StrEnum):
     non_inferior = "non-inferior"
     inferior = "inferior"
     undecided = "undecided"
+
+
+class BoundState(StrEnum):
+    """Where the interval of a floor or bound lies: on its good side, on its bad side, or across."""
+
+    kept = "kept"
+    broken = "broken"
+    undecided = "undecided"
+
+
+class Noise(Config):
+    """How far one model's score moves between runs that vary what should not matter."""
+
+    varied: tuple[str, ...]  # such as few-shot seed, batch size, workers, judge repeat
+    runs: int
+    flip_rate: float  # share of items whose score differs between two runs
+    max_difference: float  # of the score between two runs
 
 
 class GuardVerdict(Config):
@@ -44,14 +67,22 @@ class GuardVerdict(Config):
     items_to_decide: (
         int | None
     )  # with power 0.8 if the observed rates are the true ones; None when decided, or when none would
+    strata: int  # tasks of the benchmark, such as MMLU's subjects
+    stratified_low: (
+        float  # the interval with the spread within the tasks alone; decides only where scores are no 0 or 1
+    )
+    stratified_high: float
+    noise: Noise | None = None  # of the champion; None where it was not measured
     reason: str
 
 
 class TargetVerdict(Config):
-    """What must be better with confidence: a mean over prompts, challenger minus champion."""
+    """What must be better with confidence: a mean over prompts or items, challenger minus champion."""
 
     name: str
     superior: bool
+    unit: str  # prompts, or items
+    method: str
     n: int
     champion: float
     challenger: float
@@ -61,21 +92,158 @@ class TargetVerdict(Config):
     confidence: float
     min_gain: float
     p_value: float  # one-sided, of a gain above min_gain
-    sd: float  # of the differences between prompts
+    p_adjusted: float  # by Holm, for any one of several targets; the same where one is named
+    sd: float  # of the differences between prompts or items
+    discordance: float | None  # share of items on which the models differ; None where scores are not 0 or 1
     bootstrap_low: float
     bootstrap_high: float
     detectable_gain: float  # beyond min_gain, at this spread, with power 0.8
-    prompts_to_decide: int | None
+    promotable_gain: float | None = (
+        None  # true gain at which this gate promotes with power 0.8 if no guard moves; None: at none
+    )
+    more_to_decide: int | None  # prompts or items
     reason: str
 
 
+class FloorVerdict(Config):
+    """A level of the challenger alone, against its floor."""
+
+    name: str
+    state: BoundState
+    unit: str
+    n: int
+    level: float
+    low: float
+    high: float
+    confidence: float
+    floor: float
+    more_to_decide: int | None
+    reason: str
+
+
+class GrowthVerdict(Config):
+    """How much more of something the challenger's answers take, against the bound; over held-out prompts."""
+
+    name: str  # length or cost
+    state: BoundState
+    unit: str  # of champion, challenger, low and high
+    n: int
+    champion: float  # mean
+    challenger: float
+    bound: float
+    growth: float | None  # challenger / champion - 1; None where the champion's answers are all empty
+    low: float  # of the interval of the mean of challenger - (1 + bound) champion: below 0 the bound is shown to hold
+    high: float
+    confidence: float
+    more_to_decide: int | None
+    gain_at_equal_length: float | None = None  # of the reward, with its interval; of length alone
+    gain_low: float | None = None
+    gain_high: float | None = None
+    holds: bool  # whether this bound lets a promotion pass
+    reason: str
+
+
+class MeanVerdict(Config):
+    """The unweighted mean of all four benchmarks of the paper in full, for the reader; decides nothing."""
+
+    champion: float
+    challenger: float
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    detectable_difference: float
+
+
+class AuditRow(Config):
+    """A guard or a target on the items or prompts of the audit split, which never decide."""
+
+    name: str
+    unit: str
+    n: int
+    difference: float
+    low: float
+    high: float
+    confidence: float
+    agrees: bool  # its interval and the deciding one have a value in common
+
+
+class Looks(Config):
+    """What this look may spend of the year's error."""
+
+    spent: int  # before this one
+    planned: int | None
+    alpha_of_a_look: float
+    alpha_of_a_year: float
+
+
 class Verdict(Config):
-    """The gate's answer with everything it rests on. `reasons` decide, `flags` warn."""
+    """The gate's answer with everything it rests on. `reasons` decide, `flags` warn, `seal` shows that neither was touched."""
 
     decision: Decision
     reasons: tuple[str, ...]
     flags: tuple[str, ...]
     guards: tuple[GuardVerdict, ...]
-    target: TargetVerdict
+    targets: tuple[TargetVerdict, ...]
+    floors: tuple[FloorVerdict, ...] = ()
+    growths: tuple[GrowthVerdict, ...] = ()
+    mean: MeanVerdict | None = None
+    audit: tuple[AuditRow, ...] = ()
+    looks: Looks
     same_model: bool
-    alpha: float
+    policy: GatePolicy
+    inputs: dict[str, str]  # what was weighed -> sha256 of it
+    seal: str = ""
+
+    @property
+    def alpha(self) -> float:
+        """The one-sided error rate of each test."""
+        return self.looks.alpha_of_a_look
+
+    def target(self, name: str) -> TargetVerdict | None:
+        """Return one target by name, None where the policy does not name it."""
+        return next((target for target in self.targets if target.name == name), None)
+
+
+def compute_seal(verdict: Verdict) -> str:
+    """Return sha256 of the verdict's canonical JSON without the seal: sorted keys, no white space, UTF-8 (docs/gate.md)."""
+    content: dict[str, Any] = verdict.model_dump(mode="json", exclude={"seal"})
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def seal(verdict: Verdict) -> Verdict:
+    """Return the verdict with its seal."""
+    return verdict.model_copy(update={"seal": compute_seal(verdict)})
+
+
+def check_seal(verdict: Verdict, *, inputs: dict[str, str] | None = None) -> None:
+    """Raise ValueError, naming what differs, when a verdict was changed after it was sealed, or rests on other `inputs`."""
+    found = compute_seal(verdict)
+    if found != verdict.seal:
+        raise ValueError(
+            f"verdict {verdict.decision}: its seal is {verdict.seal[:16] or 'missing'}, its content gives {found[:16]}: it was changed "
+            "after the gate wrote it; run the gate again and do not act on this one"
+        )
+    if inputs is None:
+        return
+    changed = sorted(
+        name for name in inputs.keys() | verdict.inputs.keys() if inputs.get(name) != verdict.inputs.get(name)
+    )
+    if changed:
+        raise ValueError(
+            f"verdict {verdict.decision}: {len(changed)} of its inputs are not what it weighed: {', '.join(changed[:5])}; run the gate "
+            "again on what is there now"
+        )
+
+
+def read_verdict(text: str | bytes) -> Verdict:
+    """Return the verdict of a verdict.json whose seal holds. Raises ValueError where it does not, or where another version wrote it."""
+    fields = json.loads(text)
+    if "seal" not in fields or "looks" not in fields:
+        raise ValueError(
+            "verdict.json: got one without seal, as gates before version 2 wrote it; run the gate again (the same command) to have one"
+        )
+    verdict = Verdict.model_validate_json(text)
+    check_seal(verdict)
+    return verdict

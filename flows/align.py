@@ -7,24 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from prefect import flow
+from prefect.logging import get_run_logger
 
-from evaluation.config import SuiteConfig
+from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
 from evaluation.mirror import missing_data
+from evaluation.policy import flag_policy
+from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
 from infra.registry import read_standing
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
 from tasks.evaluate import MirrorConfig, evaluate, mirror
 from tasks.execute import Execution
-from tasks.gate import CHALLENGER, CHAMPION, gate
+from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, plan_look, spend_look
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.promote import promote
-from tasks.report import ReportConfig, publish, report
+from tasks.report import ReportConfig, publish, report, report_url
 from tasks.reward_model import reward_model
 from tasks.score import score_cross, score_reference, score_rewards
 from tasks.sources import resolve_source
-from tasks.step import Given, Planned, Source, Step
+from tasks.step import ArtifactRef, Given, Planned, Source, Step
 from tasks.train import train
 from training.config import Config, CrossScoreConfig, StoredColumn
 
@@ -88,11 +91,26 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         for benchmark in config.suite.benchmarks:
             inputs = {"model": model, "mirror": files}
             judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
-    verdict = plan(gate, config.gate, {"challenger": challenger, "champion": champion} | judged)
-    shown = {f"{who}_answers": step for who, step in answers.items()} | columns | judged
+    for number, benchmark in vary_seeds(config.suite, seeds=config.noise_seeds):
+        label = f"{benchmark.name} {benchmark.seed} {NOISE}"
+        inputs = {"model": champion, "mirror": files}
+        judged[f"{NOISE}_{number}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=label)
+    answered = {f"{who}_answers": step for who, step in answers.items()}
+    models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
+    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
+    verdict = plan_look(verdict, store=store, model=config.model_name)
+    shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     page = plan(report, ReportConfig(recipe=config.name), shown)
     return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, verdict, page)
+
+
+def vary_seeds(suite: SuiteConfig, *, seeds: int) -> Iterator[tuple[int, BenchmarkConfig]]:
+    """Yield (number, benchmark) of each benchmark with drawn worked examples under other seeds."""
+    for benchmark in suite.benchmarks:
+        for number in range(1, seeds + 1) if benchmark.num_fewshot else ():
+            other = benchmark.model_dump() | {"seed": benchmark.seed + number}
+            yield number, BenchmarkConfig.model_validate(other)
 
 
 def cross_config(config: AlignConfig) -> CrossScoreConfig:
@@ -125,6 +143,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
     Returns the verdict, every step with its fingerprint, and links. A rerun goes on where the last one ended.
     """
     settings = read_settings()
+    for flag in flag_policy(config.gate, config.suite):
+        get_run_logger().warning("gate: %s", flag)
     plan = plan_align(config, store=open_store(settings), settings=settings)
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
         files = run.step(plan.mirror)
@@ -133,9 +153,23 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
         run.steps(*plan.answers.values(), *plan.judged.values())
+        spend_look(plan.gate, store=run.store, model=config.model_name)
         verdict = run.step(plan.gate)
-        promoted = promote(run, model=config.model_name, challenger=challenger, verdict=verdict)
-        return publish(run, run.step(plan.report), verdict=verdict, promoted=promoted)
+        page = run.step(plan.report)
+        refused = ask_person(config, run, page=page, verdict=verdict)
+        promoted = refused or promote(run, model=config.model_name, challenger=challenger, verdict=verdict)
+        return publish(run, page, verdict=verdict, promoted=promoted)
+
+
+def ask_person(config: AlignConfig, run: Execution, *, page: ArtifactRef, verdict: ArtifactRef) -> str:
+    """Ask for approval where the config wants it and the gate says PROMOTE; return '' for a yes, else one sentence."""
+    summary = verdict.record.summary
+    if not config.approval or summary["verdict"] != "PROMOTE":
+        return ""
+    approval = ask_approval(
+        model=config.model_name, reasons=summary["reasons"], report=report_url(run, page), page=run.prefect_url
+    )
+    return "" if approval.promote else describe_refusal(approval, model=config.model_name)
 
 
 def check_benchmarks(suite: SuiteConfig, *, source: str, folder: Path) -> None:

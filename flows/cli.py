@@ -195,10 +195,19 @@ def run_recipe(
     from flows.recipes import read_recipe
 
     config = override(read_recipe(recipe), changes or [])
+    warn_of_policy(config)
     if dry_run:
         return show_plan(config, as_json=as_json)
     launch("align", config, on=on, as_json=as_json)
     return None
+
+
+def warn_of_policy(config: Any) -> None:
+    """Say on stderr what is wrong with a recipe's gate although it can be used."""
+    from evaluation.policy import flag_policy
+
+    for flag in flag_policy(config.gate, config.suite):
+        typer.echo(f"gate: {flag}", err=True)
 
 
 @app.command("plan")
@@ -297,7 +306,9 @@ def run_retrain(
     from flows.recipes import read_recipe
 
     base = read_recipe(recipe).model_copy(update={"champion": "current"})
-    launch("retrain", override(RetrainConfig(recipe=base), changes or []), on=on, as_json=as_json)
+    config = override(RetrainConfig(recipe=base), changes or [])
+    warn_of_policy(config.recipe)
+    launch("retrain", config, on=on, as_json=as_json)
 
 
 @app.command("push")
@@ -330,17 +341,40 @@ def show_report(
 ) -> None:
     """Fetch a run's report and say where it lies."""
     settings = connect()
-    from flows.launch import find_report
+    from flows.launch import find_step
     from infra.store import open_store
     from infra.tracking import Tracking
     from tasks.artifacts import fetch_artifact
 
     store = open_store(settings)
-    record = find_report(store, run, tracking=Tracking(settings.mlflow_tracking_uri))
+    record = find_step(store, run, step="report", tracking=Tracking(settings.mlflow_tracking_uri))
     page = fetch_artifact(store, record, home=settings.home) / "report.html"
     if as_json:
         return print_json({"report": str(page), "url": store.url(f"{record.prefix}/report.html")})
     typer.echo(str(page))
+    return None
+
+
+@app.command("gate")
+def show_gate(
+    explain: Annotated[
+        str,
+        typer.Option(
+            "--explain", metavar="RUN_OR_REF", help="A run's id or page, gate/FINGERPRINT, or a verdict.json."
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Explain a verdict: each guard with test, interval, margin, detectable effect and what would decide it. Checks its seal."""
+    settings = connect()
+    from rich.console import Console
+
+    from flows.verdict import draw_verdict, find_verdict
+
+    found = find_verdict(explain, settings=settings)
+    if as_json:
+        return print_json(found.as_json())
+    draw_verdict(found, Console() if sys.stdout.isatty() else Console(width=220))
     return None
 
 

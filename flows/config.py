@@ -2,9 +2,10 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from evaluation.config import GatePolicy, SuiteConfig
+from evaluation.policy import check_names
 from training.config import (
     AnyTrainConfig,
     Config,
@@ -90,9 +91,26 @@ class AlignConfig(Config):
         title="Champion",
         description="base: the policy as given. current: the promoted model, the base while there is none. Or STEP/FINGERPRINT.",
     )
+    noise_seeds: int = Field(
+        0,
+        ge=0,
+        le=10,
+        title="Noise floor",
+        description="How many more few-shot seeds the champion is measured with, from 0 to 10: how far a score moves when no model does. Only where worked examples are drawn.",
+    )
+    approval: bool = Field(
+        False,
+        title="Approval",
+        description="Before a promotion the run pauses on Prefect's page, with the report, until a person says yes or no.",
+    )
     runtime: Runtime = Field(
         Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
     )
+
+    @model_validator(mode="after")
+    def _policy_names_what_is_run(self) -> "AlignConfig":
+        check_names(self.gate, self.suite)
+        return self
 
 
 class BenchmarkFlowConfig(Config):

@@ -114,24 +114,28 @@ class StepBars:
         self._console.print(f"{'cached' if cached else f'{seconds:.1f} s':>9}  {title}", highlight=False, markup=False)
 
 
-def find_report(store: Store, run: str, *, tracking: Tracking) -> Record:
-    """Return the record of the report that a run ended with, written by it or found.
+def find_step(store: Store, run: str, *, step: str, tracking: Tracking) -> Record:
+    """Return the record of a kind of step, such as report or gate, that a run ended with, written by it or found.
 
-    `run` is its Prefect or MLflow id, the address of one of these pages, or the report's own reference.
+    `run` is its Prefect or MLflow id, the address of one of these pages, or the step's own reference.
     """
     if run.startswith(("http://", "https://")):
         run = run.partition("?")[0].rstrip("/").rpartition("/")[2]
     if "/" in run:
-        return records.resolve(store, run)
-    said = tracking.find_tags(run).get("step.report", "").split()  # computed|cached STEP/FINGERPRINT run ID
+        record = records.resolve(store, run)
+        if record.step != step:
+            raise ValueError(f"reference {run!r}: got a {record.step}, expected {step}/FINGERPRINT, or the id of a run")
+        return record
+    said = tracking.find_tags(run).get(f"step.{step}", "").split()  # computed|cached STEP/FINGERPRINT run ID
     if not said:
-        known = ", ".join(record.prefect_run for record in sorted(_reports(store), key=lambda r: r.created)[-3:])
-        raise ValueError(f"run {run!r}: it has no report; the newest reports are of the runs {known or '(none)'}")
+        made = sorted(_records(store, step), key=lambda record: record.created)
+        known = ", ".join(record.prefect_run for record in made[-3:])
+        raise ValueError(f"run {run!r}: it has no {step}; the newest {step}s are of the runs {known or '(none)'}")
     return records.resolve(store, said[1])
 
 
-def _reports(store: Store) -> list[Record]:
-    found = (store.get(item.name) for item in store.scan("records/report"))
+def _records(store: Store, step: str) -> list[Record]:
+    found = (store.get(item.name) for item in store.scan(f"records/{step}"))
     return [Record.model_validate_json(item[0]) for item in found if item]
 
 
@@ -179,4 +183,4 @@ def push(store: Store, paths: Iterable[Any], *, emit: Any) -> list[dict[str, Any
     return pushed
 
 
-__all__ = ["align", "check_servers", "find_report", "plan_recipe", "push", "run_here", "run_on_worker", "trace"]
+__all__ = ["align", "check_servers", "find_step", "plan_recipe", "push", "run_here", "run_on_worker", "trace"]

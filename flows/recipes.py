@@ -90,7 +90,7 @@ def hh_rlhf() -> AlignConfig:
         heldout=GenerateConfig(max_new_tokens=96, temperature=0.0),
         benchmarks="benchmarks",
         suite=suites.paper(),
-        gate=GatePolicy(margins={"mmlu": 0.01, "gsm8k": 0.03, "humaneval": 0.07, "bbh": 0.02}),
+        gate=GatePolicy(margins={"mmlu": 0.01, "gsm8k": 0.03, "humaneval": 0.09, "bbh": 0.02}),
     )
 
 

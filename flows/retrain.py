@@ -60,8 +60,8 @@ def sweep(deployment: str = "retrain/retrain") -> dict[str, Any]:
 
 
 def identify(config: RetrainConfig) -> str:
-    """Return the 16 hex digits under which a recipe's retrains are kept: runtime and preferences are no part of it."""
-    return fingerprint(config.recipe.model_dump(mode="json", exclude={"runtime", "preferences"}))[:16]
+    """Return the 16 hex digits under which a recipe's retrains are kept: runtime, approval and preferences are no part of it."""
+    return fingerprint(config.recipe.model_dump(mode="json", exclude={"runtime", "approval", "preferences"}))[:16]
 
 
 def claim(store: Store, *, snapshot: str, recipe: str, run: str) -> str:

@@ -253,7 +253,10 @@ class Execution:
         """
         whose = planned.label.rpartition(" ")[2]
         # the challenger's figures, the ones to compare, go without; the champion's stand beside them in MLflow's tables
-        prefix, suffix = "preferences/" if whose == "preferences" else "", "_champion" if whose == "champion" else ""
+        prefix, suffix = (
+            f"{whose}/" if whose in {"noise", "preferences"} else "",
+            "_champion" if whose == "champion" else "",
+        )
         metrics = {f"{prefix}{name}{suffix}": value for name, value in record.summary["metrics"].items()}
         metrics[f"cost/{planned.key}_seconds"] = record.cost["wall_seconds"]
         said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"
@@ -300,6 +303,11 @@ class StepAttempt:
     output: Path
     lock: int
     inputs: Mapping[str, Path]
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """What the inputs are, by name."""
+        return {name: given.fingerprint for name, given in self.planned.inputs.items()}
 
     def run_child(self, package: str, job: str) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.

@@ -1,41 +1,123 @@
 """The verdict on a challenger."""
 
 import filecmp
-import json
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pyarrow.parquet as pq
 
-from evaluation.config import GatePolicy
-from tasks.step import Attempt, Metrics, step
+from evaluation.config import GateConfig
+from infra import looks
+from infra.store import Store
+from tasks.step import Attempt, Metrics, Planned, step
 from training.job import write_json
 
-CHALLENGER, CHAMPION = "challenger", "champion"
+if TYPE_CHECKING:
+    from evaluation.gate import Evidence
+    from evaluation.result import BenchmarkResult
+    from evaluation.verdict import Noise
+
+CHALLENGER, CHAMPION, NOISE = "challenger", "champion", "noise"
+WEIGHED = ("scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet")
+WEIGHTS = ("*.safetensors", "*.bin")
 
 
-@step(version=1)
-def gate(config: GatePolicy, attempt: Attempt) -> Metrics:
-    """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), and for both of them
-    `<who>_rewards` and `<who>_<benchmark>`."""
-    from evaluation.gate import decide  # SciPy takes a second, which a run that finds its verdict need not spend
-    from evaluation.result import read_result
+@step(version=2)
+def gate(config: GateConfig, attempt: Attempt) -> Metrics:
+    """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), for both of them
+    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, and the champion under other few-shot seeds as
+    `noise_<number>_eval_<benchmark>`."""
+    from evaluation.gate import (
+        decide,
+        write_verdict,
+    )  # SciPy takes a second, which a run that finds its verdict need not spend
 
     inputs = attempt.inputs
-    results = {
-        who: [read_result(inputs[name]) for name in sorted(inputs) if name.startswith(f"{who}_eval_")]
-        for who in (CHALLENGER, CHAMPION)
-    }
     verdict = decide(
-        config,
-        challenger=results[CHALLENGER],
-        champion=results[CHAMPION],
-        rewards_challenger=read_rewards(inputs[f"{CHALLENGER}_rewards"]),
-        rewards_champion=read_rewards(inputs[f"{CHAMPION}_rewards"]),
+        config.policy,
+        challenger=read_evidence(inputs, CHALLENGER),
+        champion=read_evidence(inputs, CHAMPION),
         same_model=same_weights(inputs[CHALLENGER], inputs[CHAMPION]),
+        noise=read_noise(inputs),
+        looks_spent=config.looks_spent,
+        inputs=digest_inputs(attempt),
     )
-    write_json(attempt.output / "verdict.json", json.loads(verdict.model_dump_json()))
-    write_json(attempt.output / "summary.json", {"verdict": verdict.decision, "reasons": list(verdict.reasons)})
-    return {"gate/promote": float(verdict.decision == "PROMOTE"), "gate/reward_gain": verdict.target.gain}
+    write_verdict(verdict, attempt.output / "verdict.json")
+    summary = {"verdict": verdict.decision, "reasons": list(verdict.reasons), "seal": verdict.seal}
+    write_json(attempt.output / "summary.json", summary)
+    gains = {f"gate/{target.name}_gain": target.gain for target in verdict.targets}
+    return {"gate/promote": float(verdict.decision == "PROMOTE")} | gains
+
+
+def plan_look(planned: Planned, *, store: Store, model: str) -> Planned:
+    """Return the gate step as the look that it is of this year; as it was where the policy plans no looks. Reads the store alone."""
+    config = planned.config
+    assert isinstance(config, GateConfig)
+    if config.policy.planned_looks is None:
+        return planned
+    before = looks.count_before(store, model=model, evidence=planned.fingerprint, year=looks.this_year())
+    return replace(planned, config=config.model_copy(update={"looks_spent": before}))
+
+
+def spend_look(planned: Planned, *, store: Store, model: str) -> None:
+    """Put a planned look into the year's list before it is taken; one for which nothing is left of the year is not taken at all."""
+    config = planned.config
+    assert isinstance(config, GateConfig)
+    if config.policy.planned_looks is None or config.looks_spent >= config.policy.planned_looks:
+        return
+    evidence = replace(planned, config=config.model_copy(update={"looks_spent": 0})).fingerprint
+    looks.spend(store, model=model, evidence=evidence, before=config.looks_spent, year=looks.this_year())
+
+
+def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
+    """Return what was measured of one model."""
+    from evaluation.gate import Evidence
+    from evaluation.result import read_result
+
+    return Evidence(
+        results=[read_result(inputs[name]) for name in sorted(inputs) if name.startswith(f"{who}_eval_")],
+        rewards=read_rewards(inputs[f"{who}_rewards"]),
+        lengths=read_lengths(inputs[f"{who}_answers"]),
+        weight_bytes=sum(path.stat().st_size for kind in WEIGHTS for path in inputs[who].glob(kind)),
+    )
+
+
+def read_noise(inputs: Mapping[str, Path]) -> "dict[str, Noise]":
+    """Return the noise floor of each benchmark that was measured under several few-shot seeds."""
+    from evaluation.gate import measure_noise
+    from evaluation.result import read_result
+
+    runs: dict[str, list[BenchmarkResult]] = {}
+    for name in sorted(inputs):
+        kind, _, benchmark = name.partition("_eval_")
+        if kind.startswith(f"{NOISE}_"):
+            runs.setdefault(benchmark, [read_result(inputs[f"{CHAMPION}_eval_{benchmark}"])])
+            runs[benchmark].append(read_result(inputs[name]))
+    return {name: measure_noise(found, varied=("few-shot seed",)) for name, found in runs.items()}
+
+
+def digest_inputs(attempt: Attempt) -> dict[str, str]:
+    """Return what the verdict rests on: the sha256 of every file that was weighed as `<input>/<file>`, which is what its record's
+    manifest and `sha256sum` say, and the fingerprint of both models."""
+    weighed = {name: folder for name, folder in attempt.inputs.items() if name not in (CHALLENGER, CHAMPION)}
+    files = {
+        f"{name}/{file}": hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        for name, folder in sorted(weighed.items())
+        for file in WEIGHED
+        if (folder / file).is_file()
+    }
+    return {who: attempt.fingerprints[who] for who in (CHALLENGER, CHAMPION)} | files
+
+
+def read_lengths(folder: Path) -> dict[str, float]:
+    """Return the mean length of each row's answers in characters, by row id."""
+    table = pq.read_table(folder / "responses.parquet", columns=["row_id", "responses"]).to_pydict()
+    return {
+        row: sum(map(len, texts)) / len(texts) for row, texts in zip(table["row_id"], table["responses"], strict=True)
+    }
 
 
 def read_rewards(folder: Path) -> dict[str, float]:
@@ -46,7 +128,7 @@ def read_rewards(folder: Path) -> dict[str, float]:
 
 def same_weights(one: Path, other: Path) -> bool:
     """Tell whether two model folders hold the same weights, byte for byte."""
-    names = sorted(path.name for path in one.glob("*.safetensors"))
-    if names != sorted(path.name for path in other.glob("*.safetensors")):
+    ours, theirs = (sorted(path.name for kind in WEIGHTS for path in folder.glob(kind)) for folder in (one, other))
+    if not ours or ours != theirs:
         return False
-    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in ours)

@@ -145,12 +145,17 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def report_url(run: Execution, page: ArtifactRef) -> str:
+    """Return where MLflow shows the page."""
+    return run.tracking.run_url(Run(page.record.mlflow_run, run.experiment, ""), artifact="report.html")
+
+
 def publish(run: Execution, page: ArtifactRef, *, verdict: ArtifactRef, promoted: str) -> dict[str, Any]:
     """Show a run's outcome on its Prefect and MLflow pages, and return it as plain data."""
     decision = str(verdict.record.summary["verdict"])
     reasons = [str(reason) for reason in verdict.record.summary["reasons"]]
     local = run.folder(page) / "report.html"
-    shown = run.tracking.run_url(Run(page.record.mlflow_run, run.experiment, ""), artifact="report.html")
+    shown = report_url(run, page)
     links = run.links | {"report": str(local), "report_in_mlflow": shown}
     text = write_outline(run, decision=decision, reasons=reasons, promoted=promoted, links=links)
     run.tracking.log(run.parent.id, tags={"verdict": decision, "report": shown, "mlflow.note.content": text})

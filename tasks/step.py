@@ -37,6 +37,10 @@ class Attempt(Protocol):
     inputs: Mapping[str, Path]
     output: Path
 
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        """What the inputs are: fingerprint of a step's artifact, or digest of a source, by name."""
+
     def run_child(self, package: str, job: str) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary."""
 

@@ -42,13 +42,15 @@ def test_the_form_shows_titles_bounds_and_defaults(
     keep("prefect-form-training")
 
 
-def test_the_form_draws_raw_json_for_the_margins_alone(page: Any, stack: Settings, align: str) -> None:
+def test_the_form_draws_raw_json_for_what_the_gate_names_by_benchmark_alone(
+    page: Any, stack: Settings, align: str
+) -> None:
     open_form(page, stack, align)
     editors = page.locator(".schema-form-property:has(> .p-label__body .p-code-input)")
     titles = page.locator(".p-code-input").evaluate_all(
         "all => all.map(one => one.closest('.schema-form-property').querySelector('.schema-form-property__label').innerText)"
     )
-    assert editors.count() > 0 and titles == ["Margins"]
+    assert editors.count() > 0 and titles == ["Margins", "Targets (Optional)", "Floors (Optional)"]
 
 
 def test_other_choices_come_from_the_form_complete(

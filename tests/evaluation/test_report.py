@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evaluation.gate import compare_guard, compare_target, conclude
+from evaluation.config import GatePolicy
+from evaluation.gate import Evidence, decide
 from evaluation.report import (
     ReportData,
     RewardPair,
@@ -23,26 +24,29 @@ from evaluation.report import (
     render_report,
     show_seconds,
 )
-from evaluation.result import ScoreRow
+from evaluation.result import BenchmarkResult, ScoreRow
 from evaluation.verdict import Verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} <b>bold</b> & \u2028 \"'"
 
 
-def make_verdict(gain_P: np.ndarray, *, names: tuple[str, ...] = ("mmlu", "bbh")) -> Verdict:
+def make_verdict(gain_P: np.ndarray, *, names: tuple[str, ...] = ("mmlu", "bbh"), **policy: Any) -> Verdict:
     right = np.r_[np.ones(200), np.zeros(200)]
     worse = np.r_[np.zeros(12), np.ones(188 + 10), np.zeros(190)]
-    guards = tuple(compare_guard(name, worse, right, margin=0.05, alpha=0.05) for name in names)
-    target = compare_target("heldout_reward", gain_P, levels=(1.0 + gain_P.mean(), 1.0), alpha=0.05, min_gain=0.0)
-    decision, reasons = conclude(guards, target=target, same_model=False)
-    return Verdict(
-        decision=decision,
-        reasons=reasons,
-        flags=("look at the samples",),
-        guards=guards,
-        target=target,
+
+    def results(correct_N: np.ndarray) -> list[BenchmarkResult]:
+        items = {("task", f"{i:03d}"): float(value) for i, value in enumerate(correct_N)}
+        return [BenchmarkResult(benchmark=name, scores=(), items=items, profile={}) for name in names]
+
+    rows = [f"{i:032x}" for i in range(len(gain_P))]
+    lengths = {row: 100.0 + i % 7 for i, row in enumerate(rows)}
+    gained = {row: 1.0 + float(gain) for row, gain in zip(rows, gain_P, strict=True)}
+    return decide(
+        GatePolicy(margins=dict.fromkeys(names, 0.05), **policy),
+        challenger=Evidence(results(worse), gained, lengths),
+        champion=Evidence(results(right), dict.fromkeys(rows, 1.0), lengths),
         same_model=False,
-        alpha=0.05,
+        inputs={"challenger": "c" * 64},
     )
 
 
@@ -180,6 +184,30 @@ def test_a_prompt_without_an_answer_after_some_step_has_a_gap() -> None:
         TrainingAnswer(step=5, prompt="b", answer="z"),
     )
     assert lay_out_answers(answers) == {"prompts": ["a", "b"], "rows": [(0, ["x", None]), (5, ["", "z"])]}
+
+
+def test_shows_what_else_the_policy_asks(tmp_path: Path) -> None:
+    asked = {
+        "floors": {"mmlu": 0.2}, "targets": {"heldout_reward": 0.0, "bbh": 0.0}, "audit_share": 0.2, "planned_looks": 4,
+    }  # fmt: skip
+    verdict = make_verdict(np.random.default_rng(0).normal(0.4, 1.0, 80), **asked)
+    page = Page(render_report(make_report(tmp_path, verdict=verdict)))
+    for part in (*verdict.targets, *verdict.floors, *verdict.growths):
+        assert part.reason in page.text
+    assert "the year's 0.05 over 4 planned looks, of which 0 were spent before" in page.text
+    assert (
+        "Audit split, which decides nothing" in page.text
+        and page.text.count("intervals meet") == len(verdict.audit) == 3
+    )
+    assert f"Seal {verdict.seal} over the verdict" in page.text
+    assert f"a true gain of {verdict.targets[0].promotable_gain:g} would be promoted 4 times in 5" in page.text
+
+
+def test_a_policy_without_the_reward_as_target_says_so(tmp_path: Path) -> None:
+    verdict = make_verdict(np.random.default_rng(0).normal(0.4, 1.0, 80), targets={"bbh": 0.0})
+    page = Page(render_report(make_report(tmp_path, verdict=verdict)))
+    assert "The held-out reward is no target of this policy." in page.text and "gains" not in page.charts
+    assert verdict.targets[0].reason in page.text
 
 
 def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:

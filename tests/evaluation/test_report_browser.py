@@ -6,19 +6,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation.gate import compare_target
+from evaluation.config import GatePolicy
+from evaluation.gate import Evidence, decide
 from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
-from evaluation.verdict import Decision, Verdict
 
 ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
 
 
 def write_page(folder: Path) -> Path:
     gain_P = np.random.default_rng(0).normal(0.4, 1.0, 60)
-    target = compare_target("heldout_reward", gain_P, levels=(0.4, 0.0), alpha=0.05, min_gain=0.0)
-    verdict = Verdict(
-        decision=Decision.promote, reasons=(ATTACK,), flags=(), guards=(), target=target, same_model=False, alpha=0.05
-    )
+    rows = [f"{i:032x}" for i in range(len(gain_P))]
+    gained = {row: float(gain) for row, gain in zip(rows, gain_P, strict=True)}
+    lengths = dict.fromkeys(rows, 10.0)
+    verdict = decide(
+        GatePolicy(margins={}),
+        challenger=Evidence(rewards=gained, lengths=lengths),
+        champion=Evidence(rewards=dict.fromkeys(rows, 0.0), lengths=lengths),
+        same_model=False,
+    ).model_copy(update={"reasons": (ATTACK,)})
     data = ReportData(
         title=f"a run {ATTACK}",
         recipe="demo",

@@ -8,6 +8,7 @@ import pytest
 from scipy import optimize, stats
 
 from evaluation import statistics
+from evaluation.policy import smallest_margin
 
 # (won, lost, n, confidence) -> interval, as published.
 PUBLISHED_TANGO = [
@@ -15,6 +16,8 @@ PUBLISHED_TANGO = [
     ((1, 7, 21, 0.95), (-0.517, -0.026)),
     # R, PropCIs::scoreci.mp(25, 28, 618, 0.90), whose difference is (second - first) / n: -0.0148 to 0.0247.
     ((28, 25, 618, 0.90), (-0.0148, 0.0247)),
+    # R, PropCIs::scoreci.mp(41, 48, 549, 0.90), as a study of two matching methods prints it: -1.57 to 4.14 points.
+    ((48, 41, 549, 0.90), (-0.0157, 0.0414)),
     # Disinfection of contact lenses, Tango (1998): -0.118 to 0.059.
     ((0, 1, 44, 0.95), (-0.118, 0.059)),
 ]
@@ -113,6 +116,42 @@ def test_paired_t_against_a_minimum_equals_scipy() -> None:
     assert statistics.paired_t(SLEEP, alpha=0.05, minimum=1.0).p_value == pytest.approx(expected.pvalue)
 
 
+# NIST StRD, one-way analysis of variance, data set SiRstv (5 instruments, 5 measurements each of a silicon wafer).
+SIRSTV = [
+    [196.3052, 196.1240, 196.1890, 196.2569, 196.3403],
+    [196.3042, 196.3825, 196.1669, 196.3257, 196.0422],
+    [196.1303, 196.2005, 196.2889, 196.0343, 196.1811],
+    [196.2795, 196.1748, 196.1494, 196.1485, 195.9885],
+    [196.2119, 196.1051, 196.1850, 196.0052, 196.2090],
+]
+
+
+def test_spread_within_strata_equals_nists_certified_value() -> None:
+    test = statistics.stratified_t(np.ravel(SIRSTV), np.repeat(list("abcde"), 5), alpha=0.05)
+    assert test.sd == pytest.approx(
+        0.104076068334656, abs=1e-9
+    )  # certified residual standard deviation, 20 degrees of freedom
+    assert test.high - test.mean == pytest.approx(test.sd / 5 * stats.t.ppf(0.95, 20))
+    f = 5 * np.var([np.mean(row) for row in SIRSTV], ddof=1) / test.sd**2
+    assert f == pytest.approx(1.18046237440255, abs=1e-6)  # certified F
+
+
+def test_strata_take_out_what_they_differ_by_and_nothing_else() -> None:
+    noise = np.random.default_rng(0).normal(size=300)
+    shift = np.repeat([-2.0, 0.0, 2.0], 100)
+    subjects = np.repeat(list("xyz"), 100)
+    pooled, within = (
+        statistics.paired_t(noise + shift, alpha=0.05),
+        statistics.stratified_t(noise + shift, subjects, alpha=0.05),
+    )
+    assert within.mean == pooled.mean and within.sd < 0.6 * pooled.sd
+    assert statistics.stratified_t(noise + shift, ["all"] * 300, alpha=0.05) == pooled
+    # lm-eval's pooled_sample_stderr of the three tasks
+    sizes, stderrs = [100] * 3, [float(np.std(part, ddof=1)) / 10 for part in np.split(noise, 3)]
+    variance = sum((n - 1) * se**2 * n for n, se in zip(sizes, stderrs, strict=True)) / (300 - 3)
+    assert within.sd / math.sqrt(300) == pytest.approx(math.sqrt(variance / 300))
+
+
 def test_identical_differences_have_no_spread_and_say_so() -> None:
     nothing = statistics.paired_t([0.0] * 5, alpha=0.05)
     assert (nothing.sd, nothing.low, nothing.high, nothing.p_value) == (0, 0, 0, 1)
@@ -158,6 +197,81 @@ def test_detectable_difference_of_the_four_benchmarks(n: int, points: float) -> 
     assert 100 * delta == pytest.approx(points, abs=0.05)
 
 
+def test_detectable_difference_of_the_unweighted_mean() -> None:
+    sizes = [164, 1319, 6511, 14042]
+    delta = statistics.detectable_average(sizes, discordances=[0.1] * 4, alpha=0.05)
+    assert 100 * delta == pytest.approx(1.65, abs=0.005)
+    one = statistics.detectable_average([164], discordances=[0.1], alpha=0.05)
+    assert one == pytest.approx(statistics.detectable_difference(164, discordance=0.1, alpha=0.05))
+
+
+@pytest.mark.parametrize(
+    ("discordance", "difference", "alpha", "power", "pairs"),
+    [
+        (0.50, 0.40, 0.05, 0.90, 23),  # powersamplesize.com, McNemar one-sided, after Connor (1987) p. 209
+        (0.50, 0.40, 0.025, 0.80, 23),  # zarathucorp's open-powersamplesize, two-sided at 0.05
+        (0.45, 0.15, 0.025, 0.80, 155),  # clinicaltrials-tools, McNemar two-sided at 0.05
+    ],
+)
+def test_detectable_difference_equals_published_sample_sizes(
+    discordance: float, difference: float, alpha: float, power: float, pairs: int
+) -> None:
+    shown = [
+        statistics.detectable_difference(n, discordance=discordance, alpha=alpha, power=power)
+        for n in (pairs, pairs - 1)
+    ]
+    assert shown[0] <= difference < shown[1]
+
+
+def test_combined_intervals_equal_newcombes_hybrid_score() -> None:
+    # Newcombe, Stat. Med. 17 (1998) 873, table II, method 10: 56/70 against 48/80 has a difference of 0.0524 to 0.3339.
+    parts = [
+        statistics.wilson_interval(56, n=70, confidence=0.95),
+        statistics.wilson_interval(48, n=80, confidence=0.95),
+    ]
+    ends = statistics.combine_intervals([56 / 70, 48 / 80], parts, coefficients=[1.0, -1.0])
+    assert ends == pytest.approx((0.0524, 0.3339), abs=5e-5)
+
+
+@pytest.mark.parametrize(("right", "n", "ends"), [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605))])
+def test_wilson_equals_published_intervals_and_inverts_the_level_test(
+    right: int, n: int, ends: tuple[float, float]
+) -> None:
+    # Newcombe, Stat. Med. 17 (1998) 857, table I, method 3.
+    found = statistics.wilson_interval(right, n=n, confidence=0.95)
+    assert found == pytest.approx(ends, abs=5e-5)
+    z = stats.norm.ppf(0.975)
+    assert statistics.level_test(right, n=n, level=found[0]) == pytest.approx(z)
+    assert statistics.level_test(right, n=n, level=found[1]) == pytest.approx(-z)
+
+
+def test_gain_at_equal_length_is_the_intercept_with_its_error() -> None:
+    # Anscombe (1973), first quartet: y = 3.0001 + 0.5001 x, standard error of the intercept 1.1247 (as R's lm prints it).
+    x = [10, 8, 13, 9, 11, 14, 6, 4, 12, 7, 5]
+    y = [8.04, 6.95, 7.58, 8.81, 8.33, 9.96, 7.24, 4.26, 10.84, 4.82, 5.68]
+    test = statistics.gain_at_equal_length(y, x, alpha=0.025)
+    assert test is not None and test.mean == pytest.approx(3.0001, abs=5e-5)
+    assert test.sd / math.sqrt(11) == pytest.approx(1.1247, abs=5e-5)
+    assert test.p_value * 2 == pytest.approx(0.02573, abs=5e-6)  # its p there, 9 degrees of freedom
+    assert statistics.gain_at_equal_length([1.0, 2.0, 3.0], [5.0, 5.0, 5.0], alpha=0.05) is None
+
+
+def test_noise_floor_by_hand() -> None:
+    runs = [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+    noise = statistics.measure_noise(runs)
+    assert noise.flip_rate == pytest.approx((1 / 4 + 2 / 4 + 3 / 4) / 3)
+    assert noise.max_difference == pytest.approx(3 / 4)
+    greedy = statistics.measure_noise([runs[0], runs[0]])
+    assert (greedy.flip_rate, greedy.max_difference) == (0, 0)
+    with pytest.raises(ValueError, match="at least 2 runs"):
+        statistics.measure_noise(runs[:1])
+
+
+def test_looks_add_up() -> None:
+    assert statistics.chance_of_a_false_promotion(0.05, looks=52) == pytest.approx(0.93, abs=0.005)
+    assert statistics.chance_of_a_false_promotion(0.05 / 52, looks=52) < 0.05
+
+
 def test_detectable_difference_has_its_power_by_enumeration() -> None:
     n, psi, alpha = 400, 0.1, 0.05
     delta = statistics.detectable_difference(n, discordance=psi, alpha=alpha)
@@ -183,9 +297,18 @@ def test_detectable_mean_has_its_power() -> None:
 
 
 def test_smallest_margin_is_the_published_factor() -> None:
-    assert statistics.smallest_margin(164, discordance=0.1, alpha=0.05) == pytest.approx(
-        3.29 * math.sqrt(0.1 / 164), rel=1e-3
-    )
+    assert smallest_margin(164, discordance=0.1, alpha=0.05) == pytest.approx(3.29 * math.sqrt(0.1 / 164), rel=1e-3)
+
+
+@pytest.mark.parametrize(("n", "margin", "discordance"), [(164, 0.09, 0.1), (400, 0.05, 0.1), (100, 0.1, 0.05)])
+def test_passing_power_is_that_of_all_outcomes_or_a_little_less(n: int, margin: float, discordance: float) -> None:
+    exact = passing_rate(n, margin=margin, difference=0.0, discordance=discordance)
+    said = statistics.passing_power(n, discordance=discordance, margin=margin, alpha=0.05)
+    assert exact - 0.015 < said <= exact
+
+
+def test_effects_are_rounded_up_so_that_what_is_printed_is_enough() -> None:
+    assert [statistics.round_up(x) for x in (0.1763, 0.0607, 0.18, 1.0, 123.4)] == [0.18, 0.061, 0.18, 1.0, 130.0]
 
 
 def test_items_to_decide_do_decide() -> None:
@@ -228,7 +351,7 @@ def test_equal_models_pass_the_margins_that_small_demos_are_advised(n: int, marg
 
 
 def test_smallest_margin_lets_equal_models_pass_at_a_real_size() -> None:
-    margin = statistics.smallest_margin(1319, discordance=0.1, alpha=0.05)
+    margin = smallest_margin(1319, discordance=0.1, alpha=0.05)
     z = stats.norm.ppf(0.95)
     draws = np.random.default_rng(0).multinomial(1319, [0.05, 0.05, 0.9], size=4000)
     passed = [statistics.score_statistic(int(w), int(x), n=1319, difference=-margin) > z for w, x, _ in draws]

@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from infra import records
+from infra.store import Store
 from tests.faults.command import Command, small
 
 
@@ -32,6 +34,41 @@ def test_the_report_is_found_by_its_run(varflow: Command, done: dict[str, Any]) 
         assert str(page) == done["report"]
     told = varflow.refuse("report", "nobody")
     assert "run 'nobody': it has no report" in told
+
+
+def test_a_verdict_is_explained_and_held_against_what_is_on_record(
+    varflow: Command, store: Store, done: dict[str, Any]
+) -> None:
+    fingerprint = next(step["fingerprint"] for step in done["steps"] if step["step"] == "gate")
+    for run in (done["prefect_run"].rpartition("/")[2], done["mlflow_run"], f"gate/{fingerprint}"):
+        told = varflow.ask("gate", "--explain", run)
+        assert (told["decision"], told["reasons"], told["ref"]) == (
+            done["verdict"],
+            done["reasons"],
+            f"gate/{fingerprint}",
+        )
+        assert told["seal_holds"] is True and told["inputs_checked"] == len(told["inputs"])
+    files = {name.partition("/")[0] for name in told["inputs"]}
+    assert files == {"challenger", "champion"} | {
+        f"{who}_{what}" for who in ("challenger", "champion") for what in ("rewards", "answers", "eval_mmlu_part")
+    }
+    assert [guard["benchmark"] for guard in told["guards"]] == ["mmlu_part"]
+    assert "guard mmlu_part" in varflow.run("gate", "--explain", f"gate/{fingerprint}").stdout
+    assert "got a train, expected gate/FINGERPRINT" in varflow.refuse(
+        "gate", "--explain", f"train/{next(s['fingerprint'] for s in done['steps'] if s['step'] == 'train')}"
+    )
+    # One rewritten record of an input: what the gate weighed is no longer what is there.
+    rewards = told["inputs"]["challenger_rewards/scores.parquet"]
+    record = next(record for record in records.iterate(store) if any(file.sha256 == rewards for file in record.files))
+    name = records.record_name(record.step, record.fingerprint)
+    kept = store.get(name)
+    assert kept is not None
+    try:
+        etag = store.put(name, kept[0].replace(rewards.encode(), b"0" * 64), replace=kept[1])
+        refused = varflow.refuse("gate", "--explain", f"gate/{fingerprint}")
+        assert "1 of its inputs are not what it weighed: challenger_rewards/scores.parquet" in refused
+    finally:
+        store.put(name, kept[0], replace=etag)
 
 
 def test_a_benchmark_of_a_model(varflow: Command, done: dict[str, Any]) -> None:

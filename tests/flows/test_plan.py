@@ -55,7 +55,13 @@ def test_the_gates_margins_change_the_verdict_alone(settings: Settings) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    ["runtime.device=cpu", "runtime.microbatch_tokens=64", "runtime.threads=2", "runtime.checkpoint_every_steps=7"],
+    [
+        "approval=true",
+        "runtime.device=cpu",
+        "runtime.microbatch_tokens=64",
+        "runtime.threads=2",
+        "runtime.checkpoint_every_steps=7",
+    ],
 )
 def test_runtime_is_no_identity(settings: Settings, change: str) -> None:
     assert changed(smoke(), settings, change) == set()
@@ -65,7 +71,7 @@ def test_every_field_but_runtime_and_names_is_identity(settings: Settings) -> No
     config = smoke()
     for path in (
         "ingest.heldout_fraction=0.3", "reward.scoring.max_tokens=65", "reference.max_tokens=300", "train.seed=5",
-        "heldout.seed=5", "suite.benchmarks.0.seed=5", "gate.min_target_gain=0.5",
+        "heldout.seed=5", "suite.benchmarks.0.seed=5", "gate.targets.heldout_reward=0.5",
     ):  # fmt: skip
         assert changed(config, settings, path), path
 
@@ -152,6 +158,23 @@ def test_recipes_are_complete_and_survive_json(name: str) -> None:
 def test_a_bad_override_says_what_is_expected(change: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         override(smoke(), [change])
+
+
+def test_a_gate_that_names_what_the_suite_does_not_run_is_refused_when_it_is_loaded() -> None:
+    with pytest.raises(
+        ValueError, match=r"does not run: margins mmlu, targets gsm8k; the suite runs mmlu_part, gsm8k_part"
+    ):
+        override(smoke(), ['gate.margins={"mmlu": 0.1}', 'gate.targets={"gsm8k": 0}'])
+
+
+def test_the_noise_floor_is_the_champion_under_other_seeds_where_examples_are_drawn(settings: Settings) -> None:
+    plan = fingerprints(override(smoke(), ["noise_seeds=2"]), settings)
+    new = plan.keys() - fingerprints(smoke(), settings).keys()
+    assert new == {
+        "evaluate · gsm8k_part 1235 noise",
+        "evaluate · gsm8k_part 1236 noise",
+    }  # MMLU is asked without examples
+    assert list(plan)[-2:] == ["gate", "report"]
 
 
 @pytest.mark.parametrize("reference", ["absent/folder", "demo:absent", "hub:org/name@main", "hub:org/name"])

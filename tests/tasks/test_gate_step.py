@@ -1,0 +1,127 @@
+"""The gate's step on folders as the other steps leave them: what it reads, what it writes, what its seal covers."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from evaluation.config import GateConfig, GatePolicy
+from evaluation.verdict import check_seal, read_verdict
+from tasks.gate import digest_inputs, gate, same_weights
+
+ROWS = [f"{i:032x}" for i in range(40)]
+
+
+@dataclass
+class Folders:
+    """An attempt that is only its folders."""
+
+    inputs: Mapping[str, Path]
+    output: Path
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        return {name: hashlib.sha256(name.encode()).hexdigest() for name in self.inputs}
+
+    def run_child(self, package: str, job: str) -> dict[str, Any]:
+        raise AssertionError("the gate computes in its own process")
+
+
+def write_model(folder: Path, weights: bytes) -> None:
+    (folder / "model.safetensors").write_bytes(weights)
+
+
+def write_benchmark(folder: Path, correct: list[bool]) -> None:
+    value = sum(correct) / len(correct)
+    row = {
+        "benchmark": "gsm8k_part", "task": "gsm8k", "metric": "exact_match", "filter": "none", "value": value, "stderr": 0.1,
+        "n": len(correct), "task_version": 3, "num_fewshot": 4, "decides": True, "harness_version": "0.4.13",
+    }  # fmt: skip
+    (folder / "scores.json").write_text(json.dumps([row]))
+    lines = [json.dumps({"task": "gsm8k", "doc_id": i, "correct": float(c)}) for i, c in enumerate(correct)]
+    (folder / "samples.jsonl").write_text("\n".join(lines))
+    (folder / "profile.json").write_text("{}")
+
+
+def write_rows(folder: Path, file: str, **columns: list[Any]) -> None:
+    pq.write_table(pa.table({"row_id": ROWS, **columns}), folder / file)
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Folders:
+    """Write the folders of two models: the challenger gains reward, writes as much, and scores alike."""
+    names = [
+        f"{who}{what}"
+        for who in ("challenger", "champion")
+        for what in ("", "_rewards", "_answers", "_eval_gsm8k_part")
+    ]
+    inputs = {name: tmp_path / name for name in (*names, "noise_1_eval_gsm8k_part", "noise_2_eval_gsm8k_part")}
+    for folder in (*inputs.values(), tmp_path / "output"):
+        folder.mkdir()
+    for who, gain in (("challenger", 1.0), ("champion", 0.0)):
+        write_model(inputs[who], who.encode())
+        write_rows(inputs[f"{who}_rewards"], "scores.parquet", reward=[[i % 3 * gain + gain, gain] for i in range(40)])
+        write_rows(inputs[f"{who}_answers"], "responses.parquet", responses=[["four", "eight ch"] for _ in ROWS])
+        write_benchmark(inputs[f"{who}_eval_gsm8k_part"], [True, False] * 30)
+    for number in (1, 2):
+        write_benchmark(inputs[f"noise_{number}_eval_gsm8k_part"], [i >= number for i in range(60)])
+    return Folders(inputs, tmp_path / "output")
+
+
+def run_gate(attempt: Folders, **policy: Any) -> dict[str, float]:
+    return gate.work(GateConfig(policy=GatePolicy(margins={"gsm8k_part": 0.2}, **policy), looks_spent=3), attempt)
+
+
+def test_the_verdict_rests_on_every_file_that_was_weighed(attempt: Folders) -> None:
+    metrics = run_gate(attempt)
+    verdict = read_verdict((attempt.output / "verdict.json").read_text())
+    assert (verdict.decision, metrics["gate/promote"]) == ("PROMOTE", 1.0)
+    assert (
+        metrics["gate/heldout_reward_gain"]
+        == verdict.targets[0].gain
+        == pytest.approx(sum((i % 3 + 2) / 2 for i in range(40)) / 40)
+    )
+    assert verdict.looks.spent == 3
+    (length,) = verdict.growths
+    assert (length.champion, length.challenger) == (6.0, 6.0)  # characters, the mean over a row's answers
+    summary = json.loads((attempt.output / "summary.json").read_text())
+    assert summary == {"verdict": "PROMOTE", "reasons": list(verdict.reasons), "seal": verdict.seal}
+    read = attempt.inputs["challenger_eval_gsm8k_part"] / "samples.jsonl"
+    assert verdict.inputs["challenger_eval_gsm8k_part/samples.jsonl"] == hashlib.sha256(read.read_bytes()).hexdigest()
+    assert verdict.inputs["challenger"] == attempt.fingerprints["challenger"]
+    assert len(verdict.inputs) == 2 + 2 * (1 + 1 + 3) + 2 * 3
+    check_seal(verdict, inputs=digest_inputs(attempt))
+    read.write_text(read.read_text().replace("1.0", "0.0", 1))
+    with pytest.raises(ValueError, match=r"not what it weighed: challenger_eval_gsm8k_part/samples\.jsonl"):
+        check_seal(verdict, inputs=digest_inputs(attempt))
+
+
+def test_the_noise_floor_is_read_from_the_champion_under_other_seeds(attempt: Folders) -> None:
+    run_gate(attempt)
+    noise = read_verdict((attempt.output / "verdict.json").read_text()).guards[0].noise
+    assert noise is not None and (noise.runs, noise.varied) == (3, ("few-shot seed",))
+    assert noise.max_difference == pytest.approx(59 / 60 - 30 / 60)
+
+
+def test_weights_are_the_same_by_their_bytes_whatever_they_are_called_beside(attempt: Folders) -> None:
+    write_model(attempt.inputs["challenger"], b"champion")
+    (attempt.inputs["challenger"] / "README.md").write_text("another model card")
+    run_gate(attempt)
+    verdict = read_verdict((attempt.output / "verdict.json").read_text())
+    assert verdict.decision == "HOLD" and "the same model" in verdict.reasons[0]
+    for who in ("challenger", "champion"):
+        (attempt.inputs[who] / "model.safetensors").unlink()
+    assert not same_weights(attempt.inputs["challenger"], attempt.inputs["champion"])  # of none nothing can be said
+
+
+def test_a_cost_bound_weighs_the_bytes_of_the_weights(attempt: Folders) -> None:
+    write_model(attempt.inputs["challenger"], b"x" * 80)
+    run_gate(attempt, max_cost_growth=0.5)
+    verdict = read_verdict((attempt.output / "verdict.json").read_text())
+    assert verdict.decision == "HOLD" and verdict.growths[1].growth == pytest.approx(9.0)
