@@ -20,7 +20,7 @@ Row = dict[str, Any]
 def run(job: Job) -> None:
     """Evaluate `inputs.model` on the data in `inputs.mirror` and write the files that docs/architecture.md lists.
 
-    A run that was stopped or killed starts again from the first item; its partial files are overwritten.
+    A run that was stopped or killed goes on from the answers it has kept in `work`; its partial files are overwritten.
     """
     config = BenchmarkConfig.model_validate(job.config)
     runtime = Runtime.model_validate(job.runtime)

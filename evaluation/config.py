@@ -1,10 +1,13 @@
 """What an evaluation is, in closed configs without torch. Everything here is identity."""
 
+import importlib.metadata
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from training.config import Config, Precision
+
+HARNESS_VERSION = importlib.metadata.version("lm_eval")
 
 
 class BenchmarkConfig(Config):
@@ -45,6 +48,21 @@ class BenchmarkConfig(Config):
     sandbox_seconds: float = Field(
         5.0, gt=0, title="Sandbox limit", description="Wall seconds for each model-written program, above 0."
     )
+    harness: str = Field(
+        HARNESS_VERSION,
+        title="lm-eval",
+        description="Version of lm-eval, the one that is installed; leave it as it is.",
+    )
+
+    @field_validator("harness")
+    @classmethod
+    def _installed(cls, value: str) -> str:
+        if value != HARNESS_VERSION:
+            raise ValueError(
+                f"harness: got {value}, installed is lm-eval {HARNESS_VERSION}; numbers of one version are never taken for "
+                "another's; leave the field out to evaluate with the installed one, the champion first"
+            )
+        return value
 
 
 class SuiteConfig(Config):
