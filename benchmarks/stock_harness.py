@@ -127,7 +127,8 @@ def differences(config: BenchmarkConfig, *, ours: Path, stock: Path) -> list[str
     results, samples = read_stock(stock)
     found = []
     for row in json.loads((ours / "scores.json").read_text()):
-        theirs = results.get(row["task"])
+        group = row["task"] == config.name and len(config.tasks) == 1
+        theirs = results.get(config.tasks[0] if group else row["task"])
         if theirs is None:  # the command line pools groups alone, not any list of tasks
             continue
         for name, key in (("value", row["metric"]), ("stderr", f"{row['metric']}_stderr")):

@@ -3,10 +3,11 @@
 import importlib.metadata
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from training.config import Config, Precision
 
+WHOLE_NAMES = ("mmlu", "gsm8k", "humaneval", "bbh")  # a score under one of these is of all its items
 HARNESS_VERSION = importlib.metadata.version("lm_eval")
 
 
@@ -53,6 +54,14 @@ class BenchmarkConfig(Config):
         title="lm-eval",
         description="Version of lm-eval, the one that is installed; leave it as it is.",
     )
+
+    @model_validator(mode="after")
+    def _named_as_a_part(self) -> "BenchmarkConfig":
+        if self.limit is not None and self.name in WHOLE_NAMES:
+            raise ValueError(
+                f"benchmark {self.name}: has the item limit {self.limit}, so it is no {self.name}; name it {self.name}_part"
+            )
+        return self
 
     @field_validator("harness")
     @classmethod

@@ -200,7 +200,13 @@ def configure_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
 
 
 def check_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
-    """Raise ValueError when a task lacks the filter, the metric or the shots that the config names."""
+    """Raise ValueError when a task lacks the filter, the metric, the shots or the items that the config names."""
+    most = max(len(task.eval_docs) for task in tasks.values())
+    if config.limit is not None and config.limit > most:
+        raise ValueError(
+            f"benchmark {config.name}: the item limit is {config.limit}, but its largest task has {most} items; lower the limit, "
+            "or leave it out for all items"
+        )
     for name, task in tasks.items():
         filters = [f.name for f in task._filters]
         metrics = list(task._metric_fn_list)

@@ -33,6 +33,7 @@ class ScoreRow(Config):
     num_fewshot: int | None
     decides: bool
     harness_version: str
+    flag: str | None = None  # why the score may not say what it seems to
 
 
 @dataclass(frozen=True)

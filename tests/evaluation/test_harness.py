@@ -316,8 +316,9 @@ def test_swapped_weights_at_the_same_path_are_evaluated_anew(tiny_policy: Path, 
         (MMLU.model_copy(update={"max_length": 4096}), r"max_length is 4096, but the model .* has 1024 positions"),
         (MMLU.model_copy(update={"system_prompt": "Hi"}), r"a system prompt without the chat template"),
         (GSM8K.model_copy(update={"max_gen_toks": 1024}), r"leaves no room for a prompt"),
+        (GSM8K.model_copy(update={"limit": 7}), r"the item limit is 7, but its largest task has 6 items"),
     ],
-    ids=["task", "filter", "metric", "shots", "length", "system prompt", "cap"],
+    ids=["task", "filter", "metric", "shots", "length", "system prompt", "cap", "limit"],
 )
 def test_settings_that_cannot_be_met_are_refused(
     tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig, message: str
