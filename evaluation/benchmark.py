@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from training.job import Job, write_json
 FLAG_SAMPLES = 5
 FLAG_CHARS = 200
 CHANCE_STDERRS = 2.0
+MOST_UNUSABLE = 0.2  # share of answers that nothing could be found in, or that the limit ended
+FILTER_GAP = 0.05  # between two filters of one metric: what decides may measure the format
 
 Row = dict[str, Any]
 
@@ -20,7 +23,7 @@ Row = dict[str, Any]
 def run(job: Job) -> None:
     """Evaluate `inputs.model` on the data in `inputs.mirror` and write the files that docs/architecture.md lists.
 
-    A run that was stopped or killed starts again from the first item; its partial files are overwritten.
+    A run that was stopped or killed goes on from the answers it has kept in `work`; its partial files are overwritten.
     """
     config = BenchmarkConfig.model_validate(job.config)
     runtime = Runtime.model_validate(job.runtime)
@@ -46,30 +49,66 @@ def run(job: Job) -> None:
         work=job.work,
         stop=job.stop,
     )
-    write_json(job.output / "scores.json", rows)
-    job.write_summary(summarise(rows, output=job.output, name=config.name))
+    summary = summarise(rows, output=job.output, name=config.name)
+    write_json(
+        job.output / "scores.json", [row | ({"flag": summary["flag"]} if row["decides"] else {}) for row in rows]
+    )
+    job.write_summary(summary)
 
 
 def summarise(rows: list[Row], *, output: Path, name: str) -> Row:
     """Return the deciding score, what share of the answers was unusable, and a flag where the score itself is suspect."""
     (deciding,) = (row for row in rows if row["decides"])
     samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
-    flag = find_flag(deciding, samples)
+    profile = json.loads((output / "profile.json").read_text())
     summary: Row = {
         "benchmark": name,
         "value": deciding["value"],
         "stderr": deciding["stderr"],
         "items": deciding["n"],
         "macro_value": macro_mean(samples),
-        "empty_answer_share": sum(not s["answer"].strip() for s in samples) / len(samples),
-        "unextracted_share": sum(not s["extracted"] for s in samples) / len(samples),
-        "truncated_prompts": json.loads((output / "profile.json").read_text())["truncated_prompts"],
-        "flag": flag,
+        "empty_answer_share": share(not s["answer"].strip() for s in samples),
+        "unextracted_share": share(not s["extracted"] for s in samples),
+        "cut_share": share(s["cut"] for s in samples),
+        "truncated_prompts": profile["truncated_prompts"],
+        "bos_count": profile["bos"]["count"],
     }
-    for index, sample in enumerate(samples[:FLAG_SAMPLES] if flag else []):
+    other_filters = {row["filter"]: row["value"] for row in find_twins(deciding, rows)}
+    suspect = find_flag(deciding, samples)
+    flags = [suspect, *find_format_flags(summary, other_filters, deciding=deciding)]
+    summary |= {f"value_{filter_name.replace('-', '_')}": value for filter_name, value in other_filters.items()}
+    summary["flag"] = "; ".join(flag for flag in flags if flag) or None
+    for index, sample in enumerate(samples[:FLAG_SAMPLES] if summary["flag"] else []):
         shown = f"{sample['prompt'][-FLAG_CHARS:]!r} -> {sample['answer'][:FLAG_CHARS]!r}, not {sample['target'][:FLAG_CHARS]!r}"
         summary[f"flag_sample_{index + 1}"] = shown
     return summary
+
+
+def share(values: Iterable[bool]) -> float:
+    """Return the share of true values."""
+    counted = list(values)
+    return sum(counted) / len(counted)
+
+
+def find_twins(deciding: Row, rows: list[Row]) -> list[Row]:
+    """Return the rows of the deciding task and metric under other filters."""
+    same = [row for row in rows if (row["task"], row["metric"]) == (deciding["task"], deciding["metric"])]
+    return [row for row in same if row["filter"] != deciding["filter"]]
+
+
+def find_format_flags(summary: Row, other_filters: dict[str, float], *, deciding: Row) -> Iterator[str]:
+    """Yield what says that a score is about the form of the answers, or about the limit, and not about their content."""
+    if summary["empty_answer_share"] > MOST_UNUSABLE:
+        yield f"empty: {summary['empty_answer_share']:.0%} of the answers have no text"
+    if summary["unextracted_share"] > MOST_UNUSABLE:
+        yield f"format: in {summary['unextracted_share']:.0%} of the answers {deciding['filter']} found nothing"
+    if summary["cut_share"] > MOST_UNUSABLE:
+        yield f"limit: {summary['cut_share']:.0%} of the answers were ended by the token limit (max_gen_toks)"
+    if summary["truncated_prompts"]:
+        yield f"prompts: {summary['truncated_prompts']} did not fit and were cut from the left (max_length)"
+    for name, value in other_filters.items():
+        if abs(value - deciding["value"]) > FILTER_GAP:
+            yield f"filters: {deciding['filter']} says {deciding['value']:.4f}, {name} says {value:.4f} of the same answers"
 
 
 def macro_mean(samples: list[Row]) -> float:

@@ -1,8 +1,13 @@
 """What an evaluation is, in closed configs without torch. Everything here is identity."""
 
-from pydantic import Field, field_validator
+import importlib.metadata
+
+from pydantic import Field, field_validator, model_validator
 
 from training.config import Config, Precision
+
+WHOLE_NAMES = ("mmlu", "gsm8k", "humaneval", "bbh")  # a score under one of these is of all its items
+HARNESS_VERSION = importlib.metadata.version("lm_eval")
 
 
 class BenchmarkConfig(Config):
@@ -43,6 +48,29 @@ class BenchmarkConfig(Config):
     sandbox_seconds: float = Field(
         5.0, gt=0, title="Sandbox limit", description="Wall seconds for each model-written program, above 0."
     )
+    harness: str = Field(
+        HARNESS_VERSION,
+        title="lm-eval",
+        description="Version of lm-eval, the one that is installed; leave it as it is.",
+    )
+
+    @model_validator(mode="after")
+    def _named_as_a_part(self) -> "BenchmarkConfig":
+        if self.limit is not None and self.name in WHOLE_NAMES:
+            raise ValueError(
+                f"benchmark {self.name}: has the item limit {self.limit}, so it is no {self.name}; name it {self.name}_part"
+            )
+        return self
+
+    @field_validator("harness")
+    @classmethod
+    def _installed(cls, value: str) -> str:
+        if value != HARNESS_VERSION:
+            raise ValueError(
+                f"harness: got {value}, installed is lm-eval {HARNESS_VERSION}; numbers of one version are never taken for "
+                "another's; leave the field out to evaluate with the installed one, the champion first"
+            )
+        return value
 
 
 class SuiteConfig(Config):

@@ -4,20 +4,20 @@ This is the one file that knows lm-eval. Nothing of a task is changed but what t
 limit), in the way of `lm_eval.simple_evaluate`, so that the numbers are those of `python -m lm_eval` to the last digit. It is
 called below that function, since that one spends seconds on a report of the machine and ends with a result file of its own.
 
-What is added stands beside the numbers: each forward pass looks at the stop request and at the ids it is given, each finished
-request is a step of progress, and HumanEval's `code_eval`, which would fetch code from the hub and run model-written programs
-in this very process, is replaced by the sandbox before the task is loaded.
+Requests are answered by the engine (evaluation/engine.py), which leaves out what no number depends on. What is added stands beside
+the numbers: the ids that are sent are looked at, each forward pass heeds the stop request, each finished request is a step of
+progress and kept in `work` for a second start, and HumanEval's `code_eval`, which would fetch code from the hub and run
+model-written programs in this very process, is replaced by the sandbox before the task is loaded.
 """
 
 import contextlib
 import difflib
-import hashlib
-import importlib.metadata
+import json
 import random
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,26 @@ import evaluate as hf_evaluate
 import huggingface_hub.constants
 import lm_eval.tasks
 import numpy as np
+import torch
 import transformers
 from lm_eval.defaults import DEFAULT_MAX_GEN_TOKS
 from lm_eval.evaluator import evaluate as run_harness
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import set_torch_seed
 
-from evaluation.config import BenchmarkConfig
+from evaluation.config import HARNESS_VERSION, BenchmarkConfig
+from evaluation.engine import Engine
+from evaluation.engine import Row as EngineRow
+from evaluation.profile import describe
+from evaluation.responses import Responses
 from evaluation.samples import score_rows, write_samples
 from evaluation.sandbox import SandboxedCodeEval, check_sandbox
 from evaluation.watch import Watch
-from training.config import Precision, Runtime
+from training.config import Runtime
 from training.job import write_json
-from training.model import check_model_folder, resolve_device
+from training.model import check_model_folder, digest_weights, resolve_device
 
-HARNESS_VERSION = importlib.metadata.version("lm_eval")
 STOCK_FOLDERS = (
     "mmlu/default",
     "gsm8k",
@@ -49,8 +54,9 @@ STOCK_FOLDERS = (
 )  # what a mirror can serve; the whole index takes ten seconds
 HUMANEVAL_MODULE = "lm_eval.tasks.humaneval.utils"
 TYPICAL_PROMPT_TOKENS = 256  # the default budget of 2,048 tokens makes batches of 8
-PROBE_FIRST, PROBE_LAST = 16, 8
 POSITIONS = "max_position_embeddings"
+RESPONSES = "responses.jsonl"  # in the work folder
+GREEDY = {"do_sample": False, "temperature": 0.0}
 RANDOM_SEED, NUMPY_SEED, TORCH_SEED = 0, 1234, 1234  # of lm-eval's command line
 
 Row = dict[str, Any]
@@ -68,16 +74,19 @@ def evaluate(
 ) -> list[Row]:
     """Return the score rows of one benchmark (docs/architecture.md) and write its samples, profile and metrics.
 
-    `work` takes the harness's copies of the data. Raises Interrupted within one forward pass of `stop` being set, and
+    `work` takes the harness's copies of the data, and the answers so far: a run that was stopped or killed goes on from them when it
+    is started again with the same config and weights. Raises Interrupted within one forward pass of `stop` being set, and
     ValueError for a config that the tasks or the model cannot meet, before any item is answered where that can be known.
     """
     check_request(config, model_folder=model_folder)
-    with offline(work / "datasets"):
+    weights = digest_weights(model_folder)
+    identity = {"config": config.model_dump(mode="json"), "weights": weights}
+    with offline(work / "datasets"), contextlib.closing(Responses(work / RESPONSES, identity=identity)) as responses:
         tasks = load_tasks(config, mirror=mirror)
         configure_tasks(tasks, config=config)
         check_tasks(tasks, config=config)
         watch = Watch(output / "metrics.jsonl", stop=stop)
-        model = load_model(model_folder, config=config, runtime=runtime, watch=watch)
+        model = load_model(model_folder, config=config, runtime=runtime, watch=watch, responses=responses)
         random.seed(RANDOM_SEED)
         np.random.seed(NUMPY_SEED)
         set_torch_seed(TORCH_SEED)
@@ -91,8 +100,9 @@ def evaluate(
             confirm_run_unsafe_code=True,  # in the sandbox, that is
         )
     rows = score_rows(results, config=config, harness_version=HARNESS_VERSION)
-    write_samples(results["samples"], output / "samples.jsonl", config=config)
-    write_json(output / "profile.json", describe(results, config=config, model=model, tasks=tasks))
+    write_samples(results["samples"], output / "samples.jsonl", config=config, cut=watch.cut)
+    profile = describe(results, config=config, model=model, tasks=tasks, weights_sha256=weights)
+    write_json(output / "profile.json", profile)
     return rows
 
 
@@ -190,7 +200,13 @@ def configure_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
 
 
 def check_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
-    """Raise ValueError when a task lacks the filter, the metric or the shots that the config names."""
+    """Raise ValueError when a task lacks the filter, the metric, the shots or the items that the config names."""
+    most = max(len(task.eval_docs) for task in tasks.values())
+    if config.limit is not None and config.limit > most:
+        raise ValueError(
+            f"benchmark {config.name}: the item limit is {config.limit}, but its largest task has {most} items; lower the limit, "
+            "or leave it out for all items"
+        )
     for name, task in tasks.items():
         filters = [f.name for f in task._filters]
         metrics = list(task._metric_fn_list)
@@ -213,33 +229,128 @@ def answer_cap(task: Any) -> int:
     return int(task.get_config("generation_kwargs").get("max_gen_toks", DEFAULT_MAX_GEN_TOKS))
 
 
-class WatchedLM(HFLM):
-    """lm-eval's Transformers backend, telling a Watch what it does. It computes nothing itself."""
+class PolicyLM(HFLM):
+    """lm-eval's Transformers backend: its tokenisation, its requests, its post-processing, with the engine between."""
 
-    def __init__(self, *, watch: Watch, **settings: Any) -> None:
+    def __init__(self, *, watch: Watch, responses: Responses, **settings: Any) -> None:
         super().__init__(**settings)
-        self.watch = watch
+        self.watch, self.responses = watch, responses
+        self.engine = Engine(self.model, batch_size=self.batch_size, pad_id=self.tokenizer.pad_token_id)
+        self._task_of: dict[tuple[str, str], str] = {}
         watch.bos = self.tokenizer.bos_token_id
-        self.model.register_forward_pre_hook(watch.before_forward, with_kwargs=True)
+        self.model.register_forward_pre_hook(watch.before_forward)
         self.set_cache_hook(watch)
 
-    def _loglikelihood_tokens(self, requests: Any, **options: Any) -> Any:
+    def loglikelihood(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        """Return (log-probability in nats, whether greedy search would say it) of each request's continuation."""
+        self._task_of = {request.args: request.task_name for request in requests}
+        answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return answers
+
+    def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
         self.watch.expect(len(requests))
-        self.watch.truncated += sum(len(prompt) + len(answer) > self.max_length + 1 for _, prompt, answer in requests)
-        return super()._loglikelihood_tokens(requests, **options)
+        answers: dict[int, tuple[float, bool]] = {}
+        same: dict[tuple[int, ...], list[int]] = {}  # requests whose logits are those of one row
+        for index, (text, prompt, continuation) in enumerate(requests):
+            if text and (known := self.responses.get("loglikelihood", text)):  # windows of a long text have none
+                answers[index] = (known[0], known[1])
+                self.watch.add_partial("loglikelihood", text, known)
+            else:
+                same.setdefault((*prompt, *continuation[:-1]), []).append(index)
+        members = list(same.values())
+        rows = [self._row([requests[index] for index in some]) for some in members]
+        for at, logits_KV in self.engine.read(rows):
+            logp_KV = torch.log_softmax(logits_KV, dim=-1, dtype=self.softmax_dtype)
+            for index in members[at]:
+                text, _, continuation = requests[index]
+                answers[index] = score_continuation(logp_KV, continuation)
+                if text:
+                    self.responses.add("loglikelihood", text, answers[index])
+                self.watch.add_partial("loglikelihood", text, answers[index])
+        return [answers[index] for index in range(len(requests))]
 
-    def generate_until(self, requests: Any, **options: Any) -> Any:
+    def _row(self, requests: Sequence[Any]) -> EngineRow:
+        """Return the row of requests whose ids are the same but for the last one."""
+        text, prompt, continuation = max(requests, key=lambda request: len(request[2]))
+        ids = [*prompt, *continuation]
+        fits = len(ids) <= self.max_length + 1
+        self.watch.truncated += 0 if fits else len(requests)
+        kept = ids[-(self.max_length + 1) :][:-1]
+        self.watch.look(kept)
+        return EngineRow(kept, tail=len(continuation), task=self._task_of.get(text) if fits else None)
+
+    def generate_until(self, requests: Any, **_: Any) -> list[str]:
+        """Return each request's answer, cut at its first stop string."""
         self.watch.expect(len(requests))
-        for prompt, settings in (request.args for request in requests):
-            room = self.max_length - settings.get("max_gen_toks", self.max_gen_toks)
-            self.watch.truncated += len(self.tok_batch_encode([prompt])[0][0]) > room
-        return super().generate_until(requests, **options)
+        answers: dict[int, str] = {}
+        alike: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        for members in alike.values():
+            texts = self._generate_alike([requests[index] for index in members])
+            answers |= dict(zip(members, texts, strict=True))
+        return [answers[index] for index in range(len(requests))]
+
+    def _generate_alike(self, requests: Sequence[Any]) -> list[str]:
+        """Answer requests of the same generation settings."""
+        settings = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
+        stops = handle_stop_sequences(
+            settings.pop("until", None), eos=self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        )
+        limit = settings.pop("max_gen_toks")
+        prompts = [self._prompt_ids(request.args[0], room=self.max_length - limit) for request in requests]
+        if any(item not in GREEDY.items() for item in settings.items()):
+            texts: list[str] = super().generate_until(requests, disable_tqdm=True)  # sampling and beams are stock's
+            return texts
+        answers: dict[int, str] = {}
+        waiting = []
+        for index, request in enumerate(requests):
+            known = self.responses.get("generate_until", request.args)
+            if known is None:
+                waiting.append(index)
+            else:
+                answers[index] = self._finish(request, text=known["text"], cut=known["cut"])
+        rows = [
+            EngineRow(prompts[index][0], task=requests[index].task_name if prompts[index][1] else None)
+            for index in waiting
+        ]
+        for at, answer in self.engine.write(rows, limit=limit, tokenizer=self.tokenizer, stops=stops):
+            request = requests[waiting[at]]
+            text = postprocess_generated_text(self.tok_decode(answer.ids), stop=stops, think_end_token=None)
+            self.responses.add("generate_until", request.args, {"text": text, "cut": not answer.stopped})
+            answers[waiting[at]] = self._finish(request, text=text, cut=not answer.stopped)
+        return [answers[index] for index in range(len(requests))]
+
+    def _prompt_ids(self, prompt: str, *, room: int) -> tuple[list[int], bool]:
+        """Return a prompt's ids, cut from the left where they have no room, and whether they had."""
+        ids = self.tok_batch_encode([prompt])[0][0].tolist() or [self.prefix_token_id]
+        fits = len(ids) <= room
+        self.watch.truncated += not fits
+        self.watch.look(ids[-room:])
+        return ids[-room:], fits
+
+    def _finish(self, request: Any, *, text: str, cut: bool) -> str:
+        if cut:
+            self.watch.cut.add(request.args[0])
+        self.watch.add_partial("generate_until", request.args, text)
+        return text
 
 
-def load_model(folder: Path, *, config: BenchmarkConfig, runtime: Runtime, watch: Watch) -> WatchedLM:
+def score_continuation(logp_KV: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
+    """Return (summed log-probability in nats, whether each token is the likeliest) of ids under the last rows of logp_KV."""
+    target_K = torch.tensor(continuation, device=logp_KV.device)
+    last_KV = logp_KV[-len(continuation) :]
+    logp = float(last_KV.gather(1, target_K[:, None]).squeeze(1).sum())
+    return logp, bool((last_KV.argmax(dim=-1) == target_K).all())
+
+
+def load_model(
+    folder: Path, *, config: BenchmarkConfig, runtime: Runtime, watch: Watch, responses: Responses
+) -> PolicyLM:
     """Return the policy behind lm-eval's interface: safetensors, local files, one device, a fixed batch size."""
-    return WatchedLM(
+    return PolicyLM(
         watch=watch,
+        responses=responses,
         pretrained=str(folder),
         backend="causal",
         device=resolve_device(runtime.device).type,  # left to itself it asks for a GPU
@@ -249,47 +360,3 @@ def load_model(folder: Path, *, config: BenchmarkConfig, runtime: Runtime, watch
         use_safetensors=True,
         local_files_only=True,
     )
-
-
-def describe(results: Row, *, config: BenchmarkConfig, model: WatchedLM, tasks: dict[str, Any]) -> Row:
-    """Return the profile: everything that two scores must share to be comparable, save the digests of model and mirror."""
-    first = next(iter(tasks))
-    ids = probe(model, results["samples"][first][0]["arguments"][0])
-    template = model.tokenizer.chat_template if config.chat_template else None
-    return {
-        "config": config.model_dump(mode="json"),
-        "harness_version": HARNESS_VERSION,
-        "backend": "transformers",
-        "dtype": str(model.model.dtype).removeprefix("torch."),
-        "attention": model.model.config._attn_implementation,
-        "batch_size": model.batch_size
-        if config.precision == Precision.bfloat16
-        else None,  # float32 does not depend on it
-        "max_length": model.max_length,
-        "template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
-        "multiturn": config.chat_template,
-        "bos_count": ids.count(model.tokenizer.bos_token_id),
-        "probe": {"first": ids[:PROBE_FIRST], "last": ids[-PROBE_LAST:], "length": len(ids)},
-        "truncated_prompts": model.watch.truncated,
-        "tasks": {
-            name: {
-                "version": task.VERSION,
-                "num_fewshot": task.get_config("num_fewshot"),
-                "output_type": task.get_config("output_type"),
-                "generation": task.get_config("generation_kwargs"),
-                "filters": [f.name for f in task._filters],
-                "items": results["n-samples"][name]["effective"],
-            }
-            for name, task in tasks.items()
-        },
-    }
-
-
-def probe(model: WatchedLM, request: tuple[str, Any]) -> list[int]:
-    """Return the ids of one request, by the way on which the harness itself comes to them."""
-    prompt, second = request
-    if isinstance(second, str):
-        prompt_ids, answer_ids = model._encode_pair(prompt, second)
-        return [*prompt_ids, *answer_ids]
-    ids: list[int] = model.tok_batch_encode([prompt])[0][0].tolist()
-    return ids

@@ -15,6 +15,7 @@ from pydantic import ConfigDict
 from training.config import Config
 
 ItemKey = tuple[str, str]  # task, doc_id
+MODEL_FIELD = "model"  # of a profile: what the two policies may differ in
 
 
 class ScoreRow(Config):
@@ -33,6 +34,7 @@ class ScoreRow(Config):
     num_fewshot: int | None
     decides: bool
     harness_version: str
+    flag: str | None = None  # why the score may not say what it seems to
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def pair_items(
     """Return both models' scores (n,) over the same items in the same order; refuse unlike profiles and unlike items."""
     assert challenger.benchmark == champion.benchmark, f"{challenger.benchmark} against {champion.benchmark}"
     name = challenger.benchmark
-    unlike = [f"{field} is {a} and {b}" for field, a, b in diff_fields(challenger.profile, champion.profile)]
+    ours, theirs = ({k: v for k, v in r.profile.items() if k != MODEL_FIELD} for r in (challenger, champion))
+    unlike = [f"{field} is {a} and {b}" for field, a, b in diff_fields(ours, theirs)]
     if unlike:
         raise ValueError(
             f"{name}: scores of different profiles are never compared; of challenger and champion, {', '.join(unlike)}; "

@@ -6,6 +6,7 @@ Its scores are keyed "metric,filter" and "metric_stderr,filter"; its samples hol
 
 import json
 import math
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +81,17 @@ def pool_stderrs(stderrs: list[float], *, sizes: list[int]) -> float:
     return math.sqrt(variance / sum(sizes))
 
 
-def write_samples(samples: dict[str, list[Row]], path: Path, *, config: BenchmarkConfig) -> None:
-    """Write one line an item under the deciding metric and filter, texts cut to a bound; the file is whole or absent."""
+def write_samples(samples: dict[str, list[Row]], path: Path, *, config: BenchmarkConfig, cut: Container[str]) -> None:
+    """Write one line an item under the deciding metric and filter, texts cut to a bound; the file is whole or absent.
+
+    `cut` holds the prompts whose answers the token limit ended.
+    """
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as out:
         for task, items in samples.items():
             for item in (item for item in items if item["filter"] == config.filter):
                 line = {"task": task, "doc_id": item["doc_id"], **describe_item(item, metric=config.metric)}
+                line["cut"] = item["arguments"][0][0] in cut
                 out.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     partial.replace(path)
 

@@ -1,6 +1,16 @@
-"""Suites: which benchmarks, each with every setting that its number depends on. A part of a benchmark is named as one."""
+"""Profiles: which benchmarks, each with every setting that its number depends on. A part of a benchmark is named as one.
+
+The benchmarks of a profile are separate calls: one number of shots for all would change MMLU and BBH.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
 
 from evaluation.config import BenchmarkConfig, SuiteConfig
+
+PART = "_part"
+WHOLE = ("paper", "paper_chat", "standard")  # profiles of whole benchmarks, which have a mean
 
 
 def paper() -> SuiteConfig:
@@ -37,6 +47,29 @@ def paper() -> SuiteConfig:
                 filter="get-answer",
                 max_length=4096,
             ),
+        )
+    )
+
+
+def paper_chat() -> SuiteConfig:
+    """The profile `paper` for a chat model: prompts in its template, and HumanEval as an instruction."""
+
+    def as_chat(benchmark: BenchmarkConfig) -> BenchmarkConfig:
+        tasks = ("humaneval_instruct",) if benchmark.name == "humaneval" else benchmark.tasks
+        return benchmark.model_copy(update={"chat_template": True, "tasks": tasks})
+
+    return SuiteConfig(benchmarks=tuple(as_chat(benchmark) for benchmark in paper().benchmarks))
+
+
+def standard() -> SuiteConfig:
+    """What the community reports most: MMLU with 5 shots, GSM8K with 5 shots by its last number, HumanEval and BBH as in `paper`."""
+    changes: dict[str, dict[str, Any]] = {
+        "mmlu": {"num_fewshot": 5},
+        "gsm8k": {"num_fewshot": 5, "filter": "flexible-extract"},
+    }
+    return SuiteConfig(
+        benchmarks=tuple(
+            benchmark.model_copy(update=changes.get(benchmark.name, {})) for benchmark in paper().benchmarks
         )
     )
 
@@ -106,11 +139,37 @@ def smoke() -> SuiteConfig:
     )
 
 
-SUITES = {suite.__name__: suite for suite in (demo, paper, smoke)}
+SUITES = {suite.__name__: suite for suite in (demo, paper, paper_chat, smoke, standard)}
 
 
 def read_suite(name: str) -> SuiteConfig:
-    """Return a suite by name. Raises ValueError naming those there are."""
+    """Return a profile by name. Raises ValueError naming those there are."""
     if name not in SUITES:
-        raise ValueError(f"suite {name!r}: no such suite; expected one of {', '.join(SUITES)}")
+        raise ValueError(f"profile {name!r}: no such profile; expected one of {', '.join(SUITES)}")
     return SUITES[name]()
+
+
+def limit_suite(suite: SuiteConfig, limit: int) -> SuiteConfig:
+    """Return the first `limit` items of each task, as benchmarks that are named as parts."""
+    return SuiteConfig(
+        benchmarks=tuple(
+            benchmark.model_copy(
+                update={"limit": min(limit, benchmark.limit or limit), "name": benchmark.name.removesuffix(PART) + PART}
+            )
+            for benchmark in suite.benchmarks
+        )
+    )
+
+
+def find_profile(suite: SuiteConfig) -> str | None:
+    """Return the name of the profile whose benchmarks these are, all of them and with every setting; None for any part."""
+    return next((name for name in WHOLE if SUITES[name]() == suite), None)
+
+
+def mean_score(suite: SuiteConfig, values: Mapping[str, float]) -> tuple[str, float] | None:
+    """Return (profile, unweighted mean of its benchmarks' deciding scores), or None unless the suite is a whole profile."""
+    name = find_profile(suite)
+    if name is None:
+        return None
+    scores = [values[benchmark.name] for benchmark in suite.benchmarks]
+    return name, math.fsum(scores) / len(scores)

@@ -1,14 +1,9 @@
-"""What stands beside a running benchmark: progress, the request to stop, and a look at the ids that are really sent.
-
-Legend: B requests of a batch, T tokens.
-"""
+"""What stands beside a running benchmark: progress, the request to stop, and a look at the ids that are really sent."""
 
 import threading
 import time
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from training.job import Interrupted
 from training.metrics import MetricsWriter
@@ -23,6 +18,7 @@ class Watch:
     def __init__(self, metrics: Path, *, stop: threading.Event) -> None:
         self.bos: int | None = None
         self.truncated = 0  # prompts cut from the left to fit
+        self.cut: set[str] = set()  # prompts whose answers the token limit ended
         self._metrics = metrics
         self._stop = stop
         self._done = self._total = 0
@@ -45,28 +41,15 @@ class Watch:
         with MetricsWriter(self._metrics, total=self._total, keep_bytes=self._metrics.stat().st_size) as metrics:
             metrics.write(self._done)
 
-    def before_forward(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise Interrupted when asked to stop, and ValueError when a prompt begins with two BOS tokens.
-
-        A forward pre-hook: `args[0]` or `input_ids` is BT, the attention mask, where there is one, marks left padding by 0.
-        """
+    def before_forward(self, *_: Any) -> None:
+        """Raise Interrupted when asked to stop: a forward pre-hook."""
         if self._stop.is_set():
             raise Interrupted("benchmark")
-        ids_BT = args[0] if args else kwargs["input_ids"]
-        if self.bos is None or ids_BT.shape[1] < 2:
-            return
-        mask_BT = kwargs.get("attention_mask")
-        if mask_BT is None or mask_BT.shape != ids_BT.shape:
-            mask_BT = torch.ones_like(ids_BT)
-        first_B = mask_BT.argmax(dim=1)
-        second_B = (first_B + 1).clamp(max=ids_BT.shape[1] - 1)
-        is_bos_BT = ids_BT == self.bos
-        rows_B = torch.arange(len(ids_BT), device=ids_BT.device)
-        doubled_B = is_bos_BT[rows_B, first_B] & is_bos_BT[rows_B, second_B] & (second_B > first_B)
-        if doubled_B.any():
-            row = int(doubled_B.int().argmax())
-            head = ids_BT[row, first_B[row] :][:SHOWN_IDS].tolist()
+
+    def look(self, ids: list[int]) -> None:
+        """Raise ValueError when the ids that are to be sent begin with two BOS tokens."""
+        if self.bos is not None and ids[:2] == [self.bos, self.bos]:
             raise ValueError(
-                f"a prompt begins with two BOS tokens (id {self.bos}): the first ids sent are {head}; expected one. Chat "
+                f"a prompt begins with two BOS tokens (id {self.bos}): the first ids sent are {ids[:SHOWN_IDS]}; expected one. Chat "
                 "template and tokenizer each add one, or the tokenizer adds two; remove one of them from the model folder"
             )

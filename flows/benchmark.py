@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import flow
 
+from evaluation.suites import mean_score
 from flows.align import check_benchmarks
 from flows.config import BenchmarkFlowConfig
 from infra.settings import Settings, read_settings
@@ -33,7 +34,11 @@ def benchmark(config: BenchmarkFlowConfig) -> dict[str, Any]:
         folder = run.folder(run.step(files))
         check_benchmarks(config.suite, source=config.benchmarks, folder=folder)
         run.steps(*evaluations)
-        scores = {
-            name: value for planned in evaluations for name, value in run.ref(planned).record.summary["metrics"].items()
-        }
-        return {"scores": scores, "steps": list_steps(run)} | run.links
+        summaries = [run.ref(planned).record.summary for planned in evaluations]
+        scores = {name: value for summary in summaries for name, value in summary["metrics"].items()}
+        mean = mean_score(config.suite, {summary["benchmark"]: summary["value"] for summary in summaries})
+        if mean is not None:
+            scores[f"eval/{mean[0]}/mean"] = mean[1]
+        flags = {summary["benchmark"]: summary["flag"] for summary in summaries if summary["flag"]}
+        found = {summary["benchmark"]: {k: v for k, v in summary.items() if k != "metrics"} for summary in summaries}
+        return {"scores": scores, "flags": flags, "benchmarks": found, "steps": list_steps(run)} | run.links

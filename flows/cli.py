@@ -279,17 +279,26 @@ def run_benchmark(
     files: Annotated[
         str, typer.Option("--files", help="Folder of benchmark files, or demo:benchmarks.")
     ] = "demo:benchmarks",
-    suite: Annotated[str, typer.Option("--suite", help="demo, paper or smoke; see evaluation/suites.py.")] = "demo",
+    profile: Annotated[
+        str,
+        typer.Option(
+            "--profile", "--suite", help="paper, paper_chat, standard, demo or smoke; see evaluation/suites.py."
+        ),
+    ] = "demo",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="First items of each task; a part is named as one.")
+    ] = None,
     changes: Set = None,
     on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
     as_json: Json = False,
 ) -> None:
-    """Run a suite of benchmarks on a model."""
-    from evaluation.suites import read_suite
+    """Run a profile of benchmarks on a model."""
+    from evaluation.suites import limit_suite, read_suite
     from flows.config import BenchmarkFlowConfig
     from flows.overrides import override
 
-    config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=read_suite(suite)), changes or [])
+    suite = read_suite(profile) if limit is None else limit_suite(read_suite(profile), limit)
+    config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=suite), changes or [])
     launch("benchmark", config, on=on, as_json=as_json)
 
 
@@ -441,6 +450,11 @@ def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
         typer.echo(f"nothing to do: {outcome['reason']}")
     for name, value in outcome.get("scores", {}).items():
         typer.echo(f"  {name:40} {value:.6g}")
+    for name, flag in outcome.get("flags", {}).items():
+        typer.echo(f"  flagged: {name}: {flag}")
+        found = outcome["benchmarks"][name]
+        for shown in (found[key] for key in sorted(found) if key.startswith("flag_sample_")):
+            typer.echo(f"    {shown}")
     for name in ("prefect_run", "mlflow_run", "report"):
         if name in outcome:
             typer.echo(f"  {name.replace('_', ' '):12} {outcome[name]}")

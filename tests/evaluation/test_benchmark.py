@@ -105,8 +105,12 @@ def test_a_zero_score_is_flagged_with_samples(tiny_policy: Path, mirror: Path, t
     job = Job.read(write_job(tmp_path, GSM8K, model=tiny_policy, mirror=mirror))
     run(job)
     summary = json.loads((job.output / "summary.json").read_text())
-    assert summary["flag"] == "zero: none of 6 answers is right"
+    assert summary["flag"].split("; ")[0] == "zero: none of 6 answers is right"
+    assert "format: in 100% of the answers strict-match found nothing" in summary["flag"]
     assert summary["unextracted_share"] == 1.0  # a random model never writes "####"
+    assert summary["cut_share"] > 0 and "were ended by the token limit" in summary["flag"]
+    (deciding,) = (row for row in read_result(job.output).scores if row.decides)
+    assert deciding.flag == summary["flag"]
     assert "Ann has 3 and buys 4" in summary["flag_sample_1"]
     assert "flag_sample_5" in summary and "flag_sample_6" not in summary
     assert all(value is None or isinstance(value, str | int | float) for value in summary.values()), "it is flat"
@@ -116,6 +120,7 @@ def sample(correct: float, *, choices: int | None = 4, **fields: Any) -> dict[st
     return {"task": "t", "doc_id": 0, "correct": correct, "choices": choices, "prompt": "p", "target": "t"} | {
         "answer": "a",
         "extracted": True,
+        "cut": False,
         **fields,
     }
 
@@ -141,23 +146,54 @@ def test_the_summary_counts_what_could_not_be_used(tmp_path: Path) -> None:
     samples = [sample(0.0, choices=None, answer=" ", extracted=False), sample(0.0, choices=None, extracted=False)]
     samples += [sample(1.0, choices=None), sample(1.0, choices=None, task="u")]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
-    (tmp_path / "profile.json").write_text(json.dumps({"truncated_prompts": 3}))
-    rows = [{"decides": True, "value": 0.5, "stderr": 0.3, "n": 4}, {"decides": False, "value": 0.75}]
+    (tmp_path / "profile.json").write_text(json.dumps({"truncated_prompts": 3, "bos": {"count": 1}}))
+    strict = {"task": "t", "metric": "exact_match", "filter": "strict-match", "decides": True}
+    flexible = strict | {"filter": "flexible-extract", "decides": False, "value": 0.75}
+    rows = [strict | {"value": 0.5, "stderr": 0.3, "n": 4}, flexible]
     summary = summarise(rows, output=tmp_path, name="b")
     assert (summary["empty_answer_share"], summary["unextracted_share"]) == (0.25, 0.5)
     assert (summary["macro_value"], summary["truncated_prompts"]) == (pytest.approx(2 / 3), 3)
+    assert summary["value_flexible_extract"] == 0.75 and summary["bos_count"] == 1
+    assert summary["flag"].split("; ") == [
+        "empty: 25% of the answers have no text",
+        "format: in 50% of the answers strict-match found nothing",
+        "prompts: 3 did not fit and were cut from the left (max_length)",
+        "filters: strict-match says 0.5000, flexible-extract says 0.7500 of the same answers",
+    ]
+
+
+def test_a_sound_result_has_no_flag(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample(1.0, choices=None)) + "\n")
+    (tmp_path / "profile.json").write_text(json.dumps({"truncated_prompts": 0, "bos": {"count": 0}}))
+    row = {"task": "t", "metric": "m", "filter": "none", "decides": True, "value": 1.0, "stderr": None, "n": 1}
+    summary = summarise([row], output=tmp_path, name="b")
     assert summary["flag"] is None and "flag_sample_1" not in summary
 
 
-@pytest.mark.parametrize("suite", [suites.paper(), suites.demo(), suites.smoke()], ids=["paper", "demo", "smoke"])
+def test_answers_that_the_limit_ended_are_flagged(tmp_path: Path) -> None:
+    lines = [sample(1.0, choices=None, cut=cut) for cut in (True, False, False)]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "profile.json").write_text(json.dumps({"truncated_prompts": 0, "bos": {"count": 0}}))
+    row = {"task": "t", "metric": "m", "filter": "none", "decides": True, "value": 1.0, "stderr": 0.0, "n": 3}
+    summary = summarise([row], output=tmp_path, name="b")
+    assert summary["cut_share"] == pytest.approx(1 / 3)
+    assert summary["flag"].startswith("limit: 33% of the answers were ended by the token limit")
+
+
+@pytest.mark.parametrize("suite", [make() for make in suites.SUITES.values()], ids=list(suites.SUITES))
 def test_a_part_never_carries_the_whole_benchmark_s_name(suite: SuiteConfig) -> None:
     names = [b.name for b in suite.benchmarks]
     assert len(set(names)) == len(names)
-    whole = {"mmlu": ("mmlu",), "gsm8k": ("gsm8k",), "humaneval": ("humaneval",), "bbh": ("bbh_cot_fewshot",)}
+    whole: dict[str, tuple[tuple[str, ...], ...]] = {
+        "mmlu": (("mmlu",),),
+        "gsm8k": (("gsm8k",),),
+        "humaneval": (("humaneval",), ("humaneval_instruct",)),
+        "bbh": (("bbh_cot_fewshot",),),
+    }
     for b in suite.benchmarks:
         assert all(needed_files(task) for task in b.tasks)
         if b.name in whole:
-            assert (b.tasks, b.limit) == (whole[b.name], None)
+            assert b.tasks in whole[b.name] and b.limit is None
         else:
             assert b.name.endswith("_part")
 
@@ -165,3 +201,38 @@ def test_a_part_never_carries_the_whole_benchmark_s_name(suite: SuiteConfig) -> 
 def test_the_shipped_files_serve_the_demo_and_the_smoke_suite(tmp_path: Path) -> None:
     build_mirror(ROOT / "flows" / "demo" / "benchmarks", tmp_path / "mirror")
     assert missing_data(tmp_path / "mirror", [*suites.demo().benchmarks, *suites.smoke().benchmarks]) == []
+
+
+def test_the_mean_of_a_profile_is_unweighted() -> None:
+    # HumanEval 113 of 164 and the paper's other three figures would have this mean
+    values = {"mmlu": 0.6, "gsm8k": 0.5, "humaneval": 113 / 164, "bbh": 0.3}
+    assert suites.mean_score(suites.paper(), values) == ("paper", pytest.approx((1.4 + 113 / 164) / 4))
+    assert suites.find_profile(suites.standard()) == "standard"
+    assert suites.find_profile(suites.paper_chat()) == "paper_chat"
+
+
+def test_a_part_has_neither_the_name_nor_the_mean_of_the_whole() -> None:
+    part = suites.limit_suite(suites.paper(), 8)
+    assert [b.name for b in part.benchmarks] == ["mmlu_part", "gsm8k_part", "humaneval_part", "bbh_part"]
+    assert {b.limit for b in part.benchmarks} == {8}
+    fewer = SuiteConfig(benchmarks=suites.paper().benchmarks[:3])
+    seeded = SuiteConfig(benchmarks=(*fewer.benchmarks, suites.paper().benchmarks[3].model_copy(update={"seed": 1})))
+    for suite in (part, fewer, seeded, suites.demo(), suites.smoke()):
+        assert suites.find_profile(suite) is None
+        assert suites.mean_score(suite, {b.name: 0.5 for b in suite.benchmarks}) is None
+    assert [b.limit for b in suites.limit_suite(suites.demo(), 5).benchmarks] == [5, 5, 5, 3]
+
+
+def test_a_limited_benchmark_cannot_take_the_whole_one_s_name() -> None:
+    with pytest.raises(ValueError, match=r"benchmark mmlu: has the item limit 5, so it is no mmlu; name it mmlu_part"):
+        BenchmarkConfig(name="mmlu", tasks=("mmlu",), num_fewshot=0, metric="acc", limit=5)
+
+
+def test_another_version_of_the_harness_is_another_benchmark() -> None:
+    with pytest.raises(ValueError, match=r"harness: got 0\.0\.1, installed is lm-eval .*; leave the field out"):
+        BenchmarkConfig.model_validate(MMLU.model_dump() | {"harness": "0.0.1"})
+
+
+def test_a_profile_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ValueError, match=r"profile 'papper': no such profile; expected one of demo, paper"):
+        suites.read_suite("papper")

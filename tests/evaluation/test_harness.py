@@ -195,7 +195,7 @@ def test_the_profile_holds_what_scores_must_share(tiny_policy: Path, mirror: Pat
     assert profile["config"] == config.model_dump(mode="json")
     assert profile["dtype"] == "float32" and profile["batch_size"] is None
     assert profile["template_sha256"] is not None and profile["multiturn"]
-    assert profile["bos_count"] == 1
+    assert profile["bos"]["count"] == 1
     assert len(profile["probe"]["first"]) == 16 and len(profile["probe"]["last"]) == 8
     sent = tokenizer.decode(profile["probe"]["first"])
     assert sent.startswith("<s><|im_start|>system\nBe brief.")
@@ -259,6 +259,50 @@ def test_a_stop_request_ends_it_before_the_next_forward_pass(tiny_policy: Path, 
     assert not (tmp_path / "output" / "samples.jsonl").exists()
 
 
+class StopAfter(threading.Event):
+    """A stop request that comes after so many looks at it."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.looks = looks
+
+    def is_set(self) -> bool:
+        self.looks -= 1
+        return self.looks < 0
+
+
+@pytest.mark.parametrize("config", [MMLU, GSM8K], ids=["choices", "generation"])
+def test_a_stopped_benchmark_goes_on_from_the_last_batch(
+    tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig
+) -> None:
+    runtime = RUNTIME.model_copy(update={"microbatch_tokens": 512})  # batches of two
+    whole = Result(tiny_policy, mirror, config, folder=tmp_path / "whole", runtime=runtime)
+    passes = 1_000_000
+    counted = StopAfter(passes)
+    Result(tiny_policy, mirror, config, folder=tmp_path / "counted", runtime=runtime, stop=counted)
+    passes -= counted.looks
+    with pytest.raises(Interrupted):
+        Result(tiny_policy, mirror, config, folder=tmp_path / "cut", runtime=runtime, stop=StopAfter(passes // 2))
+    rest = StopAfter(1_000_000)
+    resumed = Result(tiny_policy, mirror, config, folder=tmp_path / "cut", runtime=runtime, stop=rest)
+    assert 1_000_000 - rest.looks < passes, "what was answered is not computed again"
+    assert resumed.rows == whole.rows and resumed.samples == whole.samples and resumed.profile == whole.profile
+    assert resumed.progress[-1]["step"] == resumed.progress[-1]["total"]
+
+
+def test_swapped_weights_at_the_same_path_are_evaluated_anew(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny_policy, policy)
+    first = Result(policy, mirror, GSM8K, folder=tmp_path)
+    model = LlamaForCausalLM.from_pretrained(policy)
+    with torch.no_grad():
+        model.model.norm.weight.neg_()
+    model.save_pretrained(policy)
+    second = Result(policy, mirror, GSM8K, folder=tmp_path)
+    assert [s["answer"] for s in first.samples] != [s["answer"] for s in second.samples]
+    assert first.profile["model"] != second.profile["model"]
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -272,8 +316,9 @@ def test_a_stop_request_ends_it_before_the_next_forward_pass(tiny_policy: Path, 
         (MMLU.model_copy(update={"max_length": 4096}), r"max_length is 4096, but the model .* has 1024 positions"),
         (MMLU.model_copy(update={"system_prompt": "Hi"}), r"a system prompt without the chat template"),
         (GSM8K.model_copy(update={"max_gen_toks": 1024}), r"leaves no room for a prompt"),
+        (GSM8K.model_copy(update={"limit": 7}), r"the item limit is 7, but its largest task has 6 items"),
     ],
-    ids=["task", "filter", "metric", "shots", "length", "system prompt", "cap"],
+    ids=["task", "filter", "metric", "shots", "length", "system prompt", "cap", "limit"],
 )
 def test_settings_that_cannot_be_met_are_refused(
     tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig, message: str
@@ -306,7 +351,7 @@ def test_a_doubled_bos_is_refused_by_the_ids_sent(
     with pytest.raises(ValueError, match=r"begins with two BOS tokens \(id 0\): the first ids sent are \[0, 0, "):
         Result(doubled, mirror, config, folder=tmp_path)
     shutil.rmtree(doubled)
-    assert Result(with_tokenizer(add_bos(1)), mirror, config, folder=tmp_path).profile["bos_count"] == 1
+    assert Result(with_tokenizer(add_bos(1)), mirror, config, folder=tmp_path).profile["bos"]["count"] == 1
 
 
 def test_a_folder_without_weights_is_refused(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:

@@ -1,0 +1,353 @@
+"""The numbers of lm-eval's Transformers backend for less work: nothing is computed that no score depends on.
+
+Logits are computed where a continuation is predicted, and not over the whole prompt. A prompt prefix that all requests of a task
+share, such as worked examples, is read once, and its keys and values stand before every batch of that task. A generated row
+leaves its batch at its own stop, where stock waits until all rows have met the same stop string.
+
+A batch of generation with a shared prefix is laid out as [prefix | padding | rest of the prompt], the padding masked. What a
+model makes of that is compared with its own plain forward pass when it is loaded; where they differ (windows of attention,
+positions by place), prompts are read whole.
+
+Legend: B rows of a batch, T tokens, P tokens of a shared prefix, K last positions of a row, V vocabulary.
+"""
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from training.memory import run_in_halves
+
+WORTHWHILE = 0.95  # a prefix is shared where the tokens read fall below this share of those of whole prompts
+ROOM = 128  # tokens for which a cache makes room at a time
+LOOK_BACK = 2  # tokens beyond a stop string's own in which it is looked for, as stock does
+MAX_GAP = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 1e-1,
+}  # of probe logits, relative to the largest; a wrong position is far off
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence to read. The logits wanted are those of its last `tail` positions; rows of a task may share a prefix."""
+
+    ids: list[int]
+    tail: int = 1
+    task: str | None = None  # None: shares with nobody
+
+
+@dataclass(frozen=True)
+class Group:
+    """Batches of rows, by index, that all begin with the same `prefix` ids, which are read once."""
+
+    prefix: list[int]
+    batches: list[list[int]]
+
+
+def plan_groups(rows: Sequence[Row], *, batch_size: int, share: bool) -> list[Group]:
+    """Return every row in one batch: those of a task by themselves where reading their prefix once saves tokens, else all pooled.
+
+    Rows are batched longest first, those of equal length in the order of their ids, as stock does.
+    """
+    tasks: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        if share and row.task is not None:
+            tasks.setdefault(row.task, []).append(index)
+    groups, pooled = [], {index for index in range(len(rows))}
+    for members in tasks.values():
+        shared = common_prefix([rows[index] for index in members])
+        batches = batch_rows(rows, members, batch_size=batch_size)
+        if count_tokens(rows, batches, shared=shared) < WORTHWHILE * sum(len(rows[index].ids) for index in members):
+            groups.append(Group(prefix=rows[members[0]].ids[:shared], batches=batches))
+            pooled -= set(members)
+    return [*groups, Group(prefix=[], batches=batch_rows(rows, sorted(pooled), batch_size=batch_size))]
+
+
+def common_prefix(rows: Sequence[Row]) -> int:
+    """Return how many ids all rows begin with, short of any position whose logits are wanted."""
+    longest = min(len(row.ids) - row.tail for row in rows)
+    first, last = (
+        min(row.ids for row in rows),
+        max(row.ids for row in rows),
+    )  # in order of ids, the two that differ soonest
+    differs = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
+    return max(0, min(longest, next(differs, longest)))
+
+
+def batch_rows(rows: Sequence[Row], members: Sequence[int], *, batch_size: int) -> list[list[int]]:
+    """Return the members in batches, longest first."""
+    order = sorted(members, key=lambda index: (-len(rows[index].ids), rows[index].ids))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def count_tokens(rows: Sequence[Row], batches: Sequence[Sequence[int]], *, shared: int) -> int:
+    """Return the tokens that are read, padding included, with the first `shared` of each row read once."""
+    return shared + sum(len(batch) * (max(len(rows[index].ids) for index in batch) - shared) for batch in batches)
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values with room for tokens to come. The stock layer copies all that it holds for every new token."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append the new states and return all of them, views of a larger tensor."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        old = self.get_seq_length()
+        new = old + key_states.shape[2]
+        if self._room is None or self._room[0].shape[2] < new or len(self._room[0]) != len(key_states):
+            wide = [
+                states.new_empty((*states.shape[:2], new + ROOM, states.shape[3]))
+                for states in (key_states, value_states)
+            ]
+            if old:
+                wide[0][:, :, :old], wide[1][:, :, :old] = self.keys, self.values
+            self._room = (wide[0], wide[1])
+        keys, values = self._room
+        keys[:, :, old:new], values[:, :, old:new] = key_states, value_states
+        self.keys, self.values = keys[:, :, :new], values[:, :, :new]
+        return self.keys, self.values
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The new ids of a generated row, its stop included, and whether it met one before the limit."""
+
+    ids: list[int]
+    stopped: bool
+
+
+class StopStrings(StoppingCriteria):
+    """Tells for each row whether its newest tokens hold a stop string. It keeps nothing, so rows may leave.
+
+    A stop string counts in the text of an answer, where special tokens do not show, or as the special token that it is. So a
+    row ends where its text is cut. Stock looks at the names of special tokens too, but goes on until all rows have ended.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], *, prompt_tokens: int) -> None:
+        self._tokenizer, self._stops, self._begin = tokenizer, stops, prompt_tokens
+        lengths = [len(tokenizer.encode(stop, add_special_tokens=False)) for stop in stops]
+        self._window = max(lengths, default=0) + LOOK_BACK
+        special = tokenizer.get_added_vocab()
+        self._stop_ids = [special[stop] for stop in stops if stop in special]
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Return done_B."""
+        newest = input_ids[:, max(self._begin, input_ids.shape[1] - self._window) :].tolist()
+        texts = self._tokenizer.batch_decode(newest, skip_special_tokens=True)
+        done = [
+            ids[-1] in self._stop_ids or any(stop in text for stop in self._stops if stop)
+            for ids, text in zip(newest, texts, strict=True)
+        ]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def drop_finished_rows(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    **model_kwargs: Any,
+) -> list[Answer]:
+    """Greedy search for `generate(custom_generate=...)`: a row that is done leaves the batch. Returns an Answer for each row."""
+    prompt_tokens, limit = input_ids.shape[1], stopping_criteria.max_length
+    answers: list[Answer | None] = [None] * len(input_ids)
+    own = [criterion for criterion in stopping_criteria if not hasattr(criterion, "max_length")]
+    left = list(range(len(input_ids)))  # of the rows that are still in the batch, their place in the answers
+    outputs = model._prefill(input_ids, generation_config, model_kwargs)
+    while True:
+        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+        scores_BV = logits_processor(input_ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
+        input_ids = torch.cat([input_ids, scores_BV.argmax(dim=-1, keepdim=True)], dim=-1)
+        stopped_B = torch.stack([criterion(input_ids, None) for criterion in own]).any(dim=0).tolist()
+        full = input_ids.shape[1] >= limit
+        for row, place in enumerate(left):
+            if answers[place] is None and (stopped_B[row] or full):
+                answers[place] = Answer(input_ids[row, prompt_tokens:].tolist(), stopped_B[row])
+        if None not in answers:
+            return [answer for answer in answers if answer is not None]
+        keep = [row for row, place in enumerate(left) if answers[place] is None]
+        if len(keep) < len(left) and can_drop(model_kwargs["past_key_values"]):
+            left, keep_B = [left[row] for row in keep], torch.tensor(keep, device=input_ids.device)
+            input_ids = input_ids[keep_B]
+            model_kwargs["past_key_values"].batch_select_indices(keep_B)
+            for name in ("attention_mask", "position_ids"):
+                if model_kwargs.get(name) is not None:
+                    model_kwargs[name] = model_kwargs[name][keep_B]
+        step = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        outputs = model(**step, return_dict=True)
+
+
+def can_drop(cache: Cache) -> bool:
+    """Return whether rows can leave the cache; recurrent states, which do not offer it, keep theirs to the end."""
+    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
+
+
+class Engine:
+    """A causal language model with a batch size. `shares_reading` and `shares_writing` say where a prefix is read once."""
+
+    def __init__(self, model: Any, *, batch_size: int, pad_id: int) -> None:
+        self.model, self.batch_size, self.pad_id = model, batch_size, pad_id
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+        self.shares_reading = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        self.shares_writing = kinds == {DynamicLayer}
+        self._roomy = self.shares_writing
+        if self.shares_reading:
+            read_gap, written_gap = probe_sharing(self)
+            bound = MAX_GAP.get(model.dtype, MAX_GAP[torch.float32])
+            self.shares_reading = read_gap <= bound
+            self.shares_writing = self.shares_writing and written_gap <= bound
+
+    def read(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
+        """Yield (index, logits [tail, V]) of every row, batch by batch."""
+        for group in plan_groups(rows, batch_size=self.batch_size, share=self.shares_reading):
+            prefix = self.read_prefix(group.prefix)
+            work = partial(self.read_batch, prefix=prefix, shared=len(group.prefix))
+            for batch in group.batches:
+                yield from zip(batch, run_in_halves(work, [rows[index] for index in batch]), strict=True)
+
+    def read_prefix(self, ids: list[int]) -> Cache | None:
+        """Return the keys and values of a prefix, one row; None for an empty one."""
+        if not ids:
+            return None
+        cache = DynamicCache(config=self.model.config)
+        ids_BT = torch.tensor([ids], device=self.model.device)
+        with torch.no_grad():
+            self.model(ids_BT, past_key_values=cache, use_cache=True, **self.keep(1))
+        return cache
+
+    def keep(self, positions: int) -> dict[str, int]:
+        """Return the argument for logits of the last positions alone, where the model takes it."""
+        return {"logits_to_keep": positions} if self._keeps else {}
+
+    def read_batch(self, rows: Sequence[Row], *, prefix: Cache | None, shared: int) -> list[Tensor]:
+        """Return logits_KV of each row, padded on the right, behind `shared` ids that the prefix holds."""
+        lengths = [len(row.ids) - shared for row in rows]
+        ids_BT = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+        for at, row in enumerate(rows):
+            ids_BT[at, : lengths[at]] = torch.tensor(row.ids[shared:])
+        K = max(max(lengths) - length + row.tail for length, row in zip(lengths, rows, strict=True))
+        past = {} if prefix is None else {"past_key_values": repeat_prefix(prefix, len(rows)), "use_cache": True}
+        with torch.no_grad():
+            logits_BKV = self.model(ids_BT.to(self.model.device), **past, **self.keep(K)).logits
+        ends = [logits_BKV.shape[1] - max(lengths) + length for length in lengths]
+        return [logits_BKV[at, end - row.tail : end] for at, (row, end) in enumerate(zip(rows, ends, strict=True))]
+
+    def write(
+        self, rows: Sequence[Row], *, limit: int, tokenizer: Any, stops: Sequence[str]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Yield (index, answer) of every row, batch by batch: greedy, at most `limit` new tokens, to the first stop."""
+        for group in plan_groups(rows, batch_size=self.batch_size, share=self.shares_writing):
+            prefix = self.read_prefix(group.prefix)
+            work = partial(
+                self.write_batch, prefix=prefix, shared=len(group.prefix), limit=limit, tokenizer=tokenizer, stops=stops
+            )
+            for batch in group.batches:
+                yield from zip(batch, run_in_halves(work, [rows[index] for index in batch]), strict=True)
+
+    def write_batch(
+        self,
+        rows: Sequence[Row],
+        *,
+        prefix: Cache | None,
+        shared: int,
+        limit: int,
+        tokenizer: Any,
+        stops: Sequence[str],
+    ) -> list[Answer]:
+        """Return the answer of each row of one batch."""
+        ids_BT, mask_BT = lay_out_prompts(rows, shared=shared, pad_id=self.pad_id)
+        T = ids_BT.shape[1]
+        cache = self.roomy_cache(prefix, rows=len(rows)) if self._roomy else None
+        answers: list[Answer] = self.model.generate(
+            input_ids=ids_BT.to(self.model.device),
+            attention_mask=mask_BT.to(self.model.device),
+            max_length=T + limit,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=self.pad_id,
+            stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, prompt_tokens=T)]),
+            custom_generate=drop_finished_rows,
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+        return answers
+
+    def roomy_cache(self, prefix: Cache | None, *, rows: int) -> Cache:
+        """Return a cache that begins with the prefix in every row."""
+        layers = [RoomyLayer() for _ in DynamicCache(config=self.model.config).layers]
+        if prefix is not None:
+            for layer, old in zip(layers, prefix.layers, strict=True):
+                layer.update(*(states.expand(rows, -1, -1, -1) for states in (old.keys, old.values)))
+        return Cache(layers=layers)
+
+
+def repeat_prefix(prefix: Cache, rows: int) -> Cache:
+    """Return a cache in which every row begins with the prefix; its tensors are views, which layers join and never write to."""
+    repeated = copy.copy(prefix)
+    repeated.layers = [copy.copy(layer) for layer in prefix.layers]
+    for layer in repeated.layers:
+        layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
+    return repeated
+
+
+def lay_out_prompts(rows: Sequence[Row], *, shared: int, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return (ids_BT, mask_BT): the shared ids, padding, the rest of the prompt; the mask is 0 on padding."""
+    T = max(len(row.ids) for row in rows)
+    ids_BT = torch.full((len(rows), T), pad_id, dtype=torch.long)
+    mask_BT = torch.zeros((len(rows), T), dtype=torch.long)
+    mask_BT[:, :shared] = 1
+    for at, row in enumerate(rows):
+        ids_BT[at, :shared] = torch.tensor(row.ids[:shared], dtype=torch.long)
+        rest = row.ids[shared:]
+        ids_BT[at, T - len(rest) :] = torch.tensor(rest)
+        mask_BT[at, T - len(rest) :] = 1
+    return ids_BT, mask_BT
+
+
+def probe_sharing(engine: Engine) -> tuple[float, float]:
+    """Return how far logits behind a shared prefix are from those of whole rows, relative to the largest: read, and written."""
+    size = engine.model.get_input_embeddings().num_embeddings
+    long, short = ([(7 * place + 3) % size for place in range(length)] for length in (12, 9))
+    rows = [Row([*long[:5], *tail]) for tail in (long[5:], short[6:])]
+    shared = 5
+    with torch.no_grad():
+        whole_RV = torch.stack(
+            [engine.model(torch.tensor([row.ids], device=engine.model.device)).logits[0, -1] for row in rows]
+        )
+        prefix = engine.read_prefix(rows[0].ids[:shared])
+        assert prefix is not None
+        read_RV = torch.stack([part[-1] for part in engine.read_batch(rows, prefix=prefix, shared=shared)])
+        written_RV = probe_padding(engine.model, rows, prefix=prefix, shared=shared)
+    scale = float(whole_RV.abs().max()) or 1.0
+    return float((read_RV - whole_RV).abs().max()) / scale, float((written_RV - whole_RV).abs().max()) / scale
+
+
+def probe_padding(model: Any, rows: Sequence[Row], *, prefix: Cache, shared: int) -> Tensor:
+    """Return the next-token logits_BV of rows laid out with masked padding behind a shared prefix."""
+    ids_BT, mask_BT = (part.to(model.device) for part in lay_out_prompts(rows, shared=shared, pad_id=0))
+    position_BT = (mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    logits_BTV = model(
+        ids_BT[:, shared:],
+        attention_mask=mask_BT,
+        past_key_values=repeat_prefix(prefix, len(rows)),
+        use_cache=True,
+        **({"position_ids": position_BT[:, shared:]} if takes_positions else {}),
+    ).logits
+    last_BV: Tensor = logits_BTV[:, -1]
+    return last_BV

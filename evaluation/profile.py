@@ -1,0 +1,92 @@
+"""The profile of a benchmark result: everything that two scores must share to be comparable, and which model it was."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from evaluation.config import BenchmarkConfig
+from training.config import Precision
+
+PROBE_FIRST, PROBE_LAST = 16, 8
+BATCH_STATE = ("padding", "truncation")  # of a tokenizer, left over from its last call
+
+Row = dict[str, Any]
+
+
+def describe(
+    results: Row, *, config: BenchmarkConfig, model: Any, tasks: Mapping[str, Any], weights_sha256: str
+) -> Row:
+    """Return the profile, of lm-eval's results, model and tasks.
+
+    Under `model` stands what two policies may differ in; all else is compared before two scores are.
+    """
+    first = next(iter(tasks))
+    ids = probe(model, results["samples"][first][0]["arguments"][0])
+    tokenizer, template = model.tokenizer, model.tokenizer.chat_template if config.chat_template else None
+    exact = config.precision == Precision.float32  # and depends neither on the batch nor on what is read once
+    return {
+        "config": config.model_dump(mode="json"),
+        "backend": "transformers",
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "attention": model.model.config._attn_implementation,
+        "batch_size": None if exact else model.batch_size,
+        "prefix_sharing": None if exact else [model.engine.shares_reading, model.engine.shares_writing],
+        "max_length": model.max_length,
+        "tokenizer_sha256": digest_tokenizer(tokenizer),
+        "template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
+        "multiturn": config.chat_template,
+        "bos": {"id": tokenizer.bos_token_id, "count": ids.count(tokenizer.bos_token_id)},
+        "probe": {"first": ids[:PROBE_FIRST], "last": ids[-PROBE_LAST:], "length": len(ids)},
+        "truncated_prompts": model.watch.truncated,
+        "data_sha256": digest_items(results["samples"], "doc_hash", "target_hash"),
+        "prompts_sha256": digest_items(results["samples"], "prompt_hash"),
+        "tasks": {name: describe_task(task, results, name=name) for name, task in tasks.items()},
+        "model": {"weights_sha256": weights_sha256},
+    }
+
+
+def describe_task(task: Any, results: Row, *, name: str) -> Row:
+    """Return what a task is and how it was set."""
+    fewshot = task.get_config("fewshot_config")
+    return {
+        "version": task.VERSION,
+        "num_fewshot": task.get_config("num_fewshot"),
+        "fewshot_source": {
+            "split": task.get_config("fewshot_split"),
+            "sampler": getattr(fewshot, "sampler", None),
+            "given": getattr(fewshot, "samples", None) is not None,
+        },
+        "output_type": task.get_config("output_type"),
+        "generation": task.get_config("generation_kwargs"),
+        "filters": [f.name for f in task._filters],
+        "items": results["n-samples"][name]["effective"],
+    }
+
+
+def digest_items(samples: Mapping[str, list[Row]], *fields: str) -> str:
+    """Return a digest of some of the hashes that lm-eval logs with each item."""
+    lines = (
+        [task, item["doc_id"], item["filter"], *(item[field] for field in fields)]
+        for task, items in samples.items()
+        for item in items
+    )
+    return hashlib.sha256(json.dumps(list(lines)).encode()).hexdigest()
+
+
+def digest_tokenizer(tokenizer: Any) -> str:
+    """Return a digest of what a fast tokenizer does, the same however its files are written."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    what = {name: value for name, value in state.items() if name not in BATCH_STATE}
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([what, special], sort_keys=True).encode()).hexdigest()
+
+
+def probe(model: Any, request: tuple[str, Any]) -> list[int]:
+    """Return the ids of one request, by the way on which the harness itself comes to them."""
+    prompt, second = request
+    if isinstance(second, str):
+        prompt_ids, answer_ids = model._encode_pair(prompt, second)
+        return [*prompt_ids, *answer_ids]
+    ids: list[int] = model.tok_batch_encode([prompt])[0][0].tolist()
+    return ids
