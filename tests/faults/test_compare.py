@@ -9,6 +9,7 @@ from mlflow.tracking.client import MlflowClient
 from transformers import AutoModelForCausalLM
 
 from infra.settings import Settings
+from infra.store import Store
 from tests.faults.command import BENCHMARK, Command, words_of
 
 
@@ -19,7 +20,7 @@ def trained(done: dict[str, Any]) -> str:
 
 
 def test_a_run_against_its_base_and_again_for_nothing(
-    varflow: Command, stack: Settings, trained: str, done: dict[str, Any]
+    varflow: Command, stack: Settings, store: Store, trained: str, done: dict[str, Any]
 ) -> None:
     told = varflow.ask("compare", "demo:tiny-policy", trained)
     found = told["comparison"]
@@ -34,7 +35,9 @@ def test_a_run_against_its_base_and_again_for_nothing(
     client = MlflowClient(tracking_uri=stack.mlflow_tracking_uri)
     assert "compare/heldout_reward/2_minus_1" in client.get_run(run).data.metrics
     step = told["report_in_mlflow"].partition("/runs/")[2].partition("/")[0]
-    assert {item.path for item in client.list_artifacts(step)} == {"comparison.html", "comparison.json"}
+    shown_at = store.name_of(client.get_run(step).info.artifact_uri)
+    files = {item.name.removeprefix(f"{shown_at}/") for item in store.scan(shown_at)}
+    assert files == {"comparison.html", "comparison.json"}
     again = varflow.ask("compare", "demo:tiny-policy", done["mlflow_run"])
     assert again["comparison"]["refs"] == found["refs"] and again["comparison"]["reward"] is not None
     shown = varflow.run("compare", "demo:tiny-policy", trained)
@@ -43,7 +46,7 @@ def test_a_run_against_its_base_and_again_for_nothing(
 
 def test_what_was_measured_otherwise_is_refused_by_field(varflow: Command, trained: str, done: dict[str, Any]) -> None:
     other = words_of({"suite.benchmarks": [BENCHMARK | {"limit": 1}], "runtime.threads": 1})
-    measured = varflow.ask("benchmark", "demo:tiny-policy", "--suite", "smoke", *other)
+    measured = varflow.ask("benchmark", "demo:tiny-policy", "--profile", "smoke", *other)
     told = varflow.refuse("compare", trained, measured["mlflow_run"].partition("/runs/")[2].partition("?")[0])
     assert "mmlu_part: scores of different profiles are never compared" in told and "config.limit: 2 -> 1" in told
     assert "expected at least two models, each once" in varflow.refuse("compare", trained, trained)
