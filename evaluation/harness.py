@@ -37,6 +37,7 @@ from lm_eval.utils import set_torch_seed
 from evaluation.config import HARNESS_VERSION, BenchmarkConfig
 from evaluation.engine import Engine
 from evaluation.engine import Row as EngineRow
+from evaluation.offline import closed_sockets
 from evaluation.profile import describe
 from evaluation.responses import Responses
 from evaluation.samples import score_rows, write_samples
@@ -81,7 +82,8 @@ def evaluate(
     check_request(config, model_folder=model_folder)
     weights = digest_weights(model_folder)
     identity = {"config": config.model_dump(mode="json"), "weights": weights}
-    with offline(work / "datasets"), contextlib.closing(Responses(work / RESPONSES, identity=identity)) as responses:
+    responses = Responses(work / RESPONSES, identity=identity)
+    with contextlib.closing(responses), closed_sockets(), offline(work / "datasets"):
         tasks = load_tasks(config, mirror=mirror)
         configure_tasks(tasks, config=config)
         check_tasks(tasks, config=config)

@@ -1,9 +1,11 @@
 """Any model on any suite, with the numbers on its MLflow run."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prefect import flow
 
+from evaluation.config import SuiteConfig
 from evaluation.suites import mean_score
 from flows.align import check_benchmarks
 from flows.config import BenchmarkFlowConfig
@@ -35,10 +37,21 @@ def benchmark(config: BenchmarkFlowConfig) -> dict[str, Any]:
         check_benchmarks(config.suite, source=config.benchmarks, folder=folder)
         run.steps(*evaluations)
         summaries = [run.ref(planned).record.summary for planned in evaluations]
-        scores = {name: value for summary in summaries for name, value in summary["metrics"].items()}
-        mean = mean_score(config.suite, {summary["benchmark"]: summary["value"] for summary in summaries})
-        if mean is not None:
-            scores[f"eval/{mean[0]}/mean"] = mean[1]
-        flags = {summary["benchmark"]: summary["flag"] for summary in summaries if summary["flag"]}
-        found = {summary["benchmark"]: {k: v for k, v in summary.items() if k != "metrics"} for summary in summaries}
-        return {"scores": scores, "flags": flags, "benchmarks": found, "steps": list_steps(run)} | run.links
+        return collect(config.suite, summaries) | {"steps": list_steps(run)} | run.links
+
+
+def collect(suite: SuiteConfig, summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what the steps' summaries say: scores by metric, why some are suspect, all figures of each benchmark, and the mean
+    of a whole profile."""
+    scores = {name: value for summary in summaries for name, value in summary["metrics"].items()}
+    mean = mean_score(suite, {summary["benchmark"]: summary["value"] for summary in summaries})
+    if mean is not None:
+        scores[f"eval/{mean[0]}/mean"] = mean[1]
+    return {
+        "scores": scores,
+        "flags": {summary["benchmark"]: summary["flag"] for summary in summaries if summary["flag"]},
+        "benchmarks": {
+            summary["benchmark"]: {name: value for name, value in summary.items() if name != "metrics"}
+            for summary in summaries
+        },
+    }

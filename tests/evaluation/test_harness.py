@@ -365,3 +365,4 @@ def test_half_precision_makes_the_batch_part_of_the_profile(tiny_policy: Path, m
     config = MMLU.model_copy(update={"precision": Precision.bfloat16, "limit": 1})
     profile = Result(tiny_policy, mirror, config, folder=tmp_path).profile
     assert (profile["dtype"], profile["batch_size"]) == ("bfloat16", 8)
+    assert profile["prefix_sharing"] == [True, True]

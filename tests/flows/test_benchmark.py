@@ -1,0 +1,32 @@
+"""What `varflow benchmark` returns of its steps' summaries, and prints of it."""
+
+from typing import Any
+
+import pytest
+
+from evaluation.suites import limit_suite, paper
+from flows.benchmark import collect
+from flows.cli import show_outcome
+from flows.config import BenchmarkFlowConfig
+
+
+def summary(name: str, value: float, *, flag: str | None = None) -> dict[str, Any]:
+    shown = {"flag_sample_1": "'a question' -> '', not 'an answer'"} if flag else {}
+    return {"benchmark": name, "value": value, "flag": flag, "metrics": {f"eval/{name}/acc": value}} | shown
+
+
+def test_a_whole_profile_has_its_mean_under_its_name() -> None:
+    names = [b.name for b in paper().benchmarks]
+    found = collect(paper(), [summary(name, value) for name, value in zip(names, (0.2, 0.4, 0.6, 0.8), strict=True)])
+    assert found["scores"]["eval/paper/mean"] == pytest.approx(0.5)
+    assert found["flags"] == {} and found["benchmarks"]["mmlu"]["value"] == 0.2
+
+
+def test_a_part_of_it_has_none_and_its_flags_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    suite = limit_suite(paper(), 4)
+    found = collect(suite, [summary(b.name, 0.0, flag="zero: none of 4 answers is right") for b in suite.benchmarks])
+    assert not any("paper" in name or name.split("/")[1] in {"mmlu", "bbh"} for name in found["scores"])
+    show_outcome(BenchmarkFlowConfig(model="m", suite=suite), found)
+    printed = capsys.readouterr().out
+    assert "flagged: gsm8k_part: zero: none of 4 answers is right" in printed
+    assert "'a question' -> '', not 'an answer'" in printed
