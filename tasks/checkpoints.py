@@ -92,13 +92,17 @@ class StoredCheckpoints:
 
 
 def discard_checkpoints(store: Store, planned: Planned) -> None:
-    """Delete the stored checkpoints of a step that is recorded."""
-    if planned.runtime.stored_checkpoints:
-        root = name_root(planned)
+    """Delete the stored checkpoints of a step that is recorded; what cannot be deleted stays, and costs the step nothing."""
+    if not planned.runtime.stored_checkpoints:
+        return
+    root = name_root(planned)
+    try:
         for manifest in list_manifests(store, root):
             store.delete(manifest)
         for item in list(store.scan(root)):
             store.delete(item.name)
+    except StoreError as error:
+        logger.warning("checkpoints stay at %s: %s", store.url(root), error)
 
 
 def name_root(planned: Planned) -> str:

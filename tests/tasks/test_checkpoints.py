@@ -172,6 +172,21 @@ def test_nothing_goes_up_where_nobody_asked(plan: Planned, store: Store, tmp_pat
     assert not list(store.scan(name_root(silent)))
 
 
+def test_a_store_that_is_away_costs_checkpoints_and_nothing_else(
+    plan: Planned, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = Store(bucket="none", endpoint="http://127.0.0.1:9", access_key="a", secret_key="b")
+    leave_checkpoint(tmp_path / "a", 8)
+    stored = StoredCheckpoints(away, plan, tmp_path / "a")
+    stored()
+    stored.__exit__(None, None, None)
+    discard_checkpoints(away, plan)
+    assert (
+        "step-00000008 was not stored" in caplog.text
+        and "checkpoints stay at s3://none/checkpoints/train" in caplog.text
+    )
+
+
 def test_what_training_deletes_meanwhile_is_left_alone_or_whole(tmp_path: Path) -> None:
     """The second name of a file outlives the first; a checkpoint that is half gone is not taken."""
     checkpoint = leave_checkpoint(tmp_path, 4)
