@@ -28,5 +28,7 @@ def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
     for row in rows:
         if row["decides"]:
             name = f"eval/{row['benchmark']}/{row['metric'].replace('@', '_at_')}"  # MLflow takes no @ in names
-            metrics |= {name: row["value"], f"{name}_stderr": row["stderr"], f"eval/{row['benchmark']}/n": row["n"]}
+            metrics |= {name: row["value"], f"eval/{row['benchmark']}/n": row["n"]}
+            if row["stderr"] is not None:  # a single item has none
+                metrics[f"{name}_stderr"] = row["stderr"]
     return metrics
