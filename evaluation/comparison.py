@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import statistics
-from evaluation.intervals import score_interval
 from evaluation.result import BenchmarkResult, ItemKey, pair_items
 from training.config import Config
 
@@ -202,7 +201,9 @@ def measure_benchmark(name: str, subjects: Sequence[Subject]) -> Measure:
         for subject, result in zip(subjects[1:], results[1:], strict=True)
     ]
     levels = [
-        Level(value=r.score, low=low, high=high) for r in results for low, high in [score_interval([*r.items.values()])]
+        Level(value=r.score, low=low, high=high)
+        for r in results
+        for low, high in [statistics.score_interval([*r.items.values()])]
     ]
     detail = row.metric if row.filter == "none" else f"{row.metric}, {row.filter}"
     return Measure(

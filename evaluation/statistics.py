@@ -234,6 +234,21 @@ def wilson_interval(successes: int, *, n: int, confidence: float) -> tuple[float
     return float(found.low), float(found.high)
 
 
+def score_interval(items: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of one model's mean of item scores from 0 to 1: Wilson's where each is 0 or 1, else Student's within 0 and 1.
+
+    Of one item that is neither 0 nor 1 nothing is known: (0, 1).
+    """
+    score_N = np.asarray(items, dtype=np.float64)
+    if np.isin(score_N, (0, 1)).all():
+        return wilson_interval(int(score_N.sum()), n=len(score_N), confidence=confidence)
+    if len(score_N) < 2:
+        return 0.0, 1.0
+    mean, error = float(score_N.mean()), float(score_N.std(ddof=1)) / math.sqrt(len(score_N))
+    reach = t_quantile((1 + confidence) / 2, len(score_N) - 1) * error
+    return max(0.0, mean - reach), min(1.0, mean + reach)
+
+
 def gain_at_equal_length(gains: ArrayLike, growths: ArrayLike, *, alpha: float) -> MeanTest | None:
     """Return the mean gain where the answers did not grow: the intercept of the gains (n,) over the growths (n,), and its test.
 

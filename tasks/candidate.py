@@ -146,14 +146,14 @@ def check_evaluated(store: Store, model: Record, *, verdict: Record) -> None:
     A fingerprint says what was asked for; bytes may differ where an artifact was lost and made again, or tampered with.
     """
     ref, seal = f"{model.step}/{model.fingerprint}", f"gate/{verdict.fingerprint}"
-    check_seal(store, verdict)
+    check_promotes(store, verdict)
     if verdict.inputs[CHALLENGER] != model.fingerprint:
         raise ValueError(
             f"{seal}: is about {verdict.inputs[CHALLENGER][:16]}…, expected {ref}; name the verdict's own challenger"
         )
     digest = records.digest_files(model)
     reads = list(find_reads(store, verdict, of=model.fingerprint))
-    wrong = [f"{by} read {read[:12]}" for by, read in reads if read != digest]
+    wrong = [f"{by} read {read[:12]}" for by, read in reads if read is not None and read != digest]
     if wrong or not reads:
         raise ValueError(
             f"{ref}: its files have digest {digest[:12]}, but {'; '.join(wrong) or f'{seal} does not say which bytes it read'}: what "
@@ -162,7 +162,7 @@ def check_evaluated(store: Store, model: Record, *, verdict: Record) -> None:
     store.check_files(model.prefix, model.files)
 
 
-def check_seal(store: Store, verdict: Record) -> None:
+def check_promotes(store: Store, verdict: Record) -> None:
     """Raise ValueError unless verdict.json is the one that was recorded, and says PROMOTE."""
     found = store.get(f"{verdict.prefix}/verdict.json")
     sealed = {file.name: file.sha256 for file in verdict.files}.get("verdict.json")
@@ -170,7 +170,7 @@ def check_seal(store: Store, verdict: Record) -> None:
     if found is None or digest_bytes(found[0]) != sealed:
         got = digest_bytes(found[0])[:12] if found else "no file"
         raise ValueError(
-            f"{where}: got {got}, expected SHA-256 {str(sealed)[:12]}: the seal of the verdict is broken; run the gate again"
+            f"{where}: got {got}, expected SHA-256 {str(sealed)[:12]}: the verdict was changed; run the gate again"
         )
     decision = json.loads(found[0])["decision"]
     if decision != "PROMOTE":
@@ -179,15 +179,18 @@ def check_seal(store: Store, verdict: Record) -> None:
         )
 
 
-def find_reads(store: Store, start: Record, *, of: str) -> Iterator[tuple[str, str]]:
-    """Yield (step/fingerprint, digest read) of every artifact, back from `start`, that took the model `of` as an input."""
+def find_reads(store: Store, start: Record, *, of: str) -> Iterator[tuple[str, str | None]]:
+    """Yield (step/fingerprint, digest read) of every artifact, back from `start`, that took the model `of` as an input.
+
+    A record of a version that did not keep digests has None for one: its fingerprint alone says what it read.
+    """
     waiting, seen = [start], {start.fingerprint}
     while waiting:
         record = waiting.pop()
         for name, fingerprint in record.inputs.items():
             given = record.given.get(name)
             if fingerprint == of:
-                yield f"{record.step}/{record.fingerprint[:12]}", given.digest if given else "an unrecorded digest"
+                yield f"{record.step}/{record.fingerprint[:12]}", given.digest if given else None
             elif given and fingerprint not in seen and given.name.endswith(f"/{fingerprint}"):
                 seen.add(fingerprint)
                 made = records.read_record(store, step=given.name.partition("/")[0], fingerprint=fingerprint)

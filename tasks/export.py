@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.card import Card, CardScore, CardSource, CardStep, render_card
-from evaluation.intervals import score_interval
 from evaluation.result import read_result
+from evaluation.statistics import score_interval
 from evaluation.verdict import Verdict
 from infra import records, registry
 from infra.fingerprint import visible_files

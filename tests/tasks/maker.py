@@ -29,7 +29,7 @@ class Maker:
         identity = {"step": step, "version": 1, "config": more.pop("config", {}), "inputs": fingerprints}
         record = Record(
             step=step, version=1, fingerprint=fingerprint(identity), identity=identity, inputs=fingerprints,
-            given={n: g if isinstance(g, Given) else given_of(g) for n, g in inputs.items()}, attempt=attempt,
+            given=more.pop("given", {n: g if isinstance(g, Given) else given_of(g) for n, g in inputs.items()}), attempt=attempt,
             prefix=f"attempts/{attempt}", files=tuple(self.store.upload_folder(output, f"attempts/{attempt}")),
             provenance={}, cost={}, created=more.pop("created", "2026-01-01T00:00:00+00:00"), mlflow_run="", prefect_run="",
             summary=more.pop("summary", {}),
@@ -41,10 +41,18 @@ class Maker:
             "train", {"base": BASE}, {"config.json": "{}", "model.safetensors": weights}, config={"seed": seed}
         )
 
-    def judge(self, model: Record, *, over: Record | Given = BASE, decision: str = "PROMOTE", **more: Any) -> Record:
+    def judge(
+        self,
+        model: Record,
+        *,
+        over: Record | Given = BASE,
+        decision: str = "PROMOTE",
+        answers: Record | None = None,
+        **more: Any,
+    ) -> Record:
         """Make what stands between a model and its verdict, and the verdict."""
         evaluated = self.make("evaluate", {"model": model}, {"scores.json": "[]"})
-        answers = self.make("generate", {"policy": model}, {"responses.parquet": ""})
+        answers = answers or self.make("generate", {"policy": model}, {"responses.parquet": ""})
         rewards = self.make("score_rewards", {"rows": answers}, {"scores.parquet": ""})
         inputs = {
             "challenger": model,

@@ -68,6 +68,14 @@ def test_a_model_whose_bytes_are_not_those_evaluated_is_refused(store: Store, ma
     assert registry.read_standing(store, "m").champion is None
 
 
+def test_a_record_of_a_version_that_kept_no_digests_stands_in_no_way(store: Store, maker: Maker) -> None:
+    model = maker.model(1)
+    old = maker.make("generate", {"policy": model}, {"responses.parquet": ""}, given={})
+    maker.judge(model, answers=old)
+    standing, moved = promote_by_hand(store, "m", model, without_gate="")
+    assert moved and standing.champion and standing.champion.fingerprint == model.fingerprint
+
+
 def test_weights_exchanged_in_the_store_are_refused_with_and_without_a_verdict(store: Store, maker: Maker) -> None:
     model = maker.model(1)
     maker.judge(model)
@@ -83,7 +91,7 @@ def test_a_verdict_that_was_rewritten_is_refused(store: Store, maker: Maker) -> 
     store.put(f"{verdict.prefix}/verdict.json", b'{"decision": "PROMOTE"}')
     forged = verdict.model_copy(update={"summary": {"verdict": "PROMOTE", "reasons": []}})
     store.put(records.record_name("gate", verdict.fingerprint), records.dump(forged))
-    with pytest.raises(ValueError, match="the seal of the verdict is broken"):
+    with pytest.raises(ValueError, match="the verdict was changed"):
         promote_by_hand(store, "m", model, without_gate="")
 
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.intervals import score_interval
+from evaluation.statistics import score_interval
 from infra import records
 from infra.records import Given, Record
 from infra.settings import Settings
