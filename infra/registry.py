@@ -93,6 +93,12 @@ def read_standing(store: Store, model: str) -> Standing:
     return _read(store, model)[0]
 
 
+def is_champion(store: Store, model: str, candidate: Candidate) -> bool:
+    """Tell whether these very bytes are champion already."""
+    champion = read_standing(store, model).champion
+    return champion is not None and (champion.ref, champion.digest) == (candidate.ref, candidate.digest)
+
+
 def list_models(store: Store) -> list[str]:
     """Return the names of the models that have a history."""
     return sorted({item.name.split("/")[1] for item in store.scan("models") if "/history/" in item.name})

@@ -108,8 +108,7 @@ def promote_by_hand(store: Store, model: str, record: Record, *, without_gate: s
         verdict = choose_verdict(store, record, standing=before)
     if verdict:
         check_evaluated(store, record, verdict=verdict)
-    else:
-        store.check_files(record.prefix, record.files)
+    store.check_files(record.prefix, record.files)
     candidate = make_candidate(store, record, verdict=verdict, by=name_user(), reason=without_gate, standing=before)
     after = registry.promote(store, model, candidate)
     return after, after.number > before.number
@@ -141,9 +140,10 @@ def make_candidate(
 
 
 def check_evaluated(store: Store, model: Record, *, verdict: Record) -> None:
-    """Raise ValueError unless the verdict is sealed, says PROMOTE, and all that it rests on read these very bytes of the model.
+    """Raise ValueError unless the verdict is as recorded, says PROMOTE, and all that it rests on read the model's recorded bytes.
 
-    A fingerprint says what was asked for; bytes may differ where an artifact was lost and made again, or tampered with.
+    A fingerprint says what was asked for; bytes may differ where an artifact was lost and made again. Whether the store still
+    has the recorded bytes is `Store.check_files`' to say.
     """
     ref, seal = f"{model.step}/{model.fingerprint}", f"gate/{verdict.fingerprint}"
     check_promotes(store, verdict)
@@ -159,7 +159,6 @@ def check_evaluated(store: Store, model: Record, *, verdict: Record) -> None:
             f"{ref}: its files have digest {digest[:12]}, but {'; '.join(wrong) or f'{seal} does not say which bytes it read'}: what "
             "would be promoted is not what was evaluated; delete those records and run the pipeline again"
         )
-    store.check_files(model.prefix, model.files)
 
 
 def check_promotes(store: Store, verdict: Record) -> None:

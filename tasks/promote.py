@@ -29,6 +29,9 @@ def promote(execution: Execution, *, model: str, challenger: ArtifactRef, verdic
             said = f"{decision}: the champion of {model!r} stays"
         else:
             check_evaluated(store, challenger.record, verdict=verdict.record)
+            if challenger.cached and not registry.is_champion(store, model, candidate):
+                # what this very run uploaded, the store checked by its own sums a moment ago; an older artifact may have been changed
+                store.check_files(challenger.record.prefix, challenger.record.files)
             try:
                 registry.promote(store, model, candidate)
                 said = f"PROMOTE: {challenger_name[:24]}… is champion of {model!r}"
