@@ -125,20 +125,23 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 def follow(path: Path) -> Iterator[list[dict[str, float]]]:
     """Yield, for ever, the whole lines that came to a JSON-lines file since the last time, from its beginning on.
 
-    A file cut shorter (a resumed run drops the steps after its checkpoint) is followed from the cut.
+    A file cut shorter (a resumed run drops the steps after its checkpoint) is told again from its beginning: by the time that is
+    seen it may have grown past the old end, and whoever listens may hear the same line twice.
     """
-    offset = 0
+    offset, last = 0, b""
     while True:
         lines: list[dict[str, float]] = []
         if path.exists():
-            size = path.stat().st_size
-            offset = min(offset, size)
-            if size > offset:
-                with path.open("rb") as file:
-                    file.seek(offset)
-                    data = file.read()
-                whole = data[: data.rfind(b"\n") + 1]
+            with path.open("rb") as file:
+                file.seek(offset - len(last))
+                if file.read(len(last)) != last:
+                    offset, last = 0, b""
+                file.seek(offset)
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole:
                 offset += len(whole)
+                last = whole.splitlines(keepends=True)[-1]
                 lines = [json.loads(line) for line in whole.splitlines()]
         yield lines
 

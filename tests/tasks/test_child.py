@@ -154,14 +154,24 @@ run_child(ChildJob("trial", "polite", {{}}, {{}}, {{}}, Path({str(job.folder)!r}
     child.wait(timeout=20)
 
 
-def test_following_a_file_that_is_cut_shorter_goes_on_from_the_cut(tmp_path: Path) -> None:
+def test_following_a_file_that_is_cut_shorter_begins_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = follow(path)
     assert next(lines) == []
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
     assert [line["step"] for line in next(lines)] == [1, 2]
-    path.write_bytes(b'{"step": 1}\n')
     assert next(lines) == []
+    path.write_bytes(b'{"step": 1}\n')
+    assert [line["step"] for line in next(lines)] == [1]
     with path.open("ab") as file:
         file.write(b'{"step": 3}\n')
     assert [line["step"] for line in next(lines)] == [3]
+
+
+def test_following_a_file_that_was_cut_and_has_grown_past_its_old_end_loses_no_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = follow(path)
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n')
+    next(lines)
+    path.write_bytes(b'{"step": 1}\n{"step": 22, "time": 1.5}\n{"step": 3}\n')
+    assert [line["step"] for line in next(lines)] == [1, 22, 3]
