@@ -95,8 +95,7 @@ def read_standing(store: Store, model: str) -> Standing:
 
 def is_champion(store: Store, model: str, candidate: Candidate) -> bool:
     """Tell whether these very bytes are champion already."""
-    champion = read_standing(store, model).champion
-    return champion is not None and (champion.ref, champion.digest) == (candidate.ref, candidate.digest)
+    return _holds(read_standing(store, model).champion, candidate)
 
 
 def list_models(store: Store) -> list[str]:
@@ -133,7 +132,7 @@ def promote(store: Store, model: str, candidate: Candidate) -> Standing:
 
     def decide(standing: Standing) -> Entry | None:
         champion = standing.champion
-        if champion and (champion.ref, champion.digest) == (candidate.ref, candidate.digest):
+        if _holds(champion, candidate):
             return None
         if champion and champion.fingerprint != candidate.over:
             raise ChampionMoved(
@@ -237,6 +236,10 @@ def _mirror(client: MlflowClient, model: str, standing: Standing) -> dict[str, s
         elif alias not in wanted and alias in held:
             client.delete_registered_model_alias(model, alias)
     return wanted
+
+
+def _holds(champion: Entry | None, candidate: Candidate) -> bool:
+    return champion is not None and (champion.ref, champion.digest) == (candidate.ref, candidate.digest)
 
 
 def _entry(
