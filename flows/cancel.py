@@ -18,7 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import PrefectException
 from prefect.states import Cancelled, StateType
 
-POLL_SECONDS = 3.0
+POLL_SECONDS = 5.0
 
 
 @contextmanager

@@ -89,7 +89,8 @@ class StepBars:
         self._console = console
         self._bars = Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console, transient=True,
+            TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=console, transient=True, refresh_per_second=4,
+            disable=not console.is_terminal,  # it would draw for nobody
         )  # fmt: skip
         self._bar = self._bars.add_task("starting", total=None, figures="")
 

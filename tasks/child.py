@@ -11,15 +11,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.job import EXIT_CANNOT_WRITE, EXIT_INTERRUPTED, EXIT_USER_ERROR, describe_exit, write_json
 
-POLL_SECONDS = 0.1
+LISTEN_SECONDS = 0.5
 STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this process
 LOG_TAIL_LINES = 25
 PREFLIGHT_FILE = "preflight.json"  # of training.preflight, which needs torch
@@ -59,7 +59,7 @@ def run_child(
 ) -> None:
     """Run a job to its end; raise UserError or StepFailed with the child's own words otherwise.
 
-    `on_metrics` gets the new lines of `output/metrics.jsonl`, or an empty list when there are none, several times a
+    `on_metrics` gets the new lines of `output/metrics.jsonl`, or an empty list when there are none, twice a
     second. `keep_fds` are inherited: a lock held through one lasts as long as the child lives.
     """
     job_file = job.folder / "job.json"
@@ -92,7 +92,8 @@ def run_child(
         try:
             while child.poll() is None:
                 on_metrics(next(lines))
-                time.sleep(POLL_SECONDS)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(LISTEN_SECONDS)
             on_metrics(next(lines))
         finally:
             end_group(child)

@@ -26,7 +26,7 @@ from infra.tracking import Run, Tracking
 from tasks.artifacts import count_bytes, fetch_artifact, lock_folder, open_digests, place_output, read_summary
 from tasks.checkpoints import StoredCheckpoints, discard_checkpoints
 from tasks.child import ChildJob, run_child
-from tasks.mirror import MetricsMirror, Notes, listener
+from tasks.mirror import MetricsMirror, Notes, give_way, listener
 from tasks.samples import SamplesMirror
 from tasks.step import ArtifactRef, Metrics, Planned, Source, found
 
@@ -52,7 +52,7 @@ class Execution:
         self._surplus: list[Path] = []  # those of attempts that came second
         self._stopped = False
         # one thread: records are put in the order of the steps, an input's before that of what was made of it
-        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit", initializer=give_way)
 
     def __enter__(self) -> Self:
         self.store.probe()

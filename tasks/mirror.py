@@ -1,5 +1,7 @@
 """What people see of a run on its way to them: the screen at once, MLflow in batches, Prefect's log rarely."""
 
+import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +12,8 @@ from prefect.logging import get_run_logger
 
 from infra.tracking import Tracking, TrackingError
 
-SHIP_SECONDS = 3.0
+BESIDE_NICE = 10
+SHIP_SECONDS = 5.0
 FINAL_SHIP_SECONDS = 60.0
 LOG_SECONDS = 30.0
 
@@ -38,7 +41,7 @@ class Notes:
     """
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="notes")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="notes", initializer=give_way)
         self._told: list[tuple[str, Future[Any]]] = []
 
     def tell(self, what: str, request: Callable[[], Any]) -> None:
@@ -53,6 +56,12 @@ class Notes:
                 note.result()
             except TrackingError as error:
                 get_run_logger().warning("MLflow shows less than was done: %s: %s", what, error)
+
+
+def give_way() -> None:
+    """Lower the priority of this thread and of those that it starts: what it does goes on beside a child that computes."""
+    if sys.platform == "linux":  # elsewhere a priority is the whole process's, and its children's
+        os.nice(BESIDE_NICE)
 
 
 class MetricsMirror:
