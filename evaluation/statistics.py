@@ -152,6 +152,42 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class WeightedMean:
+    """A weighted mean of clusters that were drawn, with its percentile interval and the spread of its resamples."""
+
+    value: float
+    low: float
+    high: float
+    stderr: float
+
+
+def bootstrap_weighted_mean(
+    scores: ArrayLike, weights: ArrayLike, clusters: ArrayLike, *, confidence: float, seed: int, resamples: int = 2000
+) -> WeightedMean:
+    """Return the weighted mean of scores (n,) with its interval, drawing whole clusters with replacement; equal for equal seeds.
+
+    Rows of one cluster are not independent (a question's verdicts in both orders, and a verdict that counts several times), so drawing
+    rows would give too narrow an interval.
+    """
+    score_N, weight_N = np.asarray(scores, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    _check_differences(score_N, least=1)
+    names_G, group_N = np.unique(np.asarray(clusters), return_inverse=True)
+    assert group_N.shape == score_N.shape == weight_N.shape and (weight_N > 0).all(), f"{weight_N.shape} weights"
+    sum_G = np.bincount(group_N, weights=score_N * weight_N)
+    size_G = np.bincount(group_N, weights=weight_N)
+    draw = np.random.default_rng(seed)
+    chunk = max(1, 2_000_000 // len(names_G))
+    means = []
+    for start in range(0, resamples, chunk):
+        drawn = draw.integers(len(names_G), size=(min(chunk, resamples - start), len(names_G)), dtype=np.int32)
+        means.append(sum_G[drawn].sum(axis=1) / size_G[drawn].sum(axis=1))
+    mean_R = np.concatenate(means)
+    low, high = np.quantile(mean_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    value = float(sum_G.sum() / size_G.sum())
+    return WeightedMean(value, float(low), float(high), float(mean_R.std(ddof=1)))
+
+
 def adjust_holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """Return p-values (m,) adjusted for naming no target beforehand: reject those at or below alpha. Holm, Scand. J. Stat. 6 (1979) 65."""
     p_M = np.asarray(p_values, dtype=np.float64)
