@@ -7,7 +7,7 @@ from pydantic import ConfigDict, Field, model_validator
 from training.config import Config, Precision, Runtime, show_as_choice
 
 PART = "_part"
-Judged = Literal["arena_hard", "evalbiasbench", "llmbar", "heldout"]
+Judging = Literal["arena_hard", "evalbiasbench", "llmbar", "heldout"]
 
 
 class EndpointJudge(Config):
@@ -40,7 +40,7 @@ AnyJudge = Annotated[EndpointJudge | LocalJudge, Field(discriminator="kind", jso
 class JudgeConfig(Config):
     """Two answers to each of many prompts, and a judge that says which is better. Two scores compare only when all of this agrees."""
 
-    benchmark: Judged = Field(
+    benchmark: Judging = Field(
         title="Benchmark",
         description="arena_hard: a model against a baseline's answers. evalbiasbench, llmbar: the judge itself. heldout: two models' held-out answers.",
     )
@@ -67,7 +67,10 @@ class JudgeConfig(Config):
         2048, ge=1, title="Answer cap", description="Longest answer of the judge in tokens, at least 1."
     )
     limit: int | None = Field(
-        None, ge=1, title="Item limit", description="First items, at least 1; empty for all. A part is named as one."
+        None,
+        ge=1,
+        title="Item limit",
+        description="First items, of each group where there are groups; at least 1, empty for all. A part is named as one.",
     )
     baseline: str = Field(
         "gpt-4-0314",

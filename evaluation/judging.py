@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,18 @@ def read_pairs(config: JudgeConfig, inputs: dict[str, Path]) -> tuple[list[Pair]
     if config.benchmark == "heldout":
         return pair_heldout(inputs["challenger_answers"], inputs["champion_answers"], config=config), PAIRWISE
     items = JUDGE_SETS[config.benchmark](inputs["benchmark"])
-    return [pair_item(item) for item in items[: config.limit]], PAIRWISE
+    return [pair_item(item) for item in first_of_each_group(items, config.limit)], PAIRWISE
+
+
+def first_of_each_group(items: list[JudgeItem], limit: int | None) -> list[JudgeItem]:
+    """Return the first items of each group, all where there is no limit."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        seen[item.group] += 1
+        if limit is None or seen[item.group] <= limit:
+            kept.append(item)
+    return kept
 
 
 def pair_item(item: JudgeItem) -> Pair:

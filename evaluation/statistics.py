@@ -6,7 +6,7 @@ interval printed beside such a test has two-sided confidence 1 - 2 alpha, so tha
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -140,16 +140,17 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile interval of the mean of cluster means, drawing whole clusters with replacement; equal for equal seeds."""
     mean_G = average_clusters(differences, clusters)
-    draw = np.random.default_rng(seed)
-    chunk = max(1, 2_000_000 // len(mean_G))  # bounds memory, and is part of no result: rows are drawn in order
-    means = [
-        mean_G[draw.integers(len(mean_G), size=(min(chunk, resamples - start), len(mean_G)), dtype=np.int32)].mean(
-            axis=1
-        )
-        for start in range(0, resamples, chunk)
-    ]
+    means = [mean_G[drawn_RG].mean(axis=1) for drawn_RG in _draw(len(mean_G), seed=seed, resamples=resamples)]
     low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def _draw(count: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.int32]]:
+    """Yield resamples of `count` things with replacement, as indices (R, count), so many at a time as memory is to take."""
+    draw = np.random.default_rng(seed)
+    chunk = max(1, 2_000_000 // count)  # bounds memory, and is part of no result: rows are drawn in order
+    for start in range(0, resamples, chunk):
+        yield draw.integers(count, size=(min(chunk, resamples - start), count), dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -176,12 +177,8 @@ def bootstrap_weighted_mean(
     assert group_N.shape == score_N.shape == weight_N.shape and (weight_N > 0).all(), f"{weight_N.shape} weights"
     sum_G = np.bincount(group_N, weights=score_N * weight_N)
     size_G = np.bincount(group_N, weights=weight_N)
-    draw = np.random.default_rng(seed)
-    chunk = max(1, 2_000_000 // len(names_G))
-    means = []
-    for start in range(0, resamples, chunk):
-        drawn = draw.integers(len(names_G), size=(min(chunk, resamples - start), len(names_G)), dtype=np.int32)
-        means.append(sum_G[drawn].sum(axis=1) / size_G[drawn].sum(axis=1))
+    draws = _draw(len(names_G), seed=seed, resamples=resamples)
+    means = [sum_G[drawn_RG].sum(axis=1) / size_G[drawn_RG].sum(axis=1) for drawn_RG in draws]
     mean_R = np.concatenate(means)
     low, high = np.quantile(mean_R, [(1 - confidence) / 2, (1 + confidence) / 2])
     value = float(sum_G.sum() / size_G.sum())

@@ -1,6 +1,5 @@
 """Arena-Hard 0.1 from its files: real rows where they are, and what is wrong with others said by name."""
 
-import gzip
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from evaluation.arena_hard import read_prompt, read_questions, read_stored_answers, write_questions
 from evaluation.judge_config import JudgeConfig, JudgeRuntime
 from evaluation.judging import run
+from tests.evaluation.arena_files import write_arena
 from tests.evaluation.chat_server import ChatServer, answers_of, prefer_longer
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA
@@ -23,27 +23,7 @@ JUDGE = {"kind": "endpoint", "model": "judge", "revision": "2026"}
 @pytest.fixture
 def arena(tmp_path: Path) -> Path:
     """Write an Arena-Hard of three questions in the repository's layout."""
-    folder = tmp_path / "arena"
-    (folder / "config").mkdir(parents=True)
-    (folder / "model_answer").mkdir()
-    uids = [f"{n:032x}" for n in (3, 1, 2)]
-    rows = [
-        {"uid": uid, "category": "arena-hard-v0.1", "cluster": "c", "prompt": f"Question {uid[-1]}"} for uid in uids
-    ]
-    (folder / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with gzip.open(folder / "model_answer" / "gpt-4-0314.jsonl.gz", "wt") as out:
-        for uid in uids:
-            turns = [
-                {"role": "user", "content": "q"},
-                {"role": "assistant", "content": {"answer": f"baseline {uid[-1]}"}},
-            ]
-            out.write(json.dumps({"uid": uid, "model": "gpt-4-0314", "messages": turns}) + "\n")
-    template = "<|User Prompt|>\\n{QUESTION}\\n\\n<|The Start of Assistant A's Answer|>\\n{ANSWER_A}\\n<|The End of Assistant A's Answer|>\\n\\n<|The Start of Assistant B's Answer|>\\n{ANSWER_B}\\n<|The End of Assistant B's Answer|>"
-    (folder / "config" / "arena-hard-v0.1.yaml").write_text(
-        f'regex_patterns:\n  - \\[\\[([AB<>=]+)\\]\\]\n  - \\[([AB<>=]+)\\]\nprompt_template: "{template}"\n'
-    )
-    (folder / "config" / "judge_system_prompt.txt").write_text("Be fair.")
-    return folder
+    return write_arena(tmp_path / "arena")
 
 
 @pytest.fixture
