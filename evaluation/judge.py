@@ -6,7 +6,7 @@ the judge's identity and the exact messages, so that a second start asks only wh
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
@@ -123,14 +123,14 @@ class Caller:
                     self._keep(order[number], new[order[number]], reply)
         except JudgeFailed as failure:
             raise JudgeFailed(
-                f"{failure}; {self._describe(len(told), len(set(keys)))}; run the same again to go on"
+                f"{failure}; {self._describe(told, len(set(keys)))}; run the same again to go on"
             ) from failure
         finally:
             self._tell()
         if len(told) < len(set(keys)):
             raise BudgetReached(
                 f"judge {self.backend.name}: the budget is spent, {len(self.used)} calls of {self._runtime.max_calls or 'any number'} and "
-                f"{self.tokens} tokens of {self._runtime.max_tokens or 'any number'}; {self._describe(len(told), len(set(keys)))}; raise "
+                f"{self.tokens} tokens of {self._runtime.max_tokens or 'any number'}; {self._describe(told, len(set(keys)))}; raise "
                 "runtime.max_calls or runtime.max_tokens and run the same again to go on"
             )
         return [told[key] for key in keys]
@@ -169,8 +169,8 @@ class Caller:
                 return
             yield number, conversation
 
-    def _describe(self, done: int, total: int) -> str:
-        return f"{done} of {total} calls of this round are answered and kept"
+    def _describe(self, told: Mapping[str, Reply], total: int) -> str:
+        return f"{len(told.keys() & self.used)} of {total} calls of this round are answered and kept"
 
     def _tell(self) -> None:
         self._written = time.monotonic()
@@ -188,6 +188,8 @@ def judge_pairs(pairs: Sequence[Pair], *, prompt: JudgePrompt, config: JudgeConf
     ]
     waiting = judgements
     for _ in range(1 + config.format_retries):
+        if not waiting:
+            break
         replies = caller.ask([(judgement.conversation, judgement.repeat) for judgement in waiting])
         for judgement, reply in zip(waiting, replies, strict=True):
             take(judgement, reply, prompt=prompt)

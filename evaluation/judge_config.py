@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from evaluation.suites import PART
 from training.config import Config, Precision, Runtime, show_as_choice
 
-PART = "_part"
 Judging = Literal["arena_hard", "evalbiasbench", "llmbar", "heldout"]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from evaluation import arena_hard
-from evaluation.endpoint import Endpoint
 from evaluation.judge import Backend, Caller, Judgement, Pair, count_served, judge_pairs
 from evaluation.judge_config import EndpointJudge, JudgeConfig, JudgeRuntime
+from evaluation.judge_endpoint import JudgeEndpoint
 from evaluation.judge_prompt import PAIRWISE, JudgePrompt
 from evaluation.judge_scores import (
     STRONG_WEIGHT,
@@ -76,7 +76,7 @@ def run(job: Job) -> None:
 def open_backend(job: Job, config: JudgeConfig, runtime: JudgeRuntime) -> Iterator[Backend]:
     """Give the judge of a config."""
     if isinstance(config.judge, EndpointJudge):
-        endpoint = Endpoint(config.judge, config=config, runtime=runtime, check_stop=job.check_stop)
+        endpoint = JudgeEndpoint(config.judge, config=config, runtime=runtime, check_stop=job.check_stop)
         with contextlib.closing(endpoint):
             yield endpoint
     else:

@@ -62,6 +62,6 @@ def test_only_settings_reads_the_environment(path: Path) -> None:
         if (
             isinstance(node, ast.Name) and node.id == "BaseSettings"
         ):  # the child of a judge reads what its parent set for it
-            assert name in {"infra/settings.py", "evaluation/endpoint.py"}, (
+            assert name in {"infra/settings.py", "evaluation/judge_endpoint.py"}, (
                 f"{name}:{node.lineno}: reads the environment"
             )

@@ -9,12 +9,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evaluation.judge_config import JudgeConfig, JudgeRuntime
+from evaluation.judge_endpoint import read_wait
 from evaluation.judge_prompt import PAIRWISE
 from evaluation.judging import run
 from evaluation.result import read_result
@@ -147,12 +150,12 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(
 
 
 def test_a_wrong_key_is_said_at_once_and_not_repeated(serve: Callable[[Rule], ChatServer], make_job: JobMaker) -> None:
-    server = serve(lambda _: Refuse(401, f"Incorrect API key provided: {KEY}"))
+    server = serve(lambda _: Refuse(401, f"Incorrect API key provided: {KEY}" + "." * 237 + KEY))  # cut within the key
     with pytest.raises(
-        Exception, match=r"refuses: status 401: Incorrect API key provided: \*\*\*; check VARFLOW_JUDGE_URL"
+        Exception, match=r"refuses: status 401: Incorrect API key provided: \*\*\*\..*; check VARFLOW_J"
     ) as refusal:
         run(make_job(runtime={"concurrency": 1}))
-    assert KEY not in str(refusal.value) and len(server.asked) == 1
+    assert KEY[:6] not in str(refusal.value) and len(server.asked) == 1
 
 
 def test_an_answer_out_of_format_is_asked_again_and_then_counted(
@@ -382,6 +385,25 @@ def test_no_address_is_said_before_anything_is_read(make_job: JobMaker, monkeypa
     monkeypatch.delenv("VARFLOW_JUDGE_URL", raising=False)
     with pytest.raises(ValueError, match="url"):
         run(make_job())
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        ("2.5", 2.5, 2.5),
+        ("-1", 0, 0),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3000, 3600),
+    ],
+)
+def test_both_forms_of_retry_after(header: str, least: float, most: float) -> None:
+    waited = read_wait(header)
+    assert waited is not None and least <= waited <= most
+
+
+@pytest.mark.parametrize("header", [None, "soon", "Wed, 21 Oct 2015 07:28:00"])
+def test_a_retry_after_that_says_nothing_is_none(header: str | None) -> None:
+    assert read_wait(header) is None
 
 
 @pytest.mark.parametrize(

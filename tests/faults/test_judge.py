@@ -66,7 +66,7 @@ def test_a_judge_is_tested_and_a_larger_part_asks_only_what_is_new(
     assert KEY not in again.stderr + again.stdout
 
 
-def test_a_model_on_arena_hard(varflow: Command, tmp_path: Path) -> None:
+def test_a_model_on_arena_hard(varflow: Command, done: dict[str, Any], tmp_path: Path) -> None:
     write_arena(tmp_path / "files" / "arena-hard-v0.1")
     brief = words_of({"answers.max_new_tokens": 4, "answers.max_prompt_tokens": 200, "runtime.threads": 1})
     words = ("judge", "arena_hard", "demo:tiny-policy", *JUDGE, "--files", str(tmp_path / "files"), *brief)
@@ -77,6 +77,9 @@ def test_a_model_on_arena_hard(varflow: Command, tmp_path: Path) -> None:
     scores, found = told["scores"], told["benchmarks"]["arena_hard_part"]
     assert scores["eval/arena_hard_part/win_rate_low"] <= scores["eval/arena_hard_part/win_rate"] == found["value"]
     assert (found["items"], found["mean_other_answer_chars"]) == (2, 10) and "unavailable" in found["style_control"]
+    trained = next(f"train/{step['fingerprint']}" for step in done["steps"] if step["step"] == "train")
+    compared = varflow.ask("compare", "demo:tiny-policy", trained)["comparison"]
+    assert compared["length"]["n"] == 4, "answers to a judge's questions are no held-out answers"
 
 
 def test_two_models_held_out_answers(varflow: Command, done: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ Address and key come from two variables that the parent sets for this child alon
 whatever the endpoint says is shown without it.
 """
 
-import json
 import queue
 import threading
 import time
@@ -48,7 +47,7 @@ class Busy(Exception):  # noqa: N818 - an event: the same call may be answered l
         self.wait_seconds = wait_seconds
 
 
-class Endpoint:
+class JudgeEndpoint:
     """The judge as a backend. Use it until its last conversation is answered, then close it."""
 
     def __init__(
@@ -146,25 +145,29 @@ class Endpoint:
             asked = f", and asks to wait {busy.wait_seconds:.0f} s" if busy.wait_seconds else ""
             raise JudgeFailed(
                 f"judge {self.name}: the endpoint {self._client.base_url.host} did not answer within {patience:g} s "
-                f"(runtime.patience_seconds){asked}: {self._hide(str(busy))}"
+                f"(runtime.patience_seconds){asked}: {busy}"
             ) from None
 
     def _post(self, conversation: Conversation) -> Reply:
         try:
             response = self._client.post("chat/completions", json=self._request | {"messages": conversation})
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise Busy(f"{type(error).__name__}: {error}") from None
-        words = f"status {response.status_code}: {response.text[:WORDS_CHARS]}"
+        said = self._hide(response.text)[:WORDS_CHARS]
+        words = f"status {response.status_code}: {said}"
         if response.status_code in TRY_AGAIN:
             raise Busy(words, wait_seconds=read_wait(response.headers.get("retry-after")))
         if response.status_code in REFUSED:
-            return Reply(self._hide(words), "refused", "", 0, 0)
+            return Reply(words, "refused", "", 0, 0)
         if response.status_code != httpx.codes.OK:
             raise JudgeFailed(
-                f"judge {self.name}: the endpoint {self._client.base_url.host} refuses: {self._hide(words)}; check "
+                f"judge {self.name}: the endpoint {self._client.base_url.host} refuses: {words}; check "
                 "VARFLOW_JUDGE_URL, VARFLOW_JUDGE_API_KEY and the judge's name"
             )
-        return read_reply(response)
+        reply = read_reply(response)
+        if reply is None:
+            raise Busy(f"no chat completion: {said!r}")
+        return reply
 
     def _hide(self, words: str) -> str:
         """Return words of the endpoint without the key, which some servers repeat."""
@@ -193,12 +196,12 @@ def read_wait(header: str | None) -> float | None:
         pass
     try:
         return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except ValueError:
+    except (ValueError, TypeError):  # a date without its zone cannot be compared
         return None
 
 
-def read_reply(response: httpx.Response) -> Reply:
-    """Return what a chat completion says. An answer without text is an empty one; something else is tried again."""
+def read_reply(response: httpx.Response) -> Reply | None:
+    """Return what a chat completion says, None for what is none. An answer without text is an empty one."""
     try:
         said = response.json()
         choice = said["choices"][0]
@@ -212,5 +215,5 @@ def read_reply(response: httpx.Response) -> Reply:
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             answer_tokens=int(usage.get("completion_tokens") or 0),
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, IndexError, TypeError, AttributeError, ValueError):
-        raise Busy(f"no chat completion: {response.text[:WORDS_CHARS]!r}") from None
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        return None
