@@ -85,6 +85,7 @@ class ReportData(Config):
     preflight: dict[str, Any] | None = None  # preflight.json of the train step
     data: dict[str, Any] | None = None  # counts of ingest; `quarantined_by_reason` is drawn
     reward_model: dict[str, Any] | None = None  # its summary; `accuracy` and `length_baseline_accuracy` are drawn
+    judge: dict[str, Any] | None = None  # summary of a judge's step on the held-out answers
     steps: tuple[StepRow, ...] = ()
     links: dict[str, str] = Field({})
     config: dict[str, Any] = Field({})

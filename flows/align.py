@@ -10,10 +10,12 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
+from evaluation.judge_config import JudgeConfig
 from evaluation.mirror import missing_data
 from evaluation.policy import flag_policy
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
+from flows.judge import take_judge
 from infra.registry import read_standing
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
@@ -22,6 +24,7 @@ from tasks.execute import Execution
 from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, plan_look, spend_look
 from tasks.generate import generate
 from tasks.ingest import ingest
+from tasks.judge import judge
 from tasks.promote import promote
 from tasks.report import ReportConfig, publish, report, report_url
 from tasks.reward_model import reward_model
@@ -45,13 +48,16 @@ class AlignPlan:
     answers: dict[str, Given]  # of both models to the held-out prompts
     judged: dict[str, Given]  # held-out rewards and benchmarks of both models, as the gate names them
     gate: Planned
+    judge: Planned | None  # of both models' held-out answers
     report: Planned
 
     def steps(self) -> Iterator[Planned]:
         """Yield the steps in the order in which they run."""
         story = (self.mirror, self.rows, self.scorer, *self.columns.values(), self.challenger, *self.answers.values())
         yield from (
-            step for step in (*story, *self.judged.values(), self.gate, self.report) if isinstance(step, Planned)
+            step
+            for step in (*story, *self.judged.values(), self.gate, self.judge, self.report)
+            if isinstance(step, Planned)
         )
 
 
@@ -101,8 +107,21 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
+    heldout = plan_heldout_judge(config, answered, store=store, settings=settings)
+    shown |= {"judge": heldout} if heldout else {}
     page = plan(report, ReportConfig(recipe=config.name), shown)
-    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, verdict, page)
+    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, verdict, heldout, page)
+
+
+def plan_heldout_judge(
+    config: AlignConfig, answers: Mapping[str, Given], *, store: Store, settings: Settings
+) -> Planned | None:
+    """Return the step in which a judge compares both models' held-out answers, None where nobody is asked."""
+    if config.judge is None:
+        return None
+    asked = take_judge(config.judge.judge, config.judge.model, store=store, settings=settings)
+    judging = JudgeConfig(benchmark="heldout", judge=config.judge.judge)
+    return judge(judging, {**answers, **asked}, runtime=config.judge.runtime, label=judging.name)
 
 
 def vary_seeds(suite: SuiteConfig, *, seeds: int) -> Iterator[tuple[int, BenchmarkConfig]]:
@@ -155,6 +174,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.steps(*plan.answers.values(), *plan.judged.values())
         spend_look(plan.gate, store=run.store, model=config.model_name)
         verdict = run.step(plan.gate)
+        run.steps(*filter(None, [plan.judge]))
         page = run.step(plan.report)
         refused = ask_person(config, run, page=page, verdict=verdict)
         promoted = refused or promote(run, model=config.model_name, challenger=challenger, verdict=verdict)

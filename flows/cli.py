@@ -302,6 +302,46 @@ def run_benchmark(
     launch("benchmark", config, on=on, as_json=as_json)
 
 
+@app.command("judge")
+def run_judge(
+    benchmark: Annotated[
+        str, typer.Argument(help="arena_hard, or heldout; evalbiasbench and llmbar test the judge itself.")
+    ],
+    judge: Annotated[
+        str, typer.Option("--judge", help="endpoint:NAME@REVISION at VARFLOW_JUDGE_URL, or a local chat model.")
+    ],
+    model: Annotated[str, typer.Argument(help="arena_hard's model, or generate/FINGERPRINT of heldout answers.")] = "",
+    against: Annotated[
+        str, typer.Option("--against", metavar="REF", help="heldout's other answers, generate/FINGERPRINT.")
+    ] = "",
+    files: Annotated[
+        str, typer.Option("--files", help="Folder that holds arena-hard-v0.1, evalbiasbench or llmbar.")
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="First items, of each group; a part is named as one.")
+    ] = None,
+    changes: Set = None,
+    on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
+    as_json: Json = False,
+) -> None:
+    """Have a judge say which of two answers is better, each pair in both orders."""
+    from flows.config import JudgeFlowConfig
+    from flows.overrides import make, override
+
+    kind, _, name = judge.partition(":")
+    served, _, revision = name.rpartition("@") if "@" in name else (name, "", "")
+    is_endpoint = kind == "endpoint"
+    judged_by = {"kind": "endpoint", "model": served, "revision": revision} if is_endpoint else {"kind": "local"}
+    values = {
+        "judging": {"benchmark": benchmark, "judge": judged_by, "limit": limit},
+        "judge_model": "" if is_endpoint else judge,
+        "model": model,
+        "against": against,
+        "files": files,
+    }
+    launch("judge", override(make(JudgeFlowConfig, values), changes or []), on=on, as_json=as_json)
+
+
 @app.command("retrain")
 def run_retrain(
     recipe: Annotated[str, typer.Argument(help="What to run when there is enough new data.")] = "demo",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from evaluation.config import GatePolicy, SuiteConfig
+from evaluation.judge_config import AnyJudge, JudgeConfig, JudgeRuntime
 from evaluation.policy import check_names
 from training.config import (
     AnyTrainConfig,
@@ -43,6 +44,20 @@ class GivenReward(Config):
 
 
 AnyReward = Annotated[TrainedReward | GivenReward, Field(discriminator="kind", json_schema_extra=show_as_choice)]
+
+
+class HeldoutJudge(Config):
+    """A judge of both models' held-out answers: the win rate stands on the report and decides nothing."""
+
+    model_config = ConfigDict(title="a judge")
+
+    judge: AnyJudge = Field(title="Judge")
+    model: str = Field(
+        "", title="Local judge", description="The model that judges, where it is no endpoint. " + REFERENCE_FORMS
+    )
+    runtime: JudgeRuntime = Field(
+        JudgeRuntime(), title="Runtime", description="How judging is done; never part of a fingerprint."
+    )
 
 
 class AlignConfig(Config):
@@ -91,6 +106,11 @@ class AlignConfig(Config):
         title="Champion",
         description="base: the policy as given. current: the promoted model, the base while there is none. Or STEP/FINGERPRINT.",
     )
+    judge: HeldoutJudge | None = Field(
+        None,
+        title="Judge",
+        description="Says which model's held-out answer is better, for the win rate on the report; empty: nobody is asked.",
+    )
     noise_seeds: int = Field(
         0,
         ge=0,
@@ -129,6 +149,61 @@ class BenchmarkFlowConfig(Config):
     runtime: Runtime = Field(
         Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
     )
+
+
+class JudgeFlowConfig(Config):
+    """A judge on pairs of answers."""
+
+    name: str = Field(
+        "judge", pattern=r"^[a-z][a-z0-9_]{0,40}$", title="Name", description="Name of the MLflow experiment."
+    )
+    judging: JudgeConfig = Field(title="Judging")
+    judge_model: str = Field(
+        "", title="Local judge", description="The model that judges, where it is no endpoint. " + REFERENCE_FORMS
+    )
+    model: str = Field(
+        "",
+        title="Model",
+        description="Answers arena_hard's questions. Of heldout: its answers, generate/FINGERPRINT. Empty where the judge itself is tested.",
+    )
+    against: str = Field(
+        "",
+        title="Against",
+        description="Of heldout: the other model's answers to the same prompts, generate/FINGERPRINT.",
+    )
+    files: str = Field(
+        "",
+        title="Benchmark files",
+        description="The folder that holds arena-hard-v0.1, evalbiasbench or llmbar; none for heldout.",
+    )
+    answers: GenerateConfig = Field(
+        GenerateConfig(temperature=0.0, max_new_tokens=2048, max_prompt_tokens=4096),
+        title="Answers",
+        description="How arena_hard's questions are answered; how many follows from the item limit.",
+    )
+    runtime: JudgeRuntime = Field(
+        JudgeRuntime(), title="Runtime", description="How the work is done; never part of a fingerprint."
+    )
+
+    @model_validator(mode="after")
+    def _names_what_is_read(self) -> "JudgeFlowConfig":
+        benchmark = self.judging.benchmark
+        needed = {
+            "model": benchmark in {"arena_hard", "heldout"},
+            "against": benchmark == "heldout",
+            "files": benchmark != "heldout",
+            "judge_model": self.judging.judge.kind == "local",
+        }
+        wrong = [
+            f"{name} is {'missing' if wanted else 'of no use'}"
+            for name, wanted in needed.items()
+            if bool(getattr(self, name)) != wanted
+        ]
+        if wrong:
+            raise ValueError(
+                f"judge {benchmark}, {self.judging.judge.kind}: {', '.join(wrong)}; name what is judged, and no more"
+            )
+        return self
 
 
 class CompareConfig(Config):

@@ -28,7 +28,7 @@ from tasks.checkpoints import StoredCheckpoints, discard_checkpoints
 from tasks.child import ChildJob, run_child
 from tasks.mirror import MetricsMirror, Notes, give_way, listener
 from tasks.samples import SamplesMirror
-from tasks.step import ArtifactRef, Metrics, Planned, Source, found
+from tasks.step import NOTHING, ArtifactRef, Metrics, Planned, Source, found
 
 COMMIT_BESIDE_BYTES = 32 << 20  # a larger artifact is on its way to the store while the next step computes
 
@@ -309,10 +309,10 @@ class StepAttempt:
         """What the inputs are, by name."""
         return {name: given.fingerprint for name, given in self.planned.inputs.items()}
 
-    def run_child(self, package: str, job: str) -> dict[str, Any]:
+    def run_child(self, package: str, job: str, *, environment: Mapping[str, str] = NOTHING) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
 
-        What an earlier attempt finished but could not commit is taken as it is.
+        `environment` is what the child gets beside the variables that every child gets. What an earlier attempt finished but could not commit is taken as it is.
         """
         if not (self.output / "summary.json").exists():
             tracking, store = self.execution.tracking, self.execution.store
@@ -333,7 +333,9 @@ class StepAttempt:
                         runtime=self.planned.runtime.model_dump(mode="json"),
                         inputs=self.inputs,
                         folder=self.folder,
-                        environment=child_environment(thread_environment(self.planned.runtime.threads)),
+                        environment=child_environment(
+                            thread_environment(self.planned.runtime.threads) | dict(environment)
+                        ),
                     ),
                     keep_fds=(self.lock,),
                     on_metrics=heed,

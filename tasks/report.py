@@ -56,6 +56,7 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             preflight=read_json(trained / "preflight.json"),
             data=read_json(inputs["rows"] / "summary.json"),
             reward_model=read_json(inputs["scorer"] / "summary.json"),
+            judge=read_json(inputs["judge"] / "summary.json") if "judge" in inputs else None,
             steps=tuple(describe_step(planned, execution) for planned in execution.done),
             links={
                 "Prefect run": execution.links["prefect_run"],

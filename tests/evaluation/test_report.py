@@ -112,6 +112,22 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
             ],
         },
         "data": {"rows": 380, "train": 300, "heldout": 80, "quarantined_by_reason": {"empty response": 7, HOSTILE: 2}},
+        "judge": {
+            "judge": HOSTILE,
+            "value": 0.625,
+            "low": 0.55,
+            "high": 0.7,
+            "items": 80,
+            "position_bias": 0.25,
+            "order_agreement": 0.7,
+            "unparseable_pairs": 3,
+            "calls": 166,
+            "mean_answer_chars": 1234.0,
+            "mean_other_answer_chars": 987.0,
+            "longer_wins": 0.6,
+            "style_control": "unavailable",
+            "flag": f"position: {HOSTILE}",
+        },
         "reward_model": {"accuracy": 0.71, "length_baseline_accuracy": 0.58, "pairs": 80},
         "steps": steps,
         "links": {"Prefect run": "http://127.0.0.1:4200/runs/1", "S3": "s3://bucket/x", HOSTILE: "javascript:alert(3)"},
@@ -168,6 +184,18 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     assert set(page.charts) == {
         *("guards", "rewards", "gains", "loss", "ess", "weights", "accuracy", "quarantine", "cost"),
     }
+
+
+def test_shows_the_win_rate_with_what_is_known_of_the_judge(page: Page, tmp_path: Path) -> None:
+    for shown in (
+        "62.5",
+        "55.0 to 70.0",
+        "25.0 of 100",
+        "each pair in both orders, 166 calls",
+        "the longer of two wins 60.0",
+    ):
+        assert shown in page.text
+    assert "Win rate by a judge" not in Page(render_report(make_report(tmp_path, judge=None))).text
 
 
 def test_shows_answers_by_step_and_prompt_and_what_the_preflight_found(page: Page) -> None:

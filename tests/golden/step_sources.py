@@ -25,6 +25,8 @@ ENTRIES = {
     "generate": "training/generate.py",
     "mirror": "evaluation/mirror.py",
     "evaluate": "evaluation/benchmark.py",
+    "judge": "evaluation/judging.py",
+    "questions": "evaluation/arena_hard.py",
     "gate": "evaluation/gate.py",
     "report": "evaluation/report.py",
     "compare": "evaluation/comparison_page.py",
@@ -39,6 +41,7 @@ def read_steps() -> dict[str, int]:
     import tasks.gate
     import tasks.generate
     import tasks.ingest
+    import tasks.judge
     import tasks.report
     import tasks.reward_model
     import tasks.score
@@ -46,7 +49,7 @@ def read_steps() -> dict[str, int]:
     from tasks.step import Step
 
     modules = (
-        tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.report, tasks.reward_model, tasks.score, tasks.train,
+        tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.judge, tasks.report, tasks.reward_model, tasks.score, tasks.train,
     )  # fmt: skip
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Step)]
     return {step.name: step.version for step in found}

@@ -183,6 +183,31 @@ def test_a_compute_child_gets_no_credentials(bare: Path, monkeypatch: pytest.Mon
     assert environment["PATH"] == os.environ["PATH"]
 
 
+def test_the_key_of_a_judge_is_given_where_it_is_asked_for_and_shown_nowhere(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"VARFLOW_JUDGE_URL: not set; expected the address"):
+        read_settings().judge_environment()
+    monkeypatch.setenv("VARFLOW_JUDGE_URL", "http://judge.example:8000/v1/")
+    monkeypatch.setenv("VARFLOW_JUDGE_API_KEY", SECRET)
+    settings = read_settings()
+    given = {"VARFLOW_JUDGE_URL": "http://judge.example:8000/v1", "VARFLOW_JUDGE_API_KEY": SECRET}
+    assert settings.judge_environment() == given
+    assert SECRET not in repr(settings) + settings.model_dump_json()
+    assert SECRET not in child_environment({}).values()
+    assert settings.service_environment().items() >= given.items(), "the worker hands it on"
+
+
+@pytest.mark.parametrize("url", [f"http://me:{SECRET}@judge/v1", f"http://judge/v1?key={SECRET}", f"ftp://{SECRET}"])
+def test_an_address_that_may_hold_a_secret_is_refused_without_showing_it(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("VARFLOW_JUDGE_URL", url)
+    with pytest.raises(ValueError, match=r"VARFLOW_JUDGE_URL: expected http:// or https://") as refusal:
+        read_settings()
+    assert SECRET not in str(refusal.value)
+
+
 def test_reading_settings_loads_no_heavy_library() -> None:
     script = "import sys, infra.settings; print(sorted({'prefect', 'mlflow', 'torch', 'boto3'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
