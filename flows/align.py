@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
-from evaluation.mirror import missing_data
+from evaluation.mirror import FILL, missing_data
 from evaluation.policy import flag_policy
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
@@ -178,6 +178,6 @@ def check_benchmarks(suite: SuiteConfig, *, source: str, folder: Path) -> None:
     if missing:
         lines = "\n  ".join(missing)
         raise ValueError(
-            f"benchmarks {source!r}: {len(missing)} files of the suite are not there:\n  {lines}\n"
-            "add them to the folder, or take the benchmarks out of the suite"
+            f"benchmarks {source!r}: {len(missing)} files or tasks of the suite are not there:\n  {lines}\n"
+            f"{FILL}, or take the benchmarks out of the suite"
         )
