@@ -236,8 +236,14 @@ def is_mean(task: Any, metric: str) -> bool:
 
 
 def describe_question(task: Any, doc: Row) -> str:
-    """Return what an item asks by what its task calls its own text, without worked examples and answer."""
-    text = task.doc_to_decontamination_query(doc) if task.should_decontaminate() else task.doc_to_text(doc)
+    """Return what an item asks, without worked examples and answer: the field that its task names for this, or its text.
+
+    lm-eval's own `doc_to_decontamination_query` fails on the templates that most tasks have there.
+    """
+    field = task.get_config("doc_to_decontamination_query")
+    if isinstance(field, str) and field in doc:
+        return str(doc[field])
+    text = task.doc_to_text(doc)
     return (
         text if isinstance(text, str) else " ".join(task.doc_to_choice(doc))
     )  # where the prompts are what is chosen from

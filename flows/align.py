@@ -97,7 +97,7 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         judged[f"{NOISE}_{number}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=label)
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
-    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
+    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
     verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}

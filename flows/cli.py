@@ -456,7 +456,7 @@ def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
         typer.echo(f"  {name:40} {value:.6g}")
     for name, flag in outcome.get("flags", {}).items():
         typer.echo(f"  flagged: {name}: {flag}")
-        found = outcome["benchmarks"][name]
+        found = outcome.get("benchmarks", {}).get(name, {})
         for shown in (found[key] for key in sorted(found) if key.startswith("flag_sample_")):
             typer.echo(f"    {shown}")
     for name in ("prefect_run", "mlflow_run", "report"):

@@ -243,3 +243,17 @@ def test_mirrored_data_sets_are_a_folder_of_benchmark_files(
     )
     with pytest.raises(ValueError, match="a/b is there at the commits 000"):
         build_mirror(tmp_path / "m", tmp_path / "built")
+
+
+def test_the_data_sets_of_a_task_are_found_by_its_name(hub: Hub, command: Any, tmp_path: Path) -> None:
+    commit = hub.add("datasets/", "allenai/ai2_arc", {"ARC-Easy/test-00000-of-00001.parquet": b"rows"})
+    answer = ask(command, "datasets", "--for-task", "arc_easy", "--for-task", "arc_challenge", "--to", "m")
+    assert [(one["repository"], one["commit"]) for one in answer["repositories"]] == [("allenai/ai2_arc", commit)]
+    assert answer["files"] == str(tmp_path / "m")
+    for words, reason in (
+        (("--for-task", "arc_esy"), "has no task or group of this name (nearest: arc_easy"),
+        (("--for-task", "mbpp"), "task 'mbpp' cannot be run here: it runs code outside of our sandbox"),
+        ((), "got neither a name nor --for-task"),
+    ):
+        status, _, err = run(command, "datasets", *words, "--to", "m")
+        assert status == 1 and reason in err and err.count("\n") == 1
