@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import BenchmarkConfig
-from evaluation.mirror import missing_data
+from evaluation.mirror import FILL, missing_data
 from training.config import Runtime
 from training.job import Job, write_json
 
@@ -31,8 +31,8 @@ def run(job: Job) -> None:
     missing = missing_data(mirror, [config])
     if missing:
         raise ValueError(
-            f"benchmark {config.name}: the mirror {mirror} lacks {len(missing)} files: {', '.join(missing)}; "
-            "add their raw files and build the mirror again, or take the tasks out of the suite"
+            f"benchmark {config.name}: the mirror {mirror} lacks {len(missing)} files or tasks: {', '.join(missing)}; "
+            f"{FILL}, or take the tasks out of the suite"
         )
     import torch  # seconds, and only now that there is something to do
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from evaluation import statistics, weigh
 from evaluation.config import HELDOUT_REWARD, GatePolicy
+from evaluation.contamination import Contamination, flag_contamination
 from evaluation.result import BenchmarkResult, pair_items
 from evaluation.result import read_result as read_result  # callers read what they decide on
 from evaluation.verdict import (
@@ -67,14 +68,15 @@ def decide(
     same_model: bool,
     prompts: Mapping[str, str] | None = None,
     noise: Mapping[str, Noise] | None = None,
+    contamination: Sequence[Contamination] = (),
     looks_spent: int = 0,
     inputs: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Return the sealed verdict on two models' results over the same items and the same held-out prompts.
 
     `prompts` names the prompt of each row where several rows may share one; their rewards are averaged first, since answers to
-    one prompt are not independent. `noise` is the champion's by benchmark, `looks_spent` how often this gate was asked this
-    year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
+    one prompt are not independent. `noise` is the champion's by benchmark, `contamination` what the challenger's training data hold
+    of each, `looks_spent` how often this gate was asked this year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
     """
     alpha = policy.alpha_of_a_look
     pairs = _pair_benchmarks(challenger.results, champion.results)
@@ -100,7 +102,8 @@ def decide(
     verdict = Verdict(
         decision=decision,
         reasons=reasons,
-        flags=tuple(_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=looks)),
+        flags=tuple(_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=looks))
+        + tuple(flag for found in contamination for flag in flag_contamination(found)),
         guards=guards,
         targets=targets,
         floors=floors,

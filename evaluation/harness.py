@@ -11,7 +11,6 @@ model-written programs in this very process, is replaced by the sandbox before t
 """
 
 import contextlib
-import difflib
 import json
 import random
 import shutil
@@ -37,11 +36,13 @@ from lm_eval.utils import set_torch_seed
 from evaluation.config import HARNESS_VERSION, BenchmarkConfig
 from evaluation.engine import Engine
 from evaluation.engine import Row as EngineRow
+from evaluation.mirror import known_data
 from evaluation.offline import closed_sockets
 from evaluation.profile import describe
 from evaluation.responses import Responses
 from evaluation.samples import score_rows, write_samples
 from evaluation.sandbox import SandboxedCodeEval, check_sandbox
+from evaluation.stock import find_folders, stock_folder
 from evaluation.watch import Watch
 from training.config import Runtime
 from training.job import write_json
@@ -52,7 +53,7 @@ STOCK_FOLDERS = (
     "gsm8k",
     "humaneval",
     "bbh",
-)  # what a mirror can serve; the whole index takes ten seconds
+)  # of the four benchmarks, which need no search; lm-eval's index of all tasks takes ten seconds
 HUMANEVAL_MODULE = "lm_eval.tasks.humaneval.utils"
 TYPICAL_PROMPT_TOKENS = 256  # the default budget of 2,048 tokens makes batches of 8
 POSITIONS = "max_position_embeddings"
@@ -102,7 +103,13 @@ def evaluate(
             confirm_run_unsafe_code=True,  # in the sandbox, that is
         )
     rows = score_rows(results, config=config, harness_version=HARNESS_VERSION)
-    write_samples(results["samples"], output / "samples.jsonl", config=config, cut=watch.cut)
+    write_samples(
+        results["samples"],
+        output / "samples.jsonl",
+        config=config,
+        cut=watch.cut,
+        question=lambda name, doc: describe_question(tasks[name], doc),
+    )
     profile = describe(results, config=config, model=model, tasks=tasks, weights_sha256=weights)
     write_json(output / "profile.json", profile)
     return rows
@@ -155,15 +162,10 @@ def offline(cache: Path) -> Iterator[None]:
 
 def load_tasks(config: BenchmarkConfig, *, mirror: Path) -> dict[str, Any]:
     """Return lm-eval's task objects by name, groups taken apart, their rows read from the mirror."""
-    stock = Path(lm_eval.tasks.__file__).parent
-    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[stock / name for name in STOCK_FOLDERS])
-    for name in config.tasks:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=5)
-            raise ValueError(
-                f"benchmark {config.name}: lm-eval {HARNESS_VERSION} has no task {name!r} among MMLU, GSM8K, HumanEval and "
-                f"BBH; nearest: {', '.join(near) or 'none'}; correct `tasks`"
-            )
+    others = tuple(name for name in config.tasks if not known_data(name))
+    folders = [stock_folder() / name for name in STOCK_FOLDERS] if len(others) < len(config.tasks) else []
+    folders += [folder for folder in find_folders(others) if folder not in folders]
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
     with contextlib.chdir(mirror), sandboxed_code_eval(seconds=config.sandbox_seconds):
         loaded: dict[str, Any] = manager.load(list(config.tasks))["tasks"]
     return loaded
@@ -218,12 +220,33 @@ def check_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
             wrong = f"has no filter {config.filter!r}, expected one of {', '.join(filters)}"
         elif config.metric not in metrics and "pass_at_k" not in metrics:  # whose names it gives with its values
             wrong = f"has no metric {config.metric!r}, expected one of {', '.join(metrics)}"
+        elif not is_mean(task, config.metric if config.metric in metrics else "pass_at_k"):
+            wrong = f"has a {config.metric} that is no mean over items, expected one of {', '.join(m for m in metrics if is_mean(task, m))}"
         elif config.num_fewshot is not None and own != config.num_fewshot:
             wrong = f"takes {own} shots and no other number, got {config.num_fewshot}"
         elif task.get_config("output_type") == "generate_until" and answer_cap(task) >= config.max_length:
             wrong = f"generates {answer_cap(task)} tokens, which at max_length {config.max_length} leaves no room for a prompt"
         if wrong:
             raise ValueError(f"benchmark {config.name}: the task {name} {wrong}; correct the benchmark's settings")
+
+
+def is_mean(task: Any, metric: str) -> bool:
+    """Tell whether a metric has a score for each item and their mean as the task's: what pooling, pairing and the gate take."""
+    return getattr(task.aggregation()[metric], "__name__", "") == "mean"
+
+
+def describe_question(task: Any, doc: Row) -> str:
+    """Return what an item asks, without worked examples and answer: the field that its task names for this, or its text.
+
+    lm-eval's own `doc_to_decontamination_query` fails on the templates that most tasks have there.
+    """
+    field = task.get_config("doc_to_decontamination_query")
+    if isinstance(field, str) and field in doc:
+        return str(doc[field])
+    text = task.doc_to_text(doc)
+    return (
+        text if isinstance(text, str) else " ".join(task.doc_to_choice(doc))
+    )  # where the prompts are what is chosen from
 
 
 def answer_cap(task: Any) -> int:

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from evaluation import report_plots
 from evaluation.config import HELDOUT_REWARD
+from evaluation.contamination import Contamination
 from evaluation.explain import show_share
 from evaluation.result import ScoreRow
 from evaluation.verdict import Verdict
@@ -75,6 +76,7 @@ class ReportData(Config):
     title: str
     recipe: str
     verdict: Verdict
+    contamination: tuple[Contamination, ...] = ()  # of each benchmark in the rows that the challenger was trained on
     champion_scores: tuple[ScoreRow, ...] = ()
     challenger_scores: tuple[ScoreRow, ...] = ()
     rewards: tuple[RewardPair, ...] = ()

@@ -11,7 +11,7 @@ from prefect.logging import get_run_logger
 
 from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
 from evaluation.judge_config import JudgeConfig
-from evaluation.mirror import missing_data
+from evaluation.mirror import FILL, missing_data
 from evaluation.policy import flag_policy
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
@@ -103,7 +103,7 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         judged[f"{NOISE}_{number}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=label)
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
-    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
+    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
     verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
@@ -198,6 +198,6 @@ def check_benchmarks(suite: SuiteConfig, *, source: str, folder: Path) -> None:
     if missing:
         lines = "\n  ".join(missing)
         raise ValueError(
-            f"benchmarks {source!r}: {len(missing)} files of the suite are not there:\n  {lines}\n"
-            "add them to the folder, or take the benchmarks out of the suite"
+            f"benchmarks {source!r}: {len(missing)} files or tasks of the suite are not there:\n  {lines}\n"
+            f"{FILL}, or take the benchmarks out of the suite"
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_models
+from flows import cli_mirror, cli_models
 from flows.console import Json, Set, connect, print_json, progress
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_models.app)
+app.add_typer(cli_mirror.app, name="mirror")
 
 
 def main() -> None:
@@ -275,9 +276,12 @@ def show_checks(outcome: dict[str, Any]) -> None:
 
 @app.command("benchmark")
 def run_benchmark(
-    model: Annotated[str, typer.Argument(help="A folder, embedded:NAME, hub:ORG/NAME@COMMIT, or STEP/FINGERPRINT.")],
+    model: Annotated[
+        str, typer.Argument(help="A folder, embedded:NAME, hub: or mirror:ORG/NAME@COMMIT, or STEP/FINGERPRINT.")
+    ],
     files: Annotated[
-        str, typer.Option("--files", help="Folder of benchmark files, or demo:benchmarks.")
+        str,
+        typer.Option("--files", help="Folder of benchmark files, benchmarks:ORG/NAME@COMMIT,... or demo:benchmarks."),
     ] = "demo:benchmarks",
     profile: Annotated[
         str,
@@ -492,7 +496,7 @@ def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
         typer.echo(f"  {name:40} {value:.6g}")
     for name, flag in outcome.get("flags", {}).items():
         typer.echo(f"  flagged: {name}: {flag}")
-        found = outcome["benchmarks"][name]
+        found = outcome.get("benchmarks", {}).get(name, {})
         for shown in (found[key] for key in sorted(found) if key.startswith("flag_sample_")):
             typer.echo(f"    {shown}")
     for name in ("prefect_run", "mlflow_run", "report"):

@@ -19,7 +19,7 @@ from training.config import (
     show_as_choice,
 )
 
-REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, champion:MODEL, or STEP/FINGERPRINT of the store."
+REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, mirror:ORG/NAME@COMMIT, champion:MODEL, or STEP/FINGERPRINT of the store."
 
 
 class TrainedReward(Config):
@@ -77,7 +77,7 @@ class AlignConfig(Config):
     policy: str = Field(title="Policy", description="The model to align; it is the reference too. " + REFERENCE_FORMS)
     preferences: str = Field(
         title="Preferences",
-        description="A file or folder, demo:preferences, hub:datasets/ORG/NAME@COMMIT, or batches:DIGEST.",
+        description="A file or folder, demo:preferences, hub: or mirror:datasets/ORG/NAME@COMMIT, or batches:DIGEST.",
     )
     ingest: IngestConfig = Field(title="Ingestion")
     reward: AnyReward = Field(
@@ -97,7 +97,7 @@ class AlignConfig(Config):
     benchmarks: str = Field(
         "demo:benchmarks",
         title="Benchmark files",
-        description="A folder of benchmark files in their upstream formats, or demo:benchmarks.",
+        description="A folder of benchmark files in their upstream formats or of mirrored data sets, benchmarks:ORG/NAME@COMMIT,..., or demo:benchmarks.",
     )
     suite: SuiteConfig = Field(title="Suite")
     gate: GatePolicy = Field(title="Gate")
@@ -143,7 +143,7 @@ class BenchmarkFlowConfig(Config):
     benchmarks: str = Field(
         "demo:benchmarks",
         title="Benchmark files",
-        description="A folder of benchmark files in their upstream formats, or demo:benchmarks.",
+        description="A folder of benchmark files in their upstream formats or of mirrored data sets, benchmarks:ORG/NAME@COMMIT,..., or demo:benchmarks.",
     )
     suite: SuiteConfig = Field(title="Suite")
     runtime: Runtime = Field(

@@ -64,13 +64,14 @@ def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settin
 def find_architecture(policy: str, *, home: Path) -> Path:
     """Return the folder or file with the policy's config. Nothing is fetched: ValueError where it is not on this machine."""
     kind, separator, name = policy.partition(":")
-    if not separator or kind not in ("architecture", "embedded", "demo", "hub"):
+    if not separator or kind not in ("architecture", "embedded", "demo", "hub", "mirror"):
         return Path(policy).expanduser().resolve()
-    known = {"embedded": home / "models" / name, "demo": DEMO / name}.get(kind)
+    mirrored = home / "mirror" / "models" / name.replace("@", "/")
+    known = {"embedded": home / "models" / name, "demo": DEMO / name, "mirror": mirrored}.get(kind)
     if known is not None and (known / "config.json").is_file():
         return known
     shipped = ARCHITECTURES / f"{name}.json"
-    if kind != "hub" and shipped.is_file():
+    if kind not in ("hub", "mirror") and shipped.is_file():
         return shipped
     if kind == "hub" and (cached := find_cached(name)):
         return cached

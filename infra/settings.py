@@ -72,6 +72,10 @@ class Settings(BaseSettings):
     s3_port: int = Field(
         S3_PORT, ge=1, le=MAX_WEED_PORT - 3, description="SeaweedFS also takes the next three, and all + 10000"
     )
+    hub_endpoint: str | None = Field(
+        None,
+        description="URL of the Hugging Face hub or of a mirror that speaks its protocol; default: HF_ENDPOINT, or the hub",
+    )
     work_pool: str = "varflow"
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
@@ -106,7 +110,7 @@ class Settings(BaseSettings):
     def _aws_has_no_endpoint(cls, value: str | None) -> str | None:
         return None if value is None or value.lower() == "aws" else value
 
-    @field_validator("s3_endpoint", "prefect_api_url", "mlflow_tracking_uri")
+    @field_validator("s3_endpoint", "prefect_api_url", "mlflow_tracking_uri", "hub_endpoint")
     @classmethod
     def _url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):

@@ -10,11 +10,12 @@ from prefect.artifacts import create_markdown_artifact
 from infra import provenance
 from infra.tracking import Run
 from tasks.execute import Execution, StepAttempt
-from tasks.gate import CHALLENGER, CHAMPION, read_rewards
+from tasks.gate import CHALLENGER, CHAMPION, CONTAMINATION, read_rewards
 from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
 from training.config import Config
 
 if TYPE_CHECKING:
+    from evaluation.contamination import Contamination
     from evaluation.report import SampleAnswer, StepRow, TrainingAnswer
     from evaluation.result import ScoreRow
 
@@ -27,7 +28,7 @@ class ReportConfig(Config):
     recipe: str
 
 
-@step(version=3)
+@step(version=4)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
@@ -43,6 +44,7 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             title=f"{config.recipe}: {verdict.decision}",
             recipe=config.recipe,
             verdict=verdict,
+            contamination=read_contamination(inputs["gate"]),
             champion_scores=read_scores(inputs, CHAMPION),
             challenger_scores=read_scores(inputs, CHALLENGER),
             rewards=tuple(
@@ -98,6 +100,13 @@ def read_scores(inputs: Any, who: str) -> "tuple[ScoreRow, ...]":
     return tuple(
         ScoreRow.model_validate(row) for folder in folders for row in json.loads((folder / "scores.json").read_text())
     )
+
+
+def read_contamination(folder: Path) -> "tuple[Contamination, ...]":
+    """Return what the gate found of the benchmarks in the training rows."""
+    from evaluation.contamination import Contamination
+
+    return tuple(Contamination.model_validate(found) for found in json.loads((folder / CONTAMINATION).read_text()))
 
 
 def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> "tuple[SampleAnswer, ...]":
@@ -164,6 +173,7 @@ def publish(run: Execution, page: ArtifactRef, *, verdict: ArtifactRef, promoted
     return {
         "verdict": decision,
         "reasons": reasons,
+        "flags": verdict.record.summary["flags"],
         "promotion": promoted,
         "steps": list_steps(run),
     } | links

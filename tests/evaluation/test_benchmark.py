@@ -14,7 +14,7 @@ import pytest
 from evaluation import suites
 from evaluation.benchmark import find_flag, run, summarise
 from evaluation.config import BenchmarkConfig, SuiteConfig
-from evaluation.mirror import build_mirror, missing_data, needed_files
+from evaluation.mirror import build_mirror, missing_data, needed_data
 from evaluation.result import read_result
 from training.job import EXIT_USER_ERROR, Job
 
@@ -98,7 +98,7 @@ def test_all_missing_data_is_named_before_anything_is_loaded(tmp_path: Path, mir
     message = json.loads((tmp_path / "work" / "error.json").read_text())["message"]
     for name in ("anatomy/dev", "virology/dev", "virology/test"):
         assert f"cais/mmlu/{name}.parquet" in message
-    assert "lacks 3 files" in message
+    assert "lacks 3 files or tasks" in message
 
 
 def test_a_zero_score_is_flagged_with_samples(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_a_part_never_carries_the_whole_benchmark_s_name(suite: SuiteConfig) -> 
         "bbh": (("bbh_cot_fewshot",),),
     }
     for b in suite.benchmarks:
-        assert all(needed_files(task) for task in b.tasks)
+        assert all(needed_data(task) for task in b.tasks)
         if b.name in whole:
             assert b.tasks in whole[b.name] and b.limit is None
         else:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.config import GatePolicy
+from evaluation.contamination import Contamination, Hit, Level
 from evaluation.gate import Evidence, decide
 from evaluation.report import (
     ReportData,
@@ -66,6 +67,15 @@ def score(benchmark: str, value: float, *, filter: str = "none", decides: bool =
     )
 
 
+def make_contamination(benchmark: str, *, hits: int) -> Contamination:
+    level, clean = Level(items=400, value=0.5, stderr=0.025), Level(items=400 - hits, value=0.4975, stderr=0.0251)
+    samples = tuple(Hit(task=f"{benchmark}_task", doc_id=str(i), ngram=HOSTILE, row_id="d" * 32) for i in range(hits))
+    return Contamination(
+        benchmark=benchmark, n=13, items=400, short=7, hits=hits, challenger=level, champion=level, challenger_clean=clean,
+        champion_clean=clean, samples=samples,
+    )  # fmt: skip
+
+
 def make_report(folder: Path, **changes: Any) -> ReportData:
     """A full report over written files, with every text that a model or user can choose being hostile."""
     draw = np.random.default_rng(0)
@@ -93,6 +103,7 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
         "title": f"demo {HOSTILE}",
         "recipe": "demo",
         "verdict": make_verdict(gain_P),
+        "contamination": (make_contamination("mmlu", hits=2), make_contamination("bbh", hits=0)),
         "champion_scores": (score("mmlu", 0.5), score("bbh", 0.5), score("bbh", 0.1, filter="strict", decides=False)),
         "challenger_scores": (score("mmlu", 0.495), score("bbh", 0.495)),
         "rewards": tuple(RewardPair(champion=1.0, challenger=1.0 + float(g)) for g in gain_P),
@@ -246,6 +257,15 @@ def test_shows_whose_score_is_suspect_and_why(tmp_path: Path) -> None:
     assert "champion flagged" not in text
 
 
+def test_shows_which_benchmark_items_stand_in_the_training_data(page: Page) -> None:
+    part = page.text[
+        page.text.index("Benchmark items in the training data") : page.text.index("Held-out reward: before")
+    ]
+    assert "mmlu in the training data 2 of 400 0.5 % 13 7 50.0 ± 2.5 49.8 ± 2.5 50.0 ± 2.5 49.8 ± 2.5" in part
+    assert "bbh 0 of 400 0.0 %" in part and "bbh in the training data" not in part
+    assert "mmlu_task, document 1" in part and "dddddddddddd" in part
+
+
 def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:
     for name, figure in page.charts.items():
         assert go.Figure(figure).data, name  # validates every property
@@ -284,13 +304,14 @@ def test_equal_data_give_the_equal_page(tmp_path: Path) -> None:
 
 
 def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
-    bare: dict[str, Any] = {"answers": (), "preflight": None}
+    bare: dict[str, Any] = {"answers": (), "preflight": None, "contamination": ()}
     bare |= {"metrics": None, "weights": None, "data": None, "reward_model": None, "config": {}, "provenance": {}}
     bare |= {name: () for name in ("champion_scores", "challenger_scores", "rewards", "samples", "steps")}
     page = Page(render_report(make_report(tmp_path, **bare, links={})))
     for sentence in (
         "This run has no benchmark scores.",
         "The rewards of single prompts were not given to this page.",
+        "No benchmark was looked for in the training data.",
         "No sample answers were kept.",
         "This run trained nothing.",
         "There are no weights of responses",

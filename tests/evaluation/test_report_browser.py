@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from evaluation.config import GatePolicy
+from evaluation.contamination import Contamination, Hit, Level
 from evaluation.gate import Evidence, decide
 from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
 
@@ -24,10 +25,25 @@ def write_page(folder: Path) -> Path:
         champion=Evidence(rewards=dict.fromkeys(rows, 0.0), lengths=lengths),
         same_model=False,
     ).model_copy(update={"reasons": (ATTACK,)})
+    level = Level(items=1319, value=0.41, stderr=0.0135)
     data = ReportData(
         title=f"a run {ATTACK}",
         recipe="demo",
         verdict=verdict,
+        contamination=(
+            Contamination(
+                benchmark="gsm8k",
+                n=13,
+                items=1319,
+                short=4,
+                hits=1,
+                samples=(Hit(task="gsm8k", doc_id="7", ngram=ATTACK, row_id="a" * 32),),
+                champion=level,
+                challenger=level,
+                champion_clean=level,
+                challenger_clean=level,
+            ),
+        ),
         rewards=tuple(RewardPair(champion=0.0, challenger=float(gain)) for gain in gain_P),
         samples=(SampleAnswer(prompt=ATTACK, champion=ATTACK, challenger=ATTACK),),
         data={"rows": 5, "quarantined_by_reason": {ATTACK: 3}},

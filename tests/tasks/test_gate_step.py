@@ -44,13 +44,28 @@ def write_benchmark(folder: Path, correct: list[bool]) -> None:
         "n": len(correct), "task_version": 3, "num_fewshot": 4, "decides": True, "harness_version": "0.4.13",
     }  # fmt: skip
     (folder / "scores.json").write_text(json.dumps([row]))
-    lines = [json.dumps({"task": "gsm8k", "doc_id": i, "correct": float(c)}) for i, c in enumerate(correct)]
+    asked = [f"Item {i}: what is {i} plus {i}, written out in {' '.join(['full'] * 8)}?" for i in range(len(correct))]
+    lines = [
+        json.dumps({"task": "gsm8k", "doc_id": i, "correct": float(c), "question": asked[i]})
+        for i, c in enumerate(correct)
+    ]
     (folder / "samples.jsonl").write_text("\n".join(lines))
     (folder / "profile.json").write_text("{}")
 
 
 def write_rows(folder: Path, file: str, **columns: list[Any]) -> None:
     pq.write_table(pa.table({"row_id": ROWS, **columns}), folder / file)
+
+
+def write_training_rows(folder: Path, *, train: str = "Good day.", heldout: str = "") -> None:
+    turns = [[{"role": "user", "content": "Hello!"}], [{"role": "user", "content": heldout}]]
+    columns = {
+        "row_id": ["a" * 32, "b" * 32],
+        "split": ["train", "heldout"],
+        "prompt": turns,
+        "responses": [["Hi.", train], ["x", "y"]],
+    }
+    pq.write_table(pa.table(columns), folder / "rows.parquet")
 
 
 @pytest.fixture
@@ -61,7 +76,7 @@ def attempt(tmp_path: Path) -> Folders:
         for who in ("challenger", "champion")
         for what in ("", "_rewards", "_answers", "_eval_gsm8k_part")
     ]
-    inputs = {name: tmp_path / name for name in (*names, "noise_1_eval_gsm8k_part", "noise_2_eval_gsm8k_part")}
+    inputs = {name: tmp_path / name for name in (*names, "rows", "noise_1_eval_gsm8k_part", "noise_2_eval_gsm8k_part")}
     for folder in (*inputs.values(), tmp_path / "output"):
         folder.mkdir()
     for who, gain in (("challenger", 1.0), ("champion", 0.0)):
@@ -69,6 +84,7 @@ def attempt(tmp_path: Path) -> Folders:
         write_rows(inputs[f"{who}_rewards"], "scores.parquet", reward=[[i % 3 * gain + gain, gain] for i in range(40)])
         write_rows(inputs[f"{who}_answers"], "responses.parquet", responses=[["four", "eight ch"] for _ in ROWS])
         write_benchmark(inputs[f"{who}_eval_gsm8k_part"], [True, False] * 30)
+    write_training_rows(inputs["rows"], heldout="Item 3: what is 3 plus 3, written out in " + "full " * 8)
     for number in (1, 2):
         write_benchmark(inputs[f"noise_{number}_eval_gsm8k_part"], [i >= number for i in range(60)])
     return Folders(inputs, tmp_path / "output")
@@ -91,11 +107,13 @@ def test_the_verdict_rests_on_every_file_that_was_weighed(attempt: Folders) -> N
     (length,) = verdict.growths
     assert (length.champion, length.challenger) == (6.0, 6.0)  # characters, the mean over a row's answers
     summary = json.loads((attempt.output / "summary.json").read_text())
-    assert summary == {"verdict": "PROMOTE", "reasons": list(verdict.reasons), "seal": verdict.seal}
+    assert summary == {"verdict": "PROMOTE", "reasons": list(verdict.reasons), "seal": verdict.seal, "flags": {}}
+    assert metrics["gate/gsm8k_part_in_training_data"] == 0.0  # the held-out split was not trained on
+    assert "rows/rows.parquet" in verdict.inputs
     read = attempt.inputs["challenger_eval_gsm8k_part"] / "samples.jsonl"
     assert verdict.inputs["challenger_eval_gsm8k_part/samples.jsonl"] == hashlib.sha256(read.read_bytes()).hexdigest()
     assert verdict.inputs["challenger"] == attempt.fingerprints["challenger"]
-    assert len(verdict.inputs) == 2 + 2 * (1 + 1 + 3) + 2 * 3
+    assert len(verdict.inputs) == 2 + 2 * (1 + 1 + 3) + 2 * 3 + 1
     check_seal(verdict, inputs=digest_inputs(attempt))
     read.write_text(read.read_text().replace("1.0", "0.0", 1))
     with pytest.raises(ValueError, match=r"not what it weighed: challenger_eval_gsm8k_part/samples\.jsonl"):
@@ -125,3 +143,16 @@ def test_a_cost_bound_weighs_the_bytes_of_the_weights(attempt: Folders) -> None:
     run_gate(attempt, max_cost_growth=0.5)
     verdict = read_verdict((attempt.output / "verdict.json").read_text())
     assert verdict.decision == "HOLD" and verdict.growths[1].growth == pytest.approx(9.0)
+
+
+def test_items_that_were_trained_on_are_flagged_under_the_seal_and_beside_it(attempt: Folders) -> None:
+    write_training_rows(attempt.inputs["rows"], train="Sure: item 5 - what is 5 plus 5, written out in " + "full " * 8)
+    assert run_gate(attempt)["gate/gsm8k_part_in_training_data"] == pytest.approx(1 / 60)
+    verdict = read_verdict((attempt.output / "verdict.json").read_text())
+    assert verdict.decision == "PROMOTE"  # it warns, and decides nothing
+    (flag,) = [flag for flag in verdict.flags if "training data" in flag]
+    assert "gsm8k_part: 1 of 60 items (1.7%)" in flag and "document 5, in row aaaaaaaaaaaa" in flag
+    (found,) = json.loads((attempt.output / "contamination.json").read_text())
+    assert (found["hits"], found["challenger_clean"]["items"]) == (1, 59)
+    summary = json.loads((attempt.output / "summary.json").read_text())
+    assert summary["flags"] == {"gsm8k_part": flag}
