@@ -9,9 +9,9 @@ import pytest
 from evaluation.comparison import Answer, ItemText, Subject, compare
 from evaluation.comparison_page import render_comparison
 from evaluation.result import BenchmarkResult, ScoreRow
+from tests.browser.pages import SCREENSHOTS, list_charts, show_file
 
 ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
-SCREENSHOTS = Path(__file__).resolve().parents[2] / "screenshots"
 BENCHMARKS = {"mmlu": (200, 0.55), "gsm8k": (120, 0.4), "humaneval": (60, 0.3), "bbh": (90, 0.5)}
 ANSWERS = (
     "Knead the dough for ten minutes, then let it rest.",
@@ -74,28 +74,14 @@ def write_page(folder: Path) -> Path:
 def test_the_comparison_draws_offline_and_runs_nothing_foreign(
     chromium: Any, tmp_path: Path, scheme: Any, width: int
 ) -> None:
-    path, said, asked = write_page(tmp_path), [], []
-    context = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 1000})
-    page = context.new_page()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_function("[...document.querySelectorAll('.chart')].every((c) => c.querySelector('svg.main-svg'))")
-    drawn = page.locator(".chart").evaluate_all("nodes => nodes.map((node) => node.dataset.chart)")
-    wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
-    marked = page.locator("#samples mark").all_inner_texts()
-    page.screenshot(path=SCREENSHOTS / f"comparison-{scheme}-{width}.png")
-    page.locator("#flips").scroll_into_view_if_needed()
-    page.locator("#flips summary").nth(1).click()
-    assert page.locator("#flips .sample").first.get_by_text("onerror").first.is_visible(), "shown as text"
-    page.screenshot(path=SCREENSHOTS / f"comparison-flips-{scheme}-{width}.png")
-    page.locator("#samples").scroll_into_view_if_needed()
-    page.screenshot(path=SCREENSHOTS / f"comparison-samples-{scheme}-{width}.png")
-    title = page.title()
-    context.close()
-    assert said == [] and asked == [path.as_uri()]
-    assert set(drawn) == {"benchmarks", "reward", "rewards", "lengths"}
-    assert title == " · ".join(NAMES)
-    assert any("rather not say" in text for text in marked)
-    assert not wide
+    with show_file(chromium, write_page(tmp_path), scheme=scheme, width=width) as page:
+        assert list_charts(page) == {"benchmarks", "reward", "rewards", "lengths"}
+        assert page.title() == " · ".join(NAMES)
+        assert any("rather not say" in text for text in page.locator("#samples mark").all_inner_texts())
+        page.screenshot(path=SCREENSHOTS / f"comparison-{scheme}-{width}.png")
+        page.locator("#flips").scroll_into_view_if_needed()
+        page.locator("#flips summary").nth(1).click()
+        assert page.locator("#flips .sample").first.get_by_text("onerror").first.is_visible(), "shown as text"
+        page.screenshot(path=SCREENSHOTS / f"comparison-flips-{scheme}-{width}.png")
+        page.locator("#samples").scroll_into_view_if_needed()
+        page.screenshot(path=SCREENSHOTS / f"comparison-samples-{scheme}-{width}.png")
