@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
+from evaluation.config import GateConfig, SuiteConfig
 from evaluation.mirror import missing_data
 from evaluation.policy import flag_policy
 from flows.approval import ask_approval, describe_refusal
@@ -22,6 +22,7 @@ from tasks.execute import Execution
 from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, plan_look, spend_look
 from tasks.generate import generate
 from tasks.ingest import ingest
+from tasks.noise import plan_noise
 from tasks.promote import promote
 from tasks.report import ReportConfig, publish, report, report_url
 from tasks.reward_model import reward_model
@@ -43,7 +44,8 @@ class AlignPlan:
     champion: Given
     mirror: Planned
     answers: dict[str, Given]  # of both models to the held-out prompts
-    judged: dict[str, Given]  # held-out rewards and benchmarks of both models, as the gate names them
+    varied: list[Planned]  # benchmarks of the champion under what should not matter
+    judged: dict[str, Given]  # held-out rewards, benchmarks of both models and the noise floor, as the gate names them
     gate: Planned
     report: Planned
 
@@ -51,7 +53,9 @@ class AlignPlan:
         """Yield the steps in the order in which they run."""
         story = (self.mirror, self.rows, self.scorer, *self.columns.values(), self.challenger, *self.answers.values())
         yield from (
-            step for step in (*story, *self.judged.values(), self.gate, self.report) if isinstance(step, Planned)
+            step
+            for step in (*story, *self.varied, *self.judged.values(), self.gate, self.report)
+            if isinstance(step, Planned)
         )
 
 
@@ -91,10 +95,13 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         for benchmark in config.suite.benchmarks:
             inputs = {"model": model, "mirror": files}
             judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
-    for number, benchmark in vary_seeds(config.suite, seeds=config.noise_seeds):
-        label = f"{benchmark.name} {benchmark.seed} {NOISE}"
-        inputs = {"model": champion, "mirror": files}
-        judged[f"{NOISE}_{number}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=label)
+    evaluated = {b.name: judged[f"{CHAMPION}_eval_{b.name}"] for b in config.suite.benchmarks}
+    floor = plan_noise(
+        config.noise, config.suite, model=champion, files=files, measured=evaluated, runtime=config.runtime
+    )
+    varied = floor[0] if floor else []
+    if floor:
+        judged[NOISE] = floor[1]
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
     verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
@@ -102,15 +109,7 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     page = plan(report, ReportConfig(recipe=config.name), shown)
-    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, verdict, page)
-
-
-def vary_seeds(suite: SuiteConfig, *, seeds: int) -> Iterator[tuple[int, BenchmarkConfig]]:
-    """Yield (number, benchmark) of each benchmark with drawn worked examples under other seeds."""
-    for benchmark in suite.benchmarks:
-        for number in range(1, seeds + 1) if benchmark.num_fewshot else ():
-            other = benchmark.model_dump() | {"seed": benchmark.seed + number}
-            yield number, BenchmarkConfig.model_validate(other)
+    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, varied, judged, verdict, page)
 
 
 def cross_config(config: AlignConfig) -> CrossScoreConfig:
@@ -152,7 +151,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.step(plan.rows)
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
-        run.steps(*plan.answers.values(), *plan.judged.values())
+        run.steps(*plan.answers.values(), *plan.varied, *plan.judged.values())
         spend_look(plan.gate, store=run.store, model=config.model_name)
         verdict = run.step(plan.gate)
         page = run.step(plan.report)

@@ -65,6 +65,13 @@ class Settings(BaseSettings):
         S3_PORT, ge=1, le=MAX_WEED_PORT - 3, description="SeaweedFS also takes the next three, and all + 10000"
     )
     work_pool: str = "varflow"
+    usd_per_hour: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="price of an hour of one device, of the machine where it computes on its CPU; default: of a known accelerator the "
+        "assumed one of training/devices.py, of a CPU none",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @classmethod

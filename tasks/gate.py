@@ -12,24 +12,23 @@ import pyarrow.parquet as pq
 from evaluation.config import GateConfig
 from infra import looks
 from infra.store import Store
+from tasks.noise import read_noise
 from tasks.step import Attempt, Metrics, Planned, step
 from training.job import write_json
 
 if TYPE_CHECKING:
     from evaluation.gate import Evidence
-    from evaluation.result import BenchmarkResult
-    from evaluation.verdict import Noise
 
 CHALLENGER, CHAMPION, NOISE = "challenger", "champion", "noise"
-WEIGHED = ("scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet")
+WEIGHED = ("scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet", "noise.json")
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-@step(version=2)
+@step(version=3)
 def gate(config: GateConfig, attempt: Attempt) -> Metrics:
     """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), for both of them
-    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, and the champion under other few-shot seeds as
-    `noise_<number>_eval_<benchmark>`."""
+    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, and the champion's noise floor as `noise` where it was
+    measured."""
     from evaluation.gate import (
         decide,
         write_verdict,
@@ -41,7 +40,7 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
         challenger=read_evidence(inputs, CHALLENGER),
         champion=read_evidence(inputs, CHAMPION),
         same_model=same_weights(inputs[CHALLENGER], inputs[CHAMPION]),
-        noise=read_noise(inputs),
+        noise=read_noise(inputs[NOISE]) if NOISE in inputs else None,
         looks_spent=config.looks_spent,
         inputs=digest_inputs(attempt),
     )
@@ -83,20 +82,6 @@ def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
         lengths=read_lengths(inputs[f"{who}_answers"]),
         weight_bytes=sum(path.stat().st_size for kind in WEIGHTS for path in inputs[who].glob(kind)),
     )
-
-
-def read_noise(inputs: Mapping[str, Path]) -> "dict[str, Noise]":
-    """Return the noise floor of each benchmark that was measured under several few-shot seeds."""
-    from evaluation.gate import measure_noise
-    from evaluation.result import read_result
-
-    runs: dict[str, list[BenchmarkResult]] = {}
-    for name in sorted(inputs):
-        kind, _, benchmark = name.partition("_eval_")
-        if kind.startswith(f"{NOISE}_"):
-            runs.setdefault(benchmark, [read_result(inputs[f"{CHAMPION}_eval_{benchmark}"])])
-            runs[benchmark].append(read_result(inputs[name]))
-    return {name: measure_noise(found, varied=("few-shot seed",)) for name, found in runs.items()}
 
 
 def digest_inputs(attempt: Attempt) -> dict[str, str]:

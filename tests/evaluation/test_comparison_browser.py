@@ -1,12 +1,13 @@
 """The comparison page in a real Chromium: every chart is drawn, nothing is fetched, nothing a model wrote runs, it fits a phone."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from evaluation.comparison import Answer, ItemText, Subject, compare
+from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, compare
 from evaluation.comparison_page import render_comparison
 from evaluation.result import BenchmarkResult, ScoreRow
 from tests.browser.pages import SCREENSHOTS, list_charts, show_file
@@ -49,13 +50,27 @@ def make_subject(place: int) -> Subject:
             row: float(gain)
             for row, gain in zip(rows, gains + np.random.default_rng(place).normal(0, 0.4, 60), strict=True)
         },
+        tokens={
+            row: TokenAnswers(*map(score_words, (ANSWERS[k // 59], ANSWERS[(1 + k // 59) % 3])))
+            for k, row in enumerate(rows)
+        }
+        if place == 1
+        else {},
         settings={}
         if place == 2
         else {"train.lambda_": (0.5, 0.2)[place], "train.seed": 0, "train.base": "embedded:smollm2 (ba5e)"},
         data={} if place == 2 else {"rows": 163, "quarantined": 6},
         rows=frozenset() if place == 2 else frozenset(map(str, range(place, 163 + place))),
-        cost={"train": 61.2, "measuring: mmlu": 12.5},
+        cost={"train": 61.2, "measuring: mmlu": 12.5}
+        | ({"all of it, USD": 0.0123, "without a price, seconds": 1.0} if place else {}),
     )
+
+
+def score_words(text: str) -> list[tuple[str, float, float]]:
+    """Return words as tokens that move by everything from much less to much more likely, and the token that ends an answer."""
+    words = re.findall(r"\s*\S+", text)
+    moves = np.random.default_rng(len(text)).choice([-3.1, -0.8, -0.2, 0.0, 0.05, 0.3, 1.1, 2.7], len(words) + 1)
+    return [(word, -2.0, -2.0 + float(move)) for word, move in zip([*words, "<|im_end|>"], moves, strict=True)]
 
 
 def write_page(folder: Path) -> Path:
@@ -83,5 +98,17 @@ def test_the_comparison_draws_offline_and_runs_nothing_foreign(
         page.locator("#flips summary").nth(1).click()
         assert page.locator("#flips .sample").first.get_by_text("onerror").first.is_visible(), "shown as text"
         page.screenshot(path=SCREENSHOTS / f"comparison-flips-{scheme}-{width}.png")
-        page.locator("#samples").scroll_into_view_if_needed()
+        page.locator("#samples").evaluate("node => node.scrollIntoView({block: 'start'})")
         page.screenshot(path=SCREENSHOTS / f"comparison-samples-{scheme}-{width}.png")
+        token = page.locator("#samples .sample .tok").first
+        assert re.fullmatch(
+            r"[+−]\d\.\d\d nats: log-probability −2\.00 under champion, .*", token.get_attribute("title")
+        )
+        styles = {
+            mark: page.locator(f"#key .{mark}").evaluate("node => getComputedStyle(node).borderBottom.split(' rgb')[0]")
+            for mark in ("up1", "up2", "up3", "down1", "down2", "down3")
+        }
+        assert len(set(styles.values())) == 6, "each is told from the others without colour"
+        if width > 1000:
+            page.add_style_tag(content="html { filter: grayscale(1); }")
+            page.screenshot(path=SCREENSHOTS / f"comparison-samples-grey-{scheme}.png")

@@ -33,7 +33,22 @@ def write_page(folder: Path) -> Path:
         samples=(SampleAnswer(prompt=ATTACK, champion=ATTACK, challenger=ATTACK),),
         data={"rows": 5, "quarantined_by_reason": {ATTACK: 3}},
         reward_model={"accuracy": 0.7, "length_baseline_accuracy": 0.6},
-        steps=(StepRow(step="train", label=ATTACK, fingerprint="a" * 64, cached=False, seconds=3.0, inputs={}),),
+        steps=(
+            StepRow(
+                step="train", label=ATTACK, fingerprint="a" * 64, cached=False, seconds=3.0, inputs={}, device="cpu"
+            ),
+            StepRow(
+                step="generate",
+                label="champion",
+                fingerprint="b" * 64,
+                cached=True,
+                seconds=90.0,
+                inputs={},
+                device="H100",
+                usd=0.075,
+            ),
+        ),
+        cost="0.075 USD, without 3 s that have no price (2.99 USD an hour and device, given).",
     )
     (folder / "report.html").write_text(render_report(data))
     return folder / "report.html"
