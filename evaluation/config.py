@@ -1,6 +1,7 @@
 """What an evaluation is, in closed configs without torch. Everything here is identity."""
 
 import importlib.metadata
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
@@ -48,6 +49,12 @@ class BenchmarkConfig(Config):
     sandbox_seconds: float = Field(
         5.0, gt=0, title="Sandbox limit", description="Wall seconds for each model-written program, above 0."
     )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        title="Batch size",
+        description="Prompts that go through the model together, at least 1; empty: as many as the runtime's token budget allows. Not empty, it is part of what a score means.",
+    )
     harness: str = Field(
         HARNESS_VERSION,
         title="lm-eval",
@@ -77,6 +84,21 @@ class SuiteConfig(Config):
     """Benchmarks that are run and judged together."""
 
     benchmarks: tuple[BenchmarkConfig, ...] = Field(title="Benchmarks", description="Each with its own settings.")
+
+
+class NoiseConfig(Config):
+    """What is varied to see how far a score moves when no model does. A greedy rerun that varies nothing moves by 0."""
+
+    seeds: int = Field(
+        0,
+        ge=0,
+        le=10,
+        title="Few-shot seeds",
+        description="How many more few-shot seeds, from 0 to 10; only where worked examples are drawn.",
+    )
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), title="Batch sizes", description="Other batch sizes, each at least 1, such as 1: every prompt alone."
+    )
 
 
 HELDOUT_REWARD = "heldout_reward"  # the one target and floor that is no benchmark

@@ -380,7 +380,7 @@ def load_model(
         backend="causal",
         device=resolve_device(runtime.device).type,  # left to itself it asks for a GPU
         dtype=config.precision.value,
-        batch_size=max(1, runtime.microbatch_tokens // TYPICAL_PROMPT_TOKENS),
+        batch_size=config.batch_size or max(1, runtime.microbatch_tokens // TYPICAL_PROMPT_TOKENS),
         max_length=config.max_length,
         use_safetensors=True,
         local_files_only=True,

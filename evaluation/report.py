@@ -19,7 +19,7 @@ from pydantic import Field
 from evaluation import report_plots
 from evaluation.config import HELDOUT_REWARD
 from evaluation.contamination import Contamination
-from evaluation.explain import show_share
+from evaluation.explain import explain_noise, show_share
 from evaluation.result import ScoreRow
 from evaluation.verdict import Verdict
 from training.config import Config
@@ -61,6 +61,8 @@ class StepRow(Config):
     fingerprint: str
     cached: bool
     seconds: float  # of the computation, whenever it was
+    device: str = ""
+    usd: float | None = None  # None where no price of the device is known
     inputs: dict[str, str]  # name -> fingerprint of a step, or digest of a source
     mlflow_url: str | None = None
     prefix: str = ""  # where its files lie
@@ -89,6 +91,7 @@ class ReportData(Config):
     reward_model: dict[str, Any] | None = None  # its summary; `accuracy` and `length_baseline_accuracy` are drawn
     judge: dict[str, Any] | None = None  # summary of a judge's step on the held-out answers
     steps: tuple[StepRow, ...] = ()
+    cost: str = ""  # what they cost together, in a sentence
     links: dict[str, str] = Field({})
     config: dict[str, Any] = Field({})
     provenance: dict[str, Any] = Field({})
@@ -128,6 +131,7 @@ def make_environment() -> Environment:
         "reward": show_reward,
         "seconds": show_seconds,
         "pretty": show_json,
+        "noise": lambda floor, benchmark: explain_noise(benchmark, floor),
     }
     environment.tests["web"] = is_web
     return environment

@@ -9,7 +9,7 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
+from evaluation.config import GateConfig, SuiteConfig
 from evaluation.judge_config import JudgeConfig
 from evaluation.mirror import FILL, missing_data
 from evaluation.policy import flag_policy
@@ -25,6 +25,7 @@ from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, plan_look, spend_look
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.judge import judge
+from tasks.noise import plan_noise
 from tasks.promote import promote
 from tasks.report import ReportConfig, publish, report, report_url
 from tasks.reward_model import reward_model
@@ -46,7 +47,8 @@ class AlignPlan:
     champion: Given
     mirror: Planned
     answers: dict[str, Given]  # of both models to the held-out prompts
-    judged: dict[str, Given]  # held-out rewards and benchmarks of both models, as the gate names them
+    varied: list[Planned]  # benchmarks of the champion under what should not matter
+    judged: dict[str, Given]  # held-out rewards, benchmarks of both models and the noise floor, as the gate names them
     gate: Planned
     judge: Planned | None  # of both models' held-out answers
     report: Planned
@@ -56,7 +58,7 @@ class AlignPlan:
         story = (self.mirror, self.rows, self.scorer, *self.columns.values(), self.challenger, *self.answers.values())
         yield from (
             step
-            for step in (*story, *self.judged.values(), self.gate, self.judge, self.report)
+            for step in (*story, *self.varied, *self.judged.values(), self.gate, self.judge, self.report)
             if isinstance(step, Planned)
         )
 
@@ -97,10 +99,13 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         for benchmark in config.suite.benchmarks:
             inputs = {"model": model, "mirror": files}
             judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
-    for number, benchmark in vary_seeds(config.suite, seeds=config.noise_seeds):
-        label = f"{benchmark.name} {benchmark.seed} {NOISE}"
-        inputs = {"model": champion, "mirror": files}
-        judged[f"{NOISE}_{number}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=label)
+    evaluated = {b.name: judged[f"{CHAMPION}_eval_{b.name}"] for b in config.suite.benchmarks}
+    floor = plan_noise(
+        config.noise, config.suite, model=champion, files=files, measured=evaluated, runtime=config.runtime
+    )
+    varied = floor[0] if floor else []
+    if floor:
+        judged[NOISE] = floor[1]
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
     verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
@@ -110,7 +115,9 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     heldout = plan_heldout_judge(config, answered, store=store, settings=settings)
     shown |= {"judge": heldout} if heldout else {}
     page = plan(report, ReportConfig(recipe=config.name), shown)
-    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, verdict, heldout, page)
+    return AlignPlan(
+        rows, scorer, columns, challenger, champion, files, answers, varied, judged, verdict, heldout, page
+    )
 
 
 def plan_heldout_judge(
@@ -122,14 +129,6 @@ def plan_heldout_judge(
     asked = take_judge(config.judge.judge, config.judge.model, store=store, settings=settings)
     judging = JudgeConfig(benchmark="heldout", judge=config.judge.judge)
     return judge(judging, {**answers, **asked}, runtime=config.judge.runtime, label=judging.name)
-
-
-def vary_seeds(suite: SuiteConfig, *, seeds: int) -> Iterator[tuple[int, BenchmarkConfig]]:
-    """Yield (number, benchmark) of each benchmark with drawn worked examples under other seeds."""
-    for benchmark in suite.benchmarks:
-        for number in range(1, seeds + 1) if benchmark.num_fewshot else ():
-            other = benchmark.model_dump() | {"seed": benchmark.seed + number}
-            yield number, BenchmarkConfig.model_validate(other)
 
 
 def cross_config(config: AlignConfig) -> CrossScoreConfig:
@@ -171,7 +170,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.step(plan.rows)
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
-        run.steps(*plan.answers.values(), *plan.judged.values())
+        run.steps(*plan.answers.values(), *plan.varied, *plan.judged.values())
         spend_look(plan.gate, store=run.store, model=config.model_name)
         verdict = run.step(plan.gate)
         run.steps(*filter(None, [plan.judge]))

@@ -292,17 +292,22 @@ def run_benchmark(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="First items of each task; a part is named as one.")
     ] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Also vary few-shot seed and batch size: how far does each score move?")
+    ] = False,
     changes: Set = None,
     on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
     as_json: Json = False,
 ) -> None:
     """Run a profile of benchmarks on a model."""
+    from evaluation.config import NoiseConfig
     from evaluation.suites import limit_suite, read_suite
     from flows.config import BenchmarkFlowConfig
     from flows.overrides import override
 
     suite = read_suite(profile) if limit is None else limit_suite(read_suite(profile), limit)
-    config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=suite), changes or [])
+    varied = NoiseConfig(seeds=2, batch_sizes=(1,)) if noise else NoiseConfig()
+    config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=suite, noise=varied), changes or [])
     launch("benchmark", config, on=on, as_json=as_json)
 
 
@@ -485,6 +490,9 @@ def show_plan(config: Any, *, as_json: bool) -> None:
 
 def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
     """Print what a run returned: verdict first, links last."""
+    from evaluation.explain import explain_noise
+    from evaluation.verdict import Noise
+
     if "verdict" in outcome:
         typer.echo(f"\n{outcome['verdict']}")
         for reason in outcome["reasons"]:
@@ -499,6 +507,9 @@ def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
         found = outcome.get("benchmarks", {}).get(name, {})
         for shown in (found[key] for key in sorted(found) if key.startswith("flag_sample_")):
             typer.echo(f"    {shown}")
+    for name, floors in outcome.get("noise", {}).items():
+        for floor in floors:
+            typer.echo(f"  noise floor: {explain_noise(name, Noise.model_validate(floor), whose='the model')}")
     for name in ("prefect_run", "mlflow_run", "report"):
         if name in outcome:
             typer.echo(f"  {name.replace('_', ' '):12} {outcome[name]}")

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from evaluation.config import GatePolicy, SuiteConfig
+from evaluation.config import GatePolicy, NoiseConfig, SuiteConfig
 from evaluation.judge_config import AnyJudge, JudgeConfig, JudgeRuntime
 from evaluation.policy import check_names
 from training.config import (
@@ -111,12 +111,10 @@ class AlignConfig(Config):
         title="Judge",
         description="Says which model's held-out answer is better, for the win rate on the report; empty: nobody is asked.",
     )
-    noise_seeds: int = Field(
-        0,
-        ge=0,
-        le=10,
+    noise: NoiseConfig = Field(
+        NoiseConfig(),
         title="Noise floor",
-        description="How many more few-shot seeds the champion is measured with, from 0 to 10: how far a score moves when no model does. Only where worked examples are drawn.",
+        description="What the champion is measured under besides; nothing if left alone.",
     )
     approval: bool = Field(
         False,
@@ -146,6 +144,11 @@ class BenchmarkFlowConfig(Config):
         description="A folder of benchmark files in their upstream formats or of mirrored data sets, benchmarks:ORG/NAME@COMMIT,..., or demo:benchmarks.",
     )
     suite: SuiteConfig = Field(title="Suite")
+    noise: NoiseConfig = Field(
+        NoiseConfig(),
+        title="Noise floor",
+        description="What the model is measured under besides; nothing if left alone.",
+    )
     runtime: Runtime = Field(
         Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
     )
@@ -222,6 +225,11 @@ class CompareConfig(Config):
         pattern=r"^([a-z][a-z0-9_-]{0,40})?$",
         title="Model name",
         description="The registered model whose champion is meant; may be empty while there is only one.",
+    )
+    tokens: bool = Field(
+        True,
+        title="Tokens",
+        description="Load the models and colour the tokens of a few answers by what both say of them. Off: no model is loaded.",
     )
 
 

@@ -50,9 +50,8 @@ def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settin
         mfu: Mfu | None = Mfu(assumptions.mfu, "given")
     else:
         mfu = find_mfu(device, sum(p.numel() for p in model.parameters()), store=store) if store else None
-    machine = choose_machine(
-        device, config.train, ranks=assumptions.ranks, mfu=mfu, usd_per_hour=assumptions.usd_per_hour
-    )
+    price = settings.usd_per_hour if assumptions.usd_per_hour is None else assumptions.usd_per_hour
+    machine = choose_machine(device, config.train, ranks=assumptions.ranks, mfu=mfu, usd_per_hour=price)
     folder = None if assumptions.rows or assumptions.tokens or store is None else find_rows(config, store, settings)
     work = assume_workload(assumptions.rows, assumptions.tokens)
     if folder is not None:
@@ -157,7 +156,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
         ("time", f"{show_hours(plan.hours)} on {rate} ({machine.basis})"),
         (
             "cost",
-            "no price known; give --usd-per-hour"
+            "no price known; give --usd-per-hour or set VARFLOW_USD_PER_HOUR"
             if plan.usd is None
             else f"{plan.usd:,.2f} USD ({machine.price_basis})",
         ),

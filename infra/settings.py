@@ -77,6 +77,13 @@ class Settings(BaseSettings):
         description="URL of the Hugging Face hub or of a mirror that speaks its protocol; default: HF_ENDPOINT, or the hub",
     )
     work_pool: str = "varflow"
+    usd_per_hour: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="price of an hour of one device, of the machine where it computes on its CPU; default: of a known accelerator the "
+        "assumed one of training/devices.py, of a CPU none",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @classmethod

@@ -12,16 +12,17 @@ from evaluation.config import GateConfig
 from infra import looks
 from infra.fingerprint import digest_file
 from infra.store import Store
+from tasks.noise import read_noise
 from tasks.step import Attempt, Metrics, Planned, step
 from training.job import write_json
 
 if TYPE_CHECKING:
     from evaluation.gate import Evidence
-    from evaluation.result import BenchmarkResult
-    from evaluation.verdict import Noise
 
 CHALLENGER, CHAMPION, NOISE = "challenger", "champion", "noise"
-WEIGHED = ("scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet", "rows.parquet")
+WEIGHED = (
+    "scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet", "rows.parquet", "noise.json",
+)  # fmt: skip
 CONTAMINATION = "contamination.json"
 ROWS_AT_ONCE = 1024
 WEIGHTS = ("*.safetensors", "*.bin")
@@ -30,8 +31,8 @@ WEIGHTS = ("*.safetensors", "*.bin")
 @step(version=3)
 def gate(config: GateConfig, attempt: Attempt) -> Metrics:
     """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), for both of them
-    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, the champion under other few-shot seeds as
-    `noise_<number>_eval_<benchmark>`, and `rows`, whose train split the challenger was trained on."""
+    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, `rows`, whose train split the challenger was trained on, and
+    the champion's noise floor as `noise` where it was measured."""
     # SciPy takes a second, which a run that finds its verdict need not spend
     from evaluation.contamination import flag_contamination, measure_contamination
     from evaluation.gate import decide, write_verdict
@@ -45,7 +46,7 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
         challenger=challenger,
         champion=champion,
         same_model=same_weights(inputs[CHALLENGER], inputs[CHAMPION]),
-        noise=read_noise(inputs),
+        noise=read_noise(inputs[NOISE]) if NOISE in inputs else None,
         contamination=contamination,
         looks_spent=config.looks_spent,
         inputs=digest_inputs(attempt),
@@ -90,20 +91,6 @@ def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
         lengths=read_lengths(inputs[f"{who}_answers"]),
         weight_bytes=sum(path.stat().st_size for kind in WEIGHTS for path in inputs[who].glob(kind)),
     )
-
-
-def read_noise(inputs: Mapping[str, Path]) -> "dict[str, Noise]":
-    """Return the noise floor of each benchmark that was measured under several few-shot seeds."""
-    from evaluation.gate import measure_noise
-    from evaluation.result import read_result
-
-    runs: dict[str, list[BenchmarkResult]] = {}
-    for name in sorted(inputs):
-        kind, _, benchmark = name.partition("_eval_")
-        if kind.startswith(f"{NOISE}_"):
-            runs.setdefault(benchmark, [read_result(inputs[f"{CHAMPION}_eval_{benchmark}"])])
-            runs[benchmark].append(read_result(inputs[name]))
-    return {name: measure_noise(found, varied=("few-shot seed",)) for name, found in runs.items()}
 
 
 def digest_inputs(attempt: Attempt) -> dict[str, str]:

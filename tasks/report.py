@@ -9,6 +9,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from infra import provenance
 from infra.tracking import Run
+from tasks.cost import list_prices, show_total, total_costs
 from tasks.execute import Execution, StepAttempt
 from tasks.gate import CHALLENGER, CHAMPION, CONTAMINATION, read_rewards
 from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
@@ -32,13 +33,13 @@ class ReportConfig(Config):
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
-    from evaluation.verdict import Verdict
+    from evaluation.verdict import read_verdict
 
     attempt = cast(StepAttempt, attempt)  # the page tells of the run it is made in: its steps, costs and links
     inputs, execution = attempt.inputs, attempt.execution
-    verdict = Verdict.model_validate_json((inputs["gate"] / "verdict.json").read_text())
+    verdict = read_verdict((inputs["gate"] / "verdict.json").read_bytes())
     rewards = {who: read_rewards(inputs[f"{who}_rewards"]) for who in (CHAMPION, CHALLENGER)}
-    trained = inputs["challenger"]
+    trained, spent = inputs["challenger"], [execution.ref(planned).record for planned in execution.done]
     page = render_report(
         ReportData(
             title=f"{config.recipe}: {verdict.decision}",
@@ -60,6 +61,7 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             reward_model=read_json(inputs["scorer"] / "summary.json"),
             judge=read_json(inputs["judge"] / "summary.json") if "judge" in inputs else None,
             steps=tuple(describe_step(planned, execution) for planned in execution.done),
+            cost=show_total(total_costs(done.cost for done in spent), prices=list_prices(spent)),
             links={
                 "Prefect run": execution.links["prefect_run"],
                 "MLflow run": execution.links["mlflow_run"],
@@ -86,6 +88,8 @@ def describe_step(planned: Planned, execution: Execution) -> "StepRow":
         fingerprint=record.fingerprint,
         cached=ref.cached,
         seconds=record.cost["wall_seconds"],
+        device=record.provenance.get("device", ""),
+        usd=record.cost.get("usd"),
         inputs=record.inputs,
         mlflow_url=execution.tracking.run_url(run),
         prefix=execution.store.url(record.prefix),

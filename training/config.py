@@ -190,6 +190,18 @@ class ReferenceScoreConfig(Config):
     precision: Precision = Precision.float32
 
 
+class TokenScoreConfig(Config):
+    """Log-probabilities of the single tokens of a few answers under two models."""
+
+    row_ids: tuple[str, ...] = Field(min_length=1, title="Rows", description="Whose first answers are looked at.")
+    max_tokens: int = Field(
+        ge=8,
+        title="Longest sequence",
+        description="Tokens of a prompt and its answer, at least 8; longer ones are left out.",
+    )
+    precision: Precision = Precision.float32
+
+
 class CrossScoreConfig(Config):
     """Rewards and reference log-probabilities of a batch's responses under each of its prompts. It follows from a training's
     config: the batches are that training's."""

@@ -26,7 +26,7 @@ from evaluation.report import (
     show_seconds,
 )
 from evaluation.result import BenchmarkResult, ScoreRow
-from evaluation.verdict import Verdict
+from evaluation.verdict import Noise, Verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} <b>bold</b> & \u2028 \"'"
 
@@ -48,6 +48,7 @@ def make_verdict(gain_P: np.ndarray, *, names: tuple[str, ...] = ("mmlu", "bbh")
         champion=Evidence(results(right), dict.fromkeys(rows, 1.0), lengths),
         same_model=False,
         inputs={"challenger": "c" * 64},
+        noise={"bbh": [Noise(varied="batch size", runs=2, flip_rate=0.0125, max_difference=0.0025)]},
     )
 
 
@@ -94,6 +95,8 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
             fingerprint=model,
             cached=False,
             seconds=185.0,
+            device="NVIDIA H100 80GB HBM3",
+            usd=0.1537,
             inputs={"rows": rows},
             mlflow_url="http://127.0.0.1:5000/#/runs/1",
             prefix=f"s3://bucket/{HOSTILE}",
@@ -141,6 +144,7 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
         },
         "reward_model": {"accuracy": 0.71, "length_baseline_accuracy": 0.58, "pairs": 80},
         "steps": steps,
+        "cost": "0.1537 USD, without 2 s that have no price (2.99 USD an hour and device, given).",
         "links": {"Prefect run": "http://127.0.0.1:4200/runs/1", "S3": "s3://bucket/x", HOSTILE: "javascript:alert(3)"},
         "config": {"name": HOSTILE},
         "provenance": {"git": {"commit": "d" * 40, "dirty": False}, "device": HOSTILE},
@@ -190,6 +194,11 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     assert "49.5 ± 2.5" in page.text and "50.0 ± 2.5" in page.text
     assert "−0.5" in page.text  # difference in points
     assert "1 computed in this run, 3 min 5 s of work, 1 found done" in page.text
+    assert (
+        "bbh: 2 runs of the champion alone that vary batch size differ by up to 0.2 points (1.2% of items flip"
+        in page.text
+    )
+    assert "0.1537 USD, without 2 s that have no price" in page.text and "NVIDIA H100 80GB HBM3 0.1537" in page.text
     hrefs = [attributes.get("href") for tag, attributes in page.tags if tag == "a"]
     assert "#step-" + "a" * 16 in hrefs and "http://127.0.0.1:5000/#/runs/1" in hrefs
     assert set(page.charts) == {

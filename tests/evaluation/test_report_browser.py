@@ -10,6 +10,7 @@ from evaluation.config import GatePolicy
 from evaluation.contamination import Contamination, Hit, Level
 from evaluation.gate import Evidence, decide
 from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
+from tests.browser.pages import SCREENSHOTS, list_charts, show_file
 
 ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
 
@@ -48,7 +49,22 @@ def write_page(folder: Path) -> Path:
         samples=(SampleAnswer(prompt=ATTACK, champion=ATTACK, challenger=ATTACK),),
         data={"rows": 5, "quarantined_by_reason": {ATTACK: 3}},
         reward_model={"accuracy": 0.7, "length_baseline_accuracy": 0.6},
-        steps=(StepRow(step="train", label=ATTACK, fingerprint="a" * 64, cached=False, seconds=3.0, inputs={}),),
+        steps=(
+            StepRow(
+                step="train", label=ATTACK, fingerprint="a" * 64, cached=False, seconds=3.0, inputs={}, device="cpu"
+            ),
+            StepRow(
+                step="generate",
+                label="champion",
+                fingerprint="b" * 64,
+                cached=True,
+                seconds=90.0,
+                inputs={},
+                device="H100",
+                usd=0.075,
+            ),
+        ),
+        cost="0.075 USD, without 3 s that have no price (2.99 USD an hour and device, given).",
     )
     (folder / "report.html").write_text(render_report(data))
     return folder / "report.html"
@@ -60,19 +76,9 @@ def write_page(folder: Path) -> Path:
 def test_the_page_draws_offline_and_runs_nothing_foreign(
     chromium: Any, tmp_path: Path, scheme: Any, width: int
 ) -> None:
-    path, said, asked = write_page(tmp_path), [], []
-    context = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 900})
-    page = context.new_page()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_function("[...document.querySelectorAll('.chart')].every((c) => c.querySelector('svg.main-svg'))")
-    drawn = page.locator(".chart").evaluate_all("nodes => nodes.map((node) => node.dataset.chart)")
-    wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
-    title = page.title()
-    context.close()
-    assert said == [] and asked == [path.as_uri()]
-    assert set(drawn) == {"rewards", "gains", "accuracy", "quarantine", "cost"}
-    assert title.startswith("PROMOTE · a run </script>")  # shown, not run
-    assert not wide
+    with show_file(chromium, write_page(tmp_path), scheme=scheme, width=width) as page:
+        assert list_charts(page) == {"rewards", "gains", "accuracy", "quarantine", "cost"}
+        assert page.title().startswith("PROMOTE · a run </script>")  # shown, not run
+        page.screenshot(path=SCREENSHOTS / f"report-{scheme}-{width}.png")
+        page.locator("#cost").scroll_into_view_if_needed()
+        page.screenshot(path=SCREENSHOTS / f"report-cost-{scheme}-{width}.png")

@@ -1,5 +1,6 @@
 """Identity of a plan: what changes a fingerprint, what does not, and how far a change reaches. Nothing runs here."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from flows.overrides import override
 from flows.recipes import RECIPES, smoke
 from infra.settings import Settings, read_settings
 from infra.store import Store
+from tasks.sources import DEMO
 from training.config import DpoConfig, SftConfig
 
 NOWHERE = Store(bucket="nowhere", endpoint="http://127.0.0.1:9", access_key="none", secret_key="none")
@@ -168,13 +170,29 @@ def test_a_gate_that_names_what_the_suite_does_not_run_is_refused_when_it_is_loa
 
 
 def test_the_noise_floor_is_the_champion_under_other_seeds_where_examples_are_drawn(settings: Settings) -> None:
-    plan = fingerprints(override(smoke(), ["noise_seeds=2"]), settings)
+    plan = fingerprints(override(smoke(), ["noise.seeds=2", "noise.batch_sizes=[1]"]), settings)
     new = plan.keys() - fingerprints(smoke(), settings).keys()
     assert new == {
-        "evaluate · gsm8k_part 1235 noise",
-        "evaluate · gsm8k_part 1236 noise",
-    }  # MMLU is asked without examples
+        "evaluate · gsm8k_part seed 1235 noise", "evaluate · gsm8k_part seed 1236 noise",  # MMLU is asked without examples
+        "evaluate · mmlu_part batch 1 noise", "evaluate · gsm8k_part batch 1 noise", "noise",
+    }  # fmt: skip
     assert list(plan)[-2:] == ["gate", "report"]
+
+
+def test_weights_swapped_at_the_same_path_are_evaluated_anew_whatever_their_size_and_time(
+    settings: Settings, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(DEMO / "tiny-policy", tmp_path / "policy")
+    config = smoke().model_copy(update={"policy": str(folder), "champion": "base"})
+    before, weights = fingerprints(config, settings), folder / "model.safetensors"
+    assert fingerprints(config, settings) == before
+    state, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    after = fingerprints(config, settings)
+    same = {title for title in before if before[title] == after[title]}
+    assert same == {"mirror", "ingest", "score_rewards · preferences"}, "what no policy takes part in"
 
 
 @pytest.mark.parametrize("reference", ["absent/folder", "demo:absent", "hub:org/name@main", "hub:org/name"])

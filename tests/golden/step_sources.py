@@ -21,12 +21,14 @@ ENTRIES = {
     "score_rewards": "training/reward/score.py",
     "score_reference": "training/reference.py",
     "score_cross": "training/cross.py",
+    "score_tokens": "training/token_scores.py",
     "train": "training/train.py",
     "generate": "training/generate.py",
     "mirror": "evaluation/mirror.py",
     "evaluate": "evaluation/benchmark.py",
     "judge": "evaluation/judging.py",
     "questions": "evaluation/arena_hard.py",
+    "noise": "evaluation/gate.py",
     "gate": "evaluation/gate.py",
     "report": "evaluation/report.py",
     "compare": "evaluation/comparison_page.py",
@@ -42,6 +44,7 @@ def read_steps() -> dict[str, int]:
     import tasks.generate
     import tasks.ingest
     import tasks.judge
+    import tasks.noise
     import tasks.report
     import tasks.reward_model
     import tasks.score
@@ -49,7 +52,8 @@ def read_steps() -> dict[str, int]:
     from tasks.step import Step
 
     modules = (
-        tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.judge, tasks.report, tasks.reward_model, tasks.score, tasks.train,
+        tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.judge, tasks.noise, tasks.report, tasks.reward_model,
+        tasks.score, tasks.train,
     )  # fmt: skip
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Step)]
     return {step.name: step.version for step in found}

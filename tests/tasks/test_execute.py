@@ -100,7 +100,23 @@ def test_mlflow_is_told_everything_though_no_step_waits_for_it(servers: Settings
     assert runs["weights"].data.params == {"name": "told"} == runs["parent"].data.params
     assert runs["weights"].data.metrics == {"loss/last": 0.5}
     assert runs["weights"].data.tags["varflow.record"] == f"weights/{record.fingerprint}"
-    assert runs["parent"].data.metrics == {"loss/last": 0.5, "cost/weights_seconds": record.cost["wall_seconds"]}
+    seconds = record.cost["wall_seconds"]
+    assert runs["parent"].data.metrics == {
+        "loss/last": 0.5,
+        "wall_seconds/weights": seconds,
+        "cost/wall_seconds": seconds,
+    }
+
+
+def test_a_priced_step_has_its_usd_on_its_own_run_and_on_the_parent(servers: Settings) -> None:
+    ended = run(servers.model_copy(update={"usd_per_hour": 3600.0}), "priced", plan("priced", weights))
+    record = ended.ref(ended.done[0]).record
+    assert record.cost["usd"] == pytest.approx(record.cost["wall_seconds"], abs=1e-3)
+    assert record.provenance["price"] == "3600 USD an hour and device, given"
+    runs = read_runs(servers, "priced")
+    assert runs["weights"].data.metrics["cost/usd"] == record.cost["usd"]
+    told = runs["parent"].data.metrics
+    assert (told["cost/usd"], told["cost/unpriced_seconds"]) == (record.cost["usd"], 0.0)
 
 
 def test_a_commit_that_fails_ends_the_run_and_leaves_nothing_that_was_made_of_it(servers: Settings) -> None:

@@ -234,6 +234,14 @@ def test_hours_and_dollars_by_hand() -> None:
     assert (plan.steps, plan.tokens, plan.microbatch_tokens) == (100, 1_000_000, 1250)
 
 
+def test_a_price_is_given_or_assumed_or_not_known() -> None:
+    config = SftConfig()
+    assert choose_machine("cpu", config, ranks=1).usd_per_hour is None
+    assert choose_machine("cpu", config, ranks=1, usd_per_hour=0.2).price_basis == "0.2 USD an hour and device, given"
+    assert choose_machine("H100", config, ranks=1, usd_per_hour=0.0).usd_per_hour == 0.0
+    assert "assumed as of" in choose_machine("H100", config, ranks=1).price_basis
+
+
 def test_what_does_not_fit_says_what_takes_it_and_how_many_ranks_would_do() -> None:
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-70b.json"))
     config = SftConfig(precision=Precision.bfloat16)
