@@ -288,16 +288,24 @@ def run_benchmark(
     limit: Annotated[
         int | None, typer.Option("--limit", min=1, help="First items of each task; a part is named as one.")
     ] = None,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="transformers, vllm or openai; the last with --endpoint.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", help="NAME@URL of a served model; MODEL is then its config and tokenizer."),
+    ] = None,
     changes: Set = None,
     on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
     as_json: Json = False,
 ) -> None:
     """Run a profile of benchmarks on a model."""
-    from evaluation.suites import limit_suite, read_suite
+    from evaluation.suites import limit_suite, place_suite, read_suite
     from flows.config import BenchmarkFlowConfig
     from flows.overrides import override
 
-    suite = read_suite(profile) if limit is None else limit_suite(read_suite(profile), limit)
+    suite = place_suite(read_suite(profile), backend=backend, endpoint=endpoint)
+    suite = suite if limit is None else limit_suite(suite, limit)
     config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=suite), changes or [])
     launch("benchmark", config, on=on, as_json=as_json)
 

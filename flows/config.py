@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from evaluation.config import GatePolicy, SuiteConfig
-from evaluation.policy import check_names
+from evaluation.policy import check_names, check_proven
 from training.config import (
     AnyTrainConfig,
     Config,
@@ -110,6 +110,7 @@ class AlignConfig(Config):
     @model_validator(mode="after")
     def _policy_names_what_is_run(self) -> "AlignConfig":
         check_names(self.gate, self.suite)
+        check_proven(self.suite)
         return self
 
 

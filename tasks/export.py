@@ -154,8 +154,12 @@ def describe_promotion(store: Store, ref: str) -> str | None:
 
 
 def list_evaluations(store: Store, model: Record) -> list[Record]:
-    """Return the newest evaluation of a model on each benchmark."""
-    about = [record for record in records.iterate(store, "evaluate") if record.inputs["model"] == model.fingerprint]
+    """Return the newest evaluation of a model on each benchmark; those by an endpoint are of what it serves, whatever that is."""
+    about = [
+        record
+        for record in records.iterate(store, "evaluate")
+        if record.inputs["model"] == model.fingerprint and not record.identity["config"].get("endpoint")
+    ]
     newest = {record.identity["config"]["name"]: record for record in sorted(about, key=lambda r: r.created)}
     return [newest[name] for name in sorted(newest)]
 

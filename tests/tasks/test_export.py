@@ -61,6 +61,8 @@ def model(store: Store, tiny_policy: Path, tmp_path: Path) -> Record:
         "profile.json": "{}",
     }
     maker.make("evaluate", {"model": trained}, result, config={"name": "mmlu_part"})
+    served = {"name": "served_part", "endpoint": {"url": "http://a/v1", "model": "m"}}  # of what a server holds
+    maker.make("evaluate", {"model": trained}, result, config=served)
     return trained
 
 
@@ -97,6 +99,7 @@ def test_the_card_says_what_the_model_is(store: Store, model: Record, s3: Settin
         assert words in card, words
     weights = next(file for file in model.files if file.name == "model.safetensors")
     assert f"| model.safetensors | `{weights.sha256}` |" in card
+    assert "served_part" not in card
     assert "\n\n\n" not in card and "undefined" not in card.lower()
 
 
