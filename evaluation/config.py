@@ -1,6 +1,7 @@
 """What an evaluation is, in closed configs without torch. Everything here is identity."""
 
 import importlib.metadata
+from enum import StrEnum
 from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
@@ -9,6 +10,30 @@ from training.config import Config, Precision
 
 WHOLE_NAMES = ("mmlu", "gsm8k", "humaneval", "bbh")  # a score under one of these is of all its items
 HARNESS_VERSION = importlib.metadata.version("lm_eval")
+
+
+class Backend(StrEnum):
+    """What computes a model's answers."""
+
+    transformers = "transformers"  # in processes of ours
+    vllm = "vllm"  # likewise, on GPUs
+    openai = "openai"  # a server with OpenAI's completions
+
+
+class Endpoint(Config):
+    """A served model. What is behind a name cannot be proven, so nothing is promoted on its scores."""
+
+    url: str = Field(
+        pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$",
+        title="URL",
+        description="Base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; its key is VARFLOW_ENDPOINT_KEY.",
+    )
+    model: str = Field(min_length=1, title="Model", description="The name under which it is served.")
+    revision: str = Field(
+        "",
+        title="Revision",
+        description="Your name for what is served now. Scores on record are taken for those of the same name: change it when the served weights change.",
+    )
 
 
 class BenchmarkConfig(Config):
@@ -46,6 +71,14 @@ class BenchmarkConfig(Config):
     system_prompt: str | None = Field(None, title="System prompt", description="Only with the chat template.")
     precision: Precision = Precision.float32
     seed: int = Field(1234, ge=0, title="Few-shot seed", description="Draws the worked examples, at least 0.")
+    backend: Backend = Field(
+        Backend.transformers,
+        title="Backend",
+        description="What computes the answers: transformers and vllm in processes of varflow, openai behind an endpoint.",
+    )
+    endpoint: Endpoint | None = Field(
+        None, title="Endpoint", description="Of the backend openai alone, which needs one."
+    )
     sandbox_seconds: float = Field(
         5.0, gt=0, title="Sandbox limit", description="Wall seconds for each model-written program, above 0."
     )
@@ -66,6 +99,15 @@ class BenchmarkConfig(Config):
         if self.limit is not None and self.name in WHOLE_NAMES:
             raise ValueError(
                 f"benchmark {self.name}: has the item limit {self.limit}, so it is no {self.name}; name it {self.name}_part"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _endpoint_of_its_backend(self) -> "BenchmarkConfig":
+        if (self.backend == Backend.openai) != (self.endpoint is not None):
+            raise ValueError(
+                f"benchmark {self.name}: got the backend {self.backend.value} with {'an' if self.endpoint else 'no'} endpoint; expected an "
+                "endpoint for openai and none for the others; set both, or neither"
             )
         return self
 

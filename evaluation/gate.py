@@ -17,7 +17,7 @@ from evaluation import statistics, weigh
 from evaluation.config import HELDOUT_REWARD, GatePolicy
 from evaluation.contamination import Contamination, flag_contamination
 from evaluation.explain import explain_noise
-from evaluation.result import BenchmarkResult, pair_items
+from evaluation.result import MODEL_FIELD, BenchmarkResult, pair_items
 from evaluation.result import read_result as read_result  # callers read what they decide on
 from evaluation.verdict import (
     AuditRow,
@@ -275,6 +275,14 @@ def _pair_benchmarks(challenger: Sequence[BenchmarkResult], champion: Sequence[B
         raise ValueError(
             f"gate: both models need the same benchmarks; only the challenger has {sorted(ours.keys() - theirs.keys())}, "
             f"only the champion has {sorted(theirs.keys() - ours.keys())}; evaluate both on the same suite"
+        )
+    unproven = sorted(
+        name for side in (ours, theirs) for name in side if "unverified" in side[name].profile.get(MODEL_FIELD, {})
+    )
+    if unproven:
+        raise ValueError(
+            f"gate: the scores of {', '.join(dict.fromkeys(unproven))} are of a model behind an endpoint, and nothing proves which; expected "
+            "scores of weights with a digest; evaluate with the backend transformers or vllm"
         )
     return {name: Pairs(*pair_items(ours[name], theirs[name]), theirs[name].strata) for name in sorted(ours)}
 

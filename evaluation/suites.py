@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.config import BenchmarkConfig, SuiteConfig
+from evaluation.config import Backend, BenchmarkConfig, Endpoint, SuiteConfig
 
 PART = "_part"
 WHOLE = ("paper", "paper_chat", "standard")  # profiles of whole benchmarks, which have a mean
@@ -159,6 +159,28 @@ def limit_suite(suite: SuiteConfig, limit: int) -> SuiteConfig:
             for benchmark in suite.benchmarks
         )
     )
+
+
+def place_suite(suite: SuiteConfig, *, backend: str | None, endpoint: str | None) -> SuiteConfig:
+    """Return the same benchmarks on a backend, of an endpoint `NAME@URL` where one is given; they are then those of no profile.
+
+    ValueError for a backend that does not exist, and for an endpoint of another form.
+    """
+    if backend is None and endpoint is None:
+        return suite
+    if backend is not None and backend not in set(Backend):
+        raise ValueError(f"backend {backend!r}: no such backend; expected one of {', '.join(Backend)}")
+    name, separator, url = (endpoint or "").rpartition("@")
+    if endpoint is not None and not separator:
+        raise ValueError(
+            f"endpoint {endpoint!r}: got no '@', expected NAME@URL, such as llama@http://127.0.0.1:8000/v1"
+        )
+    changes = {
+        "backend": Backend(backend or Backend.openai),
+        "endpoint": Endpoint(url=url, model=name) if endpoint is not None else None,
+    }
+    placed = [BenchmarkConfig.model_validate(benchmark.model_dump() | changes) for benchmark in suite.benchmarks]
+    return SuiteConfig(benchmarks=tuple(placed))
 
 
 def find_profile(suite: SuiteConfig) -> str | None:

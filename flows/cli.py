@@ -295,17 +295,25 @@ def run_benchmark(
     noise: Annotated[
         bool, typer.Option("--noise", help="Also vary few-shot seed and batch size: how far does each score move?")
     ] = False,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="transformers, vllm or openai; the last with --endpoint.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", help="NAME@URL of a served model; MODEL is then its config and tokenizer."),
+    ] = None,
     changes: Set = None,
     on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
     as_json: Json = False,
 ) -> None:
     """Run a profile of benchmarks on a model."""
     from evaluation.config import NoiseConfig
-    from evaluation.suites import limit_suite, read_suite
+    from evaluation.suites import limit_suite, place_suite, read_suite
     from flows.config import BenchmarkFlowConfig
     from flows.overrides import override
 
-    suite = read_suite(profile) if limit is None else limit_suite(read_suite(profile), limit)
+    suite = place_suite(read_suite(profile), backend=backend, endpoint=endpoint)
+    suite = suite if limit is None else limit_suite(suite, limit)
     varied = NoiseConfig(seeds=2, batch_sizes=(1,)) if noise else NoiseConfig()
     config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=suite, noise=varied), changes or [])
     launch("benchmark", config, on=on, as_json=as_json)

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, Field, model_validator
 
 from evaluation.config import GatePolicy, NoiseConfig, SuiteConfig
 from evaluation.judge_config import AnyJudge, JudgeConfig, JudgeRuntime
-from evaluation.policy import check_names
+from evaluation.policy import check_names, check_proven
 from training.config import (
     AnyTrainConfig,
     Config,
@@ -128,6 +128,7 @@ class AlignConfig(Config):
     @model_validator(mode="after")
     def _policy_names_what_is_run(self) -> "AlignConfig":
         check_names(self.gate, self.suite)
+        check_proven(self.suite)
         return self
 
 

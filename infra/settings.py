@@ -60,6 +60,9 @@ class Settings(BaseSettings):
         None, description="unset: the local stack's, or boto3's own search for another S3"
     )
     s3_secret_key: SecretStr | None = None
+    endpoint_key: SecretStr | None = Field(
+        None, description="key of the endpoint that benchmarks ask; unset: it takes none"
+    )
     prefect_api_url: str = Field(description="e.g. http://127.0.0.1:4200/api; default: the local stack's")
     mlflow_tracking_uri: str = Field(description="e.g. http://127.0.0.1:5500; default: the local stack's")
     judge_url: str | None = Field(
@@ -217,13 +220,10 @@ class Settings(BaseSettings):
         os.environ.update(self.library_environment() | {"VARFLOW_HOME": str(self.home)})
 
     def own_environment(self) -> dict[str, str]:
-        """Give the `VARFLOW_*` variables from which another process reads these same settings. Holds the S3 credentials."""
-        values = {
-            name: value.get_secret_value() if isinstance(value, SecretStr) else value
-            for name, value in self.model_dump().items()
-        }
-        values["s3_endpoint"] = self.s3_endpoint or "aws"
-        return {f"VARFLOW_{name.upper()}": str(value) for name, value in values.items() if value is not None}
+        """Give the `VARFLOW_*` variables from which another process reads these same settings. Holds all keys."""
+        values = self.model_dump() | {"s3_endpoint": self.s3_endpoint or "aws"}
+        plain = {name: v.get_secret_value() if isinstance(v, SecretStr) else v for name, v in values.items()}
+        return {f"VARFLOW_{name.upper()}": str(value) for name, value in plain.items() if value is not None}
 
     def judge_environment(self) -> dict[str, str]:
         """Give the variables by which the child of an endpoint's judge, and no other, learns address and key."""

@@ -309,9 +309,10 @@ def measure_key(record: Record, *, without: str) -> str:
 
 
 def strip(record: Record, *, without: str) -> dict[str, Any]:
-    """Return a record's identity without the model it is about."""
+    """Return a record's identity without the model it is about, on disk or served."""
     inputs = {name: given for name, given in record.identity["inputs"].items() if name != without}
-    return record.identity | {"inputs": inputs}
+    config = {name: value for name, value in record.identity["config"].items() if name != "endpoint"}
+    return record.identity | {"inputs": inputs, "config": config}
 
 
 def describe_subject(one: Measured, *, store: Store) -> SubjectConfig:

@@ -21,7 +21,7 @@ def mirror(config: MirrorConfig, attempt: Attempt) -> Metrics:
 
 @step(version=3)
 def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
-    """Run one benchmark on one model. Inputs: `model`, `mirror`."""
+    """Run one benchmark on one model. Inputs: `model`, or the config and tokenizer of a served one, and `mirror`."""
     attempt.run_child("evaluation", "benchmark")
     rows = json.loads((attempt.output / "scores.json").read_text())
     metrics: Metrics = {}

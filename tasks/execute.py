@@ -18,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
+from evaluation.config import BenchmarkConfig
 from infra import provenance, records
 from infra.records import Record
 from infra.settings import Settings, child_environment
@@ -30,6 +31,7 @@ from tasks.cost import price_step, total_costs
 from tasks.mirror import MetricsMirror, Notes, give_way, listener
 from tasks.samples import SamplesMirror
 from tasks.step import NOTHING, ArtifactRef, Metrics, Planned, Source, found
+from training.config import Config
 from training.job import CPU, HARDWARE_FILE
 
 COMMIT_BESIDE_BYTES = 32 << 20  # a larger artifact is on its way to the store while the next step computes
@@ -363,6 +365,7 @@ class StepAttempt:
                         environment=child_environment(
                             thread_environment(self.planned.runtime.threads) | dict(environment)
                         ),
+                        key=find_key(self.planned.config, settings=self.execution.settings),
                     ),
                     keep_fds=(self.lock,),
                     on_metrics=heed,
@@ -373,6 +376,12 @@ class StepAttempt:
         if noted.exists():
             self.hardware = json.loads(noted.read_text())
         return read_summary(self.output)
+
+
+def find_key(config: Config, *, settings: Settings) -> str:
+    """Return the key of the endpoint that a step asks; empty for a step that asks none."""
+    asks = isinstance(config, BenchmarkConfig) and config.endpoint is not None
+    return settings.endpoint_key.get_secret_value() if asks and settings.endpoint_key else ""
 
 
 def thread_environment(threads: int | None) -> dict[str, str]:

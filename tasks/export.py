@@ -156,8 +156,15 @@ def describe_promotion(store: Store, ref: str) -> str | None:
 
 
 def list_evaluations(store: Store, model: Record) -> list[Record]:
-    """Return a model's evaluation on each benchmark: the one that its newest verdict weighed, else the newest."""
-    about = [record for record in records.iterate(store, "evaluate") if record.inputs["model"] == model.fingerprint]
+    """Return a model's evaluation on each benchmark: the one that its newest verdict weighed, else the newest.
+
+    Those by an endpoint are of what it serves, whatever that is.
+    """
+    about = [
+        record
+        for record in records.iterate(store, "evaluate")
+        if record.inputs["model"] == model.fingerprint and not record.identity["config"].get("endpoint")
+    ]
     weighed = {given for verdict in list_verdicts(store, model)[:1] for given in verdict.inputs.values()}
     ordered = sorted(about, key=lambda record: (record.fingerprint in weighed, record.created))
     chosen = {record.identity["config"]["name"]: record for record in ordered}

@@ -535,6 +535,12 @@ class Runtime(Config):
         title="Ranks",
         description="Processes of a machine, each with its own device, that train a model together, its weights sharded over them; at least 1. Jobs that train nothing take one.",
     )
+    workers: int = Field(
+        1,
+        ge=1,
+        title="Workers",
+        description="Processes that answer a benchmark together, each with the whole model on its own device; CPU threads are divided among them. Of the backend vllm: the GPUs that hold the model. Of openai: requests under way at once. At least 1.",
+    )
     nodes: int = Field(
         1,
         ge=1,

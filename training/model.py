@@ -126,13 +126,13 @@ def digest_weights(folder: Path) -> str:
     return total.hexdigest()
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raise ValueError unless the folder holds a configuration, safetensors weights and a tokenizer."""
+def check_model_folder(folder: Path, *, weights: bool = True) -> None:
+    """Raise ValueError unless the folder holds a configuration, a tokenizer and, where they are wanted, safetensors weights."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"model {folder}: no config.json; expected a folder as save_pretrained writes it; check the path"
         )
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"model {folder}: no weights; expected *.safetensors, got {sorted(p.name for p in folder.iterdir())}; "
             "convert other formats with save_pretrained"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from evaluation import suites
 from evaluation.benchmark import find_flag, run, summarise
@@ -116,11 +118,31 @@ def test_a_zero_score_is_flagged_with_samples(tiny_policy: Path, mirror: Path, t
     assert all(value is None or isinstance(value, str | int | float) for value in summary.values()), "it is flat"
 
 
+@pytest.mark.parametrize("config", [GSM8K, MMLU], ids=["generation", "choices"])
+def test_a_model_that_says_nothing_is_flagged(
+    tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig
+) -> None:
+    silent = tmp_path / "silent"
+    shutil.copytree(tiny_policy, silent)
+    model = LlamaForCausalLM.from_pretrained(silent)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # all logits are equal, and greedy search takes id 0, which is no text
+    model.save_pretrained(silent)
+    job = Job.read(write_job(tmp_path, config, model=silent, mirror=mirror))
+    run(job)
+    flags = json.loads((job.output / "summary.json").read_text())["flag"].split("; ")
+    if config is GSM8K:
+        assert flags[:2] == ["zero: none of 6 answers is right", "empty: 100% of the answers have no text"]
+    else:
+        assert "ties: in 100% of the items the model tells no choice from another, and the first counts" in flags
+
+
 def sample(correct: float, *, choices: int | None = 4, **fields: Any) -> dict[str, Any]:
     return {"task": "t", "doc_id": 0, "correct": correct, "choices": choices, "prompt": "p", "target": "t"} | {
         "answer": "a",
         "extracted": True,
         "cut": False,
+        "tied": False,
         **fields,
     }
 

@@ -48,6 +48,8 @@ def model(store: Store, tiny_policy: Path, tmp_path: Path) -> Record:
         summary={"lambda": 0.5, "final_loss": 2.5, "metrics": {"train/loss": 2.5}},
     )
     maker.make("evaluate", {"model": trained}, RESULT, config={"name": "mmlu_part"})
+    served = {"name": "served_part", "endpoint": {"url": "http://a/v1", "model": "m"}}  # of what a server holds
+    maker.make("evaluate", {"model": trained}, RESULT, config=served)
     return trained
 
 
@@ -84,6 +86,7 @@ def test_the_card_says_what_the_model_is(store: Store, model: Record, s3: Settin
         assert words in card, words
     weights = next(file for file in model.files if file.name == "model.safetensors")
     assert f"| model.safetensors | `{weights.sha256}` |" in card
+    assert "served_part" not in card
     assert "\n\n\n" not in card and "undefined" not in card.lower()
 
 
