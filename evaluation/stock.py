@@ -113,9 +113,8 @@ def _read_tag(tag: str, folder: Path) -> Iterator[StockTask]:
 
 def find_folders(names: tuple[str, ...]) -> list[Path]:
     """Return the folders in which these tasks and groups, and the members of groups, are."""
-    folders = {list_names()[name].parent for name in names} | {
-        task.folder for name in names for task in read_tasks(name)
-    }
+    members = {task.folder for name in names for task in read_tasks(name)}
+    folders = members | {list_names()[name].parent for name in names}
     return sorted(folder for folder in folders if not any(other in folder.parents for other in folders))
 
 
