@@ -107,6 +107,7 @@ def describe_item(item: Row, *, metric: str) -> Row:
     """Return what the report shows of one item. `choices` is null where the answer was free text; of those that are `tied` the first
     counts as the answer."""
     prompts, seconds = zip(*item["arguments"], strict=True)
+    tied = False
     if isinstance(seconds[0], str) and len(seconds) == 1:  # a continuation that greedy search would say, or not
         answer, choices, extracted = seconds[0] if item["resps"][0][0][1] else f"(not {seconds[0].strip()})", None, True
     elif isinstance(seconds[0], str):  # one request for each choice, answered by (log-probability, greedy)
@@ -114,7 +115,7 @@ def describe_item(item: Row, *, metric: str) -> Row:
         answer, choices, extracted = seconds[logps.index(max(logps))].strip(), len(seconds), True
         tied = not max(logps) > min(logps)  # NaN is neither
     else:
-        answer, choices, tied = item["resps"][0][0], None, False
+        answer, choices = item["resps"][0][0], None
         extracted = item["filtered_resps"][0] != UNEXTRACTED
     return {
         "correct": float(item[metric]),
