@@ -95,13 +95,13 @@ class Index:
         self.hash_G, self.item_G = self.hash_G[order], self.item_G[order]
 
     def find(self, ids_W: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-        """Yield (item, place of its n-gram's first word), the first place of each n-gram; equal hashes are looked at word for word."""
+        """Yield (item, place of an n-gram of it) in the order of places, each n-gram once; equal hashes are looked at word for word."""
         hash_W = hash_ngrams(ids_W, n=self.n)
         places = np.flatnonzero(~has_unknown(ids_W, n=self.n))
         low, high = (np.searchsorted(self.hash_G, hash_W[places], side) for side in ("left", "right"))
         places, low, high = places[low < high], low[low < high], high[low < high]
         _, first = np.unique(hash_W[places], return_index=True)
-        for at in first.tolist():
+        for at in sorted(first.tolist()):
             place = int(places[at])
             ngram = ids_W[place : place + self.n]
             for item in self.item_G[low[at] : high[at]].tolist():
