@@ -26,6 +26,7 @@ ENTRIES = {
     "generate": "training/generate.py",
     "mirror": "evaluation/mirror.py",
     "evaluate": "evaluation/benchmark.py",
+    "evaluate_varied": "evaluation/benchmark.py",
     "noise": "evaluation/gate.py",
     "gate": "evaluation/gate.py",
     "report": "evaluation/report.py",
