@@ -32,3 +32,13 @@ def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
             if row["stderr"] is not None:  # a single item has none
                 metrics[f"{name}_stderr"] = row["stderr"]
     return metrics
+
+
+@step(version=1)
+def evaluate_varied(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
+    """Run one benchmark on one model under another few-shot seed or batch size, for the noise floor: no score to compare models by.
+
+    Inputs: `model`, `mirror`.
+    """
+    attempt.run_child("evaluation", "benchmark")
+    return {}

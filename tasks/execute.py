@@ -263,9 +263,7 @@ class Execution:
         whose = planned.label.rpartition(" ")[2]
         # the challenger's figures, the ones to compare, go without; the champion's stand beside them in MLflow's tables
         prefix, suffix = f"{whose}/" if whose == "preferences" else "", "_champion" if whose == "champion" else ""
-        # what was measured under another seed or batch size is no score to show; the step `noise` says what came of it
-        shown = {} if whose == "noise" else record.summary["metrics"]
-        metrics = {f"{prefix}{name}{suffix}": value for name, value in shown.items()}
+        metrics = {f"{prefix}{name}{suffix}": value for name, value in record.summary["metrics"].items()}
         # MLflow's tables go by the alphabet: the seconds of each step come last, behind what runs are compared for
         metrics[f"wall_seconds/{planned.key}"] = record.cost["wall_seconds"]
         said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"

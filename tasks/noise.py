@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from evaluation.config import BenchmarkConfig, NoiseConfig, SuiteConfig
 from evaluation.verdict import Noise
-from tasks.evaluate import evaluate
+from tasks.evaluate import evaluate_varied
 from tasks.step import Attempt, Given, Metrics, Planned, step
 from training.config import Runtime
 from training.job import write_json
@@ -59,20 +59,18 @@ def plan_noise(
 ) -> tuple[list[Planned], Planned] | None:
     """Return the varied evaluations of a model and the step that compares them with those `measured` of it, by benchmark; None where
     nothing is varied."""
+    inputs: dict[str, Given] = {"model": model, "mirror": files}
     varied = {
-        f"{kind}_{value}_eval_{benchmark.name}": evaluate(
-            benchmark,
-            {"model": model, "mirror": files},
-            runtime=runtime,
-            label=f"{benchmark.name} {kind} {value} noise",
+        f"{kind}_{value}_eval_{benchmark.name}": evaluate_varied(
+            benchmark, inputs, runtime=runtime, label=f"{benchmark.name} {kind} {value}"
         )
         for kind, value, benchmark in vary(suite, config)
     }
     if not varied:
         return None
     of = {name.partition("_eval_")[2] for name in varied}
-    inputs: dict[str, Given] = {f"eval_{name}": step for name, step in measured.items() if name in of}
-    return [*varied.values()], noise(config, inputs | varied, runtime=runtime)
+    as_it_is: dict[str, Given] = {f"eval_{name}": step for name, step in measured.items() if name in of}
+    return [*varied.values()], noise(config, as_it_is | varied, runtime=runtime)
 
 
 def vary(suite: SuiteConfig, config: NoiseConfig) -> Iterator[tuple[str, int, BenchmarkConfig]]:

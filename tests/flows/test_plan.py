@@ -173,8 +173,8 @@ def test_the_noise_floor_is_the_champion_under_other_seeds_where_examples_are_dr
     plan = fingerprints(override(smoke(), ["noise.seeds=2", "noise.batch_sizes=[1]"]), settings)
     new = plan.keys() - fingerprints(smoke(), settings).keys()
     assert new == {
-        "evaluate · gsm8k_part seed 1235 noise", "evaluate · gsm8k_part seed 1236 noise",  # MMLU is asked without examples
-        "evaluate · mmlu_part batch 1 noise", "evaluate · gsm8k_part batch 1 noise", "noise",
+        "evaluate_varied · gsm8k_part seed 1235", "evaluate_varied · gsm8k_part seed 1236",  # MMLU is asked without examples
+        "evaluate_varied · mmlu_part batch 1", "evaluate_varied · gsm8k_part batch 1", "noise",
     }  # fmt: skip
     assert list(plan)[-2:] == ["gate", "report"]
 

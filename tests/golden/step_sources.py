@@ -28,6 +28,7 @@ ENTRIES = {
     "evaluate": "evaluation/benchmark.py",
     "judge": "evaluation/judging.py",
     "questions": "evaluation/arena_hard.py",
+    "evaluate_varied": "evaluation/benchmark.py",
     "noise": "evaluation/gate.py",
     "gate": "evaluation/gate.py",
     "report": "evaluation/report.py",
