@@ -12,6 +12,7 @@ from prefect.logging import get_run_logger
 from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
 from evaluation.mirror import missing_data
 from evaluation.policy import flag_policy
+from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
 from infra.registry import read_standing
@@ -44,15 +45,17 @@ class AlignPlan:
     mirror: Planned
     answers: dict[str, Given]  # of both models to the held-out prompts
     judged: dict[str, Given]  # held-out rewards and benchmarks of both models, as the gate names them
+    alignment: AlignmentPlan  # decides nothing
     gate: Planned
     report: Planned
 
     def steps(self) -> Iterator[Planned]:
         """Yield the steps in the order in which they run."""
-        story = (self.mirror, self.rows, self.scorer, *self.columns.values(), self.challenger, *self.answers.values())
-        yield from (
-            step for step in (*story, *self.judged.values(), self.gate, self.report) if isinstance(step, Planned)
-        )
+        story = (
+            self.mirror, *self.alignment.sets, self.rows, self.scorer, *self.columns.values(), self.challenger,
+            *self.answers.values(), *self.judged.values(), *self.alignment.scored, *self.alignment.results, self.gate, self.report,
+        )  # fmt: skip
+        yield from (step for step in story if isinstance(step, Planned))
 
 
 def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> AlignPlan:
@@ -81,7 +84,8 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         columns["cross"] = plan(score_cross, cross_config(config), scored)
     data: dict[str, Given] = {"rows": rows, "base": policy}
     challenger = plan(train, config.train, data | columns)
-    files = plan(mirror, MirrorConfig(), {"raw": source(config.benchmarks)})
+    raw = source(config.benchmarks)
+    files = plan(mirror, MirrorConfig(), {"raw": raw})
 
     answers: dict[str, Given] = {}
     judged: dict[str, Given] = {}
@@ -95,14 +99,19 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         label = f"{benchmark.name} {benchmark.seed} {NOISE}"
         inputs = {"model": champion, "mirror": files}
         judged[f"{NOISE}_{number}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=label)
+    aligned = plan_alignment(
+        config.suite.alignment, models={MODEL: (CHALLENGER, challenger), BASELINE: (CHAMPION, champion)}, scorer=scorer,
+        scoring=score, files=raw, runtime=config.runtime, store=store, settings=settings,
+    )  # fmt: skip
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
     verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
     verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
+    shown |= {f"{step.step.name}_{step.label}": step for step in aligned.results}
     page = plan(report, ReportConfig(recipe=config.name), shown)
-    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, verdict, page)
+    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, aligned, verdict, page)
 
 
 def vary_seeds(suite: SuiteConfig, *, seeds: int) -> Iterator[tuple[int, BenchmarkConfig]]:
@@ -149,10 +158,11 @@ def align(config: AlignConfig) -> dict[str, Any]:
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
         files = run.step(plan.mirror)
         check_benchmarks(config.suite, source=config.benchmarks, folder=run.folder(files))
+        run.steps(*plan.alignment.sets)
         run.step(plan.rows)
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
-        run.steps(*plan.answers.values(), *plan.judged.values())
+        run.steps(*plan.answers.values(), *plan.judged.values(), *plan.alignment.steps())
         spend_look(plan.gate, store=run.store, model=config.model_name)
         verdict = run.step(plan.gate)
         page = run.step(plan.report)

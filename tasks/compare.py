@@ -208,10 +208,9 @@ def choose_alike(found: list[Measured], *, store: Store) -> None:
             if record.inputs["model"] == one.fingerprint and one.counts(record):
                 name = f"eval_{record.identity['config']['name']}"
                 pools.setdefault(name, [[] for _ in found])[place].append(record)
-    answers = [
-        [r for r in records.iterate(store, "generate") if r.inputs["policy"] == one.fingerprint and one.counts(r)]
-        for one in found
-    ]
+    sets = {record.fingerprint for record in records.iterate(store, "prompt_set")}
+    heldout = [record for record in records.iterate(store, "generate") if record.inputs["rows"] not in sets]
+    answers = [[r for r in heldout if r.inputs["policy"] == one.fingerprint and one.counts(r)] for one in found]
     if any(answers):
         pools["answers"] = answers
     for name, pool in pools.items():

@@ -251,13 +251,7 @@ class Execution:
 
         What cached steps have to say goes in one request, since there may be nothing else to wait for.
         """
-        whose = planned.label.rpartition(" ")[2]
-        # the challenger's figures, the ones to compare, go without; the champion's stand beside them in MLflow's tables
-        prefix, suffix = (
-            f"{whose}/" if whose in {"noise", "preferences"} else "",
-            "_champion" if whose == "champion" else "",
-        )
-        metrics = {f"{prefix}{name}{suffix}": value for name, value in record.summary["metrics"].items()}
+        metrics = {place_metric(name, planned.label): value for name, value in record.summary["metrics"].items()}
         metrics[f"cost/{planned.key}_seconds"] = record.cost["wall_seconds"]
         said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"
 
@@ -341,6 +335,17 @@ class StepAttempt:
             mirror.close()
             samples.close()
         return read_summary(self.output)
+
+
+def place_metric(name: str, label: str) -> str:
+    """Return a step's metric as the parent run has it: the challenger's figures, the ones to compare, go without, the
+    champion's stand beside them in MLflow's tables, and those of a set below its name where they do not have it themselves."""
+    what, _, whose = label.rpartition(" ")
+    if whose in {"noise", "preferences"}:
+        return f"{whose}/{name}"
+    below = f"{what}/" if what and not name.startswith("eval/") else ""
+    beside = f"_{whose}" if whose in {"champion", "baseline"} else ""
+    return f"{below}{name}{beside}"
 
 
 def thread_environment(threads: int | None) -> dict[str, str]:

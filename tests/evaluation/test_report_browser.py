@@ -6,11 +6,19 @@ from typing import Any
 import numpy as np
 import pytest
 
+from evaluation.alignment import Answers, measure
 from evaluation.config import GatePolicy
 from evaluation.gate import Evidence, decide
 from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
+from evaluation.reward_bias import Accuracy, RewardBias
 
 ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+
+
+def answers(reward_P: np.ndarray) -> Answers:
+    rows = [f"{i:032x}" for i in range(len(reward_P))]
+    rewards = {row: [float(reward)] for row, reward in zip(rows, reward_P, strict=True)}
+    return Answers(rewards, {row: [120] for row in rows}, truncated_share=0.1, empty_share=0.0, dropped=0)
 
 
 def write_page(folder: Path) -> Path:
@@ -24,6 +32,7 @@ def write_page(folder: Path) -> Path:
         champion=Evidence(rewards=dict.fromkeys(rows, 0.0), lengths=lengths),
         same_model=False,
     ).model_copy(update={"reasons": (ATTACK,)})
+    right = Accuracy(group=ATTACK, n=100, accuracy=0.4, low=0.3, high=0.5, length_baseline=0.2)
     data = ReportData(
         title=f"a run {ATTACK}",
         recipe="demo",
@@ -32,6 +41,17 @@ def write_page(folder: Path) -> Path:
         samples=(SampleAnswer(prompt=ATTACK, champion=ATTACK, challenger=ATTACK),),
         data={"rows": 5, "quarantined_by_reason": {ATTACK: 3}},
         reward_model={"accuracy": 0.7, "length_baseline_accuracy": 0.6},
+        alignment=tuple(measure(name, answers(gain_P), answers(0 * gain_P)) for name in ("hha_helpful", ATTACK)),
+        reward_tests=(
+            RewardBias(
+                name="llmbar",
+                overall=right,
+                groups=(right,),
+                macro_accuracy=0.4,
+                longer_preferred=0.8,
+                length_spearman=None,
+            ),
+        ),
         steps=(StepRow(step="train", label=ATTACK, fingerprint="a" * 64, cached=False, seconds=3.0, inputs={}),),
     )
     (folder / "report.html").write_text(render_report(data))
@@ -57,6 +77,15 @@ def test_the_page_draws_offline_and_runs_nothing_foreign(
     title = page.title()
     context.close()
     assert said == [] and asked == [path.as_uri()]
-    assert set(drawn) == {"rewards", "gains", "accuracy", "quarantine", "cost"}
+    assert set(drawn) == {
+        "rewards",
+        "gains",
+        "alignment_gains",
+        "alignment_wins",
+        "accuracy",
+        "reward_tests",
+        "quarantine",
+        "cost",
+    }
     assert title.startswith("PROMOTE · a run </script>")  # shown, not run
     assert not wide

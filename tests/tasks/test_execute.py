@@ -103,6 +103,23 @@ def test_mlflow_is_told_everything_though_no_step_waits_for_it(servers: Settings
     assert runs["parent"].data.metrics == {"loss/last": 0.5, "cost/weights_seconds": record.cost["wall_seconds"]}
 
 
+@pytest.mark.parametrize(
+    ("name", "label", "placed"),
+    [
+        ("reward/mean", "challenger", "reward/mean"),
+        ("reward/mean", "champion", "reward/mean_champion"),
+        ("reward/mean", "preferences", "preferences/reward/mean"),
+        ("eval/mmlu/acc", "mmlu champion", "eval/mmlu/acc_champion"),
+        ("eval/gsm8k/exact_match", "gsm8k 1235 noise", "noise/eval/gsm8k/exact_match"),
+        ("reward/mean", "hha_helpful challenger", "hha_helpful/reward/mean"),
+        ("reward/mean", "hha_helpful baseline", "hha_helpful/reward/mean_baseline"),
+        ("eval/hha_helpful/win_rate", "hha_helpful", "eval/hha_helpful/win_rate"),
+    ],
+)
+def test_no_figure_takes_the_place_of_another_on_the_parent_run(name: str, label: str, placed: str) -> None:
+    assert execute.place_metric(name, label) == placed
+
+
 def test_a_commit_that_fails_ends_the_run_and_leaves_nothing_that_was_made_of_it(servers: Settings) -> None:
     store, first = open_store(servers), plan("refused", weights)
 
