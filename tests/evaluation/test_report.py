@@ -242,9 +242,8 @@ def test_a_policy_without_the_reward_as_target_says_so(tmp_path: Path) -> None:
 
 
 def test_shows_what_the_reward_model_says_and_what_is_known_of_it(page: Page) -> None:
-    assert "hha_helpful 4 (3 too long) 2.000 ± 1.080 2.750 ± 0.479 +0.750 (−1.968 to +3.468)" in page.text.replace(
-        "\xa0", " "
-    )
+    assert "hha_helpful 4 2.000 ± 1.080 2.750 ± 0.479 +0.750 (−1.968 to +3.468)" in page.text.replace("\xa0", " ")
+    assert "prompts: 3 were too long to be answered" in page.text
     assert "62.5 (" in page.text and "2 : 1 : 1 80 → 120" in page.text
     assert {"alignment_gains", "alignment_wins", "reward_tests"} <= page.charts.keys()
     assert page.charts["alignment_gains"]["data"][0]["x"] == [0.75, 0.75]
