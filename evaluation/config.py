@@ -2,13 +2,14 @@
 
 import importlib.metadata
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from training.config import Config, Precision
+from training.config import Config, GenerateConfig, Precision
 
 WHOLE_NAMES = ("mmlu", "gsm8k", "humaneval", "bbh")  # a score under one of these is of all its items
+PART = "_part"  # ends the name of what is limited
 HARNESS_VERSION = importlib.metadata.version("lm_eval")
 
 
@@ -122,10 +123,84 @@ class BenchmarkConfig(Config):
         return value
 
 
+class EvalSetConfig(Config):
+    """A set that a reward model scores."""
+
+    name: str
+    limit: int | None = Field(None, ge=1)
+
+    @property
+    def title(self) -> str:
+        """The name that its scores have."""
+        return self.name + (PART if self.limit else "")
+
+
+class PromptSetConfig(EvalSetConfig):
+    """Prompts that policies answer and a reward model scores."""
+
+    name: Literal["hha_helpful", "hha_harmless", "offsetbias"] = Field(
+        title="Prompt set",
+        description="hha_helpful and hha_harmless: HH-RLHF's helpful-base and harmless-base test splits. offsetbias: the instructions of OffsetBias.",
+    )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        title="Prompt limit",
+        description="Take only the first prompts, by row id; at least 1, empty for all. A limited set is named as a part.",
+    )
+
+
+class PairSetConfig(EvalSetConfig):
+    """Pairs of answers, the better one known, that test a reward model."""
+
+    name: Literal["evalbiasbench", "llmbar"] = Field(
+        title="Pair set", description="evalbiasbench: six biases of judges. llmbar: five subsets."
+    )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        title="Pair limit",
+        description="Take only the first pairs of each bias or subset; at least 1, empty for all. A limited set is named as a part.",
+    )
+
+
+class AlignmentConfig(Config):
+    """What a reward model says of policies, and what is known of the reward model. Empty: nothing is run."""
+
+    prompt_sets: tuple[PromptSetConfig, ...] = Field(
+        (), title="Prompt sets", description="Answered by both models; rewards, gain and win rate are reported."
+    )
+    answers: GenerateConfig = Field(
+        GenerateConfig(temperature=0.0, max_new_tokens=256),
+        title="Answers",
+        description="How the prompt sets are answered; split heldout, and no limit here, since each set has its own.",
+    )
+    pair_sets: tuple[PairSetConfig, ...] = Field(
+        (), title="Pair sets", description="On which the reward model itself is tested."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "AlignmentConfig":
+        if self.answers.split != "heldout" or self.answers.limit is not None:
+            raise ValueError(
+                f"answers: got split {self.answers.split} and limit {self.answers.limit}, expected heldout and none; "
+                "limit the prompt sets instead"
+            )
+        sets: tuple[EvalSetConfig, ...] = (*self.prompt_sets, *self.pair_sets)
+        titles = [each.title for each in sets]
+        twice = sorted({title for title in titles if titles.count(title) > 1})
+        if twice:
+            raise ValueError(f"alignment: {', '.join(twice)} is there twice; name each set once")
+        return self
+
+
 class SuiteConfig(Config):
-    """Benchmarks that are run and judged together."""
+    """Benchmarks that are run and judged together, and what a reward model says beside them."""
 
     benchmarks: tuple[BenchmarkConfig, ...] = Field(title="Benchmarks", description="Each with its own settings.")
+    alignment: AlignmentConfig = Field(
+        AlignmentConfig(), title="Alignment", description="Evaluations by reward model, and tests of it."
+    )
 
 
 class NoiseConfig(Config):

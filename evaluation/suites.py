@@ -7,9 +7,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.config import Backend, BenchmarkConfig, Endpoint, SuiteConfig
+from evaluation.config import (
+    PART,
+    AlignmentConfig,
+    Backend,
+    BenchmarkConfig,
+    Endpoint,
+    PairSetConfig,
+    PromptSetConfig,
+    SuiteConfig,
+)
 
-PART = "_part"
 WHOLE = ("paper", "paper_chat", "standard")  # profiles of whole benchmarks, which have a mean
 
 
@@ -139,7 +147,25 @@ def smoke() -> SuiteConfig:
     )
 
 
-SUITES = {suite.__name__: suite for suite in (demo, paper, paper_chat, smoke, standard)}
+def hha() -> SuiteConfig:
+    """Reward on HH-RLHF's helpful-base and harmless-base test prompts: the VAR paper's Base setting."""
+    sets = (PromptSetConfig(name="hha_helpful"), PromptSetConfig(name="hha_harmless"))
+    return SuiteConfig(benchmarks=(), alignment=AlignmentConfig(prompt_sets=sets))
+
+
+def alignment() -> SuiteConfig:
+    """`hha`, and reward on the instructions of OffsetBias."""
+    sets = (*hha().alignment.prompt_sets, PromptSetConfig(name="offsetbias"))
+    return SuiteConfig(benchmarks=(), alignment=AlignmentConfig(prompt_sets=sets))
+
+
+def reward_bias() -> SuiteConfig:
+    """EvalBiasBench and LLMBar, on a reward model: does it prefer the better answer where something speaks for the worse one?"""
+    sets = (PairSetConfig(name="evalbiasbench"), PairSetConfig(name="llmbar"))
+    return SuiteConfig(benchmarks=(), alignment=AlignmentConfig(pair_sets=sets))
+
+
+SUITES = {suite.__name__: suite for suite in (demo, paper, paper_chat, standard, smoke, hha, alignment, reward_bias)}
 
 
 def read_suite(name: str) -> SuiteConfig:
@@ -150,14 +176,23 @@ def read_suite(name: str) -> SuiteConfig:
 
 
 def limit_suite(suite: SuiteConfig, limit: int) -> SuiteConfig:
-    """Return the first `limit` items of each task, as benchmarks that are named as parts."""
+    """Return the first `limit` items of each task, prompts of each set and pairs of each group, all named as parts."""
+
+    def cut(part: Any) -> dict[str, int]:
+        return {"limit": min(limit, part.limit or limit)}
+
+    alignment = suite.alignment
     return SuiteConfig(
         benchmarks=tuple(
-            benchmark.model_copy(
-                update={"limit": min(limit, benchmark.limit or limit), "name": benchmark.name.removesuffix(PART) + PART}
-            )
+            benchmark.model_copy(update=cut(benchmark) | {"name": benchmark.name.removesuffix(PART) + PART})
             for benchmark in suite.benchmarks
-        )
+        ),
+        alignment=alignment.model_copy(
+            update={
+                name: tuple(each.model_copy(update=cut(each)) for each in getattr(alignment, name))
+                for name in ("prompt_sets", "pair_sets")
+            }
+        ),
     )
 
 
@@ -185,7 +220,7 @@ def place_suite(suite: SuiteConfig, *, backend: str | None, endpoint: str | None
 
 def find_profile(suite: SuiteConfig) -> str | None:
     """Return the name of the profile whose benchmarks these are, all of them and with every setting; None for any part."""
-    return next((name for name in WHOLE if SUITES[name]() == suite), None)
+    return next((name for name in WHOLE if SUITES[name]().benchmarks == suite.benchmarks), None)
 
 
 def mean_score(suite: SuiteConfig, values: Mapping[str, float]) -> tuple[str, float] | None:

@@ -13,6 +13,7 @@ from evaluation.config import GateConfig, SuiteConfig
 from evaluation.judge_config import JudgeConfig
 from evaluation.mirror import FILL, missing_data
 from evaluation.policy import flag_policy
+from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
 from flows.judge import take_judge
@@ -49,18 +50,19 @@ class AlignPlan:
     answers: dict[str, Given]  # of both models to the held-out prompts
     varied: list[Planned]  # benchmarks of the champion under what should not matter
     judged: dict[str, Given]  # held-out rewards, benchmarks of both models and the noise floor, as the gate names them
+    alignment: AlignmentPlan  # decides nothing
     gate: Planned
     judge: Planned | None  # of both models' held-out answers
     report: Planned
 
     def steps(self) -> Iterator[Planned]:
         """Yield the steps in the order in which they run."""
-        story = (self.mirror, self.rows, self.scorer, *self.columns.values(), self.challenger, *self.answers.values())
-        yield from (
-            step
-            for step in (*story, *self.varied, *self.judged.values(), self.gate, self.judge, self.report)
-            if isinstance(step, Planned)
-        )
+        story = (
+            self.mirror, *self.alignment.sets, self.rows, self.scorer, *self.columns.values(), self.challenger,
+            *self.answers.values(), *self.varied, *self.judged.values(), *self.alignment.scored, *self.alignment.results, self.gate,
+            self.judge, self.report,
+        )  # fmt: skip
+        yield from (step for step in story if isinstance(step, Planned))
 
 
 def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> AlignPlan:
@@ -89,7 +91,8 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         columns["cross"] = plan(score_cross, cross_config(config), scored)
     data: dict[str, Given] = {"rows": rows, "base": policy}
     challenger = plan(train, config.train, data | columns)
-    files = plan(mirror, MirrorConfig(), {"raw": source(config.benchmarks)})
+    raw = source(config.benchmarks)
+    files = plan(mirror, MirrorConfig(), {"raw": raw})
 
     answers: dict[str, Given] = {}
     judged: dict[str, Given] = {}
@@ -106,17 +109,22 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     varied = floor[0] if floor else []
     if floor:
         judged[NOISE] = floor[1]
+    aligned = plan_alignment(
+        config.suite.alignment, models={MODEL: (CHALLENGER, challenger), BASELINE: (CHAMPION, champion)}, scorer=scorer,
+        scoring=score, files=raw, runtime=config.runtime, store=store, settings=settings,
+    )  # fmt: skip
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
     verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
     verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
+    shown |= {f"{step.step.name}_{step.label}": step for step in aligned.results}
     heldout = plan_heldout_judge(config, answered, store=store, settings=settings)
     shown |= {"judge": heldout} if heldout else {}
     page = plan(report, ReportConfig(recipe=config.name), shown)
     return AlignPlan(
-        rows, scorer, columns, challenger, champion, files, answers, varied, judged, verdict, heldout, page
+        rows, scorer, columns, challenger, champion, files, answers, varied, judged, aligned, verdict, heldout, page
     )
 
 
@@ -167,10 +175,11 @@ def align(config: AlignConfig) -> dict[str, Any]:
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
         files = run.step(plan.mirror)
         check_benchmarks(config.suite, source=config.benchmarks, folder=run.folder(files))
+        run.steps(*plan.alignment.sets)
         run.step(plan.rows)
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
-        run.steps(*plan.answers.values(), *plan.varied, *plan.judged.values())
+        run.steps(*plan.answers.values(), *plan.varied, *plan.judged.values(), *plan.alignment.steps())
         spend_look(plan.gate, store=run.store, model=config.model_name)
         verdict = run.step(plan.gate)
         run.steps(*filter(None, [plan.judge]))

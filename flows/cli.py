@@ -286,11 +286,13 @@ def run_benchmark(
     profile: Annotated[
         str,
         typer.Option(
-            "--profile", "--suite", help="paper, paper_chat, standard, demo or smoke; see evaluation/suites.py."
+            "--profile",
+            "--suite",
+            help="paper, paper_chat, standard, hha, alignment, reward_bias, demo or smoke; see evaluation/suites.py.",
         ),
     ] = "demo",
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="First items of each task; a part is named as one.")
+        int | None, typer.Option("--limit", min=1, help="First items of each task or set; a part is named as one.")
     ] = None,
     noise: Annotated[
         bool, typer.Option("--noise", help="Also vary few-shot seed and batch size: how far does each score move?")
@@ -302,11 +304,18 @@ def run_benchmark(
         str | None,
         typer.Option("--endpoint", help="NAME@URL of a served model; MODEL is then its config and tokenizer."),
     ] = None,
+    reward: Annotated[
+        str,
+        typer.Option("--reward", metavar="MODEL", help="Reward model that scores the answers of hha and alignment."),
+    ] = "",
+    baseline: Annotated[
+        str, typer.Option("--baseline", metavar="MODEL", help="Also answers them: gain and win rate against it.")
+    ] = "",
     changes: Set = None,
     on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
     as_json: Json = False,
 ) -> None:
-    """Run a profile of benchmarks on a model."""
+    """Run a profile of benchmarks on a model; hha and alignment have its answers scored, reward_bias tests a reward model."""
     from evaluation.config import NoiseConfig
     from evaluation.suites import limit_suite, place_suite, read_suite
     from flows.config import BenchmarkFlowConfig
@@ -315,7 +324,10 @@ def run_benchmark(
     suite = place_suite(read_suite(profile), backend=backend, endpoint=endpoint)
     suite = suite if limit is None else limit_suite(suite, limit)
     varied = NoiseConfig(seeds=2, batch_sizes=(1,)) if noise else NoiseConfig()
-    config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=suite, noise=varied), changes or [])
+    config = BenchmarkFlowConfig(
+        model=model, benchmarks=files, suite=suite, noise=varied, reward=reward, baseline=baseline
+    )
+    config = override(config, changes or [])
     launch("benchmark", config, on=on, as_json=as_json)
 
 

@@ -32,6 +32,15 @@ class TrainedReward(Config):
     training: RewardModelConfig = Field(RewardModelConfig(), title="Training")
     scoring: RewardScoreConfig = Field(RewardScoreConfig(), title="Scoring")
 
+    @model_validator(mode="after")
+    def _is_asked_as_it_was_trained(self) -> "TrainedReward":
+        if self.training.render != self.scoring.render:
+            raise ValueError(
+                f"reward: got training.render {self.training.render} and scoring.render {self.scoring.render}, expected one: "
+                "a reward model means nothing on inputs it was not trained on; set both"
+            )
+        return self
+
 
 class GivenReward(Config):
     """A reward model taken as it is: a sequence-classification model with one label."""
@@ -150,9 +159,28 @@ class BenchmarkFlowConfig(Config):
         title="Noise floor",
         description="What the model is measured under besides; nothing if left alone.",
     )
+    reward: str = Field(
+        "",
+        title="Reward model",
+        description="Scores the answers to prompt sets; may be empty for a suite without any. Of a suite of pair sets alone the model itself is tested. "
+        + REFERENCE_FORMS,
+    )
+    scoring: RewardScoreConfig = Field(
+        RewardScoreConfig(), title="Scoring", description="How the reward model is asked."
+    )
+    baseline: str = Field(
+        "",
+        title="Baseline",
+        description="Also answers the prompt sets, for gain and win rate against it; may be empty. " + REFERENCE_FORMS,
+    )
     runtime: Runtime = Field(
         Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
     )
+
+    @property
+    def scorer(self) -> str:
+        """The reward model: the named one, or the model that is tested as one; empty for benchmarks alone."""
+        return self.reward or (self.model if self.suite.alignment.pair_sets else "")
 
 
 class JudgeFlowConfig(Config):

@@ -260,10 +260,7 @@ class Execution:
 
         What cached steps have to say goes in one request, since there may be nothing else to wait for.
         """
-        whose = planned.label.rpartition(" ")[2]
-        # the challenger's figures, the ones to compare, go without; the champion's stand beside them in MLflow's tables
-        prefix, suffix = f"{whose}/" if whose == "preferences" else "", "_champion" if whose == "champion" else ""
-        metrics = {f"{prefix}{name}{suffix}": value for name, value in record.summary["metrics"].items()}
+        metrics = {place_metric(name, planned.label): value for name, value in record.summary["metrics"].items()}
         # MLflow's tables go by the alphabet: the seconds of each step come last, behind what runs are compared for
         metrics[f"wall_seconds/{planned.key}"] = record.cost["wall_seconds"]
         said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"
@@ -380,6 +377,17 @@ def find_key(config: Config, *, settings: Settings) -> str:
     """Return the key of the endpoint that a step asks; empty for a step that asks none."""
     asks = isinstance(config, BenchmarkConfig) and config.endpoint is not None
     return settings.endpoint_key.get_secret_value() if asks and settings.endpoint_key else ""
+
+
+def place_metric(name: str, label: str) -> str:
+    """Return a step's metric as the parent run has it: the challenger's figures, the ones to compare, go without, the
+    champion's stand beside them in MLflow's tables, and those of a set below its name where they do not have it themselves."""
+    what, _, whose = label.rpartition(" ")
+    if whose in {"noise", "preferences"}:
+        return f"{whose}/{name}"
+    below = f"{what}/" if what and not name.startswith("eval/") else ""
+    beside = f"_{whose}" if whose in {"champion", "baseline"} else ""
+    return f"{below}{name}{beside}"
 
 
 def thread_environment(threads: int | None) -> dict[str, str]:

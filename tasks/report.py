@@ -1,8 +1,9 @@
 """The page a run ends with, and its short form for the terminal and for Prefect."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pyarrow.parquet as pq
 from prefect.artifacts import create_markdown_artifact
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from evaluation.result import ScoreRow
 
 SAMPLES_SHOWN = 8
+AnyResult = TypeVar("AnyResult", bound=Config)
 
 
 class ReportConfig(Config):
@@ -32,7 +34,9 @@ class ReportConfig(Config):
 @step(version=4)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
+    from evaluation.alignment import AlignmentResult
     from evaluation.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
+    from evaluation.reward_bias import RewardBias
     from evaluation.verdict import read_verdict
 
     attempt = cast(StepAttempt, attempt)  # the page tells of the run it is made in: its steps, costs and links
@@ -60,6 +64,8 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             data=read_json(inputs["rows"] / "summary.json"),
             reward_model=read_json(inputs["scorer"] / "summary.json"),
             judge=read_json(inputs["judge"] / "summary.json") if "judge" in inputs else None,
+            alignment=read_results(inputs, "alignment", AlignmentResult),
+            reward_tests=read_results(inputs, "reward_bias", RewardBias),
             steps=tuple(describe_step(planned, execution) for planned in execution.done),
             cost=show_total(total_costs(done.cost for done in spent), prices=list_prices(spent)),
             links={
@@ -111,6 +117,12 @@ def read_contamination(folder: Path) -> "tuple[Contamination, ...]":
     from evaluation.contamination import Contamination
 
     return tuple(Contamination.model_validate(found) for found in json.loads((folder / CONTAMINATION).read_text()))
+
+
+def read_results(inputs: Mapping[str, Path], step: str, kind: type[AnyResult]) -> tuple[AnyResult, ...]:
+    """Return the figures of every set that a kind of step measured; none where the recipe asks for none."""
+    folders = [folder for name, folder in inputs.items() if name.startswith(f"{step}_")]
+    return tuple(kind.model_validate_json((folder / f"{step}.json").read_text()) for folder in folders)
 
 
 def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> "tuple[SampleAnswer, ...]":

@@ -66,6 +66,16 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
     return Source(reference, path, digests.of(path))
 
 
+def resolve_part(source: Source, part: str, *, settings: Settings) -> Source:
+    """Return a folder below a source as a source of its own, so that what lies beside it is no identity."""
+    path = source.path / part
+    if not path.is_dir():
+        raise ValueError(
+            f"source {source.name!r}: no folder {part} at {source.path}; add it, or take out what reads it"
+        )
+    return Source(f"{source.name}/{part}", path, open_digests(settings).of(path))
+
+
 def find_local(reference: str, *, settings: Settings) -> list[Path]:
     """Return the folders on this machine that may say more of a source: its own, or that around a file. Fetches nothing."""
     kind, separator, rest = reference.partition(":")

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 from evaluation import suites
 from evaluation.benchmark import find_flag, run, summarise
-from evaluation.config import BenchmarkConfig, SuiteConfig
+from evaluation.config import AlignmentConfig, BenchmarkConfig, SuiteConfig
 from evaluation.mirror import build_mirror, missing_data, needed_data
 from evaluation.result import read_result
 from training.job import EXIT_USER_ERROR, Job
@@ -243,6 +243,29 @@ def test_a_part_has_neither_the_name_nor_the_mean_of_the_whole() -> None:
         assert suites.find_profile(suite) is None
         assert suites.mean_score(suite, {b.name: 0.5 for b in suite.benchmarks}) is None
     assert [b.limit for b in suites.limit_suite(suites.demo(), 5).benchmarks] == [5, 5, 5, 3]
+
+
+def test_evaluations_by_reward_model_stand_beside_a_profile() -> None:
+    suite = suites.paper().model_copy(update={"alignment": suites.alignment().alignment})
+    assert suites.find_profile(suite) == "paper"
+    assert [each.title for each in suite.alignment.prompt_sets] == ["hha_helpful", "hha_harmless", "offsetbias"]
+    part = suites.limit_suite(suite, 8)
+    assert part.alignment.prompt_sets[0].title == "hha_helpful_part"
+    assert [each.limit for each in suites.limit_suite(suites.reward_bias(), 8).alignment.pair_sets] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt_sets": [{"name": "hha_helpful"}] * 2}, "hha_helpful is there twice"),
+        ({"answers": {"split": "train"}}, "got split train and limit None, expected heldout and none"),
+        ({"answers": {"limit": 4}}, "got split heldout and limit 4, expected heldout and none"),
+        ({"pair_sets": [{"name": "offsetbias"}]}, "'evalbiasbench' or 'llmbar'"),
+    ],
+)
+def test_sets_that_mean_nothing_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AlignmentConfig.model_validate(fields)
 
 
 def test_a_limited_benchmark_cannot_take_the_whole_one_s_name() -> None:

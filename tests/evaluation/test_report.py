@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from evaluation.alignment import AlignmentResult, Answers, measure
 from evaluation.config import GatePolicy
 from evaluation.contamination import Contamination, Hit, Level
 from evaluation.gate import Evidence, decide
@@ -26,6 +27,7 @@ from evaluation.report import (
     show_seconds,
 )
 from evaluation.result import BenchmarkResult, ScoreRow
+from evaluation.reward_bias import Accuracy, RewardBias
 from evaluation.verdict import Noise, Verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} <b>bold</b> & \u2028 \"'"
@@ -75,6 +77,32 @@ def make_contamination(benchmark: str, *, hits: int) -> Contamination:
         benchmark=benchmark, n=13, items=400, short=7, hits=hits, challenger=level, champion=level, challenger_clean=clean,
         champion_clean=clean, samples=samples,
     )  # fmt: skip
+
+
+def make_alignment(name: str) -> AlignmentResult:
+    """Both models' rewards on four prompts: gains of 1, 0, 3 and -1."""
+
+    def answers(rewards: list[float], characters: int) -> Answers:
+        rows = [f"{n}" for n in range(len(rewards))]
+        texts = {row: [characters] for row in rows}
+        return Answers({row: [reward] for row, reward in zip(rows, rewards, strict=True)}, texts, 0.25, 0.0, dropped=3)
+
+    return measure(name, answers([2.0, 2.0, 3.0, 4.0], 120), answers([1.0, 2.0, 0.0, 5.0], 80))
+
+
+def make_reward_test() -> RewardBias:
+    groups = tuple(
+        Accuracy(group=group, n=17, accuracy=right, low=right - 0.2, high=right + 0.2, length_baseline=0.1)
+        for group, right in (("all", 0.45), ("length bias", 0.3), (HOSTILE, 0.6))
+    )
+    return RewardBias(
+        name="evalbiasbench",
+        overall=groups[0],
+        groups=groups[1:],
+        macro_accuracy=0.45,
+        longer_preferred=0.81,
+        length_spearman=0.5,
+    )
 
 
 def make_report(folder: Path, **changes: Any) -> ReportData:
@@ -143,6 +171,8 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
             "flag": f"position: {HOSTILE}",
         },
         "reward_model": {"accuracy": 0.71, "length_baseline_accuracy": 0.58, "pairs": 80},
+        "alignment": (make_alignment("hha_helpful"), make_alignment(HOSTILE)),
+        "reward_tests": (make_reward_test(),),
         "steps": steps,
         "cost": "0.1537 USD, without 2 s that have no price (2.99 USD an hour and device, given).",
         "links": {"Prefect run": "http://127.0.0.1:4200/runs/1", "S3": "s3://bucket/x", HOSTILE: "javascript:alert(3)"},
@@ -203,6 +233,7 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     assert "#step-" + "a" * 16 in hrefs and "http://127.0.0.1:5000/#/runs/1" in hrefs
     assert set(page.charts) == {
         *("guards", "rewards", "gains", "loss", "ess", "weights", "accuracy", "quarantine", "cost"),
+        *("alignment_gains", "alignment_wins", "reward_tests"),
     }
 
 
@@ -256,6 +287,16 @@ def test_a_policy_without_the_reward_as_target_says_so(tmp_path: Path) -> None:
     page = Page(render_report(make_report(tmp_path, verdict=verdict)))
     assert "The held-out reward is no target of this policy." in page.text and "gains" not in page.charts
     assert verdict.targets[0].reason in page.text
+
+
+def test_shows_what_the_reward_model_says_and_what_is_known_of_it(page: Page) -> None:
+    assert "hha_helpful 4 2.000 ± 1.080 2.750 ± 0.479 +0.750 (−1.968 to +3.468)" in page.text.replace("\xa0", " ")
+    assert "prompts: 3 were too long to be answered" in page.text
+    assert "62.5 (" in page.text and "2 : 1 : 1 80 → 120" in page.text
+    assert {"alignment_gains", "alignment_wins", "reward_tests"} <= page.charts.keys()
+    assert page.charts["alignment_gains"]["data"][0]["x"] == [0.75, 0.75]
+    assert "evalbiasbench length bias 17 30.0 (10.0 to 50.0) 10.0" in page.text.replace("\xa0", " ")
+    assert "the longer answer has the higher reward in 81.0 of 100 pairs" in page.text
 
 
 def test_shows_whose_score_is_suspect_and_why(tmp_path: Path) -> None:
@@ -316,6 +357,7 @@ def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
     bare: dict[str, Any] = {"answers": (), "preflight": None, "contamination": ()}
     bare |= {"metrics": None, "weights": None, "data": None, "reward_model": None, "config": {}, "provenance": {}}
     bare |= {name: () for name in ("champion_scores", "challenger_scores", "rewards", "samples", "steps")}
+    bare |= {"alignment": (), "reward_tests": ()}
     page = Page(render_report(make_report(tmp_path, **bare, links={})))
     for sentence in (
         "This run has no benchmark scores.",
@@ -329,6 +371,8 @@ def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
         "The reward model was given, not trained in this run",
         "The data of this run were not summarised.",
         "The steps of this run were not given to this page.",
+        "This recipe asks for no prompt sets.",
+        "This recipe tests the reward model on no pair sets.",
         "The environment was not recorded.",
     ):
         assert sentence in page.text

@@ -33,12 +33,17 @@ ENTRIES = {
     "gate": "evaluation/gate.py",
     "report": "evaluation/report.py",
     "compare": "evaluation/comparison_page.py",
+    "prompt_set": "evaluation/eval_sets.py",
+    "pair_set": "evaluation/eval_sets.py",
+    "alignment": "evaluation/alignment.py",
+    "reward_bias": "evaluation/reward_bias.py",
 }
 HOW_NOT_WHAT = {"training/job.py", "training/metrics.py", "evaluation/watch.py"}  # how work is run and shown
 
 
 def read_steps() -> dict[str, int]:
     """Return the version of every step."""
+    import tasks.alignment
     import tasks.compare
     import tasks.evaluate
     import tasks.gate
@@ -53,8 +58,8 @@ def read_steps() -> dict[str, int]:
     from tasks.step import Step
 
     modules = (
-        tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.judge, tasks.noise, tasks.report, tasks.reward_model,
-        tasks.score, tasks.train,
+        tasks.alignment, tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.judge, tasks.noise, tasks.report,
+        tasks.reward_model, tasks.score, tasks.train,
     )  # fmt: skip
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Step)]
     return {step.name: step.version for step in found}

@@ -119,6 +119,23 @@ def test_a_priced_step_has_its_usd_on_its_own_run_and_on_the_parent(servers: Set
     assert (told["cost/usd"], told["cost/unpriced_seconds"]) == (record.cost["usd"], 0.0)
 
 
+@pytest.mark.parametrize(
+    ("name", "label", "placed"),
+    [
+        ("reward/mean", "challenger", "reward/mean"),
+        ("reward/mean", "champion", "reward/mean_champion"),
+        ("reward/mean", "preferences", "preferences/reward/mean"),
+        ("eval/mmlu/acc", "mmlu champion", "eval/mmlu/acc_champion"),
+        ("eval/gsm8k/exact_match", "gsm8k 1235 noise", "noise/eval/gsm8k/exact_match"),
+        ("reward/mean", "hha_helpful challenger", "hha_helpful/reward/mean"),
+        ("reward/mean", "hha_helpful baseline", "hha_helpful/reward/mean_baseline"),
+        ("eval/hha_helpful/win_rate", "hha_helpful", "eval/hha_helpful/win_rate"),
+    ],
+)
+def test_no_figure_takes_the_place_of_another_on_the_parent_run(name: str, label: str, placed: str) -> None:
+    assert execute.place_metric(name, label) == placed
+
+
 def test_a_commit_that_fails_ends_the_run_and_leaves_nothing_that_was_made_of_it(servers: Settings) -> None:
     store, first = open_store(servers), plan("refused", weights)
 
