@@ -34,7 +34,7 @@ GSM8K = BenchmarkConfig(
     max_gen_toks=12,
     max_length=1024,
 )
-END_SECONDS = 30.0
+START_SECONDS, END_SECONDS = 600.0, 30.0  # until a child computes on a busy machine; until what ends has ended
 
 
 def run(policy: Path, mirror: Path, config: BenchmarkConfig, *, folder: Path, **options: Any) -> dict[str, Any]:
@@ -72,11 +72,12 @@ class KillOne(threading.Event):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
+        self.killed = 0.0  # when, in seconds of the monotonic clock
 
     def is_set(self) -> bool:
-        if len(read_answers(self.folder)) >= 2:
-            for child in multiprocessing.active_children()[:1]:
-                os.kill(child.pid or 0, signal.SIGKILL)
+        if not self.killed and len(read_answers(self.folder)) >= 2:
+            self.killed = time.monotonic()
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
         return False
 
 
@@ -85,10 +86,10 @@ def test_a_killed_worker_is_told_and_another_number_of_workers_goes_on(
 ) -> None:
     whole = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "whole", runtime=ONE)
     single = TWO.model_copy(update={"microbatch_tokens": 1})
-    started = time.monotonic()
+    stop = KillOne(tmp_path / "cut")
     with pytest.raises(WorkerDied, match=r"of 2 worker processes one is gone.* killed \(SIGKILL\).* to go on from"):
-        run(tiny_policy, mirror, GSM8K, folder=tmp_path / "cut", runtime=single, stop=KillOne(tmp_path / "cut"))
-    assert time.monotonic() - started < 4 * END_SECONDS
+        run(tiny_policy, mirror, GSM8K, folder=tmp_path / "cut", runtime=single, stop=stop)
+    assert time.monotonic() - stop.killed < END_SECONDS
     assert multiprocessing.active_children() == []
     kept = read_answers(tmp_path / "cut")
     assert 2 <= len(kept) < 6
@@ -136,7 +137,7 @@ def test_workers_end_with_their_parent(tiny_policy: Path, mirror: Path, tmp_path
     environment = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": os.defpath}
     command = [sys.executable, "-m", "evaluation", str(tmp_path / "job.json")]
     child = subprocess.Popen(command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 4 * END_SECONDS
+    deadline = time.monotonic() + START_SECONDS
     while not read_answers(tmp_path):
         assert child.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
