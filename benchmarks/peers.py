@@ -9,11 +9,11 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.engine import read_pairs
-from benchmarks.training import BATCH_PAIRS, LONGEST_PAIR
+from benchmarks.engine import open_model, read_pairs
+from benchmarks.training import LONGEST_PAIR
 from training.render import Renderer, UnusableRow
 
 
@@ -47,7 +47,7 @@ class TimedDPO(DPOTrainer):  # type: ignore[misc]
 
 def measure_dpo(spec: dict[str, Any]) -> dict[str, Any]:
     """Time TRL's DPO: by default with the reference beside the policy, tuned with its log-probabilities computed before."""
-    tokenizer, model = load(spec)
+    tokenizer, model = open_model(spec)
     tuned = {
         "precompute_ref_log_probs": True,
         "precompute_ref_batch_size": spec["microbatch"],
@@ -61,36 +61,30 @@ def measure_dpo(spec: dict[str, Any]) -> dict[str, Any]:
         callbacks=[watch],
     )  # fmt: skip
     trainer.train()
-    pairs = BATCH_PAIRS * spec["steps"]
-    scored = {"scoring_seconds": trainer.scoring_seconds, "scored_pairs": pairs + BATCH_PAIRS}
+    pairs = spec["batch_pairs"] * spec["steps"]
+    scored = {"scoring_seconds": trainer.scoring_seconds, "scored_pairs": pairs + spec["batch_pairs"]}
     return {"seconds": watch.seconds, "pairs": pairs} | scored
 
 
 def measure_sft(spec: dict[str, Any]) -> dict[str, Any]:
     """Time TRL's SFT on prompt and chosen, the loss on the chosen alone."""
-    tokenizer, model = load(spec)
+    tokenizer, model = open_model(spec)
     pairs = make_dataset(spec, tokenizer)
     rows = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
     watch = Stopwatch()
     arguments = SFTConfig(**shared(spec), completion_only_loss=True)
     SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]).train()
-    return {"seconds": watch.seconds, "pairs": BATCH_PAIRS * spec["steps"]}
-
-
-def load(spec: dict[str, Any]) -> tuple[Any, Any]:
-    """Return tokenizer and model in float32."""
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"], local_files_only=True)
-    return tokenizer, AutoModelForCausalLM.from_pretrained(spec["model"], local_files_only=True, dtype="float32")
+    return {"seconds": watch.seconds, "pairs": spec["batch_pairs"] * spec["steps"]}
 
 
 def shared(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of both trainers: the same steps, batch, optimiser and precision as ours."""
     return {
         "output_dir": str(Path(spec["scratch"]) / "trl"),
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": spec["device"] == "cpu",
+        "bf16": spec["precision"] == "bfloat16",
         "per_device_train_batch_size": spec["microbatch"],
-        "gradient_accumulation_steps": BATCH_PAIRS // spec["microbatch"],
+        "gradient_accumulation_steps": spec["batch_pairs"] // spec["microbatch"],
         "max_steps": spec["steps"] + 1,
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
@@ -115,4 +109,4 @@ def make_dataset(spec: dict[str, Any], tokenizer: Any) -> Dataset:
             chosen, rejected = ([{"role": "assistant", "content": text}] for text in row["responses"])
             yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
 
-    return Dataset.from_list(list(itertools.islice(usable(), BATCH_PAIRS * (spec["steps"] + 1))))
+    return Dataset.from_list(list(itertools.islice(usable(), spec["batch_pairs"] * (spec["steps"] + 1))))

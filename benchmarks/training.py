@@ -4,7 +4,8 @@
 the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same number of steps; every measurement runs in
 a process of its own, one after the other; the first step of each warms up and does not count.
 
-Keys: `gemm_share` (FLOPs of a VAR step over its time, as a share of the measured rate of a large float32 matrix product),
+Keys: `gemm_share`, `gemm_share_compiled` (FLOPs of a VAR step over its time, as a share of the measured rate of a large float32 matrix
+product; with `runtime.compile`, which takes a C++ compiler),
 `var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (both with the time of their
 reference log-probabilities), `var_vs_sft_time` (VAR on both responses over TRL SFT on the chosen alone),
 `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone), `var_vs_dpo_peak_memory` (at the same micro-batch),
@@ -31,7 +32,7 @@ from infra.models import fetch_embedded
 from infra.settings import read_settings
 
 BATCH_PAIRS = 8
-MICROBATCH_TOKENS = 4096
+SHARED = {"batch_pairs": BATCH_PAIRS, "microbatch_tokens": 4096, "device": "cpu", "precision": "float32"}
 TUNED_MICROBATCHES = (2, 4, 8)
 LENGTHS = (256, 512, 1024, 2048, 4096)
 LONGEST_PAIR = 512  # tokens of prompt and longest response
@@ -53,9 +54,9 @@ def main() -> None:
         parser.error(f"--data: got {options.data}, expected the folder that holds HH-RLHF's helpful-base")
     model = fetch_embedded("smollm2-135m-instruct", home=read_settings().home, progress=lambda line: None)
     with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as scratch:
-        bench = Bench(
-            model, options.data.resolve(), Path(scratch), steps=2 if options.quick else 5, talk=not options.json
-        )
+        shared = SHARED | {"model": str(model), "data": str(options.data.resolve()), "scratch": scratch}
+        shared["steps"] = 2 if options.quick else 5
+        bench = Bench(shared, talk=not options.json)
         result: dict[str, Any] = {}
         for name in options.only or GROUPS:
             result |= GROUPS[name](bench)
@@ -63,28 +64,31 @@ def main() -> None:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "batch_pairs": BATCH_PAIRS,
-        "steps": bench.steps,
+        "steps": shared["steps"],
     }
     print(json.dumps(result | machine))
+
+
+class MeasurementFailed(SystemExit):
+    """A child failed; the message is the end of its error output. Nobody who does not expect it goes on."""
 
 
 class Bench:
     """Runs measurements in processes of their own, each once."""
 
-    def __init__(self, model: Path, data: Path, scratch: Path, *, steps: int, talk: bool) -> None:
-        self.model, self.data, self.scratch, self.steps, self._talk = model, data, scratch, steps, talk
+    def __init__(self, shared: dict[str, Any], *, talk: bool) -> None:
+        self._shared, self._talk = shared, talk  # what all measurements have in common
         self._done: dict[str, dict[str, Any]] = {}
 
     def measure(self, kind: str, **options: Any) -> dict[str, Any]:
         """Return what a child measured: `seconds` for `pairs` pairs or `tokens` tokens, `peak_bytes` and more."""
-        spec = {"kind": kind, "steps": self.steps, **options}
-        key = json.dumps(spec, sort_keys=True)
+        key = json.dumps({"kind": kind, **options}, sort_keys=True)
         if key not in self._done:
-            paths = {"model": str(self.model), "data": str(self.data), "scratch": str(self.scratch)}
-            command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(spec | paths)]
+            spec = json.dumps(self._shared | {"kind": kind, **options})
+            command = [sys.executable, "-m", "benchmarks.training", "--child", spec]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                sys.exit(f"benchmarks.training: {key} failed:\n{done.stderr[-3000:]}")
+                raise MeasurementFailed(f"benchmarks.training: {key} failed:\n{done.stderr[-3000:]}")
             self._done[key] = json.loads(done.stdout.splitlines()[-1])
             if self._talk:
                 print(f"{key}: {json.dumps(self._done[key])}", flush=True)
@@ -95,10 +99,12 @@ class Bench:
 
 
 def compare_with_gemm(bench: Bench) -> dict[str, Any]:
-    """VAR's FLOP rate as a share of the machine's."""
-    var = bench.measure("var")
+    """VAR's FLOP rate as a share of the machine's, with layers as they are and compiled."""
+    var, compiled = bench.measure("var"), bench.measure("var", compile=True)
     return {
-        "gemm_share": var["flops"] / var["seconds"] / var["gemm_rate"],
+        "gemm_share": flop_share(var),
+        "gemm_share_compiled": flop_share(compiled),
+        "compiled_pairs_per_second": compiled["pairs"] / compiled["seconds"],
         "gemm_gflops_per_second": var["gemm_rate"] / 1e9,
         "var_pairs_per_second": var["pairs"] / var["seconds"],
         "var_tokens_per_second": var["tokens"] / var["seconds"],
@@ -156,6 +162,11 @@ def compare_lengths(bench: Bench) -> dict[str, Any]:
             n: round(one["flops"] / one["seconds"] / one["gemm_rate"], 3) for n, one in found.items()
         },
     }
+
+
+def flop_share(found: dict[str, Any]) -> float:
+    """Return the share of the machine's rate."""
+    return float(found["flops"] / found["seconds"] / found["gemm_rate"])
 
 
 def seconds_per_pair(found: dict[str, Any]) -> float:

@@ -502,6 +502,11 @@ class Runtime(Config):
         title="Activation checkpointing",
         description="Keep only what enters each layer and compute the rest again in the backward pass: the same gradients in far less memory, for about a third more computing.",
     )
+    compile: bool = Field(
+        False,
+        title="Compile",
+        description="Train a policy's layers as code that torch.compile makes of them: faster steps after a first one that waits for the compiler. On a CPU it takes a C++ compiler.",
+    )
     threads: int | None = Field(
         None, ge=1, title="Threads", description="CPU threads of a child process; at least 1, empty for all cores."
     )
