@@ -1,6 +1,6 @@
 """Preference data in, a verdict out: the story of varflow, once from beginning to end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,8 @@ from tasks.sources import resolve_source
 from tasks.step import ArtifactRef, Given, Planned, Source, Step
 from tasks.train import train
 from training.config import Config, CrossScoreConfig, StoredColumn
+
+Plan = Callable[..., Planned]  # of a step, its config and inputs, with the config's runtime
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,36 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     def plan(step: Step, step_config: Config, inputs: Mapping[str, Given], *, label: str = "") -> Planned:
         return step(step_config, inputs, runtime=config.runtime, label=label)
 
+    rows, scorer, columns = plan_preferences(config, policy=policy, source=source, plan=plan)
+    data: dict[str, Given] = {"rows": rows, "base": policy}
+    challenger = plan(train, config.train, data | columns)
+    raw = source(config.benchmarks)
+    files = plan(mirror, MirrorConfig(), {"raw": raw})
+
+    models: dict[str, Given] = {CHAMPION: champion, CHALLENGER: challenger}
+    answers, judged, varied = plan_evidence(config, models, rows=rows, scorer=scorer, files=files, plan=plan)
+    aligned = plan_alignment(
+        config.suite.alignment, models={MODEL: (CHALLENGER, challenger), BASELINE: (CHAMPION, champion)}, scorer=scorer,
+        scoring=config.reward.scoring, files=raw, runtime=config.runtime, store=store, settings=settings,
+    )  # fmt: skip
+    answered = {f"{who}_answers": step for who, step in answers.items()}
+    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
+    verdict = plan_look(verdict, store=store, model=config.model_name)
+    shown = answered | columns | judged
+    shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
+    shown |= {f"{step.step.name}_{step.label}": step for step in aligned.results}
+    heldout = plan_heldout_judge(config, answered, store=store, settings=settings)
+    shown |= {"judge": heldout} if heldout else {}
+    page = plan(report, ReportConfig(recipe=config.name), shown)
+    return AlignPlan(
+        rows, scorer, columns, challenger, champion, files, answers, varied, judged, aligned, verdict, heldout, page
+    )
+
+
+def plan_preferences(
+    config: AlignConfig, *, policy: Source, source: Callable[[str], Source], plan: Plan
+) -> tuple[Planned, Given, dict[str, Given]]:
+    """Return the rows, what scores their responses, and the columns of scores that the objective reads."""
     rows = plan(ingest, config.ingest, {"source": source(config.preferences)})
     scorer: Given
     if isinstance(config.reward, TrainedReward):
@@ -89,43 +121,31 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     if StoredColumn.cross in config.train.columns:
         scored: dict[str, Given] = {"rows": rows, "base": policy, "scorer": scorer, "reference": columns["reference"]}
         columns["cross"] = plan(score_cross, cross_config(config), scored)
-    data: dict[str, Given] = {"rows": rows, "base": policy}
-    challenger = plan(train, config.train, data | columns)
-    raw = source(config.benchmarks)
-    files = plan(mirror, MirrorConfig(), {"raw": raw})
+    return rows, scorer, columns
 
+
+def plan_evidence(
+    config: AlignConfig, models: Mapping[str, Given], *, rows: Planned, scorer: Given, files: Planned, plan: Plan
+) -> tuple[dict[str, Given], dict[str, Given], list[Planned]]:
+    """Return the models' answers, what the gate weighs by the names that it reads, and the varied runs behind the noise floor."""
     answers: dict[str, Given] = {}
     judged: dict[str, Given] = {}
-    for who, model in ((CHAMPION, champion), (CHALLENGER, challenger)):
+    for who, model in models.items():
         answers[who] = plan(generate, config.heldout, {"rows": rows, "policy": model}, label=who)
-        judged[f"{who}_rewards"] = plan(score_rewards, score, {"rows": answers[who], "scorer": scorer}, label=who)
+        judged[f"{who}_rewards"] = plan(
+            score_rewards, config.reward.scoring, {"rows": answers[who], "scorer": scorer}, label=who
+        )
         for benchmark in config.suite.benchmarks:
             inputs = {"model": model, "mirror": files}
             judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
     evaluated = {b.name: judged[f"{CHAMPION}_eval_{b.name}"] for b in config.suite.benchmarks}
     floor = plan_noise(
-        config.noise, config.suite, model=champion, files=files, measured=evaluated, runtime=config.runtime
+        config.noise, config.suite, model=models[CHAMPION], files=files, measured=evaluated, runtime=config.runtime
     )
     varied = floor[0] if floor else []
     if floor:
         judged[NOISE] = floor[1]
-    aligned = plan_alignment(
-        config.suite.alignment, models={MODEL: (CHALLENGER, challenger), BASELINE: (CHAMPION, champion)}, scorer=scorer,
-        scoring=score, files=raw, runtime=config.runtime, store=store, settings=settings,
-    )  # fmt: skip
-    answered = {f"{who}_answers": step for who, step in answers.items()}
-    models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
-    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
-    verdict = plan_look(verdict, store=store, model=config.model_name)
-    shown = answered | columns | judged
-    shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
-    shown |= {f"{step.step.name}_{step.label}": step for step in aligned.results}
-    heldout = plan_heldout_judge(config, answered, store=store, settings=settings)
-    shown |= {"judge": heldout} if heldout else {}
-    page = plan(report, ReportConfig(recipe=config.name), shown)
-    return AlignPlan(
-        rows, scorer, columns, challenger, champion, files, answers, varied, judged, aligned, verdict, heldout, page
-    )
+    return answers, judged, varied
 
 
 def plan_heldout_judge(
