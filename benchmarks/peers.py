@@ -9,12 +9,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.engine import read_pairs
+from benchmarks.engine import open_model, read_pairs
 from benchmarks.reward_runs import Curve, Meter, pick_rows, say
-from benchmarks.training import BATCH_PAIRS, LONGEST_PAIR, MICROBATCH_TOKENS
+from benchmarks.training import LONGEST_PAIR
 from training.data.rows import read_rows
 from training.render import Renderer, UnusableRow
 
@@ -54,7 +54,7 @@ class TimedDPO(DPOTrainer):  # type: ignore[misc]
 
 def measure_dpo(spec: dict[str, Any]) -> dict[str, Any]:
     """Time TRL's DPO: by default with the reference beside the policy, tuned with its log-probabilities computed before."""
-    tokenizer, model = load(spec)
+    tokenizer, model = open_model(spec)
     tuned = {
         "precompute_ref_log_probs": True,
         "precompute_ref_batch_size": spec["microbatch"],
@@ -68,20 +68,20 @@ def measure_dpo(spec: dict[str, Any]) -> dict[str, Any]:
         callbacks=[watch],
     )  # fmt: skip
     trainer.train()
-    pairs = BATCH_PAIRS * spec["steps"]
-    scored = {"scoring_seconds": trainer.scoring_seconds, "scored_pairs": pairs + BATCH_PAIRS}
+    pairs = spec["batch_pairs"] * spec["steps"]
+    scored = {"scoring_seconds": trainer.scoring_seconds, "scored_pairs": pairs + spec["batch_pairs"]}
     return {"seconds": watch.seconds, "pairs": pairs} | scored
 
 
 def measure_sft(spec: dict[str, Any]) -> dict[str, Any]:
     """Time TRL's SFT on prompt and chosen, the loss on the chosen alone."""
-    tokenizer, model = load(spec)
+    tokenizer, model = open_model(spec)
     pairs = make_dataset(spec, tokenizer)
     rows = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
     watch = Stopwatch()
     arguments = SFTConfig(**shared(spec), completion_only_loss=True)
     SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]).train()
-    return {"seconds": watch.seconds, "pairs": BATCH_PAIRS * spec["steps"]}
+    return {"seconds": watch.seconds, "pairs": spec["batch_pairs"] * spec["steps"]}
 
 
 # --- for the reward comparisons ---
@@ -118,12 +118,12 @@ def measure_grpo(spec: dict[str, Any]) -> dict[str, Any]:
     """Train TRL's GRPO until the target is reached or the limit. What is not named here is as TRL has it by default; a step's responses are
     sampled in one batch."""
     curve = Curve(spec)
-    tokenizer, model = load(spec)
+    tokenizer, model = open_model(spec)
     rows = pick_rows(Path(spec["rows"]), split="train", limit=spec["prompts"])
 
     def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
         texts = [completion[0]["content"] for completion in completions]
-        return list(curve.meter.scorer.score(prompts, texts, budget=MICROBATCH_TOKENS)[0].tolist())
+        return list(curve.meter.scorer.score(prompts, texts, budget=spec["microbatch_tokens"])[0].tolist())
 
     responses = spec["batch_prompts"] * spec["responses"]
     microbatch = min(GRPO_MICROBATCH, responses)
@@ -148,13 +148,13 @@ def measure_grpo(spec: dict[str, Any]) -> dict[str, Any]:
 def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
     """Train TRL's DPO on the pairs for the given seconds and return the answers' rewards. Its reference runs beside the policy: in a first
     epoch that costs what computing its log-probabilities before would."""
-    tokenizer, model = load(spec)
+    tokenizer, model = open_model(spec)
     meter, watch = Meter(spec), Deadline(spec["limit"])
     rows = [row for batch in read_rows(Path(spec["rows"]), split="train") for row in batch.to_pylist()]
     arguments = DPOConfig(
         **common(spec),
         per_device_train_batch_size=DPO_MICROBATCH,
-        gradient_accumulation_steps=BATCH_PAIRS // DPO_MICROBATCH,
+        gradient_accumulation_steps=spec["batch_pairs"] // DPO_MICROBATCH,
         learning_rate=spec["learning_rate"],
         beta=spec["beta"],
         max_length=2 * spec["longest_pair"],
@@ -168,7 +168,7 @@ def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
         train_dataset=Dataset.from_list([as_pair(row) for row in rows]),
     )  # fmt: skip
     trainer.train()
-    pairs = trainer.state.global_step * BATCH_PAIRS
+    pairs = trainer.state.global_step * spec["batch_pairs"]
     say(f"{pairs} pairs in {watch.seconds:.0f} s")
     return {"rewards": meter.rewards(trainer.model).tolist(), "seconds": watch.seconds, "pairs": pairs}
 
@@ -184,18 +184,12 @@ def as_pair(row: dict[str, Any]) -> dict[str, Any]:
 # --- for all ---
 
 
-def load(spec: dict[str, Any]) -> tuple[Any, Any]:
-    """Return tokenizer and model in float32."""
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"], local_files_only=True)
-    return tokenizer, AutoModelForCausalLM.from_pretrained(spec["model"], local_files_only=True, dtype="float32")
-
-
 def common(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of all trainers: the CPU, our precision and schedule, and nothing written."""
+    """Return the arguments of all trainers: our device, precision and schedule, and nothing written."""
     return {
-        "output_dir": str(Path(spec["scratch"]) / "trl"),
-        "use_cpu": True,
-        "bf16": False,
+        "output_dir": str(Path(spec["folder"]) / "trl"),
+        "use_cpu": spec["device"] == "cpu",
+        "bf16": spec["precision"] == "bfloat16",
         "lr_scheduler_type": "constant",
         "logging_steps": 1000,
         "save_strategy": "no",
@@ -208,7 +202,7 @@ def shared(spec: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of the timed trainers: the same steps, batch and optimiser as ours."""
     return common(spec) | {
         "per_device_train_batch_size": spec["microbatch"],
-        "gradient_accumulation_steps": BATCH_PAIRS // spec["microbatch"],
+        "gradient_accumulation_steps": spec["batch_pairs"] // spec["microbatch"],
         "max_steps": spec["steps"] + 1,
         "learning_rate": 1e-6,
         "max_length": 2 * LONGEST_PAIR,
@@ -227,4 +221,4 @@ def make_dataset(spec: dict[str, Any], tokenizer: Any) -> Dataset:
                 continue
             yield as_pair(row)
 
-    return Dataset.from_list(list(itertools.islice(usable(), BATCH_PAIRS * (spec["steps"] + 1))))
+    return Dataset.from_list(list(itertools.islice(usable(), spec["batch_pairs"] * (spec["steps"] + 1))))

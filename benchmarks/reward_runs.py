@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.training import BATCH_PAIRS, MICROBATCH_TOKENS, PROGRESS
+from benchmarks.training import PROGRESS, SHARED
 from training import generate, reference, reward_model, train
 from training.checkpoint import Progress
 from training.config import (
     Config,
+    Device,
     GenerateConfig,
     IngestConfig,
     LambdaUnit,
@@ -38,6 +39,7 @@ from training.data.splits import choose_split
 from training.distributed import ALONE
 from training.job import Job, write_json
 from training.loop import Trainer, make_optimiser
+from training.memory import keep_freed_memory
 from training.model import load_policy, load_tokenizer
 from training.render import Renderer, UnusableRow, render_prompt
 from training.reward import score
@@ -52,7 +54,7 @@ FIRST_LOOK_SECONDS = 20.0
 LOOK_RATIO = 1.25
 WINDOW_PROMPTS = 64
 CPU = torch.device("cpu")
-RUNTIME = Runtime(microbatch_tokens=MICROBATCH_TOKENS, checkpoint_every_steps=0)
+RUNTIME = Runtime(device=Device.cpu, microbatch_tokens=SHARED["microbatch_tokens"], checkpoint_every_steps=0)
 
 
 # --- rows and reward models ---
@@ -144,14 +146,14 @@ class Meter:
         """Return the reward of one answer to each prompt."""
         stop_ids = find_stop_ids(model, self._tokenizer)
         generator = generate.Generator(
-            self._job, model, self._tokenizer, stop_ids, self._config, MICROBATCH_TOKENS, source=""
+            self._job, model, self._tokenizer, stop_ids, self._config, RUNTIME.microbatch_tokens, source=""
         )
         answers: list[list[int]] = []
         for begin in range(0, len(self._prompts), WINDOW_PROMPTS):
             answers += generator.answer([(prompt, 0) for prompt in self._prompts[begin : begin + WINDOW_PROMPTS]])
         texts = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
         prompts = [prompt.row["prompt"] for prompt in self._prompts]
-        return self.scorer.score(prompts, texts, budget=MICROBATCH_TOKENS)[0]
+        return self.scorer.score(prompts, texts, budget=RUNTIME.microbatch_tokens)[0]
 
 
 def measure_base(spec: dict[str, Any]) -> dict[str, Any]:
@@ -240,7 +242,7 @@ def measure_var_curve(spec: dict[str, Any]) -> dict[str, Any]:
 def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
     """Train on the pairs for the given seconds, the scoring of those trained on included, and return the answers' rewards."""
     columns = spec["columns"]
-    trainer = make_trainer(spec, rows=spec["rows"], rewards=columns["rewards"], reference=columns["reference"], reference_factor=ReferenceFactor.mean, max_tokens=spec["longest_pair"], batch_prompts=BATCH_PAIRS, epochs=100)  # fmt: skip
+    trainer = make_trainer(spec, rows=spec["rows"], rewards=columns["rewards"], reference=columns["reference"], reference_factor=ReferenceFactor.mean, max_tokens=spec["longest_pair"], batch_prompts=spec["batch_pairs"], epochs=100)  # fmt: skip
     meter, started, seconds, pairs = Meter(spec), time.monotonic(), 0.0, 0
     rows = {row_id for step in range(trainer.work.num_steps) for row_id in trainer.work.row_ids(step)}
     while seconds < spec["limit"]:
@@ -266,6 +268,7 @@ def make_trainer(
     )
     inputs = {"base": spec["model"], "rows": rows, "rewards": rewards} | ({"reference": reference} if reference else {})
     job = make_job("train", config, Path(spec["folder"]), **{name: Path(path) for name, path in inputs.items()})
+    keep_freed_memory()
     prepared = train.prepare(job, config, RUNTIME, ALONE)
     settings = train.make_settings(config)
     steps = prepared.ready.steps

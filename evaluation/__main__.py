@@ -12,8 +12,15 @@ def benchmark(job: Job) -> None:
     run(job)
 
 
+def judge(job: Job) -> None:
+    """Have a judge compare answers."""
+    from evaluation.judging import run
+
+    run(job)
+
+
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:
         sys.stderr.write("usage: python -m evaluation JOB.json [LIFELINE_FD]\n")
         sys.exit(EXIT_USER_ERROR)
-    sys.exit(main({"benchmark": benchmark}, sys.argv[1:]))
+    sys.exit(main({"benchmark": benchmark, "judge": judge}, sys.argv[1:]))

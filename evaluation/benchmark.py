@@ -2,12 +2,13 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from evaluation.config import BenchmarkConfig
-from evaluation.mirror import missing_data
+from evaluation.mirror import FILL, missing_data
 from training.config import Runtime
 from training.job import Job, write_json
 
@@ -23,7 +24,8 @@ Row = dict[str, Any]
 def run(job: Job) -> None:
     """Evaluate `inputs.model` on the data in `inputs.mirror` and write the files that docs/architecture.md lists.
 
-    A run that was stopped or killed goes on from the answers it has kept in `work`; its partial files are overwritten.
+    A run that was stopped or killed goes on from the answers it has kept in `work`; its partial files are overwritten. The key of an
+    endpoint, if it has one, is the first line of the standard input.
     """
     config = BenchmarkConfig.model_validate(job.config)
     runtime = Runtime.model_validate(job.runtime)
@@ -31,8 +33,8 @@ def run(job: Job) -> None:
     missing = missing_data(mirror, [config])
     if missing:
         raise ValueError(
-            f"benchmark {config.name}: the mirror {mirror} lacks {len(missing)} files: {', '.join(missing)}; "
-            "add their raw files and build the mirror again, or take the tasks out of the suite"
+            f"benchmark {config.name}: the mirror {mirror} lacks {len(missing)} files or tasks: {', '.join(missing)}; "
+            f"{FILL}, or take the tasks out of the suite"
         )
     import torch  # seconds, and only now that there is something to do
 
@@ -40,6 +42,7 @@ def run(job: Job) -> None:
 
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    key = sys.stdin.readline().strip() if config.endpoint else ""  # an environment is read by more than its process
     rows = evaluate(
         job.inputs["model"].resolve(),
         mirror,
@@ -48,6 +51,7 @@ def run(job: Job) -> None:
         output=job.output,
         work=job.work,
         stop=job.stop,
+        key=key,
     )
     summary = summarise(rows, output=job.output, name=config.name)
     write_json(
@@ -70,6 +74,7 @@ def summarise(rows: list[Row], *, output: Path, name: str) -> Row:
         "empty_answer_share": share(not s["answer"].strip() for s in samples),
         "unextracted_share": share(not s["extracted"] for s in samples),
         "cut_share": share(s["cut"] for s in samples),
+        "tied_share": share(s["tied"] for s in samples),
         "truncated_prompts": profile["truncated_prompts"],
         "bos_count": profile["bos"]["count"],
     }
@@ -104,6 +109,8 @@ def find_format_flags(summary: Row, other_filters: dict[str, float], *, deciding
         yield f"format: in {summary['unextracted_share']:.0%} of the answers {deciding['filter']} found nothing"
     if summary["cut_share"] > MOST_UNUSABLE:
         yield f"limit: {summary['cut_share']:.0%} of the answers were ended by the token limit (max_gen_toks)"
+    if summary["tied_share"] > MOST_UNUSABLE:
+        yield f"ties: in {summary['tied_share']:.0%} of the items the model tells no choice from another, and the first counts"
     if summary["truncated_prompts"]:
         yield f"prompts: {summary['truncated_prompts']} did not fit and were cut from the left (max_length)"
     for name, value in other_filters.items():

@@ -6,7 +6,7 @@ here: intervals are two-sided, and p-values are adjusted for how many are shown.
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +55,21 @@ class Subject:
     rewards: Mapping[str, float] = field(default_factory=dict)  # mean of a row's responses, by row id
     settings: Mapping[str, Any] = field(default_factory=dict)  # `step.field`: value, and sources by name
     data: Mapping[str, Any] = field(default_factory=dict)  # counts of ingest
+    tokens: Mapping[str, "TokenAnswers"] = field(default_factory=dict)  # by row id; of the reference none
     rows: frozenset[str] = frozenset()  # ids of the rows it was trained from
     cost: Mapping[str, float] = field(default_factory=dict)  # wall seconds by step
+
+
+# of each token its text, and its log-probability under the reference and under the model, in nats
+Tokens = Sequence[tuple[str, float, float]]
+
+
+@dataclass(frozen=True)
+class TokenAnswers:
+    """The tokens of the reference's answer and of a model's own, each scored by both. None where it could not be."""
+
+    reference: Tokens | None
+    own: Tokens | None
 
 
 class Level(Config):
@@ -112,10 +125,17 @@ class Flip(Config):
 
 
 class Span(Config):
-    """A piece of an answer, and whether the other model's answer has it too."""
+    """A piece of an answer: a token with its log-probability under both models, or words and whether the other answer lacks them."""
 
     text: str
-    own: bool
+    own: bool = False
+    logp_reference: float | None = None  # nats
+    logp: float | None = None  # under the model that is held against the reference
+
+    @property
+    def difference(self) -> float | None:
+        """How much likelier the model finds the token than the reference does, in nats."""
+        return None if self.logp is None or self.logp_reference is None else self.logp - self.logp_reference
 
 
 class Sample(Config):
@@ -154,7 +174,6 @@ class Comparison(Config):
     truncated: tuple[float, ...]  # share of the held-out answers that the cap cut, by model; empty where there are none
     flips: tuple[Flip, ...]
     samples: tuple[Sample, ...]
-    coloured_by: str
     settings: tuple[FieldRow, ...]  # those that differ
     data: tuple[FieldRow, ...]
     overlaps: tuple[Overlap, ...]
@@ -183,7 +202,6 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
         truncated=tuple(map(truncated_share, subjects)) if answered else (),
         flips=tuple(flip for measure in benchmarks for flip in find_flips(measure.what, subjects)),
         samples=choose_samples(subjects) if answered else (),
-        coloured_by="words that only this answer has; no log-probabilities of single tokens are stored",
         settings=differing([subject.settings for subject in subjects]),
         data=rows_of([subject.data for subject in subjects]),
         overlaps=tuple(overlap(first, subject) for subject in subjects[1:] if first.rows and subject.rows),
@@ -344,21 +362,36 @@ def subject_order(subjects: Sequence[Subject], name: str) -> int:
     return [subject.name for subject in subjects].index(name)
 
 
-def choose_samples(subjects: Sequence[Subject]) -> tuple[Sample, ...]:
-    """Return held-out prompts with the answers: those whose reward moved most from the first model to the last, up and down."""
-    rows = sorted(subjects[0].answers)
-    first, last = subjects[0].rewards, subjects[-1].rewards
+def choose_rows(rows: Iterable[str], first: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
+    """Return the held-out rows whose reward moved most from the first model to the last, up and down."""
+    ordered = sorted(rows)
     if first and last:
-        rows.sort(key=lambda row: last[row] - first[row])
+        ordered.sort(key=lambda row: last[row] - first[row])
     half = SAMPLES // 2
-    chosen = rows[::-1] if len(rows) <= SAMPLES else [*reversed(rows[-half:]), *rows[:half]]
+    return ordered[::-1] if len(ordered) <= SAMPLES else [*reversed(ordered[-half:]), *ordered[:half]]
+
+
+def choose_samples(subjects: Sequence[Subject]) -> tuple[Sample, ...]:
+    """Return the chosen held-out prompts with all answers, coloured."""
     return tuple(
         Sample(
             prompt=subjects[0].answers[row].prompt,
-            answers=colour([subject.answers[row].responses[0] for subject in subjects]),
+            answers=colour_answers(row, subjects),
             rewards=tuple(subject.rewards.get(row) for subject in subjects),
         )
-        for row in chosen
+        for row in choose_rows(subjects[0].answers, subjects[0].rewards, subjects[-1].rewards)
+    )
+
+
+def colour_answers(row: str, subjects: Sequence[Subject]) -> tuple[tuple[Span, ...], ...]:
+    """Return each answer in pieces: tokens, where both models were asked about them, else words. The reference's are held against
+    the second model."""
+    words = colour([subject.answers[row].responses[0] for subject in subjects])
+    pairs = [subject.tokens.get(row) for subject in subjects[1:]]
+    tokens = [pairs[0].reference if pairs[0] else None, *(pair.own if pair else None for pair in pairs)]
+    return tuple(
+        own if scored is None else tuple(Span(text=text, logp_reference=a, logp=b) for text, a, b in scored)
+        for own, scored in zip(words, tokens, strict=True)
     )
 
 

@@ -6,22 +6,26 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from evaluation import report_plots
-from evaluation.comparison import Comparison, Flip, Measure, Subject, mean_characters
+from evaluation.comparison import Comparison, Flip, Measure, Span, Subject, mean_characters
 from evaluation.report import make_environment
 
+STRENGTHS = (0.1, 0.5, 2.0)  # nats, from which a token is coloured more strongly: 1.1, 1.6 and 7.4 times as likely
 FLIPS_SHOWN = 12  # a benchmark and direction; comparison.json has all
 
 
 def render_comparison(comparison: Comparison, subjects: tuple[Subject, ...], *, links: dict[str, str]) -> str:
     """Return the page. Equal data give the equal page."""
     environment = make_environment()
-    environment.filters["figure"] = show_figure
+    environment.filters |= {"figure": show_figure, "tone": name_tone, "nats": show_nats}
     return environment.get_template("comparison.html.j2").render(
         comparison=comparison,
         charts=draw_charts(comparison, subjects),
         measures=[*comparison.benchmarks, *(m for m in (comparison.reward, comparison.length) if m)],
         flips=group_flips(comparison.flips),
         links=links,
+        strengths=STRENGTHS,
+        token_coloured=any(span.logp is not None for s in comparison.samples for own in s.answers for span in own),
+        word_coloured=any(span.own for s in comparison.samples for own in s.answers for span in own),
         plotly=Markup(get_plotlyjs()),
         plot_config=report_plots.CONFIG,
     )
@@ -31,6 +35,18 @@ def show_figure(value: float, measure: Measure, *, sign: bool = False) -> str:
     """Return a reward with three decimals, a length with one."""
     digits = 1 if measure.what == "answer_characters" else 3
     return f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def name_tone(span: Span) -> str:
+    """Return the style of a token: `up` or `down` and its strength from 1 to 3, empty where the models agree."""
+    difference = span.difference or 0.0
+    strength = sum(abs(difference) >= least for least in STRENGTHS)
+    return f"{'up' if difference > 0 else 'down'}{strength}" if strength else ""
+
+
+def show_nats(logp: float, *, sign: bool = False) -> str:
+    """Return nats with two decimals."""
+    return f"{logp:{'+' if sign else ''}.2f}".replace("-", "−")
 
 
 def draw_charts(comparison: Comparison, subjects: tuple[Subject, ...]) -> dict[str, report_plots.Figure]:

@@ -1,13 +1,40 @@
 """What an evaluation is, in closed configs without torch. Everything here is identity."""
 
 import importlib.metadata
+from enum import StrEnum
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from training.config import Config, Precision
+from training.config import Config, GenerateConfig, Precision
 
 WHOLE_NAMES = ("mmlu", "gsm8k", "humaneval", "bbh")  # a score under one of these is of all its items
+PART = "_part"  # ends the name of what is limited
 HARNESS_VERSION = importlib.metadata.version("lm_eval")
+
+
+class Backend(StrEnum):
+    """What computes a model's answers."""
+
+    transformers = "transformers"  # in processes of ours
+    vllm = "vllm"  # likewise, on GPUs
+    openai = "openai"  # a server with OpenAI's completions
+
+
+class Endpoint(Config):
+    """A served model. What is behind a name cannot be proven, so nothing is promoted on its scores."""
+
+    url: str = Field(
+        pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$",
+        title="URL",
+        description="Base URL of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1; its key is VARFLOW_ENDPOINT_KEY.",
+    )
+    model: str = Field(min_length=1, title="Model", description="The name under which it is served.")
+    revision: str = Field(
+        "",
+        title="Revision",
+        description="Your name for what is served now. Scores on record are taken for those of the same name: change it when the served weights change.",
+    )
 
 
 class BenchmarkConfig(Config):
@@ -45,8 +72,22 @@ class BenchmarkConfig(Config):
     system_prompt: str | None = Field(None, title="System prompt", description="Only with the chat template.")
     precision: Precision = Precision.float32
     seed: int = Field(1234, ge=0, title="Few-shot seed", description="Draws the worked examples, at least 0.")
+    backend: Backend = Field(
+        Backend.transformers,
+        title="Backend",
+        description="What computes the answers: transformers and vllm in processes of varflow, openai behind an endpoint.",
+    )
+    endpoint: Endpoint | None = Field(
+        None, title="Endpoint", description="Of the backend openai alone, which needs one."
+    )
     sandbox_seconds: float = Field(
         5.0, gt=0, title="Sandbox limit", description="Wall seconds for each model-written program, above 0."
+    )
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        title="Batch size",
+        description="Prompts that go through the model together, at least 1; empty: as many as the runtime's token budget allows. Not empty, it is part of what a score means.",
     )
     harness: str = Field(
         HARNESS_VERSION,
@@ -62,6 +103,15 @@ class BenchmarkConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _endpoint_of_its_backend(self) -> "BenchmarkConfig":
+        if (self.backend == Backend.openai) != (self.endpoint is not None):
+            raise ValueError(
+                f"benchmark {self.name}: got the backend {self.backend.value} with {'an' if self.endpoint else 'no'} endpoint; expected an "
+                "endpoint for openai and none for the others; set both, or neither"
+            )
+        return self
+
     @field_validator("harness")
     @classmethod
     def _installed(cls, value: str) -> str:
@@ -73,10 +123,99 @@ class BenchmarkConfig(Config):
         return value
 
 
+class EvalSetConfig(Config):
+    """A set that a reward model scores."""
+
+    name: str
+    limit: int | None = Field(None, ge=1)
+
+    @property
+    def title(self) -> str:
+        """The name that its scores have."""
+        return self.name + (PART if self.limit else "")
+
+
+class PromptSetConfig(EvalSetConfig):
+    """Prompts that policies answer and a reward model scores."""
+
+    name: Literal["hha_helpful", "hha_harmless", "offsetbias"] = Field(
+        title="Prompt set",
+        description="hha_helpful and hha_harmless: HH-RLHF's helpful-base and harmless-base test splits. offsetbias: the instructions of OffsetBias.",
+    )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        title="Prompt limit",
+        description="Take only the first prompts, by row id; at least 1, empty for all. A limited set is named as a part.",
+    )
+
+
+class PairSetConfig(EvalSetConfig):
+    """Pairs of answers, the better one known, that test a reward model."""
+
+    name: Literal["evalbiasbench", "llmbar"] = Field(
+        title="Pair set", description="evalbiasbench: six biases of judges. llmbar: five subsets."
+    )
+    limit: int | None = Field(
+        None,
+        ge=1,
+        title="Pair limit",
+        description="Take only the first pairs of each bias or subset; at least 1, empty for all. A limited set is named as a part.",
+    )
+
+
+class AlignmentConfig(Config):
+    """What a reward model says of policies, and what is known of the reward model. Empty: nothing is run."""
+
+    prompt_sets: tuple[PromptSetConfig, ...] = Field(
+        (), title="Prompt sets", description="Answered by both models; rewards, gain and win rate are reported."
+    )
+    answers: GenerateConfig = Field(
+        GenerateConfig(temperature=0.0, max_new_tokens=256),
+        title="Answers",
+        description="How the prompt sets are answered; split heldout, and no limit here, since each set has its own.",
+    )
+    pair_sets: tuple[PairSetConfig, ...] = Field(
+        (), title="Pair sets", description="On which the reward model itself is tested."
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> "AlignmentConfig":
+        if self.answers.split != "heldout" or self.answers.limit is not None:
+            raise ValueError(
+                f"answers: got split {self.answers.split} and limit {self.answers.limit}, expected heldout and none; "
+                "limit the prompt sets instead"
+            )
+        sets: tuple[EvalSetConfig, ...] = (*self.prompt_sets, *self.pair_sets)
+        titles = [each.title for each in sets]
+        twice = sorted({title for title in titles if titles.count(title) > 1})
+        if twice:
+            raise ValueError(f"alignment: {', '.join(twice)} is there twice; name each set once")
+        return self
+
+
 class SuiteConfig(Config):
-    """Benchmarks that are run and judged together."""
+    """Benchmarks that are run and judged together, and what a reward model says beside them."""
 
     benchmarks: tuple[BenchmarkConfig, ...] = Field(title="Benchmarks", description="Each with its own settings.")
+    alignment: AlignmentConfig = Field(
+        AlignmentConfig(), title="Alignment", description="Evaluations by reward model, and tests of it."
+    )
+
+
+class NoiseConfig(Config):
+    """What is varied to see how far a score moves when no model does. A greedy rerun that varies nothing moves by 0."""
+
+    seeds: int = Field(
+        0,
+        ge=0,
+        le=10,
+        title="Few-shot seeds",
+        description="How many more few-shot seeds, from 0 to 10; only where worked examples are drawn.",
+    )
+    batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), title="Batch sizes", description="Other batch sizes, each at least 1, such as 1: every prompt alone."
+    )
 
 
 HELDOUT_REWARD = "heldout_reward"  # the one target and floor that is no benchmark

@@ -16,80 +16,31 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from evaluation.calls import Answer, Call, Engine, Row, Score, Writing
+from training.config import Precision
 from training.memory import run_in_halves
+from training.model import DTYPES
 
-WORTHWHILE = 0.95  # a prefix is shared where the tokens read fall below this share of those of whole prompts
 ROOM = 128  # tokens for which a cache makes room at a time
 LOOK_BACK = 2  # tokens beyond a stop string's own in which it is looked for, as stock does
 MAX_GAP = {
     torch.float32: 1e-3,
     torch.bfloat16: 1e-1,
 }  # of probe logits, relative to the largest; a wrong position is far off
-
-
-@dataclass(frozen=True)
-class Row:
-    """One sequence to read. The logits wanted are those of its last `tail` positions; rows of a task may share a prefix."""
-
-    ids: list[int]
-    tail: int = 1
-    task: str | None = None  # None: shares with nobody
-
-
-@dataclass(frozen=True)
-class Group:
-    """Batches of rows, by index, that all begin with the same `prefix` ids, which are read once."""
-
-    prefix: list[int]
-    batches: list[list[int]]
-
-
-def plan_groups(rows: Sequence[Row], *, batch_size: int, share: bool) -> list[Group]:
-    """Return every row in one batch: those of a task by themselves where reading their prefix once saves tokens, else all pooled.
-
-    Rows are batched longest first, those of equal length in the order of their ids, as stock does.
-    """
-    tasks: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        if share and row.task is not None:
-            tasks.setdefault(row.task, []).append(index)
-    groups, pooled = [], {index for index in range(len(rows))}
-    for members in tasks.values():
-        shared = common_prefix([rows[index] for index in members])
-        batches = batch_rows(rows, members, batch_size=batch_size)
-        if count_tokens(rows, batches, shared=shared) < WORTHWHILE * sum(len(rows[index].ids) for index in members):
-            groups.append(Group(prefix=rows[members[0]].ids[:shared], batches=batches))
-            pooled -= set(members)
-    return [*groups, Group(prefix=[], batches=batch_rows(rows, sorted(pooled), batch_size=batch_size))]
-
-
-def common_prefix(rows: Sequence[Row]) -> int:
-    """Return how many ids all rows begin with, short of any position whose logits are wanted."""
-    longest = min(len(row.ids) - row.tail for row in rows)
-    first, last = (
-        min(row.ids for row in rows),
-        max(row.ids for row in rows),
-    )  # in order of ids, the two that differ soonest
-    differs = (place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
-    return max(0, min(longest, next(differs, longest)))
-
-
-def batch_rows(rows: Sequence[Row], members: Sequence[int], *, batch_size: int) -> list[list[int]]:
-    """Return the members in batches, longest first."""
-    order = sorted(members, key=lambda index: (-len(rows[index].ids), rows[index].ids))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def count_tokens(rows: Sequence[Row], batches: Sequence[Sequence[int]], *, shared: int) -> int:
-    """Return the tokens that are read, padding included, with the first `shared` of each row read once."""
-    return shared + sum(len(batch) * (max(len(rows[index].ids) for index in batch) - shared) for batch in batches)
 
 
 class RoomyLayer(DynamicLayer):
@@ -123,7 +74,7 @@ class RoomyLayer(DynamicLayer):
 
 
 @dataclass(frozen=True)
-class Answer:
+class Written:
     """The new ids of a generated row, its stop included, and whether it met one before the limit."""
 
     ids: list[int]
@@ -162,10 +113,10 @@ def drop_finished_rows(
     stopping_criteria: StoppingCriteriaList,
     generation_config: Any,
     **model_kwargs: Any,
-) -> list[Answer]:
-    """Greedy search for `generate(custom_generate=...)`: a row that is done leaves the batch. Returns an Answer for each row."""
+) -> list[Written]:
+    """Greedy search for `generate(custom_generate=...)`: a row that is done leaves the batch. Returns each row's new ids."""
     prompt_tokens, limit = input_ids.shape[1], stopping_criteria.max_length
-    answers: list[Answer | None] = [None] * len(input_ids)
+    answers: list[Written | None] = [None] * len(input_ids)
     own = [criterion for criterion in stopping_criteria if not hasattr(criterion, "max_length")]
     left = list(range(len(input_ids)))  # of the rows that are still in the batch, their place in the answers
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
@@ -177,7 +128,7 @@ def drop_finished_rows(
         full = input_ids.shape[1] >= limit
         for row, place in enumerate(left):
             if answers[place] is None and (stopped_B[row] or full):
-                answers[place] = Answer(input_ids[row, prompt_tokens:].tolist(), stopped_B[row])
+                answers[place] = Written(input_ids[row, prompt_tokens:].tolist(), stopped_B[row])
         if None not in answers:
             return [answer for answer in answers if answer is not None]
         keep = [row for row, place in enumerate(left) if answers[place] is None]
@@ -197,12 +148,13 @@ def can_drop(cache: Cache) -> bool:
     return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
 
 
-class Engine:
-    """A causal language model with a batch size. `shares_reading` and `shares_writing` say where a prefix is read once."""
+class TransformersEngine(Engine):
+    """A causal language model of Transformers in this process. What it shares is found out when it is made."""
 
-    def __init__(self, model: Any, *, batch_size: int, pad_id: int) -> None:
-        self.model, self.batch_size, self.pad_id = model, batch_size, pad_id
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self._held: tuple[list[int], Cache | None] = ([], None)  # the prefix that was read last
         kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
         self.shares_reading = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
         self.shares_writing = kinds == {DynamicLayer}
@@ -213,13 +165,20 @@ class Engine:
             self.shares_reading = read_gap <= bound
             self.shares_writing = self.shares_writing and written_gap <= bound
 
-    def read(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
-        """Yield (index, logits [tail, V]) of every row, batch by batch."""
-        for group in plan_groups(rows, batch_size=self.batch_size, share=self.shares_reading):
-            prefix = self.read_prefix(group.prefix)
-            work = partial(self.read_batch, prefix=prefix, shared=len(group.prefix))
-            for batch in group.batches:
-                yield from zip(batch, run_in_halves(work, [rows[index] for index in batch]), strict=True)
+    def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Sequence[Any]]]:
+        """Yield (number, answers) of every call, one after the other."""
+        for number, call in enumerate(calls):
+            yield number, self.answer(call)
+
+    def answer(self, call: Call) -> list[Any]:
+        """Return the scores, or the answer, of each row of a call."""
+        if call.prefix != self._held[0]:
+            self._held = ([], None)  # before the next one takes its memory
+            self._held = (call.prefix, self.read_prefix(call.prefix))
+        behind: dict[str, Any] = {"prefix": self._held[1], "shared": len(call.prefix)}
+        if call.writing is None:
+            return run_in_halves(partial(self.score_batch, **behind), call.rows)
+        return run_in_halves(partial(self.write_batch, writing=call.writing, **behind), call.rows)
 
     def read_prefix(self, ids: list[int]) -> Cache | None:
         """Return the keys and values of a prefix, one row; None for an empty one."""
@@ -248,44 +207,31 @@ class Engine:
         ends = [logits_BKV.shape[1] - max(lengths) + length for length in lengths]
         return [logits_BKV[at, end - row.tail : end] for at, (row, end) in enumerate(zip(rows, ends, strict=True))]
 
-    def write(
-        self, rows: Sequence[Row], *, limit: int, tokenizer: Any, stops: Sequence[str]
-    ) -> Iterator[tuple[int, Answer]]:
-        """Yield (index, answer) of every row, batch by batch: greedy, at most `limit` new tokens, to the first stop."""
-        for group in plan_groups(rows, batch_size=self.batch_size, share=self.shares_writing):
-            prefix = self.read_prefix(group.prefix)
-            work = partial(
-                self.write_batch, prefix=prefix, shared=len(group.prefix), limit=limit, tokenizer=tokenizer, stops=stops
-            )
-            for batch in group.batches:
-                yield from zip(batch, run_in_halves(work, [rows[index] for index in batch]), strict=True)
+    def score_batch(self, rows: Sequence[Row], *, prefix: Cache | None, shared: int) -> list[list[Score]]:
+        """Return the scores of each row's endings."""
+        scores = []
+        for row, logits_KV in zip(rows, self.read_batch(rows, prefix=prefix, shared=shared), strict=True):
+            logp_KV = torch.log_softmax(logits_KV, dim=-1)
+            scores.append([score_ending(logp_KV, ending) for ending in row.endings])
+        return scores
 
-    def write_batch(
-        self,
-        rows: Sequence[Row],
-        *,
-        prefix: Cache | None,
-        shared: int,
-        limit: int,
-        tokenizer: Any,
-        stops: Sequence[str],
-    ) -> list[Answer]:
+    def write_batch(self, rows: Sequence[Row], *, prefix: Cache | None, shared: int, writing: Writing) -> list[Answer]:
         """Return the answer of each row of one batch."""
-        ids_BT, mask_BT = lay_out_prompts(rows, shared=shared, pad_id=self.pad_id)
+        ids_BT, mask_BT = lay_out_prompts(rows, shared=shared, pad_id=self.tokenizer.pad_token_id)
         T = ids_BT.shape[1]
         cache = self.roomy_cache(prefix, rows=len(rows)) if self._roomy else None
-        answers: list[Answer] = self.model.generate(
+        written: list[Written] = self.model.generate(
             input_ids=ids_BT.to(self.model.device),
             attention_mask=mask_BT.to(self.model.device),
-            max_length=T + limit,
+            max_length=T + writing.limit,
             do_sample=False,
             use_cache=True,
-            pad_token_id=self.pad_id,
-            stopping_criteria=StoppingCriteriaList([StopStrings(tokenizer, stops, prompt_tokens=T)]),
+            pad_token_id=self.tokenizer.pad_token_id,
+            stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, writing.stops, prompt_tokens=T)]),
             custom_generate=drop_finished_rows,
             **({} if cache is None else {"past_key_values": cache}),
         )
-        return answers
+        return [Answer(self.tokenizer.decode(each.ids, skip_special_tokens=True), each.stopped) for each in written]
 
     def roomy_cache(self, prefix: Cache | None, *, rows: int) -> Cache:
         """Return a cache that begins with the prefix in every row."""
@@ -294,6 +240,21 @@ class Engine:
             for layer, old in zip(layers, prefix.layers, strict=True):
                 layer.update(*(states.expand(rows, -1, -1, -1) for states in (old.keys, old.values)))
         return Cache(layers=layers)
+
+
+def load_model(folder: Path, *, precision: Precision, device: torch.device) -> Any:
+    """Return the model of a folder on a device: safetensors, local files, in evaluation mode."""
+    return AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], device_map={"": device}
+    ).eval()
+
+
+def score_ending(logp_KV: Tensor, ending: Sequence[int]) -> Score:
+    """Return the score of an ending's ids under the last rows of logp_KV."""
+    target_K = torch.tensor(ending, device=logp_KV.device)
+    last_KV = logp_KV[-len(ending) :]
+    logp = float(last_KV.gather(1, target_K[:, None]).squeeze(1).sum())
+    return logp, bool((last_KV.argmax(dim=-1) == target_K).all())
 
 
 def repeat_prefix(prefix: Cache, rows: int) -> Cache:
@@ -319,7 +280,7 @@ def lay_out_prompts(rows: Sequence[Row], *, shared: int, pad_id: int) -> tuple[T
     return ids_BT, mask_BT
 
 
-def probe_sharing(engine: Engine) -> tuple[float, float]:
+def probe_sharing(engine: TransformersEngine) -> tuple[float, float]:
     """Return how far logits behind a shared prefix are from those of whole rows, relative to the largest: read, and written."""
     size = engine.model.get_input_embeddings().num_embeddings
     long, short = ([(7 * place + 3) % size for place in range(length)] for length in (12, 9))

@@ -1,7 +1,7 @@
 """The parts of a verdict in words and numbers: each sentence says what was tested, on how much, with what result, and what would
 decide it."""
 
-from evaluation.verdict import BoundState, FloorVerdict, GrowthVerdict, GuardState, GuardVerdict, TargetVerdict
+from evaluation.verdict import BoundState, FloorVerdict, GrowthVerdict, GuardState, GuardVerdict, Noise, TargetVerdict
 
 
 def explain_guard(guard: GuardVerdict) -> str:
@@ -75,6 +75,14 @@ def explain_growth(growth: GrowthVerdict) -> str:
     if growth.holds:
         return f"{said}; the reward's gain at equal length is shown all the same: {interval}"
     return f"{said}, and at equal length no gain of the reward is shown: {interval}; longer answers may be all that was learnt"
+
+
+def explain_noise(benchmark: str, noise: Noise, *, whose: str = "the champion") -> str:
+    """Return how far a benchmark's score moved when no model changed."""
+    return (
+        f"{benchmark}: {noise.runs} runs of {whose} alone that vary {noise.varied} differ by up to "
+        f"{100 * noise.max_difference:.1f} points ({noise.flip_rate:.1%} of items flip between two)"
+    )
 
 
 def show_growth(growth: GrowthVerdict) -> str:

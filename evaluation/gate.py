@@ -5,6 +5,7 @@ several any one is enough, so they are (Holm).
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 
 from evaluation import statistics, weigh
 from evaluation.config import HELDOUT_REWARD, GatePolicy
-from evaluation.result import BenchmarkResult, pair_items
+from evaluation.contamination import Contamination, flag_contamination
+from evaluation.explain import explain_noise
+from evaluation.result import MODEL_FIELD, BenchmarkResult, pair_items
 from evaluation.result import read_result as read_result  # callers read what they decide on
 from evaluation.verdict import (
     AuditRow,
@@ -66,15 +69,16 @@ def decide(
     champion: Evidence,
     same_model: bool,
     prompts: Mapping[str, str] | None = None,
-    noise: Mapping[str, Noise] | None = None,
+    noise: Mapping[str, Sequence[Noise]] | None = None,
+    contamination: Sequence[Contamination] = (),
     looks_spent: int = 0,
     inputs: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Return the sealed verdict on two models' results over the same items and the same held-out prompts.
 
     `prompts` names the prompt of each row where several rows may share one; their rewards are averaged first, since answers to
-    one prompt are not independent. `noise` is the champion's by benchmark, `looks_spent` how often this gate was asked this
-    year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
+    one prompt are not independent. `noise` is the champion's by benchmark, `contamination` what the challenger's training data hold
+    of each, `looks_spent` how often this gate was asked this year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
     """
     alpha = policy.alpha_of_a_look
     pairs = _pair_benchmarks(challenger.results, champion.results)
@@ -83,8 +87,7 @@ def decide(
     deciding, audited = _split_items(pairs, challenger.results, share=policy.audit_share)
     judged, apart = _split_prompts(heldout, share=policy.audit_share)
     guards = tuple(
-        weigh.compare_guard(name, deciding[name], margin=margin, alpha=alpha, noise=(noise or {}).get(name))
-        for name, margin in policy.margins.items()
+        weigh.compare_guard(name, deciding[name], margin=margin, alpha=alpha) for name, margin in policy.margins.items()
     )
     targets = _compare_targets(policy, deciding, judged)
     targets = tuple(weigh.add_promotable_gain(target, guards, targets=len(targets), alpha=alpha) for target in targets)
@@ -94,13 +97,18 @@ def decide(
     decision, reasons = conclude(
         guards, targets=targets, floors=floors, growths=growths, looks=looks, same_model=same_model
     )
+    floor = {name: tuple(found) for name, found in (noise or {}).items()}
     whole = pairs.keys() >= PAPER and all(
         _limit(each) is None for each in challenger.results if each.benchmark in PAPER
     )
     verdict = Verdict(
         decision=decision,
         reasons=reasons,
-        flags=tuple(_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=looks)),
+        flags=(
+            *_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=looks),
+            *flag_noise(floor, guards, targets),
+            *(flag for found in contamination for flag in flag_contamination(found)),
+        ),
         guards=guards,
         targets=targets,
         floors=floors,
@@ -108,6 +116,7 @@ def decide(
         mean=weigh.average_benchmarks({name: deciding[name] for name in sorted(PAPER)}, alpha=alpha)
         if whole and all(deciding[name].binary for name in PAPER)
         else None,
+        noise=floor,
         audit=_audit(guards, targets, audited, apart, alpha=alpha),
         looks=looks,
         same_model=same_model,
@@ -151,8 +160,8 @@ def conclude(
     return Decision.promote, (*shown, *kept, *(growth.reason for growth in growths))
 
 
-def measure_noise(runs: Sequence[BenchmarkResult], *, varied: Sequence[str]) -> Noise:
-    """Return the noise floor of one model on one benchmark from runs of the same items that vary only what is named.
+def measure_noise(runs: Sequence[BenchmarkResult], *, varied: str) -> Noise:
+    """Return the noise floor of one model on one benchmark from runs of the same items that vary only the thing named.
 
     Profiles are not compared: that a few-shot seed or a batch size differs is what is measured.
     """
@@ -163,7 +172,7 @@ def measure_noise(runs: Sequence[BenchmarkResult], *, varied: Sequence[str]) -> 
         )
     keys = sorted(runs[0].items)
     found = statistics.measure_noise([[run.items[key] for key in keys] for run in runs])
-    return Noise(varied=tuple(varied), runs=found.runs, flip_rate=found.flip_rate, max_difference=found.max_difference)
+    return Noise(varied=varied, runs=found.runs, flip_rate=found.flip_rate, max_difference=found.max_difference)
 
 
 def flag_guard(guard: GuardVerdict) -> list[str]:
@@ -186,13 +195,23 @@ def flag_guard(guard: GuardVerdict) -> list[str]:
         flags.append(f"{guard.benchmark}: {guard.n} items are few; the test can err in 9 % of cases where 5 % is asked")
     if guard.discordance == 0:
         flags.append(f"{guard.benchmark}: both models score alike on every one of {guard.n} items")
-    if guard.noise and guard.noise.max_difference >= min(guard.margin, max(abs(guard.difference), 1e-12)):
-        flags.append(
-            f"{guard.benchmark}: {guard.noise.runs} runs of the champion alone that vary {', '.join(guard.noise.varied)} differ by up to "
-            f"{100 * guard.noise.max_difference:.1f} points ({guard.noise.flip_rate:.1%} of items flip): the difference of "
-            f"{100 * guard.difference:+.1f} or the margin of {100 * guard.margin:g} is within that noise"
-        )
     return flags
+
+
+def flag_noise(
+    noise: Mapping[str, Sequence[Noise]], guards: Sequence[GuardVerdict], targets: Sequence[TargetVerdict]
+) -> list[str]:
+    """Return which differences and bounds are no larger than what moves a score when no model changes."""
+    held = [(guard.benchmark, guard.difference, "margin", guard.margin) for guard in guards]
+    held += [(t.name, t.gain, "gain to exceed", t.min_gain or math.inf) for t in targets if t.unit == ITEMS]
+    return [
+        f"{explain_noise(name, floor)}: the difference of {100 * difference:+.1f}"
+        + (f" or the {what} of {100 * bound:g}" if math.isfinite(bound) else "")
+        + " is within that noise"
+        for name, difference, what, bound in held
+        for floor in noise.get(name, ())
+        if floor.max_difference >= min(bound, max(abs(difference), 1e-12))
+    ]
 
 
 def flag_target(target: TargetVerdict) -> list[str]:
@@ -256,6 +275,14 @@ def _pair_benchmarks(challenger: Sequence[BenchmarkResult], champion: Sequence[B
         raise ValueError(
             f"gate: both models need the same benchmarks; only the challenger has {sorted(ours.keys() - theirs.keys())}, "
             f"only the champion has {sorted(theirs.keys() - ours.keys())}; evaluate both on the same suite"
+        )
+    unproven = sorted(
+        name for side in (ours, theirs) for name in side if "unverified" in side[name].profile.get(MODEL_FIELD, {})
+    )
+    if unproven:
+        raise ValueError(
+            f"gate: the scores of {', '.join(dict.fromkeys(unproven))} are of a model behind an endpoint, and nothing proves which; expected "
+            "scores of weights with a digest; evaluate with the backend transformers or vllm"
         )
     return {name: Pairs(*pair_items(ours[name], theirs[name]), theirs[name].strata) for name in sorted(ours)}
 

@@ -4,20 +4,22 @@ This is the one file that knows lm-eval. Nothing of a task is changed but what t
 limit), in the way of `lm_eval.simple_evaluate`, so that the numbers are those of `python -m lm_eval` to the last digit. It is
 called below that function, since that one spends seconds on a report of the machine and ends with a result file of its own.
 
-Requests are answered by the engine (evaluation/engine.py), which leaves out what no number depends on. What is added stands beside
-the numbers: the ids that are sent are looked at, each forward pass heeds the stop request, each finished request is a step of
-progress and kept in `work` for a second start, and HumanEval's `code_eval`, which would fetch code from the hub and run
-model-written programs in this very process, is replaced by the sandbox before the task is loaded.
+Requests are built once, here, and answered by an engine (evaluation/calls.py): the model in this process, which leaves out what no
+number depends on (evaluation/engine.py), copies of it in several (evaluation/workers.py), vLLM, or a server
+(evaluation/endpoint.py). What is added stands beside the numbers: the ids that are sent are looked at, each forward pass heeds
+the stop request, each finished request is a step of progress and kept in `work` for a second start, and HumanEval's `code_eval`,
+which would fetch code from the hub and run model-written programs in this very process, is replaced by the sandbox before the
+task is loaded.
 """
 
 import contextlib
-import difflib
 import json
 import random
 import shutil
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,29 +36,36 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import set_torch_seed
 
-from evaluation.config import HARNESS_VERSION, BenchmarkConfig
-from evaluation.engine import Engine
-from evaluation.engine import Row as EngineRow
+from evaluation.calls import Answer, Call, Engine, Score, Writing
+from evaluation.calls import Row as EngineRow
+from evaluation.config import HARNESS_VERSION, Backend, BenchmarkConfig
+from evaluation.endpoint import EndpointEngine, locate
+from evaluation.engine import TransformersEngine, load_model
+from evaluation.mirror import known_data
 from evaluation.offline import closed_sockets
 from evaluation.profile import describe
 from evaluation.responses import Responses
 from evaluation.samples import score_rows, write_samples
 from evaluation.sandbox import SandboxedCodeEval, check_sandbox
+from evaluation.stock import find_folders, stock_folder
 from evaluation.watch import Watch
+from evaluation.workers import Copies, WorkerPool
 from training.config import Runtime
-from training.job import write_json
-from training.model import check_model_folder, digest_weights, resolve_device
+from training.job import Interrupted, write_json
+from training.model import DTYPES, check_model_folder, digest_weights, resolve_device
 
 STOCK_FOLDERS = (
     "mmlu/default",
     "gsm8k",
     "humaneval",
     "bbh",
-)  # what a mirror can serve; the whole index takes ten seconds
+)  # of the four benchmarks, which need no search; lm-eval's index of all tasks takes ten seconds
 HUMANEVAL_MODULE = "lm_eval.tasks.humaneval.utils"
 TYPICAL_PROMPT_TOKENS = 256  # the default budget of 2,048 tokens makes batches of 8
 POSITIONS = "max_position_embeddings"
 RESPONSES = "responses.jsonl"  # in the work folder
+PROBE = "One, two, three"
+VLLM_ROWS = 256  # that vLLM is given at once: it batches them, and what it has answered is kept after each
 GREEDY = {"do_sample": False, "temperature": 0.0}
 RANDOM_SEED, NUMPY_SEED, TORCH_SEED = 0, 1234, 1234  # of lm-eval's command line
 
@@ -72,45 +81,72 @@ def evaluate(
     output: Path,
     work: Path,
     stop: threading.Event,
+    key: str = "",
 ) -> list[Row]:
     """Return the score rows of one benchmark (docs/architecture.md) and write its samples, profile and metrics.
 
-    `work` takes the harness's copies of the data, and the answers so far: a run that was stopped or killed goes on from them when it
-    is started again with the same config and weights. Raises Interrupted within one forward pass of `stop` being set, and
-    ValueError for a config that the tasks or the model cannot meet, before any item is answered where that can be known.
+    Behind an endpoint, `model_folder` has the served model's config and tokenizer, and `key` is the endpoint's. `work` takes the
+    harness's copies of the data, and the answers so far: a run that was stopped or killed goes on from them when it is started again
+    with the same config and weights. Raises Interrupted within one forward pass of `stop` being set, and ValueError for a config
+    that the tasks or the model cannot meet, before any item is answered where that can be known.
     """
     check_request(config, model_folder=model_folder)
-    weights = digest_weights(model_folder)
+    weights = None if config.endpoint else digest_weights(model_folder)
+    door = locate(config.endpoint) if config.endpoint else None
     identity = {"config": config.model_dump(mode="json"), "weights": weights}
     responses = Responses(work / RESPONSES, identity=identity)
-    with contextlib.closing(responses), closed_sockets(), offline(work / "datasets"):
+    with contextlib.closing(responses), closed_sockets(but=door), offline(work / "datasets"):
         tasks = load_tasks(config, mirror=mirror)
         configure_tasks(tasks, config=config)
         check_tasks(tasks, config=config)
         watch = Watch(output / "metrics.jsonl", stop=stop)
-        model = load_model(model_folder, config=config, runtime=runtime, watch=watch, responses=responses)
-        random.seed(RANDOM_SEED)
-        np.random.seed(NUMPY_SEED)
-        set_torch_seed(TORCH_SEED)
-        results = run_harness(
-            model,
-            {"tasks": tasks},
-            limit=config.limit,
-            system_instruction=config.system_prompt,
-            apply_chat_template=config.chat_template,
-            fewshot_as_multiturn=config.chat_template,
-            confirm_run_unsafe_code=True,  # in the sandbox, that is
-        )
+        model = load_policy(model_folder, config=config, runtime=runtime, watch=watch, responses=responses, key=key)
+        with contextlib.closing(model.engine):
+            served = ask_served(model, tasks, config=config)
+            results = run_tasks(model, tasks, config=config)
     rows = score_rows(results, config=config, harness_version=HARNESS_VERSION)
-    write_samples(results["samples"], output / "samples.jsonl", config=config, cut=watch.cut)
-    profile = describe(results, config=config, model=model, tasks=tasks, weights_sha256=weights)
+    write_samples(
+        results["samples"],
+        output / "samples.jsonl",
+        config=config,
+        cut=watch.cut,
+        question=lambda name, doc: describe_question(tasks[name], doc),
+    )
+    profile = describe(results, config=config, model=model, tasks=tasks, identity={"weights_sha256": weights} | served)
     write_json(output / "profile.json", profile)
     return rows
 
 
+def run_tasks(model: "PolicyLM", tasks: dict[str, Any], *, config: BenchmarkConfig) -> Row:
+    """Return what lm-eval makes of a model's answers, seeded as its command line is."""
+    random.seed(RANDOM_SEED)
+    np.random.seed(NUMPY_SEED)
+    set_torch_seed(TORCH_SEED)
+    results: Row = run_harness(
+        model,
+        {"tasks": tasks},
+        limit=config.limit,
+        system_instruction=config.system_prompt,
+        apply_chat_template=config.chat_template,
+        fewshot_as_multiturn=config.chat_template,
+        confirm_run_unsafe_code=True,  # in the sandbox, that is
+    )
+    return results
+
+
+def ask_served(model: "PolicyLM", tasks: dict[str, Any], *, config: BenchmarkConfig) -> Row:
+    """Return what a served model says it is, unproven; nothing of one whose weights are known. ValueError where it cannot do the tasks."""
+    if config.endpoint is None:
+        return {}
+    assert isinstance(model.engine, EndpointEngine), f"{config.endpoint.url} is asked by {type(model.engine).__name__}"
+    scored = [name for name, task in tasks.items() if task.get_config("output_type") != "generate_until"]
+    reported = model.engine.check(model.tok_encode(PROBE), scored=scored)
+    return {"unverified": config.endpoint.model_dump() | {"reported": reported}}
+
+
 def check_request(config: BenchmarkConfig, *, model_folder: Path) -> None:
     """Raise ValueError for what can be refused before weights and data are loaded."""
-    check_model_folder(model_folder)
+    check_model_folder(model_folder, weights=config.endpoint is None)
     positions = getattr(transformers.AutoConfig.from_pretrained(model_folder, local_files_only=True), POSITIONS, None)
     if positions is not None and positions < config.max_length:
         raise ValueError(
@@ -155,15 +191,10 @@ def offline(cache: Path) -> Iterator[None]:
 
 def load_tasks(config: BenchmarkConfig, *, mirror: Path) -> dict[str, Any]:
     """Return lm-eval's task objects by name, groups taken apart, their rows read from the mirror."""
-    stock = Path(lm_eval.tasks.__file__).parent
-    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[stock / name for name in STOCK_FOLDERS])
-    for name in config.tasks:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=5)
-            raise ValueError(
-                f"benchmark {config.name}: lm-eval {HARNESS_VERSION} has no task {name!r} among MMLU, GSM8K, HumanEval and "
-                f"BBH; nearest: {', '.join(near) or 'none'}; correct `tasks`"
-            )
+    others = tuple(name for name in config.tasks if not known_data(name))
+    folders = [stock_folder() / name for name in STOCK_FOLDERS] if len(others) < len(config.tasks) else []
+    folders += [folder for folder in find_folders(others) if folder not in folders]
+    manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
     with contextlib.chdir(mirror), sandboxed_code_eval(seconds=config.sandbox_seconds):
         loaded: dict[str, Any] = manager.load(list(config.tasks))["tasks"]
     return loaded
@@ -218,6 +249,8 @@ def check_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
             wrong = f"has no filter {config.filter!r}, expected one of {', '.join(filters)}"
         elif config.metric not in metrics and "pass_at_k" not in metrics:  # whose names it gives with its values
             wrong = f"has no metric {config.metric!r}, expected one of {', '.join(metrics)}"
+        elif not is_mean(task, config.metric if config.metric in metrics else "pass_at_k"):
+            wrong = f"has a {config.metric} that is no mean over items, expected one of {', '.join(m for m in metrics if is_mean(task, m))}"
         elif config.num_fewshot is not None and own != config.num_fewshot:
             wrong = f"takes {own} shots and no other number, got {config.num_fewshot}"
         elif task.get_config("output_type") == "generate_until" and answer_cap(task) >= config.max_length:
@@ -226,21 +259,49 @@ def check_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
             raise ValueError(f"benchmark {config.name}: the task {name} {wrong}; correct the benchmark's settings")
 
 
+def is_mean(task: Any, metric: str) -> bool:
+    """Tell whether a metric has a score for each item and their mean as the task's: what pooling, pairing and the gate take."""
+    return getattr(task.aggregation()[metric], "__name__", "") == "mean"
+
+
+def describe_question(task: Any, doc: Row) -> str:
+    """Return what an item asks, without worked examples and answer: the field that its task names for this, or its text.
+
+    lm-eval's own `doc_to_decontamination_query` fails on the templates that most tasks have there.
+    """
+    field = task.get_config("doc_to_decontamination_query")
+    if isinstance(field, str) and field in doc:
+        return str(doc[field])
+    text = task.doc_to_text(doc)
+    return (
+        text if isinstance(text, str) else " ".join(task.doc_to_choice(doc))
+    )  # where the prompts are what is chosen from
+
+
 def answer_cap(task: Any) -> int:
     """Return the most tokens that a generating task may answer with."""
     return int(task.get_config("generation_kwargs").get("max_gen_toks", DEFAULT_MAX_GEN_TOKS))
 
 
 class PolicyLM(HFLM):
-    """lm-eval's Transformers backend: its tokenisation, its requests, its post-processing, with the engine between."""
+    """lm-eval's Transformers backend: its tokenisation, its requests, its post-processing, with an engine between.
 
-    def __init__(self, *, watch: Watch, responses: Responses, **settings: Any) -> None:
+    `start` makes the engine of the tokenizer, where the model itself is elsewhere and this one has no weights.
+    """
+
+    def __init__(
+        self, *, watch: Watch, responses: Responses, start: Callable[[Any], Engine] | None = None, **settings: Any
+    ) -> None:
         super().__init__(**settings)
         self.watch, self.responses = watch, responses
-        self.engine = Engine(self.model, batch_size=self.batch_size, pad_id=self.tokenizer.pad_token_id)
+        self.here = start is None
+        if start is None:
+            self.engine: Engine = TransformersEngine(self.model, self.tokenizer, batch_size=self.batch_size)
+            self.model.register_forward_pre_hook(watch.before_forward)
+        else:
+            self.engine = start(self.tokenizer)
         self._task_of: dict[tuple[str, str], str] = {}
         watch.bos = self.tokenizer.bos_token_id
-        self.model.register_forward_pre_hook(watch.before_forward)
         self.set_cache_hook(watch)
 
     def loglikelihood(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
@@ -261,11 +322,9 @@ class PolicyLM(HFLM):
                 same.setdefault((*prompt, *continuation[:-1]), []).append(index)
         members = list(same.values())
         rows = [self._row([requests[index] for index in some]) for some in members]
-        for at, logits_KV in self.engine.read(rows):
-            logp_KV = torch.log_softmax(logits_KV, dim=-1, dtype=self.softmax_dtype)
-            for index in members[at]:
-                text, _, continuation = requests[index]
-                answers[index] = score_continuation(logp_KV, continuation)
+        for at, scores in self.engine.score(rows):
+            for index, score in zip(members[at], scores, strict=True):
+                text, answers[index] = requests[index][0], score
                 if text:
                     self.responses.add("loglikelihood", text, answers[index])
                 self.watch.add_partial("loglikelihood", text, answers[index])
@@ -275,11 +334,13 @@ class PolicyLM(HFLM):
         """Return the row of requests whose ids are the same but for the last one."""
         text, prompt, continuation = max(requests, key=lambda request: len(request[2]))
         ids = [*prompt, *continuation]
-        fits = len(ids) <= self.max_length + 1
+        room = self.max_length + self.engine.spare
+        fits = len(ids) <= room
         self.watch.truncated += 0 if fits else len(requests)
-        kept = ids[-(self.max_length + 1) :][:-1]
+        kept = ids[-room:][:-1]
         self.watch.look(kept)
-        return EngineRow(kept, tail=len(continuation), task=self._task_of.get(text) if fits else None)
+        endings = tuple(tuple(request[2]) for request in requests)
+        return EngineRow(kept, endings, task=self._task_of.get(text) if fits else None)
 
     def generate_until(self, requests: Any, **_: Any) -> list[str]:
         """Return each request's answer, cut at its first stop string."""
@@ -302,6 +363,11 @@ class PolicyLM(HFLM):
         limit = settings.pop("max_gen_toks")
         prompts = [self._prompt_ids(request.args[0], room=self.max_length - limit) for request in requests]
         if any(item not in GREEDY.items() for item in settings.items()):
+            if not self.here:
+                raise ValueError(
+                    f"task {requests[0].task_name}: asks for {settings}, expected greedy search; sampling and beams are stock's, in one "
+                    "process; set runtime.workers to 1 and the backend to transformers"
+                )
             texts: list[str] = super().generate_until(requests, disable_tqdm=True)  # sampling and beams are stock's
             return texts
         answers: dict[int, str] = {}
@@ -316,9 +382,9 @@ class PolicyLM(HFLM):
             EngineRow(prompts[index][0], task=requests[index].task_name if prompts[index][1] else None)
             for index in waiting
         ]
-        for at, answer in self.engine.write(rows, limit=limit, tokenizer=self.tokenizer, stops=stops):
+        for at, answer in self.engine.write(rows, limit=limit, stops=stops):
             request = requests[waiting[at]]
-            text = postprocess_generated_text(self.tok_decode(answer.ids), stop=stops, think_end_token=None)
+            text = postprocess_generated_text(answer.text, stop=stops, think_end_token=None)
             self.responses.add("generate_until", request.args, {"text": text, "cut": not answer.stopped})
             answers[waiting[at]] = self._finish(request, text=text, cut=not answer.stopped)
         return [answers[index] for index in range(len(requests))]
@@ -338,27 +404,98 @@ class PolicyLM(HFLM):
         return text
 
 
-def score_continuation(logp_KV: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
-    """Return (summed log-probability in nats, whether each token is the likeliest) of ids under the last rows of logp_KV."""
-    target_K = torch.tensor(continuation, device=logp_KV.device)
-    last_KV = logp_KV[-len(continuation) :]
-    logp = float(last_KV.gather(1, target_K[:, None]).squeeze(1).sum())
-    return logp, bool((last_KV.argmax(dim=-1) == target_K).all())
+class VllmEngine(Engine):
+    """lm-eval's vLLM backend for rows of ids: vLLM makes its own batches and keeps its own prefixes."""
+
+    batch_size = VLLM_ROWS
+    spare = -1  # it writes a token after what it scores
+
+    def __init__(self, folder: Path, *, config: BenchmarkConfig, runtime: Runtime, stop: threading.Event) -> None:
+        try:
+            import vllm
+            from lm_eval.models.vllm_causallms import VLLM
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"benchmark {config.name}: the backend vllm needs the package vllm, which is not installed here ({error}); install it on a "
+                "machine with a GPU, or set the backend to transformers"
+            ) from error
+        self._sampling, self._stop = vllm.SamplingParams, stop
+        self._lm = VLLM(
+            pretrained=str(folder),
+            dtype=config.precision.value,
+            max_model_len=config.max_length,
+            tensor_parallel_size=runtime.workers,
+        )
+
+    def run(self, calls: Sequence[Call]) -> Iterator[tuple[int, Sequence[Any]]]:
+        """Yield (number, answers) of every call, one after the other."""
+        for number, call in enumerate(calls):
+            if self._stop.is_set():
+                raise Interrupted("benchmark")
+            yield number, self._score(call.rows) if call.writing is None else self._write(call.rows, call.writing)
+
+    def _score(self, rows: Sequence[EngineRow]) -> list[list[Score]]:
+        endings = [ending for row in rows for ending in row.endings]
+        asked = [[*row.ids, ending[-1]] for row in rows for ending in row.endings]
+        outputs = self._lm._model_generate(requests=asked, generate=False)
+        scores = (
+            self._lm._parse_logprobs(tokens=ids, outputs=output, ctxlen=len(ids) - len(ending))
+            for ids, ending, output in zip(asked, endings, outputs, strict=True)
+        )
+        return [[next(scores) for _ in row.endings] for row in rows]
+
+    def _write(self, rows: Sequence[EngineRow], writing: Writing) -> list[Answer]:
+        how = self._sampling(temperature=0.0, max_tokens=writing.limit, stop=list(writing.stops))
+        asked = [row.ids for row in rows]
+        outputs = self._lm._model_generate(requests=asked, generate=True, sampling_params=how)
+        return [Answer(out.outputs[0].text, out.outputs[0].finish_reason != "length") for out in outputs]
 
 
-def load_model(
-    folder: Path, *, config: BenchmarkConfig, runtime: Runtime, watch: Watch, responses: Responses
+def load_policy(
+    folder: Path, *, config: BenchmarkConfig, runtime: Runtime, watch: Watch, responses: Responses, key: str = ""
 ) -> PolicyLM:
-    """Return the policy behind lm-eval's interface: safetensors, local files, one device, a fixed batch size."""
+    """Return the policy behind lm-eval's interface: safetensors, local files, a fixed batch size, one device or one a worker."""
+    batch_size = config.batch_size or max(1, runtime.microbatch_tokens // TYPICAL_PROMPT_TOKENS)
+    start = choose_start(folder, config=config, runtime=runtime, batch_size=batch_size, stop=watch.stop, key=key)
     return PolicyLM(
         watch=watch,
         responses=responses,
-        pretrained=str(folder),
+        start=start,
+        pretrained=build_hollow(folder, dtype=DTYPES[config.precision])
+        if start
+        else load_model(folder, precision=config.precision, device=resolve_device(runtime.device)),
+        tokenizer=str(folder),
         backend="causal",
-        device=resolve_device(runtime.device).type,  # left to itself it asks for a GPU
-        dtype=config.precision.value,
-        batch_size=max(1, runtime.microbatch_tokens // TYPICAL_PROMPT_TOKENS),
+        batch_size=batch_size,
         max_length=config.max_length,
-        use_safetensors=True,
-        local_files_only=True,
     )
+
+
+def choose_start(
+    folder: Path, *, config: BenchmarkConfig, runtime: Runtime, batch_size: int, stop: threading.Event, key: str
+) -> Callable[[Any], Engine] | None:
+    """Return what starts the engine, given the tokenizer; None where the model is in this process."""
+    if config.endpoint is not None:
+        endpoint = config.endpoint
+        return lambda _: EndpointEngine(endpoint, key=key, concurrency=runtime.workers, stop=stop)
+    if config.backend == Backend.vllm:
+        return lambda _: VllmEngine(folder, config=config, runtime=runtime, stop=stop)
+    if runtime.workers == 1:
+        return None
+    copies = partial(
+        Copies,
+        folder=folder,
+        precision=config.precision,
+        device=runtime.device,
+        batch_size=batch_size,
+        workers=runtime.workers,
+        threads=runtime.threads or torch.get_num_threads(),
+    )
+    return lambda tokenizer: WorkerPool(copies(tokenizer=tokenizer), stop=stop)
+
+
+def build_hollow(folder: Path, *, dtype: torch.dtype) -> Any:
+    """Return the model of a folder's config without weights, which tells what it is and computes nothing."""
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)

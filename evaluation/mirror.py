@@ -13,32 +13,36 @@ Raw files are taken in the formats in which their authors published them, each p
 | HumanEval | `humaneval/HumanEval.jsonl` | `task_id`, `prompt`, `canonical_solution`, `test`, `entry_point` |
 | BBH | `bbh/bbh/<task>.json` | `examples`: list of `input`, `target` |
 
-Any subset of benchmarks, subjects and tasks may be there; `missing_data` says what a suite lacks.
+A folder that `varflow mirror datasets` made has `datasets/ORG/NAME/COMMIT/`: hub repositories, taken as they are. Both may lie in one
+folder. Any subset of benchmarks, subjects and tasks may be there; `missing_data` says what a suite lacks.
 """
 
 import csv
-import difflib
 import gzip
 import hashlib
 import io
 import json
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
+from evaluation import stock
 from evaluation.config import BenchmarkConfig
+from evaluation.stock import Need
 
 MMLU, GSM8K, HUMANEVAL, BBH = "cais/mmlu", "openai/gsm8k", "openai/openai_humaneval", "SaylorTwift/bbh"
+FILL = "add their raw files, or fetch them (`varflow mirror datasets --for-task TASK --to FOLDER`)"
 MMLU_HEADER = ["question", "choice0", "choice1", "choice2", "choice3", "answer"]
 MMLU_SPLITS = {"test": "test", "dev": "dev", "val": "validation"}
 HUMANEVAL_CONFIG = "openai_humaneval"
 GSM8K_TASKS = ("gsm8k", "gsm8k_cot", "gsm8k_cot_zeroshot", "gsm8k_cot_llama")
-HUMANEVAL_TASKS = ("humaneval", "humaneval_instruct")
 
 SUBJECT_NAMES = """
     abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology college_chemistry
@@ -64,6 +68,20 @@ BBH_NAMES = """
 """
 BBH_TASKS = tuple(BBH_NAMES.split())
 
+DATA = {
+    ".parquet",
+    ".json",
+    ".jsonl",
+    ".csv",
+    ".tsv",
+    ".txt",
+    ".arrow",
+    ".gz",
+    ".zst",
+    ".xz",
+    ".zip",
+}  # as `datasets` reads them
+
 Row = dict[str, Any]
 
 
@@ -82,12 +100,14 @@ def build_mirror(raw: Path, mirror: Path) -> dict[str, int]:
             path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.Table.from_pylist(table), path)
             rows[name] = len(table)
+        write_headers(built, names=rows)
+        for repository, copy in find_repositories(raw).items():
+            rows |= take_repository(copy, built, repository=repository)
         if not rows:
             raise ValueError(
-                f"raw benchmark data {raw}: nothing found; expected at least one of mmlu/data/test/*.csv, "
-                "gsm8k/test.jsonl, humaneval/HumanEval.jsonl, bbh/bbh/*.json (each may end in .gz); check the folder"
+                f"raw benchmark data {raw}: nothing found; expected at least one of mmlu/data/test/*.csv, gsm8k/test.jsonl, "
+                "humaneval/HumanEval.jsonl, bbh/bbh/*.json (each may end in .gz), datasets/ORG/NAME/COMMIT/; check the folder"
             )
-        write_headers(built, names=rows)
         if mirror.exists():
             mirror.rename(Path(scratch) / "old")
         built.rename(mirror)
@@ -208,6 +228,60 @@ def write_headers(mirror: Path, *, names: Iterable[str]) -> None:
         (mirror / repository / "README.md").write_text("\n".join([*lines, "---", ""]))
 
 
+def find_repositories(raw: Path) -> dict[str, Path]:
+    """Return the folder of each hub repository below `raw/datasets`, by the repository's name; two commits of one are refused."""
+    found: dict[str, Path] = {}
+    for path in sorted((*raw.glob("datasets/*/*"), *raw.glob("datasets/*/*/*"))):
+        if not (path.is_dir() and re.fullmatch(r"[0-9a-f]{40}", path.name)):
+            continue
+        repository = path.parent.relative_to(raw / "datasets").as_posix()
+        if repository in found:
+            raise ValueError(
+                f"benchmark data {raw}: {repository} is there at the commits {found[repository].name} and {path.name}; keep one of "
+                "the folders, or name the commit in benchmarks:ORG/NAME@COMMIT"
+            )
+        found[repository] = path
+    return found
+
+
+def take_repository(copy: Path, mirror: Path, *, repository: str) -> dict[str, int]:
+    """Copy a hub repository's visible files into the mirror; return rows by file, 0 for what is no Parquet."""
+    target = mirror / repository
+    if target.exists():
+        raise ValueError(
+            f"benchmark data: {repository} is there as raw files and as the hub repository {copy}; keep one of them"
+        )
+    shutil.copytree(copy, target, ignore=shutil.ignore_patterns(".*"))
+    files = sorted(path for path in target.rglob("*") if path.is_file())
+    return {
+        path.relative_to(mirror).as_posix(): pq.read_metadata(path).num_rows if path.suffix == ".parquet" else 0
+        for path in files
+    }
+
+
+def read_header(repository: Path) -> dict[str, dict[str, list[str]]]:
+    """Return {configuration: {split: patterns of its files}} as the YAML header of a data set's README.md says; {} where none does."""
+    readme = repository / "README.md"
+    header = re.match(r"---\n(.*?)\n---", readme.read_text(errors="replace"), re.DOTALL) if readme.is_file() else None
+    configs = (yaml.safe_load(header[1]) or {}).get("configs") or [] if header else []
+    found: dict[str, dict[str, list[str]]] = {}
+    for config in (config for config in configs if "data_files" in config):
+        names = [str(config.get("config_name", "default")), *(["default"] if config.get("default") else [])]
+        found |= dict.fromkeys(names, list_patterns(config["data_files"]))
+    return found
+
+
+def list_patterns(data_files: Any) -> dict[str, list[str]]:
+    """Return {split: patterns} of the forms that `data_files` may have."""
+    if isinstance(data_files, Mapping):
+        splits: dict[str, Any] = dict(data_files)
+    elif data_files and isinstance(data_files, list) and isinstance(data_files[0], Mapping):
+        splits = {item["split"]: item["path"] for item in data_files}
+    else:
+        splits = {"train": data_files}
+    return {split: [paths] if isinstance(paths, str) else list(paths) for split, paths in splits.items()}
+
+
 def digest_mirror(folder: Path) -> str:
     """Return 64 hex digits of SHA-256 over every file's name and content, sorted by name."""
     total = hashlib.sha256()
@@ -220,43 +294,55 @@ def digest_mirror(folder: Path) -> str:
 def missing_data(folder: Path, benchmarks: Iterable[BenchmarkConfig]) -> list[str]:
     """Return every file of the mirror that these benchmarks need and that is not there, sorted; empty when all is well.
 
-    A task whose data no mirror holds appears as a sentence of its own.
+    A task that does not exist, or that cannot be run here, appears as a sentence of its own.
     """
-    needed: set[str] = set()
+    needed: set[Need] = set()
     unknown: set[str] = set()
     for task in {task for benchmark in benchmarks for task in benchmark.tasks}:
-        files = needed_files(task)
-        needed.update(files)
-        if not files:
-            near = difflib.get_close_matches(task, known_tasks(), n=3)
-            unknown.add(f"data of task {task!r}, which no mirror holds (nearest: {', '.join(near) or 'none'})")
-    needed |= {f"{name.rsplit('/', 2)[0]}/README.md" for name in needed}
-    return sorted(name for name in needed if not (folder / name).is_file()) + sorted(unknown)
+        try:
+            needed.update(needed_data(task))
+        except ValueError as error:
+            unknown.add(str(error))
+    headers = {need.repository: read_header(folder / need.repository) for need in needed}
+    lacking = [need for need in needed if not is_held(need, folder / need.repository, headers[need.repository])]
+    names = {need.file for need in lacking}
+    names |= {name for need in lacking if not (folder / (name := f"{need.repository}/README.md")).is_file()}
+    return sorted(names) + sorted(unknown)
 
 
-def known_tasks() -> list[str]:
-    """Return the stock tasks that a mirror is made for, to suggest one for a misspelt name."""
-    subjects = [f"mmlu_{name}" for name in MMLU_SUBJECTS]
-    return [
-        "mmlu",
-        *subjects,
-        *GSM8K_TASKS,
-        *HUMANEVAL_TASKS,
-        "bbh_cot_fewshot",
-        *(f"bbh_cot_fewshot_{t}" for t in BBH_TASKS),
-    ]
+def is_held(need: Need, repository: Path, header: Mapping[str, Mapping[str, list[str]]]) -> bool:
+    """Tell whether a data set's folder has a split; where its header names no files, whether it has data at all."""
+    if not header:
+        return any(path.suffix in DATA for path in repository.rglob("*"))
+    config = need.config or ("default" if "default" in header or len(header) > 1 else next(iter(header)))
+    patterns = header.get(config, {}).get(need.split, [])
+    return any(path.is_file() for pattern in patterns for path in repository.glob(pattern))
 
 
-def needed_files(task: str) -> list[str]:
-    """Return the mirror's files that an lm-eval task reads; empty for a task of another benchmark."""
+def needed_data(task: str) -> list[Need]:
+    """Return what an lm-eval task, or the tasks of a group, read. Raises ValueError for one that is unknown or cannot be run here."""
+    known = known_data(task)
+    if known:
+        return known
+    tasks = stock.read_tasks(task)
+    refusals = {one.name: reason for one in tasks if (reason := one.refusal())}
+    if refusals:
+        name, reason = next(iter(refusals.items()))
+        within = f" of the group {task}" if task != name else ""
+        raise ValueError(f"task {name!r}{within} cannot be run here: it {reason}")
+    return [need for one in tasks for need in one.needs()]
+
+
+def known_data(task: str) -> list[Need]:
+    """Return what a task of the four benchmarks reads, without a look at any file; empty for another one."""
     if task in GSM8K_TASKS:
-        return [f"{GSM8K}/main/{split}.parquet" for split in ("train", "test")]
-    if task in HUMANEVAL_TASKS:
-        return [f"{HUMANEVAL}/{HUMANEVAL_CONFIG}/test.parquet"]
+        return [Need(GSM8K, "main", split) for split in ("train", "test")]
+    if task in stock.SANDBOXED:
+        return [Need(HUMANEVAL, HUMANEVAL_CONFIG, "test")]
     if task == "mmlu" or (subject := task.removeprefix("mmlu_")) in MMLU_SUBJECTS:
         subjects = MMLU_SUBJECTS if task == "mmlu" else [subject]
-        return [f"{MMLU}/{name}/{split}.parquet" for name in subjects for split in ("dev", "test")]
+        return [Need(MMLU, name, split) for name in subjects for split in ("dev", "test")]
     bbh = re.fullmatch(r"bbh(?:_cot)?_(?:few|zero)shot(?:_(\w+))?", task)
     if bbh and (bbh[1] is None or bbh[1] in BBH_TASKS):
-        return [f"{BBH}/{name}/test.parquet" for name in ([bbh[1]] if bbh[1] else BBH_TASKS)]
+        return [Need(BBH, name, "test") for name in ([bbh[1]] if bbh[1] else BBH_TASKS)]
     return []

@@ -7,21 +7,29 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def closed_sockets() -> Iterator[None]:
-    """Refuse every connection and name look-up of this process but those to a Unix socket, with an error that says whereto."""
+def closed_sockets(*, but: tuple[str, int] | None = None) -> Iterator[None]:
+    """Refuse every connection and name look-up of this process, with an error that says whereto.
+
+    What stays open are Unix sockets, and `but`, the host and port of an endpoint.
+    """
     methods = {name: getattr(socket.socket, name) for name in ("connect", "connect_ex", "sendto")}
     look_up = socket.getaddrinfo
+    allowed = {but}  # and what its host's name stands for
 
     def guard(name: str) -> Any:
         def refuse(self: socket.socket, *arguments: Any) -> Any:
-            if self.family == socket.AF_UNIX:
+            if self.family == socket.AF_UNIX or tuple(arguments[-1][:2]) in allowed:
                 return methods[name](self, *arguments)
             raise refusal(arguments[-1])
 
         return refuse
 
-    def refuse_look_up(host: Any, *arguments: Any, **options: Any) -> Any:
-        raise refusal(host)
+    def refuse_look_up(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
+        if (host, port) != but:
+            raise refusal(host)
+        found = look_up(host, port, *arguments, **options)
+        allowed.update((str(address[0]), int(address[1])) for *_, address in found)
+        return found
 
     for name in methods:
         setattr(socket.socket, name, guard(name))

@@ -70,3 +70,13 @@ def check_names(policy: GatePolicy, suite: SuiteConfig) -> None:
             f"gate: the policy names benchmarks that the suite does not run: {wrong}; the suite runs {', '.join(known) or 'none'}; "
             "correct the name, or add the benchmark to the suite"
         )
+
+
+def check_proven(suite: SuiteConfig) -> None:
+    """Refuse a suite whose scores would be of a model that nobody can prove, before hours are spent on what no gate takes."""
+    served = [benchmark.name for benchmark in suite.benchmarks if benchmark.endpoint]
+    if served:
+        raise ValueError(
+            f"gate: {', '.join(served)} would be of the model behind an endpoint, not of the challenger; expected the backend transformers "
+            "or vllm; `varflow benchmark` evaluates endpoints"
+        )

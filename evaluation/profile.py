@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.config import BenchmarkConfig
+from evaluation.config import Backend, BenchmarkConfig
 from training.config import Precision
 
 PROBE_FIRST, PROBE_LAST = 16, 8
@@ -14,22 +14,21 @@ BATCH_STATE = ("padding", "truncation")  # of a tokenizer, left over from its la
 Row = dict[str, Any]
 
 
-def describe(
-    results: Row, *, config: BenchmarkConfig, model: Any, tasks: Mapping[str, Any], weights_sha256: str
-) -> Row:
-    """Return the profile, of lm-eval's results, model and tasks.
+def describe(results: Row, *, config: BenchmarkConfig, model: Any, tasks: Mapping[str, Any], identity: Row) -> Row:
+    """Return the profile, of lm-eval's results, model and tasks, and of which model it was.
 
     Under `model` stands what two policies may differ in; all else is compared before two scores are.
     """
     first = next(iter(tasks))
     ids = probe(model, results["samples"][first][0]["arguments"][0])
     tokenizer, template = model.tokenizer, model.tokenizer.chat_template if config.chat_template else None
-    exact = config.precision == Precision.float32  # and depends neither on the batch nor on what is read once
+    ours = config.backend == Backend.transformers
+    exact = not ours or config.precision == Precision.float32  # what no batch and no prefix of ours can move
     return {
-        "config": config.model_dump(mode="json"),
-        "backend": "transformers",
-        "dtype": str(model.model.dtype).removeprefix("torch."),
-        "attention": model.model.config._attn_implementation,
+        "config": config.model_dump(mode="json", exclude={"endpoint"}),
+        "backend": config.backend.value,
+        "dtype": None if config.endpoint else str(model.model.dtype).removeprefix("torch."),
+        "attention": model.model.config._attn_implementation if ours else None,
         "batch_size": None if exact else model.batch_size,
         "prefix_sharing": None if exact else [model.engine.shares_reading, model.engine.shares_writing],
         "max_length": model.max_length,
@@ -42,7 +41,7 @@ def describe(
         "data_sha256": digest_items(results["samples"], "doc_hash", "target_hash"),
         "prompts_sha256": digest_items(results["samples"], "prompt_hash"),
         "tasks": {name: describe_task(task, results, name=name) for name, task in tasks.items()},
-        "model": {"weights_sha256": weights_sha256},
+        "model": identity,
     }
 
 

@@ -17,11 +17,16 @@ from plotly.offline import get_plotlyjs
 from pydantic import Field
 
 from evaluation import report_plots
+from evaluation.alignment import AlignmentResult
 from evaluation.config import HELDOUT_REWARD
-from evaluation.explain import show_share
+from evaluation.contamination import Contamination
+from evaluation.explain import explain_noise, show_share
 from evaluation.result import ScoreRow
+from evaluation.reward_bias import RewardBias
 from evaluation.verdict import Verdict
 from training.config import Config
+
+ForestRow = tuple[str, str, float, float, float]  # name, series, value, low, high
 
 MOST_ANSWERED_STEPS = 8
 MOST_WEIGHTS = 1_000_000  # read for the histogram; more add nothing that a reader could see
@@ -60,6 +65,8 @@ class StepRow(Config):
     fingerprint: str
     cached: bool
     seconds: float  # of the computation, whenever it was
+    device: str = ""
+    usd: float | None = None  # None where no price of the device is known
     inputs: dict[str, str]  # name -> fingerprint of a step, or digest of a source
     mlflow_url: str | None = None
     prefix: str = ""  # where its files lie
@@ -75,6 +82,7 @@ class ReportData(Config):
     title: str
     recipe: str
     verdict: Verdict
+    contamination: tuple[Contamination, ...] = ()  # of each benchmark in the rows that the challenger was trained on
     champion_scores: tuple[ScoreRow, ...] = ()
     challenger_scores: tuple[ScoreRow, ...] = ()
     rewards: tuple[RewardPair, ...] = ()
@@ -85,7 +93,11 @@ class ReportData(Config):
     preflight: dict[str, Any] | None = None  # preflight.json of the train step
     data: dict[str, Any] | None = None  # counts of ingest; `quarantined_by_reason` is drawn
     reward_model: dict[str, Any] | None = None  # its summary; `accuracy` and `length_baseline_accuracy` are drawn
+    judge: dict[str, Any] | None = None  # summary of a judge's step on the held-out answers
+    alignment: tuple[AlignmentResult, ...] = ()  # model: the challenger, baseline: the champion
+    reward_tests: tuple[RewardBias, ...] = ()
     steps: tuple[StepRow, ...] = ()
+    cost: str = ""  # what they cost together, in a sentence
     links: dict[str, str] = Field({})
     config: dict[str, Any] = Field({})
     provenance: dict[str, Any] = Field({})
@@ -125,6 +137,7 @@ def make_environment() -> Environment:
         "reward": show_reward,
         "seconds": show_seconds,
         "pretty": show_json,
+        "noise": lambda floor, benchmark: explain_noise(benchmark, floor),
     }
     environment.tests["web"] = is_web
     return environment
@@ -179,12 +192,39 @@ def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:
     model = data.reward_model or {}
     if model.get("accuracy") is not None and model.get("length_baseline_accuracy") is not None:
         charts["accuracy"] = report_plots.plot_accuracy(model["accuracy"], model["length_baseline_accuracy"])
+    charts |= draw_alignment(data)
     reasons = (data.data or {}).get("quarantined_by_reason")
     if reasons:
         charts["quarantine"] = report_plots.plot_counts(reasons, x="rows set aside", colour=report_plots.OPEN)
     if data.steps:
         charts["cost"] = report_plots.plot_cost([(step.title, step.seconds, step.cached) for step in data.steps])
     return {name: figure for name, figure in charts.items() if figure}
+
+
+def draw_alignment(data: ReportData) -> dict[str, report_plots.Figure]:
+    """Return the forest plots of the prompt sets' gains and win rates, and of a reward model's accuracy on pair sets."""
+
+    def above_half(name: str, whose: str, value: float, low: float, high: float) -> ForestRow:
+        return name, whose, 100 * (value - 0.5), 100 * (low - 0.5), 100 * (high - 0.5)
+
+    gains: list[ForestRow] = [
+        (each.name, "challenger", each.gain.difference, each.gain.low, each.gain.high)
+        for each in data.alignment
+        if each.gain
+    ]
+    wins = [(each.name, each.win_rate) for each in data.alignment if each.win_rate]
+    rates = [above_half(name, "challenger", won.value, won.low, won.high) for name, won in wins]
+    right = [
+        above_half(f"{each.name}: {row.group}", "reward model", row.accuracy, row.low, row.high)
+        for each in data.reward_tests
+        for row in (each.overall, *each.groups)
+    ]
+    drawn = {
+        "alignment_gains": (gains, "challenger minus champion, reward"),
+        "alignment_wins": (rates, "win rate minus 50, points"),
+        "reward_tests": (right, "accuracy minus 50, points"),
+    }
+    return {name: report_plots.plot_forest(rows, x=x) for name, (rows, x) in drawn.items() if rows}
 
 
 def pair_scores(data: ReportData) -> list[tuple[ScoreRow | None, ScoreRow | None]]:

@@ -11,6 +11,8 @@ class Responses:
 
     def __init__(self, path: Path, *, identity: Any) -> None:
         self._known: dict[str, Any] = {}
+        self._asked: set[str] = set()
+        self._path = path
         header = {"identity": hash_json(identity)}
         lines = (
             path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
@@ -27,14 +29,25 @@ class Responses:
 
     def get(self, kind: str, request: Any) -> Any:
         """Return the answer to a request, or None."""
-        return self._known.get(hash_json([kind, request]))
+        key = hash_json([kind, request])
+        self._asked.add(key)
+        return self._known.get(key)
 
     def add(self, kind: str, request: Any, answer: Any) -> None:
         """Keep an answer."""
         key = hash_json([kind, request])
         self._known[key] = answer
+        self._asked.add(key)
         self._out.write(json.dumps([key, answer]) + "\n")
         self._out.flush()
+
+    def drop_unasked(self) -> None:
+        """Leave in the file only what was asked for here, as the last thing before closing: it may have begun with another run's answers."""
+        kept = [json.dumps([key, answer]) for key, answer in self._known.items() if key in self._asked]
+        header = self._path.read_text().partition("\n")[0]
+        partial = self._path.with_name(self._path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in [header, *kept]))
+        partial.replace(self._path)
 
     def close(self) -> None:
         """Close the file."""

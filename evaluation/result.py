@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class BenchmarkResult:
     scores: tuple[ScoreRow, ...]
     items: dict[ItemKey, float]
     profile: dict[str, Any]
+    questions: dict[ItemKey, str] = field(default_factory=dict)  # what each item asks, without worked examples
 
     @cached_property
     def keys(self) -> tuple[ItemKey, ...]:
@@ -74,11 +75,13 @@ def read_result(folder: Path) -> BenchmarkResult:
         raise ValueError(
             f"benchmark result {folder}: scores.json must speak of one benchmark; got {names or 'no rows'}"
         )
+    items = dict(_read_items(folder / "samples.jsonl"))
     result = BenchmarkResult(
         benchmark=names[0],
         scores=scores,
-        items=dict(_read_items(folder / "samples.jsonl")),
+        items={key: score for key, (score, _) in items.items()},
         profile=json.loads((folder / "profile.json").read_text()),
+        questions={key: question for key, (_, question) in items.items()},
     )
     _check_score(result, folder=folder)
     return result
@@ -127,7 +130,7 @@ def _show(tree: dict[str, Any], key: str) -> str:
     return json.dumps(tree[key]) if key in tree else "absent"
 
 
-def _read_items(path: Path) -> Iterator[tuple[ItemKey, float]]:
+def _read_items(path: Path) -> Iterator[tuple[ItemKey, tuple[float, str]]]:
     seen: set[ItemKey] = set()
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         item = json.loads(line)
@@ -137,7 +140,7 @@ def _read_items(path: Path) -> Iterator[tuple[ItemKey, float]]:
         if not 0 <= score <= 1:
             raise ValueError(f"{path}, line {number}: a score of an item lies from 0 to 1; got {score}")
         seen.add(key)
-        yield key, score
+        yield key, (score, str(item.get("question", "")))  # results of evaluate version 2 have none
 
 
 def _check_score(result: BenchmarkResult, *, folder: Path) -> None:

@@ -6,7 +6,7 @@ Its scores are keyed "metric,filter" and "metric_stderr,filter"; its samples hol
 
 import json
 import math
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -81,27 +81,39 @@ def pool_stderrs(stderrs: list[float], *, sizes: list[int]) -> float:
     return math.sqrt(variance / sum(sizes))
 
 
-def write_samples(samples: dict[str, list[Row]], path: Path, *, config: BenchmarkConfig, cut: Container[str]) -> None:
+def write_samples(
+    samples: dict[str, list[Row]],
+    path: Path,
+    *,
+    config: BenchmarkConfig,
+    cut: Container[str],
+    question: Callable[[str, Row], str],
+) -> None:
     """Write one line an item under the deciding metric and filter, texts cut to a bound; the file is whole or absent.
 
-    `cut` holds the prompts whose answers the token limit ended.
+    `cut` holds the prompts whose answers the token limit ended, `question` gives what a task's item asks, which is kept whole.
     """
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as out:
         for task, items in samples.items():
             for item in (item for item in items if item["filter"] == config.filter):
                 line = {"task": task, "doc_id": item["doc_id"], **describe_item(item, metric=config.metric)}
-                line["cut"] = item["arguments"][0][0] in cut
+                line |= {"cut": item["arguments"][0][0] in cut, "question": question(task, item["doc"])}
                 out.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     partial.replace(path)
 
 
 def describe_item(item: Row, *, metric: str) -> Row:
-    """Return what the report shows of one item. `choices` is null where the answer was free text."""
+    """Return what the report shows of one item. `choices` is null where the answer was free text; of those that are `tied` the first
+    counts as the answer."""
     prompts, seconds = zip(*item["arguments"], strict=True)
-    if isinstance(seconds[0], str):  # one request for each choice, answered by (log-probability, greedy)
+    tied = False
+    if isinstance(seconds[0], str) and len(seconds) == 1:  # a continuation that greedy search would say, or not
+        answer, choices, extracted = seconds[0] if item["resps"][0][0][1] else f"(not {seconds[0].strip()})", None, True
+    elif isinstance(seconds[0], str):  # one request for each choice, answered by (log-probability, greedy)
         logps = [response[0][0] for response in item["resps"]]
         answer, choices, extracted = seconds[logps.index(max(logps))].strip(), len(seconds), True
+        tied = not max(logps) > min(logps)  # NaN is neither
     else:
         answer, choices = item["resps"][0][0], None
         extracted = item["filtered_resps"][0] != UNEXTRACTED
@@ -112,4 +124,5 @@ def describe_item(item: Row, *, metric: str) -> Row:
         "target": str(item["target"])[:TARGET_CHARS],
         "extracted": extracted,
         "choices": choices,
+        "tied": tied,
     }

@@ -6,7 +6,7 @@ interval printed beside such a test has two-sided confidence 1 - 2 alpha, so tha
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -140,16 +140,49 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile interval of the mean of cluster means, drawing whole clusters with replacement; equal for equal seeds."""
     mean_G = average_clusters(differences, clusters)
-    draw = np.random.default_rng(seed)
-    chunk = max(1, 2_000_000 // len(mean_G))  # bounds memory, and is part of no result: rows are drawn in order
-    means = [
-        mean_G[draw.integers(len(mean_G), size=(min(chunk, resamples - start), len(mean_G)), dtype=np.int32)].mean(
-            axis=1
-        )
-        for start in range(0, resamples, chunk)
-    ]
+    means = [mean_G[drawn_RG].mean(axis=1) for drawn_RG in _draw(len(mean_G), seed=seed, resamples=resamples)]
     low, high = np.quantile(np.concatenate(means), [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def _draw(count: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.int32]]:
+    """Yield resamples of `count` things with replacement, as indices (R, count), so many at a time as memory is to take."""
+    draw = np.random.default_rng(seed)
+    chunk = max(1, 2_000_000 // count)  # bounds memory, and is part of no result: rows are drawn in order
+    for start in range(0, resamples, chunk):
+        yield draw.integers(count, size=(min(chunk, resamples - start), count), dtype=np.int32)
+
+
+@dataclass(frozen=True)
+class WeightedMean:
+    """A weighted mean of clusters that were drawn, with its percentile interval and the spread of its resamples."""
+
+    value: float
+    low: float
+    high: float
+    stderr: float
+
+
+def bootstrap_weighted_mean(
+    scores: ArrayLike, weights: ArrayLike, clusters: ArrayLike, *, confidence: float, seed: int, resamples: int = 2000
+) -> WeightedMean:
+    """Return the weighted mean of scores (n,) with its interval, drawing whole clusters with replacement; equal for equal seeds.
+
+    Rows of one cluster are not independent (a question's verdicts in both orders, and a verdict that counts several times), so drawing
+    rows would give too narrow an interval.
+    """
+    score_N, weight_N = np.asarray(scores, dtype=np.float64), np.asarray(weights, dtype=np.float64)
+    _check_differences(score_N, least=1)
+    names_G, group_N = np.unique(np.asarray(clusters), return_inverse=True)
+    assert group_N.shape == score_N.shape == weight_N.shape and (weight_N > 0).all(), f"{weight_N.shape} weights"
+    sum_G = np.bincount(group_N, weights=score_N * weight_N)
+    size_G = np.bincount(group_N, weights=weight_N)
+    draws = _draw(len(names_G), seed=seed, resamples=resamples)
+    means = [sum_G[drawn_RG].sum(axis=1) / size_G[drawn_RG].sum(axis=1) for drawn_RG in draws]
+    mean_R = np.concatenate(means)
+    low, high = np.quantile(mean_R, [(1 - confidence) / 2, (1 + confidence) / 2])
+    value = float(sum_G.sum() / size_G.sum())
+    return WeightedMean(value, float(low), float(high), float(mean_R.std(ddof=1)))
 
 
 def adjust_holm(p_values: ArrayLike) -> NDArray[np.float64]:

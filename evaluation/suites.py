@@ -7,9 +7,17 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.config import BenchmarkConfig, SuiteConfig
+from evaluation.config import (
+    PART,
+    AlignmentConfig,
+    Backend,
+    BenchmarkConfig,
+    Endpoint,
+    PairSetConfig,
+    PromptSetConfig,
+    SuiteConfig,
+)
 
-PART = "_part"
 WHOLE = ("paper", "paper_chat", "standard")  # profiles of whole benchmarks, which have a mean
 
 
@@ -139,7 +147,25 @@ def smoke() -> SuiteConfig:
     )
 
 
-SUITES = {suite.__name__: suite for suite in (demo, paper, paper_chat, smoke, standard)}
+def hha() -> SuiteConfig:
+    """Reward on HH-RLHF's helpful-base and harmless-base test prompts: the VAR paper's Base setting."""
+    sets = (PromptSetConfig(name="hha_helpful"), PromptSetConfig(name="hha_harmless"))
+    return SuiteConfig(benchmarks=(), alignment=AlignmentConfig(prompt_sets=sets))
+
+
+def alignment() -> SuiteConfig:
+    """`hha`, and reward on the instructions of OffsetBias."""
+    sets = (*hha().alignment.prompt_sets, PromptSetConfig(name="offsetbias"))
+    return SuiteConfig(benchmarks=(), alignment=AlignmentConfig(prompt_sets=sets))
+
+
+def reward_bias() -> SuiteConfig:
+    """EvalBiasBench and LLMBar, on a reward model: does it prefer the better answer where something speaks for the worse one?"""
+    sets = (PairSetConfig(name="evalbiasbench"), PairSetConfig(name="llmbar"))
+    return SuiteConfig(benchmarks=(), alignment=AlignmentConfig(pair_sets=sets))
+
+
+SUITES = {suite.__name__: suite for suite in (demo, paper, paper_chat, standard, smoke, hha, alignment, reward_bias)}
 
 
 def read_suite(name: str) -> SuiteConfig:
@@ -150,20 +176,51 @@ def read_suite(name: str) -> SuiteConfig:
 
 
 def limit_suite(suite: SuiteConfig, limit: int) -> SuiteConfig:
-    """Return the first `limit` items of each task, as benchmarks that are named as parts."""
+    """Return the first `limit` items of each task, prompts of each set and pairs of each group, all named as parts."""
+
+    def cut(part: Any) -> dict[str, int]:
+        return {"limit": min(limit, part.limit or limit)}
+
+    alignment = suite.alignment
     return SuiteConfig(
         benchmarks=tuple(
-            benchmark.model_copy(
-                update={"limit": min(limit, benchmark.limit or limit), "name": benchmark.name.removesuffix(PART) + PART}
-            )
+            benchmark.model_copy(update=cut(benchmark) | {"name": benchmark.name.removesuffix(PART) + PART})
             for benchmark in suite.benchmarks
-        )
+        ),
+        alignment=alignment.model_copy(
+            update={
+                name: tuple(each.model_copy(update=cut(each)) for each in getattr(alignment, name))
+                for name in ("prompt_sets", "pair_sets")
+            }
+        ),
     )
+
+
+def place_suite(suite: SuiteConfig, *, backend: str | None, endpoint: str | None) -> SuiteConfig:
+    """Return the same benchmarks on a backend, of an endpoint `NAME@URL` where one is given; they are then those of no profile.
+
+    ValueError for a backend that does not exist, and for an endpoint of another form.
+    """
+    if backend is None and endpoint is None:
+        return suite
+    if backend is not None and backend not in set(Backend):
+        raise ValueError(f"backend {backend!r}: no such backend; expected one of {', '.join(Backend)}")
+    name, separator, url = (endpoint or "").rpartition("@")
+    if endpoint is not None and not separator:
+        raise ValueError(
+            f"endpoint {endpoint!r}: got no '@', expected NAME@URL, such as llama@http://127.0.0.1:8000/v1"
+        )
+    changes = {
+        "backend": Backend(backend or Backend.openai),
+        "endpoint": Endpoint(url=url, model=name) if endpoint is not None else None,
+    }
+    placed = [BenchmarkConfig.model_validate(benchmark.model_dump() | changes) for benchmark in suite.benchmarks]
+    return SuiteConfig(benchmarks=tuple(placed))
 
 
 def find_profile(suite: SuiteConfig) -> str | None:
     """Return the name of the profile whose benchmarks these are, all of them and with every setting; None for any part."""
-    return next((name for name in WHOLE if SUITES[name]() == suite), None)
+    return next((name for name in WHOLE if SUITES[name]().benchmarks == suite.benchmarks), None)
 
 
 def mean_score(suite: SuiteConfig, values: Mapping[str, float]) -> tuple[str, float] | None:

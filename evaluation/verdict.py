@@ -3,8 +3,11 @@ and nothing else."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
+
+from pydantic import Field, ValidationError
 
 from evaluation.config import GatePolicy
 from training.config import Config
@@ -36,9 +39,9 @@ class BoundState(StrEnum):
 
 
 class Noise(Config):
-    """How far one model's score moves between runs that vary what should not matter."""
+    """How far one model's score moves between runs that vary one thing that should not matter."""
 
-    varied: tuple[str, ...]  # such as few-shot seed, batch size, workers, judge repeat
+    varied: str  # few-shot seed, or batch size
     runs: int
     flip_rate: float  # share of items whose score differs between two runs
     max_difference: float  # of the score between two runs
@@ -72,7 +75,6 @@ class GuardVerdict(Config):
         float  # the interval with the spread within the tasks alone; decides only where scores are no 0 or 1
     )
     stratified_high: float
-    noise: Noise | None = None  # of the champion; None where it was not measured
     reason: str
 
 
@@ -188,6 +190,7 @@ class Verdict(Config):
     floors: tuple[FloorVerdict, ...] = ()
     growths: tuple[GrowthVerdict, ...] = ()
     mean: MeanVerdict | None = None
+    noise: dict[str, tuple[Noise, ...]] = Field({})  # of the champion, by benchmark; empty where it was not measured
     audit: tuple[AuditRow, ...] = ()
     looks: Looks
     same_model: bool
@@ -205,28 +208,56 @@ class Verdict(Config):
         return next((target for target in self.targets if target.name == name), None)
 
 
-def compute_seal(verdict: Verdict) -> str:
-    """Return sha256 of the verdict's canonical JSON without the seal: sorted keys, no white space, UTF-8 (docs/gate.md)."""
-    content: dict[str, Any] = verdict.model_dump(mode="json", exclude={"seal"})
+class OlderVerdictError(ValueError):
+    """A verdict.json that another version of the gate wrote, which this one cannot read."""
+
+
+def compute_seal(fields: Mapping[str, Any]) -> str:
+    """Return sha256 of a verdict's canonical JSON without its seal: sorted keys, no white space, UTF-8 (docs/gate.md)."""
+    content = {name: value for name, value in fields.items() if name != "seal"}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def seal(verdict: Verdict) -> Verdict:
     """Return the verdict with its seal."""
-    return verdict.model_copy(update={"seal": compute_seal(verdict)})
+    return verdict.model_copy(update={"seal": compute_seal(verdict.model_dump(mode="json"))})
 
 
-def check_seal(verdict: Verdict, *, inputs: dict[str, str] | None = None) -> None:
-    """Raise ValueError, naming what differs, when a verdict was changed after it was sealed, or rests on other `inputs`."""
-    found = compute_seal(verdict)
-    if found != verdict.seal:
+def read_verdict(text: str | bytes, *, kept: str | None = None) -> Verdict:
+    """Return the verdict of a verdict.json whose seal holds and, where `kept` elsewhere, is that one.
+
+    The seal is computed from the text's own fields, so it outlives new fields of this model. Raises OlderVerdictError where another
+    version wrote it, ValueError where it was changed.
+    """
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or "seal" not in fields or "looks" not in fields:
+        raise OlderVerdictError(
+            "verdict.json: got one without seal, as gates before version 2 wrote it; run the gate again (the same command) to have one"
+        )
+    held, found = str(fields["seal"]), compute_seal(fields)
+    if found != held:
         raise ValueError(
-            f"verdict {verdict.decision}: its seal is {verdict.seal[:16] or 'missing'}, its content gives {found[:16]}: it was changed "
+            f"verdict {fields.get('decision')}: its seal is {held[:16] or 'missing'}, its content gives {found[:16]}: it was changed "
             "after the gate wrote it; run the gate again and do not act on this one"
         )
-    if inputs is None:
-        return
+    if kept not in (None, held):
+        raise ValueError(
+            f"verdict {fields.get('decision')}: its seal is {held[:16]}, its record has {str(kept)[:16]}: the file was replaced after the gate "
+            "wrote it; run the gate again and do not act on this one"
+        )
+    try:
+        return Verdict.model_validate_json(text)
+    except ValidationError as error:
+        wrong = sorted({".".join(map(str, fault["loc"])) for fault in error.errors()})
+        raise OlderVerdictError(
+            f"verdict.json: its seal holds, and its fields are those of another version of the gate ({', '.join(wrong[:3])}); run the gate again "
+            "(the same command) to have one of this version"
+        ) from error
+
+
+def check_inputs(verdict: Verdict, inputs: Mapping[str, str]) -> None:
+    """Raise ValueError, naming what differs, when a verdict rests on other `inputs` than these."""
     changed = sorted(
         name for name in inputs.keys() | verdict.inputs.keys() if inputs.get(name) != verdict.inputs.get(name)
     )
@@ -235,15 +266,3 @@ def check_seal(verdict: Verdict, *, inputs: dict[str, str] | None = None) -> Non
             f"verdict {verdict.decision}: {len(changed)} of its inputs are not what it weighed: {', '.join(changed[:5])}; run the gate "
             "again on what is there now"
         )
-
-
-def read_verdict(text: str | bytes) -> Verdict:
-    """Return the verdict of a verdict.json whose seal holds. Raises ValueError where it does not, or where another version wrote it."""
-    fields = json.loads(text)
-    if "seal" not in fields or "looks" not in fields:
-        raise ValueError(
-            "verdict.json: got one without seal, as gates before version 2 wrote it; run the gate again (the same command) to have one"
-        )
-    verdict = Verdict.model_validate_json(text)
-    check_seal(verdict)
-    return verdict

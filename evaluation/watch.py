@@ -20,7 +20,7 @@ class Watch:
         self.truncated = 0  # prompts cut from the left to fit
         self.cut: set[str] = set()  # prompts whose answers the token limit ended
         self._metrics = metrics
-        self._stop = stop
+        self.stop = stop
         self._done = self._total = 0
         self._written = 0.0
         metrics.write_bytes(b"")  # a benchmark starts from its first item, so an earlier attempt's lines are void
@@ -43,7 +43,7 @@ class Watch:
 
     def before_forward(self, *_: Any) -> None:
         """Raise Interrupted when asked to stop: a forward pre-hook."""
-        if self._stop.is_set():
+        if self.stop.is_set():
             raise Interrupted("benchmark")
 
     def look(self, ids: list[int]) -> None:

@@ -23,7 +23,6 @@ from evaluation.verdict import (
     GuardState,
     GuardVerdict,
     MeanVerdict,
-    Noise,
     TargetVerdict,
 )
 
@@ -69,9 +68,7 @@ def pair_scores(challenger_N: Scores, champion_N: Scores) -> Pairs:
     return Pairs(challenger_N, champion_N, np.zeros(len(challenger_N), dtype=np.int64))
 
 
-def compare_guard(
-    benchmark: str, pairs: Pairs, *, margin: float, alpha: float, noise: Noise | None = None
-) -> GuardVerdict:
+def compare_guard(benchmark: str, pairs: Pairs, *, margin: float, alpha: float) -> GuardVerdict:
     """Test non-inferiority of paired item scores: Tango's score test where each is 0 or 1, else a t test within tasks."""
     n, won, lost = pairs.counts()
     within = (
@@ -103,7 +100,6 @@ def compare_guard(
         strata=pairs.strata,
         stratified_low=within.low if within else tested["low"],
         stratified_high=within.high if within else tested["high"],
-        noise=noise,
         reason="",
         **tested,
     )

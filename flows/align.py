@@ -9,11 +9,14 @@ from typing import Any
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from evaluation.config import BenchmarkConfig, GateConfig, SuiteConfig
-from evaluation.mirror import missing_data
+from evaluation.config import GateConfig, SuiteConfig
+from evaluation.judge_config import JudgeConfig
+from evaluation.mirror import FILL, missing_data
 from evaluation.policy import flag_policy
+from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
+from flows.judge import take_judge
 from infra.registry import read_standing
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
@@ -22,6 +25,8 @@ from tasks.execute import Execution
 from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, plan_look, spend_look
 from tasks.generate import generate
 from tasks.ingest import ingest
+from tasks.judge import judge
+from tasks.noise import plan_noise
 from tasks.promote import promote
 from tasks.report import ReportConfig, publish, report, report_url
 from tasks.reward_model import reward_model
@@ -43,16 +48,21 @@ class AlignPlan:
     champion: Given
     mirror: Planned
     answers: dict[str, Given]  # of both models to the held-out prompts
-    judged: dict[str, Given]  # held-out rewards and benchmarks of both models, as the gate names them
+    varied: list[Planned]  # benchmarks of the champion under what should not matter
+    judged: dict[str, Given]  # held-out rewards, benchmarks of both models and the noise floor, as the gate names them
+    alignment: AlignmentPlan  # decides nothing
     gate: Planned
+    judge: Planned | None  # of both models' held-out answers
     report: Planned
 
     def steps(self) -> Iterator[Planned]:
         """Yield the steps in the order in which they run."""
-        story = (self.mirror, self.rows, self.scorer, *self.columns.values(), self.challenger, *self.answers.values())
-        yield from (
-            step for step in (*story, *self.judged.values(), self.gate, self.report) if isinstance(step, Planned)
-        )
+        story = (
+            self.mirror, *self.alignment.sets, self.rows, self.scorer, *self.columns.values(), self.challenger,
+            *self.answers.values(), *self.varied, *self.judged.values(), *self.alignment.scored, *self.alignment.results, self.gate,
+            self.judge, self.report,
+        )  # fmt: skip
+        yield from (step for step in story if isinstance(step, Planned))
 
 
 def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> AlignPlan:
@@ -81,7 +91,8 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         columns["cross"] = plan(score_cross, cross_config(config), scored)
     data: dict[str, Given] = {"rows": rows, "base": policy}
     challenger = plan(train, config.train, data | columns)
-    files = plan(mirror, MirrorConfig(), {"raw": source(config.benchmarks)})
+    raw = source(config.benchmarks)
+    files = plan(mirror, MirrorConfig(), {"raw": raw})
 
     answers: dict[str, Given] = {}
     judged: dict[str, Given] = {}
@@ -91,26 +102,41 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
         for benchmark in config.suite.benchmarks:
             inputs = {"model": model, "mirror": files}
             judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
-    for number, benchmark in vary_seeds(config.suite, seeds=config.noise_seeds):
-        label = f"{benchmark.name} {benchmark.seed} {NOISE}"
-        inputs = {"model": champion, "mirror": files}
-        judged[f"{NOISE}_{number}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=label)
+    evaluated = {b.name: judged[f"{CHAMPION}_eval_{b.name}"] for b in config.suite.benchmarks}
+    floor = plan_noise(
+        config.noise, config.suite, model=champion, files=files, measured=evaluated, runtime=config.runtime
+    )
+    varied = floor[0] if floor else []
+    if floor:
+        judged[NOISE] = floor[1]
+    aligned = plan_alignment(
+        config.suite.alignment, models={MODEL: (CHALLENGER, challenger), BASELINE: (CHAMPION, champion)}, scorer=scorer,
+        scoring=score, files=raw, runtime=config.runtime, store=store, settings=settings,
+    )  # fmt: skip
     answered = {f"{who}_answers": step for who, step in answers.items()}
     models: dict[str, Given] = {CHALLENGER: challenger, CHAMPION: champion}
-    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged)
+    verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
     verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
+    shown |= {f"{step.step.name}_{step.label}": step for step in aligned.results}
+    heldout = plan_heldout_judge(config, answered, store=store, settings=settings)
+    shown |= {"judge": heldout} if heldout else {}
     page = plan(report, ReportConfig(recipe=config.name), shown)
-    return AlignPlan(rows, scorer, columns, challenger, champion, files, answers, judged, verdict, page)
+    return AlignPlan(
+        rows, scorer, columns, challenger, champion, files, answers, varied, judged, aligned, verdict, heldout, page
+    )
 
 
-def vary_seeds(suite: SuiteConfig, *, seeds: int) -> Iterator[tuple[int, BenchmarkConfig]]:
-    """Yield (number, benchmark) of each benchmark with drawn worked examples under other seeds."""
-    for benchmark in suite.benchmarks:
-        for number in range(1, seeds + 1) if benchmark.num_fewshot else ():
-            other = benchmark.model_dump() | {"seed": benchmark.seed + number}
-            yield number, BenchmarkConfig.model_validate(other)
+def plan_heldout_judge(
+    config: AlignConfig, answers: Mapping[str, Given], *, store: Store, settings: Settings
+) -> Planned | None:
+    """Return the step in which a judge compares both models' held-out answers, None where nobody is asked."""
+    if config.judge is None:
+        return None
+    asked = take_judge(config.judge.judge, config.judge.model, store=store, settings=settings)
+    judging = JudgeConfig(benchmark="heldout", judge=config.judge.judge)
+    return judge(judging, {**answers, **asked}, runtime=config.judge.runtime, label=judging.name)
 
 
 def cross_config(config: AlignConfig) -> CrossScoreConfig:
@@ -149,12 +175,14 @@ def align(config: AlignConfig) -> dict[str, Any]:
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
         files = run.step(plan.mirror)
         check_benchmarks(config.suite, source=config.benchmarks, folder=run.folder(files))
+        run.steps(*plan.alignment.sets)
         run.step(plan.rows)
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
-        run.steps(*plan.answers.values(), *plan.judged.values())
+        run.steps(*plan.answers.values(), *plan.varied, *plan.judged.values(), *plan.alignment.steps())
         spend_look(plan.gate, store=run.store, model=config.model_name)
         verdict = run.step(plan.gate)
+        run.steps(*filter(None, [plan.judge]))
         page = run.step(plan.report)
         refused = ask_person(config, run, page=page, verdict=verdict)
         promoted = refused or promote(run, model=config.model_name, challenger=challenger, verdict=verdict)
@@ -178,6 +206,6 @@ def check_benchmarks(suite: SuiteConfig, *, source: str, folder: Path) -> None:
     if missing:
         lines = "\n  ".join(missing)
         raise ValueError(
-            f"benchmarks {source!r}: {len(missing)} files of the suite are not there:\n  {lines}\n"
-            "add them to the folder, or take the benchmarks out of the suite"
+            f"benchmarks {source!r}: {len(missing)} files or tasks of the suite are not there:\n  {lines}\n"
+            f"{FILL}, or take the benchmarks out of the suite"
         )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows import cli_models
+from flows import cli_mirror, cli_models
 from flows.console import Json, Set, connect, print_json, progress
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(cli_models.app)
+app.add_typer(cli_mirror.app, name="mirror")
 
 
 def main() -> None:
@@ -275,31 +276,99 @@ def show_checks(outcome: dict[str, Any]) -> None:
 
 @app.command("benchmark")
 def run_benchmark(
-    model: Annotated[str, typer.Argument(help="A folder, embedded:NAME, hub:ORG/NAME@COMMIT, or STEP/FINGERPRINT.")],
+    model: Annotated[
+        str, typer.Argument(help="A folder, embedded:NAME, hub: or mirror:ORG/NAME@COMMIT, or STEP/FINGERPRINT.")
+    ],
     files: Annotated[
-        str, typer.Option("--files", help="Folder of benchmark files, or demo:benchmarks.")
+        str,
+        typer.Option("--files", help="Folder of benchmark files, benchmarks:ORG/NAME@COMMIT,... or demo:benchmarks."),
     ] = "demo:benchmarks",
     profile: Annotated[
         str,
         typer.Option(
-            "--profile", "--suite", help="paper, paper_chat, standard, demo or smoke; see evaluation/suites.py."
+            "--profile",
+            "--suite",
+            help="paper, paper_chat, standard, hha, alignment, reward_bias, demo or smoke; see evaluation/suites.py.",
         ),
     ] = "demo",
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="First items of each task; a part is named as one.")
+        int | None, typer.Option("--limit", min=1, help="First items of each task or set; a part is named as one.")
+    ] = None,
+    noise: Annotated[
+        bool, typer.Option("--noise", help="Also vary few-shot seed and batch size: how far does each score move?")
+    ] = False,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="transformers, vllm or openai; the last with --endpoint.")
+    ] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option("--endpoint", help="NAME@URL of a served model; MODEL is then its config and tokenizer."),
+    ] = None,
+    reward: Annotated[
+        str,
+        typer.Option("--reward", metavar="MODEL", help="Reward model that scores the answers of hha and alignment."),
+    ] = "",
+    baseline: Annotated[
+        str, typer.Option("--baseline", metavar="MODEL", help="Also answers them: gain and win rate against it.")
+    ] = "",
+    changes: Set = None,
+    on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
+    as_json: Json = False,
+) -> None:
+    """Run a profile of benchmarks on a model; hha and alignment have its answers scored, reward_bias tests a reward model."""
+    from evaluation.config import NoiseConfig
+    from evaluation.suites import limit_suite, place_suite, read_suite
+    from flows.config import BenchmarkFlowConfig
+    from flows.overrides import override
+
+    suite = place_suite(read_suite(profile), backend=backend, endpoint=endpoint)
+    suite = suite if limit is None else limit_suite(suite, limit)
+    varied = NoiseConfig(seeds=2, batch_sizes=(1,)) if noise else NoiseConfig()
+    config = BenchmarkFlowConfig(
+        model=model, benchmarks=files, suite=suite, noise=varied, reward=reward, baseline=baseline
+    )
+    config = override(config, changes or [])
+    launch("benchmark", config, on=on, as_json=as_json)
+
+
+@app.command("judge")
+def run_judge(
+    benchmark: Annotated[
+        str, typer.Argument(help="arena_hard, or heldout; evalbiasbench and llmbar test the judge itself.")
+    ],
+    judge: Annotated[
+        str, typer.Option("--judge", help="endpoint:NAME@REVISION at VARFLOW_JUDGE_URL, or a local chat model.")
+    ],
+    model: Annotated[str, typer.Argument(help="arena_hard's model, or generate/FINGERPRINT of heldout answers.")] = "",
+    against: Annotated[
+        str, typer.Option("--against", metavar="REF", help="heldout's other answers, generate/FINGERPRINT.")
+    ] = "",
+    files: Annotated[
+        str, typer.Option("--files", help="Folder that holds arena-hard-v0.1, evalbiasbench or llmbar.")
+    ] = "",
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="First items, of each group; a part is named as one.")
     ] = None,
     changes: Set = None,
     on: Annotated[str, typer.Option("--on", help="here: in this process. worker: through its deployment.")] = "here",
     as_json: Json = False,
 ) -> None:
-    """Run a profile of benchmarks on a model."""
-    from evaluation.suites import limit_suite, read_suite
-    from flows.config import BenchmarkFlowConfig
-    from flows.overrides import override
+    """Have a judge say which of two answers is better, each pair in both orders."""
+    from flows.config import JudgeFlowConfig
+    from flows.overrides import make, override
 
-    suite = read_suite(profile) if limit is None else limit_suite(read_suite(profile), limit)
-    config = override(BenchmarkFlowConfig(model=model, benchmarks=files, suite=suite), changes or [])
-    launch("benchmark", config, on=on, as_json=as_json)
+    kind, _, name = judge.partition(":")
+    served, _, revision = name.rpartition("@") if "@" in name else (name, "", "")
+    is_endpoint = kind == "endpoint"
+    judged_by = {"kind": "endpoint", "model": served, "revision": revision} if is_endpoint else {"kind": "local"}
+    values = {
+        "judging": {"benchmark": benchmark, "judge": judged_by, "limit": limit},
+        "judge_model": "" if is_endpoint else judge,
+        "model": model,
+        "against": against,
+        "files": files,
+    }
+    launch("judge", override(make(JudgeFlowConfig, values), changes or []), on=on, as_json=as_json)
 
 
 @app.command("retrain")
@@ -441,6 +510,9 @@ def show_plan(config: Any, *, as_json: bool) -> None:
 
 def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
     """Print what a run returned: verdict first, links last."""
+    from evaluation.explain import explain_noise
+    from evaluation.verdict import Noise
+
     if "verdict" in outcome:
         typer.echo(f"\n{outcome['verdict']}")
         for reason in outcome["reasons"]:
@@ -452,9 +524,12 @@ def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
         typer.echo(f"  {name:40} {value:.6g}")
     for name, flag in outcome.get("flags", {}).items():
         typer.echo(f"  flagged: {name}: {flag}")
-        found = outcome["benchmarks"][name]
+        found = outcome.get("benchmarks", {}).get(name, {})
         for shown in (found[key] for key in sorted(found) if key.startswith("flag_sample_")):
             typer.echo(f"    {shown}")
+    for name, floors in outcome.get("noise", {}).items():
+        for floor in floors:
+            typer.echo(f"  noise floor: {explain_noise(name, Noise.model_validate(floor), whose='the model')}")
     for name in ("prefect_run", "mlflow_run", "report"):
         if name in outcome:
             typer.echo(f"  {name.replace('_', ' '):12} {outcome[name]}")

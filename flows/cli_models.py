@@ -127,6 +127,9 @@ def compare_models(
         ),
     ],
     model: Model = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens/--no-tokens", help="Load the models to colour the tokens of a few answers.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Lay models side by side: scores with intervals, flips, rewards, lengths, settings, data, cost; and as a page."""
@@ -139,7 +142,7 @@ def compare_models(
     from flows.launch import run_here
 
     try:
-        config = CompareConfig(models=tuple(models), model_name=model or "")
+        config = CompareConfig(models=tuple(models), model_name=model or "", tokens=tokens)
     except ValidationError as error:
         raise ValueError(f"compare: {error.errors()[0]['msg']}; got {' '.join(models)}") from None
     outcome = run_here(compare, config, settings=settings, console=Console(stderr=True))
@@ -184,6 +187,10 @@ def draw_comparison(outcome: dict[str, Any]) -> None:
         typer.echo(
             f"  {row['name']}: {' | '.join('-' if value is None else str(value)[:60] for value in row['values'])}"
         )
+    for row in found["cost"]:
+        shown = ("-" if value is None else f"{value:,.4g}" for value in row["values"])
+        unit = "" if row["name"].endswith(("USD", "seconds")) else ", seconds"
+        typer.echo(f"  cost of {row['name']}{unit}: {' | '.join(shown)}")
     won = sum(flip["won"] for flip in found["flips"])
     typer.echo(f"{won} items won, {len(found['flips']) - won} lost; their texts are on the page")
     typer.echo(f"  page         {outcome['report']}\n  in MLflow    {outcome['report_in_mlflow']}")

@@ -13,17 +13,21 @@ from infra.tracking import Run, Tracking
 from tasks.compare import plan_comparison
 from tasks.execute import Execution
 from tasks.report import list_steps
+from tasks.step import Planned
 
 
 @flow(name="compare", persist_result=False)
 def compare(config: CompareConfig) -> dict[str, Any]:
-    """Compare models by their records; nothing is measured anew. The page is an artifact of the step's MLflow run."""
+    """Compare models by their records; all that is computed is what both say of the tokens of a few answers. The page is an artifact
+    of the step's MLflow run."""
     settings = read_settings()
     store, tracking = open_store(settings), Tracking(settings.mlflow_tracking_uri)
     planned = plan_comparison(
-        config.models, model=config.model_name or None, store=store, settings=settings, tracking=tracking
-    )
+        config.models, model=config.model_name or None, tokens=config.tokens,
+        store=store, settings=settings, tracking=tracking,
+    )  # fmt: skip
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
+        run.steps(*(given for given in planned.inputs.values() if isinstance(given, Planned)))
         ref = run.step(planned)
         folder, record = run.folder(ref), ref.record
         shown = run.tracking.run_url(

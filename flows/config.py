@@ -4,8 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from evaluation.config import GatePolicy, SuiteConfig
-from evaluation.policy import check_names
+from evaluation.config import GatePolicy, NoiseConfig, SuiteConfig
+from evaluation.judge_config import AnyJudge, JudgeConfig, JudgeRuntime
+from evaluation.policy import check_names, check_proven
 from training.config import (
     AnyTrainConfig,
     Config,
@@ -18,7 +19,7 @@ from training.config import (
     show_as_choice,
 )
 
-REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, champion:MODEL, or STEP/FINGERPRINT of the store."
+REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, mirror:ORG/NAME@COMMIT, champion:MODEL, or STEP/FINGERPRINT of the store."
 
 
 class TrainedReward(Config):
@@ -30,6 +31,15 @@ class TrainedReward(Config):
     base: str = Field("embedded:minilm-l6-v2", title="Base model", description=REFERENCE_FORMS)
     training: RewardModelConfig = Field(RewardModelConfig(), title="Training")
     scoring: RewardScoreConfig = Field(RewardScoreConfig(), title="Scoring")
+
+    @model_validator(mode="after")
+    def _is_asked_as_it_was_trained(self) -> "TrainedReward":
+        if self.training.render != self.scoring.render:
+            raise ValueError(
+                f"reward: got training.render {self.training.render} and scoring.render {self.scoring.render}, expected one: "
+                "a reward model means nothing on inputs it was not trained on; set both"
+            )
+        return self
 
 
 class GivenReward(Config):
@@ -43,6 +53,20 @@ class GivenReward(Config):
 
 
 AnyReward = Annotated[TrainedReward | GivenReward, Field(discriminator="kind", json_schema_extra=show_as_choice)]
+
+
+class HeldoutJudge(Config):
+    """A judge of both models' held-out answers: the win rate stands on the report and decides nothing."""
+
+    model_config = ConfigDict(title="a judge")
+
+    judge: AnyJudge = Field(title="Judge")
+    model: str = Field(
+        "", title="Local judge", description="The model that judges, where it is no endpoint. " + REFERENCE_FORMS
+    )
+    runtime: JudgeRuntime = Field(
+        JudgeRuntime(), title="Runtime", description="How judging is done; never part of a fingerprint."
+    )
 
 
 class AlignConfig(Config):
@@ -62,7 +86,7 @@ class AlignConfig(Config):
     policy: str = Field(title="Policy", description="The model to align; it is the reference too. " + REFERENCE_FORMS)
     preferences: str = Field(
         title="Preferences",
-        description="A file or folder, demo:preferences, hub:datasets/ORG/NAME@COMMIT, or batches:DIGEST.",
+        description="A file or folder, demo:preferences, hub: or mirror:datasets/ORG/NAME@COMMIT, or batches:DIGEST.",
     )
     ingest: IngestConfig = Field(title="Ingestion")
     reward: AnyReward = Field(
@@ -82,7 +106,7 @@ class AlignConfig(Config):
     benchmarks: str = Field(
         "demo:benchmarks",
         title="Benchmark files",
-        description="A folder of benchmark files in their upstream formats, or demo:benchmarks.",
+        description="A folder of benchmark files in their upstream formats or of mirrored data sets, benchmarks:ORG/NAME@COMMIT,..., or demo:benchmarks.",
     )
     suite: SuiteConfig = Field(title="Suite")
     gate: GatePolicy = Field(title="Gate")
@@ -91,12 +115,15 @@ class AlignConfig(Config):
         title="Champion",
         description="base: the policy as given. current: the promoted model, the base while there is none. Or STEP/FINGERPRINT.",
     )
-    noise_seeds: int = Field(
-        0,
-        ge=0,
-        le=10,
+    judge: HeldoutJudge | None = Field(
+        None,
+        title="Judge",
+        description="Says which model's held-out answer is better, for the win rate on the report; empty: nobody is asked.",
+    )
+    noise: NoiseConfig = Field(
+        NoiseConfig(),
         title="Noise floor",
-        description="How many more few-shot seeds the champion is measured with, from 0 to 10: how far a score moves when no model does. Only where worked examples are drawn.",
+        description="What the champion is measured under besides; nothing if left alone.",
     )
     approval: bool = Field(
         False,
@@ -110,6 +137,7 @@ class AlignConfig(Config):
     @model_validator(mode="after")
     def _policy_names_what_is_run(self) -> "AlignConfig":
         check_names(self.gate, self.suite)
+        check_proven(self.suite)
         return self
 
 
@@ -123,12 +151,91 @@ class BenchmarkFlowConfig(Config):
     benchmarks: str = Field(
         "demo:benchmarks",
         title="Benchmark files",
-        description="A folder of benchmark files in their upstream formats, or demo:benchmarks.",
+        description="A folder of benchmark files in their upstream formats or of mirrored data sets, benchmarks:ORG/NAME@COMMIT,..., or demo:benchmarks.",
     )
     suite: SuiteConfig = Field(title="Suite")
+    noise: NoiseConfig = Field(
+        NoiseConfig(),
+        title="Noise floor",
+        description="What the model is measured under besides; nothing if left alone.",
+    )
+    reward: str = Field(
+        "",
+        title="Reward model",
+        description="Scores the answers to prompt sets; may be empty for a suite without any. Of a suite of pair sets alone the model itself is tested. "
+        + REFERENCE_FORMS,
+    )
+    scoring: RewardScoreConfig = Field(
+        RewardScoreConfig(), title="Scoring", description="How the reward model is asked."
+    )
+    baseline: str = Field(
+        "",
+        title="Baseline",
+        description="Also answers the prompt sets, for gain and win rate against it; may be empty. " + REFERENCE_FORMS,
+    )
     runtime: Runtime = Field(
         Runtime(), title="Runtime", description="How the work is done; never part of a fingerprint."
     )
+
+    @property
+    def scorer(self) -> str:
+        """The reward model: the named one, or the model that is tested as one; empty for benchmarks alone."""
+        return self.reward or (self.model if self.suite.alignment.pair_sets else "")
+
+
+class JudgeFlowConfig(Config):
+    """A judge on pairs of answers."""
+
+    name: str = Field(
+        "judge", pattern=r"^[a-z][a-z0-9_]{0,40}$", title="Name", description="Name of the MLflow experiment."
+    )
+    judging: JudgeConfig = Field(title="Judging")
+    judge_model: str = Field(
+        "", title="Local judge", description="The model that judges, where it is no endpoint. " + REFERENCE_FORMS
+    )
+    model: str = Field(
+        "",
+        title="Model",
+        description="Answers arena_hard's questions. Of heldout: its answers, generate/FINGERPRINT. Empty where the judge itself is tested.",
+    )
+    against: str = Field(
+        "",
+        title="Against",
+        description="Of heldout: the other model's answers to the same prompts, generate/FINGERPRINT.",
+    )
+    files: str = Field(
+        "",
+        title="Benchmark files",
+        description="The folder that holds arena-hard-v0.1, evalbiasbench or llmbar; none for heldout.",
+    )
+    answers: GenerateConfig = Field(
+        GenerateConfig(temperature=0.0, max_new_tokens=2048, max_prompt_tokens=4096),
+        title="Answers",
+        description="How arena_hard's questions are answered; how many follows from the item limit.",
+    )
+    runtime: JudgeRuntime = Field(
+        JudgeRuntime(), title="Runtime", description="How the work is done; never part of a fingerprint."
+    )
+
+    @model_validator(mode="after")
+    def _names_what_is_read(self) -> "JudgeFlowConfig":
+        benchmark = self.judging.benchmark
+        needed = {
+            "model": benchmark in {"arena_hard", "heldout"},
+            "against": benchmark == "heldout",
+            "files": benchmark != "heldout",
+            "judge_model": self.judging.judge.kind == "local",
+        }
+        wrong = [
+            f"{name} is {'missing' if wanted else 'of no use'}"
+            for name, wanted in needed.items()
+            if bool(getattr(self, name)) != wanted
+        ]
+        if wrong:
+            raise ValueError(
+                f"judge {benchmark}, {self.judging.judge.kind}: {', '.join(wrong)}; name what is judged, and no more"
+            )
+        return self
 
 
 class CompareConfig(Config):
@@ -147,6 +254,11 @@ class CompareConfig(Config):
         pattern=r"^([a-z][a-z0-9_-]{0,40})?$",
         title="Model name",
         description="The registered model whose champion is meant; may be empty while there is only one.",
+    )
+    tokens: bool = Field(
+        True,
+        title="Tokens",
+        description="Load the models and colour the tokens of a few answers by what both say of them. Off: no model is loaded.",
     )
 
 

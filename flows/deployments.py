@@ -14,17 +14,21 @@ from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
+from evaluation.judge_config import EndpointJudge, JudgeConfig
 from evaluation.suites import demo as demo_suite
 from flows import recipes
 from flows.align import align
 from flows.benchmark import benchmark
 from flows.compare import compare
-from flows.config import BenchmarkFlowConfig, CompareConfig, RetrainConfig
+from flows.config import BenchmarkFlowConfig, CompareConfig, JudgeFlowConfig, RetrainConfig
+from flows.judge import judge
 from flows.retrain import retrain, sweep
 from infra.settings import Settings
 
 DEBOUNCE = timedelta(seconds=20)
 SWEEP_EVERY = timedelta(minutes=15)
+
+JUDGING = JudgeConfig(benchmark="evalbiasbench", judge=EndpointJudge(model="gpt-4-1106-preview", revision="2023-11-06"))
 
 LOG = logging.getLogger("varflow.deployments")
 
@@ -96,6 +100,11 @@ def table() -> tuple[Entry, ...]:
             {"config": reevaluation.model_dump(mode="json")},
             (DeploymentScheduleCreate(schedule=CronSchedule(cron="0 4 * * *", timezone="UTC"), active=False),),
             purpose="nightly",
+        ),
+        Entry(
+            judge,
+            "A judge on pairs of answers: Arena-Hard, held-out answers, or sets that test the judge itself.",
+            {"config": JudgeFlowConfig(judging=JUDGING, files="/path/to/benchmarks").model_dump(mode="json")},
         ),
         Entry(
             compare,

@@ -27,16 +27,19 @@ def override(config: AnyConfig, changes: Sequence[str]) -> AnyConfig:
             raise ValueError(f"--set {change!r}: got no '=', expected a.b=value")
         _assign(values, path.split("."), _parse(text), change=change)
         _follow_tag(type(config), values, path.split("."))
+    return make(type(config), values)
+
+
+def make(kind: type[AnyConfig], values: Any) -> AnyConfig:
+    """Return a config of JSON values. Raises ValueError naming every field that refuses its value."""
     try:
-        return type(config).model_validate_json(json.dumps(values))
+        return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
         faults = "\n  ".join(
             f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}; got {fault['input']!r}"
             for fault in error.errors(include_url=False)
         )
-        raise ValueError(
-            f"{type(config).__name__}: {error.error_count()} fields refuse their values:\n  {faults}"
-        ) from None
+        raise ValueError(f"{kind.__name__}: {error.error_count()} fields refuse their values:\n  {faults}") from None
 
 
 def _assign(values: Any, path: Sequence[str], value: Any, *, change: str) -> None:

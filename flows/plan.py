@@ -50,9 +50,8 @@ def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settin
         mfu: Mfu | None = Mfu(assumptions.mfu, "given")
     else:
         mfu = find_mfu(device, sum(p.numel() for p in model.parameters()), store=store) if store else None
-    machine = choose_machine(
-        device, config.train, ranks=assumptions.ranks, mfu=mfu, usd_per_hour=assumptions.usd_per_hour
-    )
+    price = settings.usd_per_hour if assumptions.usd_per_hour is None else assumptions.usd_per_hour
+    machine = choose_machine(device, config.train, ranks=assumptions.ranks, mfu=mfu, usd_per_hour=price)
     folder = None if assumptions.rows or assumptions.tokens or store is None else find_rows(config, store, settings)
     work = assume_workload(assumptions.rows, assumptions.tokens)
     if folder is not None:
@@ -64,13 +63,14 @@ def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settin
 def find_architecture(policy: str, *, home: Path) -> Path:
     """Return the folder or file with the policy's config. Nothing is fetched: ValueError where it is not on this machine."""
     kind, separator, name = policy.partition(":")
-    if not separator or kind not in ("architecture", "embedded", "demo", "hub"):
+    if not separator or kind not in ("architecture", "embedded", "demo", "hub", "mirror"):
         return Path(policy).expanduser().resolve()
-    known = {"embedded": home / "models" / name, "demo": DEMO / name}.get(kind)
+    mirrored = home / "mirror" / "models" / name.replace("@", "/")
+    known = {"embedded": home / "models" / name, "demo": DEMO / name, "mirror": mirrored}.get(kind)
     if known is not None and (known / "config.json").is_file():
         return known
     shipped = ARCHITECTURES / f"{name}.json"
-    if kind != "hub" and shipped.is_file():
+    if kind not in ("hub", "mirror") and shipped.is_file():
         return shipped
     if kind == "hub" and (cached := find_cached(name)):
         return cached
@@ -156,7 +156,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
         ("time", f"{show_hours(plan.hours)} on {rate} ({machine.basis})"),
         (
             "cost",
-            "no price known; give --usd-per-hour"
+            "no price known; give --usd-per-hour or set VARFLOW_USD_PER_HOUR"
             if plan.usd is None
             else f"{plan.usd:,.2f} USD ({machine.price_basis})",
         ),

@@ -1,18 +1,19 @@
 """`varflow gate --explain`: a verdict found, checked against its seal and its inputs, and laid out part by part."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.explain import show_growth, show_p, show_share
-from evaluation.verdict import Verdict, check_seal, read_verdict
+from evaluation.explain import explain_noise, show_growth, show_p, show_share
+from evaluation.verdict import Verdict, check_inputs, read_verdict
 from infra.records import Record
 from infra.settings import Settings
 from infra.store import Store, open_store
+from tasks.gate import CHALLENGER, CHAMPION
 
 COLUMNS = (
     "",
@@ -35,10 +36,11 @@ class FoundVerdict:
     verdict: Verdict
     record: Record | None
     inputs_checked: int
+    answers: dict[str, dict[str, float]] = field(default_factory=dict)  # what each model's held-out answers cost
 
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as it was written, and what was checked of it."""
-        checked = {"seal_holds": True, "inputs_checked": self.inputs_checked}
+        checked = {"seal_holds": True, "inputs_checked": self.inputs_checked, "cost_of_answers": self.answers}
         where = f"{self.record.step}/{self.record.fingerprint}" if self.record else None
         return self.verdict.model_dump(mode="json") | {"ref": where} | checked
 
@@ -52,35 +54,30 @@ def find_verdict(reference: str, *, settings: Settings) -> FoundVerdict:
         return FoundVerdict(read_verdict(Path(reference).read_bytes()), None, 0)
     from flows.launch import find_step  # and with it Prefect and MLflow, which a file does without
     from infra.tracking import Tracking
-    from tasks.execute import fetch_artifact
+    from tasks.candidate import read_sealed
 
     store = open_store(settings)
     record = find_step(store, reference, step="gate", tracking=Tracking(settings.mlflow_tracking_uri))
-    verdict = read_verdict((fetch_artifact(store, record, home=settings.home) / "verdict.json").read_bytes())
-    on_record = digest_inputs(store, record)
+    verdict = read_sealed(store, record)
+    made = read_inputs(store, record)
+    on_record = digest_inputs(record, made)
     known = {name: on_record[name] for name in verdict.inputs if name in on_record}
-    check_seal(verdict, inputs=verdict.inputs | known)
-    if record.summary["seal"] != verdict.seal:
-        raise ValueError(
-            f"gate/{record.fingerprint[:12]}: its record has the seal {record.summary['seal'][:16]}, its verdict.json {verdict.seal[:16]}; "
-            "the file was replaced after the gate wrote it"
-        )
-    return FoundVerdict(verdict, record, len(known))
+    check_inputs(verdict, verdict.inputs | known)
+    costs = {who: made[name].cost for who in (CHAMPION, CHALLENGER) if (name := f"{who}_answers") in made}
+    return FoundVerdict(verdict, record, len(known), costs)
 
 
-def digest_inputs(store: Store, record: Record) -> dict[str, str]:
-    """Return what the records say of a step's inputs: fingerprint or digest of each, and the sha256 of each file of it.
-
-    What retention has deleted is left out.
-    """
+def read_inputs(store: Store, record: Record) -> dict[str, Record]:
+    """Return the records of a step's inputs by name, without what is a source or was deleted by retention."""
     names = {item.name.rpartition("/")[2].removesuffix(".json"): item.name for item in store.scan("records")}
-    digests = dict(record.inputs)
-    for given, fingerprint in record.inputs.items():
-        found = store.get(names[fingerprint]) if fingerprint in names else None
-        if found:
-            files = Record.model_validate_json(found[0]).files
-            digests |= {f"{given}/{file.name}": file.sha256 for file in files}
-    return digests
+    texts = {given: store.get(names[found]) for given, found in record.inputs.items() if found in names}
+    return {given: Record.model_validate_json(text[0]) for given, text in texts.items() if text}
+
+
+def digest_inputs(record: Record, made: Mapping[str, Record]) -> dict[str, str]:
+    """Return what the records say of a step's inputs: fingerprint or digest of each, and the sha256 of each file of it."""
+    files = {f"{name}/{file.name}": file.sha256 for name, given in made.items() for file in given.files}
+    return record.inputs | files
 
 
 def draw_verdict(found: FoundVerdict, console: Console) -> None:
@@ -96,6 +93,15 @@ def draw_verdict(found: FoundVerdict, console: Console) -> None:
             console.print(f"\n{title}", style="dim", highlight=False)
         for line in lines:
             console.print(f"  - {line}", markup=False, highlight=False)
+    for name, floors in verdict.noise.items():
+        for floor in floors:
+            console.print(f"noise floor of {explain_noise(name, floor)}", markup=False, highlight=False)
+    if found.answers:
+        told = (
+            f"{who} {cost['wall_seconds']:,.1f} s" + (f", {cost['usd']:,.4g} USD" if "usd" in cost else "")
+            for who, cost in found.answers.items()
+        )
+        console.print(f"held-out answers took: {'; '.join(told)}", highlight=False)
     looks = verdict.looks
     shared = f", look {looks.spent + 1} of {looks.planned} of the year" if looks.planned else ""
     console.print(f"\nalpha {looks.alpha_of_a_look:.4g} one-sided at each test{shared}", highlight=False)

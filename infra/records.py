@@ -71,8 +71,7 @@ def find(store: Store, *, step: str, fingerprint: str) -> Record | None:
 
 def missing_files(store: Store, record: Record) -> list[str]:
     """Return the names of a record's files that are not in the store, or not in their recorded size."""
-    sizes = {item.name: item.size for item in store.scan(record.prefix)}
-    return [file.name for file in record.files if sizes.get(f"{record.prefix}/{file.name}") != file.size]
+    return store.missing_files(record.prefix, record.files)
 
 
 def commit(store: Store, record: Record) -> Record:

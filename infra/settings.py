@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -33,6 +34,8 @@ CHILD_VARIABLES = (
 )  # fmt: skip
 
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
+
+MAY_HOLD_SECRETS = {"s3_access_key", "s3_secret_key", "judge_api_key", "judge_url"}  # as they were given
 
 Service = Literal["s3", "prefect", "mlflow", "worker"]
 
@@ -57,14 +60,33 @@ class Settings(BaseSettings):
         None, description="unset: the local stack's, or boto3's own search for another S3"
     )
     s3_secret_key: SecretStr | None = None
+    endpoint_key: SecretStr | None = Field(
+        None, description="key of the endpoint that benchmarks ask; unset: it takes none"
+    )
     prefect_api_url: str = Field(description="e.g. http://127.0.0.1:4200/api; default: the local stack's")
     mlflow_tracking_uri: str = Field(description="e.g. http://127.0.0.1:5500; default: the local stack's")
+    judge_url: str | None = Field(
+        None,
+        description="OpenAI-compatible endpoint of a judge, e.g. http://127.0.0.1:8000/v1; its key is judge_api_key",
+    )
+    judge_api_key: SecretStr | None = None
     prefect_port: int = Field(PREFECT_PORT, ge=1, le=65_535)
     mlflow_port: int = Field(MLFLOW_PORT, ge=1, le=65_535)
     s3_port: int = Field(
         S3_PORT, ge=1, le=MAX_WEED_PORT - 3, description="SeaweedFS also takes the next three, and all + 10000"
     )
+    hub_endpoint: str | None = Field(
+        None,
+        description="URL of the Hugging Face hub or of a mirror that speaks its protocol; default: HF_ENDPOINT, or the hub",
+    )
     work_pool: str = "varflow"
+    usd_per_hour: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="price of an hour of one device, of the machine where it computes on its CPU; default: of a known accelerator the "
+        "assumed one of training/devices.py, of a CPU none",
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @classmethod
@@ -98,12 +120,24 @@ class Settings(BaseSettings):
     def _aws_has_no_endpoint(cls, value: str | None) -> str | None:
         return None if value is None or value.lower() == "aws" else value
 
-    @field_validator("s3_endpoint", "prefect_api_url", "mlflow_tracking_uri")
+    @field_validator("s3_endpoint", "prefect_api_url", "mlflow_tracking_uri", "hub_endpoint")
     @classmethod
     def _url(cls, value: str | None) -> str | None:
         if value is not None and not value.startswith(("http://", "https://")):
             raise ValueError("expected a URL that starts with http:// or https://")
         return value.rstrip("/") if value else value
+
+    @field_validator("judge_url")
+    @classmethod
+    def _bare_url(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        url = urlsplit(value)
+        if url.scheme not in ("http", "https") or not url.hostname or url.username or url.password or url.query:
+            raise ValueError(
+                "expected http:// or https://, a host and a path, without a name, password or query; the key belongs in VARFLOW_JUDGE_API_KEY"
+            )
+        return value.rstrip("/")
 
     @field_validator("s3_prefix")
     @classmethod
@@ -186,12 +220,22 @@ class Settings(BaseSettings):
         os.environ.update(self.library_environment() | {"VARFLOW_HOME": str(self.home)})
 
     def own_environment(self) -> dict[str, str]:
-        """Give the `VARFLOW_*` variables from which another process reads these same settings. Holds the S3 credentials."""
-        values = self.model_dump()
-        if self.s3_secret_key is not None:
-            values["s3_secret_key"] = self.s3_secret_key.get_secret_value()
-        values["s3_endpoint"] = self.s3_endpoint or "aws"
-        return {f"VARFLOW_{name.upper()}": str(value) for name, value in values.items() if value is not None}
+        """Give the `VARFLOW_*` variables from which another process reads these same settings. Holds all keys."""
+        values = self.model_dump() | {"s3_endpoint": self.s3_endpoint or "aws"}
+        plain = {name: v.get_secret_value() if isinstance(v, SecretStr) else v for name, v in values.items()}
+        return {f"VARFLOW_{name.upper()}": str(value) for name, value in plain.items() if value is not None}
+
+    def judge_environment(self) -> dict[str, str]:
+        """Give the variables by which the child of an endpoint's judge, and no other, learns address and key."""
+        if self.judge_url is None:
+            raise ValueError(
+                "VARFLOW_JUDGE_URL: not set; expected the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, "
+                "and its key, if it wants one, in VARFLOW_JUDGE_API_KEY"
+            )
+        key = self.judge_api_key
+        return {"VARFLOW_JUDGE_URL": self.judge_url} | (
+            {"VARFLOW_JUDGE_API_KEY": key.get_secret_value()} if key else {}
+        )
 
     def service_environment(self) -> dict[str, str]:
         """Give the environment of the local stack: an allow-list, so that no stray variable bends a server of ours.
@@ -240,7 +284,7 @@ def read_settings(**overrides: Any) -> Settings:
         for fault in error.errors(include_url=False):
             name = str(fault["loc"][0]) if fault["loc"] else ""
             where = f"VARFLOW_{name.upper()}: " if name else ""
-            got = f"got {fault['input']!r}; " if name in Settings.model_fields and "key" not in name else ""
+            got = f"got {fault['input']!r}; " if name in Settings.model_fields and name not in MAY_HOLD_SECRETS else ""
             faults.append(f"{where}{got}{fault['msg'].removeprefix('Value error, ')}")
         raise ValueError("; ".join(faults) + "; correct it, or unset it to use the local stack's") from None
 

@@ -210,6 +210,11 @@ class Store:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
+    def missing_files(self, name: str, files: Sequence[StoredFile]) -> list[str]:
+        """Return the names of a manifest's files that are not below `name`, or not in their recorded size."""
+        sizes = {item.name: item.size for item in self.scan(name)}
+        return [file.name for file in files if sizes.get(f"{name}/{file.name}") != file.size]
+
     def check_files(self, name: str, files: Sequence[StoredFile]) -> None:
         """Read every file of a manifest below `name` and raise StoreError unless its bytes are the recorded ones."""
 

@@ -1,9 +1,9 @@
 """Candidates for promotion: which model a reference means, on whose word it may become champion, whether it is what was evaluated."""
 
-import json
 import re
 from collections.abc import Iterator
 
+from evaluation.verdict import Decision, OlderVerdictError, Verdict, read_verdict
 from infra import records, registry
 from infra.provenance import name_user
 from infra.records import Record
@@ -161,20 +161,29 @@ def check_evaluated(store: Store, model: Record, *, verdict: Record) -> None:
         )
 
 
-def check_promotes(store: Store, verdict: Record) -> None:
-    """Raise ValueError unless verdict.json is the one that was recorded, and says PROMOTE."""
+def read_sealed(store: Store, verdict: Record) -> Verdict:
+    """Return the verdict of a gate's record. Raises ValueError unless it is the file that was recorded, under the seal that the record keeps."""
     found = store.get(f"{verdict.prefix}/verdict.json")
-    sealed = {file.name: file.sha256 for file in verdict.files}.get("verdict.json")
+    recorded = {file.name: file.sha256 for file in verdict.files}.get("verdict.json")
     where = store.url(f"{verdict.prefix}/verdict.json")
-    if found is None or digest_bytes(found[0]) != sealed:
+    if found is None or digest_bytes(found[0]) != recorded:
         got = digest_bytes(found[0])[:12] if found else "no file"
         raise ValueError(
-            f"{where}: got {got}, expected SHA-256 {str(sealed)[:12]}: the verdict was changed; run the gate again"
+            f"{where}: got {got}, expected SHA-256 {str(recorded)[:12]}: the verdict was changed; run the gate again"
         )
-    decision = json.loads(found[0])["decision"]
-    if decision != "PROMOTE":
+    try:
+        return read_verdict(found[0], kept=verdict.summary.get("seal"))
+    except ValueError as error:
+        kind = OlderVerdictError if isinstance(error, OlderVerdictError) else ValueError
+        raise kind(f"gate/{verdict.fingerprint[:12]}: {error}") from error
+
+
+def check_promotes(store: Store, verdict: Record) -> None:
+    """Raise ValueError unless the sealed verdict says PROMOTE."""
+    decision = read_sealed(store, verdict).decision
+    if decision is not Decision.promote:
         raise ValueError(
-            f"{where}: says {decision}, expected PROMOTE; promote it with --without-gate REASON if you must"
+            f"{store.url(verdict.prefix)}/verdict.json: says {decision}, expected PROMOTE; promote it with --without-gate REASON if you must"
         )
 
 

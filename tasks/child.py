@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class ChildJob:
     inputs: Mapping[str, Path]
     folder: Path  # holds job.json, log.txt, output/, work/; one child at a time
     environment: Mapping[str, str]
+    key: str = field(default="", repr=False)  # the first line of its standard input: in no file, list or environment
 
     @property
     def output(self) -> Path:
@@ -80,7 +81,7 @@ def run_child(
         with (job.folder / "log.txt").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", job.package, str(job_file), str(reader)],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if job.key else subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -90,6 +91,7 @@ def run_child(
             )
         os.close(reader)
         try:
+            hand_over(child, job.key)
             while child.poll() is None:
                 on_metrics(next(lines))
                 with suppress(subprocess.TimeoutExpired):
@@ -100,6 +102,13 @@ def run_child(
     finally:
         os.close(writer)
     _raise_for_exit(job, child.returncode)
+
+
+def hand_over(child: "subprocess.Popen[bytes]", key: str) -> None:
+    """Write a key to a child that was given a pipe for it; one that is gone already says why itself."""
+    if child.stdin is not None:
+        with suppress(BrokenPipeError), child.stdin:
+            child.stdin.write(f"{key}\n".encode())
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:

@@ -18,16 +18,18 @@ from infra.store import Store
 from infra.tracking import Tracking
 from tasks.artifacts import fetch_artifact
 from tasks.candidate import find_model, name_run
+from tasks.cost import total_costs
 from tasks.execute import StepAttempt, flatten
 from tasks.gate import read_rewards
 from tasks.lineage import read_lineage
+from tasks.score import score_tokens
 from tasks.sources import resolve_source
-from tasks.step import Attempt, Metrics, Planned, Source, step
-from training.config import Config, Runtime
+from tasks.step import Attempt, Given, Metrics, Planned, Source, step
+from training.config import Config, Runtime, TokenScoreConfig
 from training.job import write_json
 
 if TYPE_CHECKING:
-    from evaluation.comparison import Answer, Comparison, ItemText, Subject
+    from evaluation.comparison import Answer, Comparison, ItemText, Subject, TokenAnswers
 
 ROWS_FILE = "rows.parquet"
 STORED = re.compile(r"([a-z_]+/)?[0-9a-f]{6,64}")  # an artifact, or the start of its fingerprint
@@ -57,6 +59,7 @@ class Measured:
     fingerprint: str
     record: Record | None = None  # None for a source, which nothing here made
     only: frozenset[str] | None = None  # references that count, where a run was named
+    source: Source | None = None  # where its weights lie, if it came from outside
     chosen: dict[str, Record] = field(default_factory=dict)  # what is compared: eval_<benchmark>, answers, rewards
 
     @property
@@ -67,9 +70,10 @@ class Measured:
         return self.only is None or f"{record.step}/{record.fingerprint}" in self.only
 
 
-@step(version=1)
+@step(version=2)
 def compare(config: ComparisonConfig, attempt: Attempt) -> Metrics:
-    """Lay models side by side. Inputs: of the model at place N `N_eval_<benchmark>`, `N_answers`, `N_rewards`, `N_rows`."""
+    """Lay models side by side. Inputs: of the model at place N `N_eval_<benchmark>`, `N_answers`, `N_rewards`, `N_rows`, and `N_tokens`
+    of its answers and the first model's."""
     from evaluation.comparison import compare as lay_side_by_side  # SciPy and Plotly: only where something is compared
     from evaluation.comparison_page import render_comparison
 
@@ -113,6 +117,7 @@ def read_subject(config: SubjectConfig, inputs: Mapping[str, Path]) -> "Subject"
         texts={name: read_texts(folder) for name, folder in folders.items()},
         answers=read_answers(inputs["answers"]) if "answers" in inputs else {},
         rewards=read_rewards(inputs["rewards"]) if "rewards" in inputs else {},
+        tokens=read_tokens(inputs["tokens"]) if "tokens" in inputs else {},
         settings=config.settings,
         data=config.data,
         rows=frozenset(pq.read_table(rows / ROWS_FILE, columns=["row_id"])["row_id"].to_pylist())
@@ -148,10 +153,28 @@ def read_answers(folder: Path) -> "dict[str, Answer]":
     }
 
 
+def read_tokens(folder: Path) -> "dict[str, TokenAnswers]":
+    """Return what both models say of the tokens of both answers, by row id."""
+    from evaluation.comparison import TokenAnswers
+
+    told: dict[str, dict[str, list[tuple[str, float, float]]]] = {}
+    for answer in json.loads((folder / "tokens.json").read_text()):
+        tokens = [(token["text"], token["reference"], token["policy"]) for token in answer["tokens"]]
+        told.setdefault(answer["row_id"], {})[answer["whose"]] = tokens
+    return {row: TokenAnswers(own.get("reference"), own.get("policy")) for row, own in told.items()}
+
+
 def plan_comparison(
-    references: tuple[str, ...], *, model: str | None, store: Store, settings: Settings, tracking: Tracking
+    references: tuple[str, ...],
+    *,
+    model: str | None,
+    tokens: bool,
+    store: Store,
+    settings: Settings,
+    tracking: Tracking,
 ) -> Planned:
-    """Return the step that compares models, with everything on record that was measured of all of them alike.
+    """Return the step that compares models, with everything on record that was measured of all of them alike; with `tokens` it
+    takes as inputs the steps that ask both models about single tokens of a few answers.
 
     Raises ValueError, naming the field, where the same benchmark was measured of them in different ways only.
     """
@@ -159,7 +182,7 @@ def plan_comparison(
         raise ValueError(f"compare: got {', '.join(references)}, expected at least two models, each once")
     found = [find_measured(r, model=model, store=store, settings=settings, tracking=tracking) for r in references]
     choose_alike(found, store=store)
-    inputs: dict[str, Source] = {}
+    inputs: dict[str, Given] = {}
     subjects = []
     for place, one in enumerate(found):
         lineage = read_lineage(store, one.record) if one.record else None
@@ -170,7 +193,40 @@ def plan_comparison(
             ref = f"{record.step}/{record.fingerprint}"
             inputs[f"{place}_{name}"] = Source(ref, folder, record.fingerprint, content=records.digest_files(record))
         subjects.append(describe_subject(one, store=store))
+    if tokens:
+        inputs |= plan_tokens(found, inputs, store=store, settings=settings)
     return compare(ComparisonConfig(subjects=tuple(subjects)), inputs, runtime=Runtime())
+
+
+def plan_tokens(
+    found: list[Measured], inputs: Mapping[str, Given], *, store: Store, settings: Settings
+) -> dict[str, Given]:
+    """Return `N_tokens` of every later model whose answers, and whose weights and the first one's, are here to be had."""
+    from evaluation.comparison import choose_rows
+
+    if not all("answers" in one.chosen for one in found):
+        return {}
+    models = [
+        one.source or (resolve_source(one.ref, store=store, settings=settings) if one.record else None) for one in found
+    ]
+    rewards = [inputs.get(f"{place}_rewards") for place in (0, len(found) - 1)]
+    first, last = (read_rewards(given.path) if isinstance(given, Source) else {} for given in rewards)
+    held = inputs["0_answers"]
+    assert isinstance(held, Source)
+    rows = pq.read_table(held.path / "responses.parquet", columns=["row_id"])["row_id"].to_pylist()
+    asked = found[0].chosen["answers"].identity["config"]
+    config = TokenScoreConfig(
+        row_ids=tuple(choose_rows(rows, first, last)),
+        max_tokens=asked["max_prompt_tokens"] + asked["max_new_tokens"],
+        precision=asked["precision"],
+    )
+    planned: dict[str, Given] = {}
+    for place, policy in enumerate(models):
+        if place and policy and models[0]:
+            given: dict[str, Given] = {"reference": models[0], "policy": policy}
+            given |= {"reference_answers": held, "policy_answers": inputs[f"{place}_answers"]}
+            planned[f"{place}_tokens"] = score_tokens(config, given, runtime=Runtime(), label=f"model {place + 1}")
+    return planned
 
 
 def find_measured(
@@ -193,7 +249,7 @@ def find_measured(
         record = find_model(store, reference, tracking=tracking, model=model)
         return Measured(reference, record.fingerprint, record, frozenset(said) if said else None)
     source = resolve_source(reference, store=store, settings=settings)
-    return Measured(reference, source.fingerprint)
+    return Measured(reference, source.fingerprint, source=source)
 
 
 def choose_alike(found: list[Measured], *, store: Store) -> None:
@@ -208,10 +264,11 @@ def choose_alike(found: list[Measured], *, store: Store) -> None:
             if record.inputs["model"] == one.fingerprint and one.counts(record):
                 name = f"eval_{record.identity['config']['name']}"
                 pools.setdefault(name, [[] for _ in found])[place].append(record)
-    answers = [
-        [r for r in records.iterate(store, "generate") if r.inputs["policy"] == one.fingerprint and one.counts(r)]
-        for one in found
-    ]
+    sets = {  # of prompts: what is answered there says nothing of held-out rows
+        record.fingerprint for kind in ("questions", "prompt_set") for record in records.iterate(store, kind)
+    }
+    heldout = [record for record in records.iterate(store, "generate") if record.inputs["rows"] not in sets]
+    answers = [[r for r in heldout if r.inputs["policy"] == one.fingerprint and one.counts(r)] for one in found]
     if any(answers):
         pools["answers"] = answers
     for name, pool in pools.items():
@@ -252,9 +309,10 @@ def measure_key(record: Record, *, without: str) -> str:
 
 
 def strip(record: Record, *, without: str) -> dict[str, Any]:
-    """Return a record's identity without the model it is about."""
+    """Return a record's identity without the model it is about, on disk or served."""
     inputs = {name: given for name, given in record.identity["inputs"].items() if name != without}
-    return record.identity | {"inputs": inputs}
+    config = {name: value for name, value in record.identity["config"].items() if name != "endpoint"}
+    return record.identity | {"inputs": inputs, "config": config}
 
 
 def describe_subject(one: Measured, *, store: Store) -> SubjectConfig:
@@ -262,8 +320,10 @@ def describe_subject(one: Measured, *, store: Store) -> SubjectConfig:
     settings: dict[str, Any] = {}
     data: dict[str, Any] = {}
     cost: dict[str, float] = {}
+    made: tuple[Record, ...] = ()
     if one.record:
         lineage = read_lineage(store, one.record)
+        made = lineage.steps
         for record in lineage.steps:
             settings |= {f"{record.step}.{name}": value for name, value in flatten(record.identity["config"]).items()}
         settings |= {role: f"{given.name} ({given.digest[:12]})" for role, given in lineage.sources.items()}
@@ -272,6 +332,9 @@ def describe_subject(one: Measured, *, store: Store) -> SubjectConfig:
         cost = dict(lineage.wall_seconds)
     for name, record in one.chosen.items():
         cost[f"measuring: {name.removeprefix('eval_')}"] = record.cost.get("wall_seconds", 0.0)
+    total = total_costs(record.cost for record in (*made, *one.chosen.values()))
+    if total.usd is not None:
+        cost |= {"all of it, USD": total.usd, "without a price, seconds": total.unpriced_seconds}
     return SubjectConfig(name=shorten(one), ref=one.ref, settings=settings, data=data, cost=cost)
 
 

@@ -19,9 +19,9 @@ def mirror(config: MirrorConfig, attempt: Attempt) -> Metrics:
     return {"mirror/files": float(len(rows)), "mirror/rows": float(sum(rows.values()))}
 
 
-@step(version=2)
+@step(version=3)
 def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
-    """Run one benchmark on one model. Inputs: `model`, `mirror`."""
+    """Run one benchmark on one model. Inputs: `model`, or the config and tokenizer of a served one, and `mirror`."""
     attempt.run_child("evaluation", "benchmark")
     rows = json.loads((attempt.output / "scores.json").read_text())
     metrics: Metrics = {}
@@ -32,3 +32,13 @@ def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
             if row["stderr"] is not None:  # a single item has none
                 metrics[f"{name}_stderr"] = row["stderr"]
     return metrics
+
+
+@step(version=1)
+def evaluate_varied(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
+    """Run one benchmark on one model under another few-shot seed or batch size, for the noise floor: no score to compare models by.
+
+    Inputs: `model`, `mirror`.
+    """
+    attempt.run_child("evaluation", "benchmark")
+    return {}

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
+from evaluation.config import BenchmarkConfig
 from infra import provenance, records
 from infra.records import Record
 from infra.settings import Settings, child_environment
@@ -26,9 +27,12 @@ from infra.tracking import Run, Tracking
 from tasks.artifacts import count_bytes, fetch_artifact, lock_folder, open_digests, place_output, read_summary
 from tasks.checkpoints import StoredCheckpoints, discard_checkpoints
 from tasks.child import ChildJob, run_child
+from tasks.cost import price_step, total_costs
 from tasks.mirror import MetricsMirror, Notes, give_way, listener
 from tasks.samples import SamplesMirror
-from tasks.step import ArtifactRef, Metrics, Planned, Source, found
+from tasks.step import NOTHING, ArtifactRef, Metrics, Planned, Source, found
+from training.config import Config
+from training.job import CPU, HARDWARE_FILE
 
 COMMIT_BESIDE_BYTES = 32 << 20  # a larger artifact is on its way to the store while the next step computes
 
@@ -47,6 +51,7 @@ class Execution:
         self.parent: Run
         self._notes = Notes()
         self._shown: Metrics = {}
+        self._costs: list[Mapping[str, float]] = []
         self._tagged: dict[str, str] = {}
         self._outputs: dict[str, Path] = {}  # by fingerprint: the folders of what was computed here
         self._surplus: list[Path] = []  # those of attempts that came second
@@ -71,7 +76,7 @@ class Execution:
             self.store.stop_uploads()
         self._committer.shutdown(cancel_futures=self._stopped)
         error = value or self._find_failure()
-        self._notes.tell("the figures of all steps", self._show)
+        self._notes.tell("the figures of all steps", self._show_all)
         self._finish(self.parent, error)
         self._notes.close()
         for folder in self._surplus:
@@ -162,21 +167,24 @@ class Execution:
                 params = flatten(planned.config.model_dump(mode="json"))
                 self._notes.tell(f"the config of {planned.title}", partial(self.tracking.log, run.id, params=params))
                 metrics = planned.step.work(planned.config, attempt)
-            seconds = time.monotonic() - started
-            commit = self._committer.submit(self._commit, planned, run, output, metrics, seconds=seconds)
+            made = Made(output, metrics, time.monotonic() - started, attempt.hardware)
+            commit = self._committer.submit(self._commit, planned, run, made)
             commit.add_done_callback(partial(self._release, held.pop_all(), run))
         if count_bytes(output) <= COMMIT_BESIDE_BYTES:
             commit.result()
         self._outputs[planned.fingerprint] = output
         return ArtifactRef(planned.step.name, planned.fingerprint, False, time.monotonic() - started, commit)
 
-    def _commit(self, planned: Planned, run: Run, output: Path, metrics: Metrics, *, seconds: float) -> Record:
+    def _commit(self, planned: Planned, run: Run, made: "Made") -> Record:
         """Upload the files to the run's own place and put the record; then let go of the work folder."""
+        output, metrics = made.output, made.metrics
         with self._closing(run):
             for given in planned.inputs.values():
                 if isinstance(given, Planned):
                     self.ref(given).commit.result()  # done before this began; raises if it failed
-            prefix = self.store.name_of(run.artifact_uri)
+            prefix, summary = self.store.name_of(run.artifact_uri), read_summary(output)
+            usd_per_hour = self.settings.usd_per_hour
+            cost, facts = price_step(made.hardware, summary, seconds=made.seconds, usd_per_hour=usd_per_hour)
             record = Record(
                 step=planned.step.name,
                 version=planned.step.version,
@@ -187,9 +195,9 @@ class Execution:
                 attempt=output.name,
                 prefix=prefix,
                 files=tuple(self.store.upload_folder(output, prefix)),
-                summary=read_summary(output) | {"metrics": metrics},
-                provenance=provenance.describe(),
-                cost={"wall_seconds": round(seconds, 3)},
+                summary=summary | {"metrics": metrics},
+                provenance=provenance.describe() | facts,
+                cost=cost,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 mlflow_run=run.id,
                 prefect_run=self.prefect_run,
@@ -200,7 +208,8 @@ class Execution:
         shutil.rmtree(self.settings.home / "work" / planned.step.name / planned.fingerprint, ignore_errors=True)
         discard_checkpoints(self.store, planned)
         tags = {"varflow.record": f"{winner.step}/{winner.fingerprint}"}
-        figures = partial(self.tracking.log, run.id, metrics=points(metrics), tags=tags)
+        paid = {"cost/usd": cost["usd"]} if "usd" in cost else {}
+        figures = partial(self.tracking.log, run.id, metrics=points(metrics | paid), tags=tags)
         self._notes.tell(f"the figures of {planned.title}", figures)
         self._finish(run, None)
         self._mirror(planned, winner, computed=True)
@@ -251,18 +260,14 @@ class Execution:
 
         What cached steps have to say goes in one request, since there may be nothing else to wait for.
         """
-        whose = planned.label.rpartition(" ")[2]
-        # the challenger's figures, the ones to compare, go without; the champion's stand beside them in MLflow's tables
-        prefix, suffix = (
-            f"{whose}/" if whose in {"noise", "preferences"} else "",
-            "_champion" if whose == "champion" else "",
-        )
-        metrics = {f"{prefix}{name}{suffix}": value for name, value in record.summary["metrics"].items()}
-        metrics[f"cost/{planned.key}_seconds"] = record.cost["wall_seconds"]
+        metrics = {place_metric(name, planned.label): value for name, value in record.summary["metrics"].items()}
+        # MLflow's tables go by the alphabet: the seconds of each step come last, behind what runs are compared for
+        metrics[f"wall_seconds/{planned.key}"] = record.cost["wall_seconds"]
         said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"
 
         def show() -> None:
             self._shown |= metrics
+            self._costs.append(record.cost)
             self._tagged[f"step.{planned.key}"] = said
             if computed:
                 self._show()
@@ -273,6 +278,14 @@ class Execution:
         """Send what `_mirror` gathered; kept for the next time where it is not taken."""
         self.tracking.log(self.parent.id, metrics=points(self._shown), tags=self._tagged)
         self._shown, self._tagged = {}, {}
+
+    def _show_all(self) -> None:
+        """Send what is left to say, and what all steps cost, whenever they were computed."""
+        total = total_costs(self._costs)
+        self._shown["cost/wall_seconds"] = total.seconds
+        if total.usd is not None:
+            self._shown |= {"cost/usd": total.usd, "cost/unpriced_seconds": total.unpriced_seconds}
+        self._show()
 
     def _tags(self, planned: Planned | None = None) -> dict[str, str]:
         facts = provenance.describe()
@@ -292,6 +305,16 @@ class Execution:
         self._notes.tell(f"the end of run {run.id}", partial(self.tracking.finish, run.id, status=status))
 
 
+@dataclass(frozen=True)
+class Made:
+    """What an attempt left to commit: its files and figures, how long it computed, and on what."""
+
+    output: Path
+    metrics: Metrics
+    seconds: float
+    hardware: Mapping[str, Any]
+
+
 @dataclass
 class StepAttempt:
     """One attempt at a step: the folders its function sees, and the supervised child."""
@@ -303,16 +326,17 @@ class StepAttempt:
     output: Path
     lock: int
     inputs: Mapping[str, Path]
+    hardware: Mapping[str, Any] = field(default_factory=lambda: CPU)  # what the child computed on, if there was one
 
     @property
     def fingerprints(self) -> Mapping[str, str]:
         """What the inputs are, by name."""
         return {name: given.fingerprint for name, given in self.planned.inputs.items()}
 
-    def run_child(self, package: str, job: str) -> dict[str, Any]:
+    def run_child(self, package: str, job: str, *, environment: Mapping[str, str] = NOTHING) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
 
-        What an earlier attempt finished but could not commit is taken as it is.
+        `environment` is what the child gets beside the variables that every child gets. What an earlier attempt finished but could not commit is taken as it is.
         """
         if not (self.output / "summary.json").exists():
             tracking, store = self.execution.tracking, self.execution.store
@@ -333,14 +357,37 @@ class StepAttempt:
                         runtime=self.planned.runtime.model_dump(mode="json"),
                         inputs=self.inputs,
                         folder=self.folder,
-                        environment=child_environment(thread_environment(self.planned.runtime.threads)),
+                        environment=child_environment(
+                            thread_environment(self.planned.runtime.threads) | dict(environment)
+                        ),
+                        key=find_key(self.planned.config, settings=self.execution.settings),
                     ),
                     keep_fds=(self.lock,),
                     on_metrics=heed,
                 )
             mirror.close()
             samples.close()
+        noted = self.folder / "work" / HARDWARE_FILE
+        if noted.exists():
+            self.hardware = json.loads(noted.read_text())
         return read_summary(self.output)
+
+
+def find_key(config: Config, *, settings: Settings) -> str:
+    """Return the key of the endpoint that a step asks; empty for a step that asks none."""
+    asks = isinstance(config, BenchmarkConfig) and config.endpoint is not None
+    return settings.endpoint_key.get_secret_value() if asks and settings.endpoint_key else ""
+
+
+def place_metric(name: str, label: str) -> str:
+    """Return a step's metric as the parent run has it: the challenger's figures, the ones to compare, go without, the
+    champion's stand beside them in MLflow's tables, and those of a set below its name where they do not have it themselves."""
+    what, _, whose = label.rpartition(" ")
+    if whose in {"noise", "preferences"}:
+        return f"{whose}/{name}"
+    below = f"{what}/" if what and not name.startswith("eval/") else ""
+    beside = f"_{whose}" if whose in {"champion", "baseline"} else ""
+    return f"{below}{name}{beside}"
 
 
 def thread_environment(threads: int | None) -> dict[str, str]:

@@ -10,14 +10,14 @@ from typing import Any
 from evaluation.card import Card, CardScore, CardSource, CardStep, render_card
 from evaluation.result import read_result
 from evaluation.statistics import score_interval
-from evaluation.verdict import Verdict
+from evaluation.verdict import OlderVerdictError, Verdict
 from infra import records, registry
 from infra.fingerprint import visible_files
 from infra.records import Given, Record
 from infra.settings import Settings
 from infra.store import Store, StoredFile
 from tasks.artifacts import fetch_artifact
-from tasks.candidate import list_verdicts
+from tasks.candidate import list_verdicts, read_sealed
 from tasks.execute import flatten
 from tasks.lineage import Lineage, read_lineage
 from tasks.sources import find_local
@@ -61,7 +61,7 @@ def describe_model(store: Store, record: Record, *, files: list[StoredFile], set
     sources = [describe_source(role, given, settings=settings) for role, given in lineage.sources.items()]
     base = next((source for source in sources if source.role == f"{record.step}.base"), None)
     rows, reward = lineage.find("ingest"), lineage.find("reward_model")
-    verdict, verdict_ref = read_verdict(store, record)
+    verdict, verdict_ref = newest_verdict(store, record)
     ref = f"{record.step}/{record.fingerprint}"
     return Card(
         title=f"{base.name if base else record.step} aligned, {record.fingerprint[:12]}",
@@ -133,12 +133,14 @@ def find_licence(name: str, *, settings: Settings) -> str | None:
     return None
 
 
-def read_verdict(store: Store, record: Record) -> tuple[Verdict | None, str]:
-    """Return the newest verdict about a model with its reference; (None, "") where the gate said nothing."""
-    for verdict in list_verdicts(store, record):
-        found = store.get(f"{verdict.prefix}/verdict.json")
-        if found:
-            return Verdict.model_validate_json(found[0]), f"gate/{verdict.fingerprint}"
+def newest_verdict(store: Store, record: Record) -> tuple[Verdict | None, str]:
+    """Return the newest verdict about a model with its reference, without it where an older gate wrote it; (None, "") where the gate
+    said nothing. Raises ValueError for one that was changed."""
+    for verdict in list_verdicts(store, record)[:1]:
+        try:
+            return read_sealed(store, verdict), f"gate/{verdict.fingerprint}"
+        except OlderVerdictError:
+            return None, f"gate/{verdict.fingerprint}"
     return None, ""
 
 
@@ -154,10 +156,19 @@ def describe_promotion(store: Store, ref: str) -> str | None:
 
 
 def list_evaluations(store: Store, model: Record) -> list[Record]:
-    """Return the newest evaluation of a model on each benchmark."""
-    about = [record for record in records.iterate(store, "evaluate") if record.inputs["model"] == model.fingerprint]
-    newest = {record.identity["config"]["name"]: record for record in sorted(about, key=lambda r: r.created)}
-    return [newest[name] for name in sorted(newest)]
+    """Return a model's evaluation on each benchmark: the one that its newest verdict weighed, else the newest.
+
+    Those by an endpoint are of what it serves, whatever that is.
+    """
+    about = [
+        record
+        for record in records.iterate(store, "evaluate")
+        if record.inputs["model"] == model.fingerprint and not record.identity["config"].get("endpoint")
+    ]
+    weighed = {given for verdict in list_verdicts(store, model)[:1] for given in verdict.inputs.values()}
+    ordered = sorted(about, key=lambda record: (record.fingerprint in weighed, record.created))
+    chosen = {record.identity["config"]["name"]: record for record in ordered}
+    return [chosen[name] for name in sorted(chosen)]
 
 
 def describe_score(store: Store, record: Record, *, settings: Settings) -> CardScore:

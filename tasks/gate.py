@@ -1,55 +1,63 @@
 """The verdict on a challenger."""
 
 import filecmp
-import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
 from evaluation.config import GateConfig
 from infra import looks
+from infra.fingerprint import digest_file
 from infra.store import Store
+from tasks.noise import read_noise
 from tasks.step import Attempt, Metrics, Planned, step
 from training.job import write_json
 
 if TYPE_CHECKING:
     from evaluation.gate import Evidence
-    from evaluation.result import BenchmarkResult
-    from evaluation.verdict import Noise
 
 CHALLENGER, CHAMPION, NOISE = "challenger", "champion", "noise"
-WEIGHED = ("scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet")
+WEIGHED = (
+    "scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet", "rows.parquet", "noise.json",
+)  # fmt: skip
+CONTAMINATION = "contamination.json"
+ROWS_AT_ONCE = 1024
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-@step(version=2)
+@step(version=3)
 def gate(config: GateConfig, attempt: Attempt) -> Metrics:
     """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), for both of them
-    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, and the champion under other few-shot seeds as
-    `noise_<number>_eval_<benchmark>`."""
-    from evaluation.gate import (
-        decide,
-        write_verdict,
-    )  # SciPy takes a second, which a run that finds its verdict need not spend
+    `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, `rows`, whose train split the challenger was trained on, and
+    the champion's noise floor as `noise` where it was measured."""
+    # SciPy takes a second, which a run that finds its verdict need not spend
+    from evaluation.contamination import flag_contamination, measure_contamination
+    from evaluation.gate import decide, write_verdict
 
     inputs = attempt.inputs
+    challenger, champion = read_evidence(inputs, CHALLENGER), read_evidence(inputs, CHAMPION)
+    contamination = measure_contamination(challenger.results, champion.results, read_training_texts(inputs["rows"]))
+    write_json(attempt.output / CONTAMINATION, [found.model_dump(mode="json") for found in contamination])
     verdict = decide(
         config.policy,
-        challenger=read_evidence(inputs, CHALLENGER),
-        champion=read_evidence(inputs, CHAMPION),
+        challenger=challenger,
+        champion=champion,
         same_model=same_weights(inputs[CHALLENGER], inputs[CHAMPION]),
-        noise=read_noise(inputs),
+        noise=read_noise(inputs[NOISE]) if NOISE in inputs else None,
+        contamination=contamination,
         looks_spent=config.looks_spent,
         inputs=digest_inputs(attempt),
     )
     write_verdict(verdict, attempt.output / "verdict.json")
-    summary = {"verdict": verdict.decision, "reasons": list(verdict.reasons), "seal": verdict.seal}
+    summary: dict[str, Any] = {"verdict": verdict.decision, "reasons": list(verdict.reasons), "seal": verdict.seal}
+    summary["flags"] = {found.benchmark: flag for found in contamination for flag in flag_contamination(found)}
     write_json(attempt.output / "summary.json", summary)
     gains = {f"gate/{target.name}_gain": target.gain for target in verdict.targets}
-    return {"gate/promote": float(verdict.decision == "PROMOTE")} | gains
+    hits = {f"gate/{found.benchmark}_in_training_data": found.share for found in contamination}
+    return {"gate/promote": float(verdict.decision == "PROMOTE")} | gains | hits
 
 
 def plan_look(planned: Planned, *, store: Store, model: str) -> Planned:
@@ -85,31 +93,28 @@ def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
     )
 
 
-def read_noise(inputs: Mapping[str, Path]) -> "dict[str, Noise]":
-    """Return the noise floor of each benchmark that was measured under several few-shot seeds."""
-    from evaluation.gate import measure_noise
-    from evaluation.result import read_result
-
-    runs: dict[str, list[BenchmarkResult]] = {}
-    for name in sorted(inputs):
-        kind, _, benchmark = name.partition("_eval_")
-        if kind.startswith(f"{NOISE}_"):
-            runs.setdefault(benchmark, [read_result(inputs[f"{CHAMPION}_eval_{benchmark}"])])
-            runs[benchmark].append(read_result(inputs[name]))
-    return {name: measure_noise(found, varied=("few-shot seed",)) for name, found in runs.items()}
-
-
 def digest_inputs(attempt: Attempt) -> dict[str, str]:
     """Return what the verdict rests on: the sha256 of every file that was weighed as `<input>/<file>`, which is what its record's
     manifest and `sha256sum` say, and the fingerprint of both models."""
     weighed = {name: folder for name, folder in attempt.inputs.items() if name not in (CHALLENGER, CHAMPION)}
     files = {
-        f"{name}/{file}": hashlib.sha256((folder / file).read_bytes()).hexdigest()
+        f"{name}/{file}": digest_file(folder / file)
         for name, folder in sorted(weighed.items())
         for file in WEIGHED
         if (folder / file).is_file()
     }
     return {who: attempt.fingerprints[who] for who in (CHALLENGER, CHAMPION)} | files
+
+
+def read_training_texts(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield (row id, text) of every turn and response of the train split, a few rows in memory at a time."""
+    columns = ["row_id", "split", "prompt", "responses"]
+    for batch in pq.ParquetFile(folder / "rows.parquet").iter_batches(ROWS_AT_ONCE, columns=columns):
+        for row in batch.to_pylist():
+            if row["split"] == "train":
+                yield from (
+                    (row["row_id"], text) for text in (*(turn["content"] for turn in row["prompt"]), *row["responses"])
+                )
 
 
 def read_lengths(folder: Path) -> dict[str, float]:

@@ -12,8 +12,8 @@ from prefect.logging import get_run_logger
 
 from infra.tracking import Tracking, TrackingError
 
-BESIDE_NICE = 10
-SHIP_SECONDS = 5.0
+BESIDE_NICE = 19
+SHIP_SECONDS = 10.0
 FINAL_SHIP_SECONDS = 60.0
 LOG_SECONDS = 30.0
 

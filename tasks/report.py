@@ -1,24 +1,28 @@
 """The page a run ends with, and its short form for the terminal and for Prefect."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pyarrow.parquet as pq
 from prefect.artifacts import create_markdown_artifact
 
 from infra import provenance
 from infra.tracking import Run
+from tasks.cost import list_prices, show_total, total_costs
 from tasks.execute import Execution, StepAttempt
-from tasks.gate import CHALLENGER, CHAMPION, read_rewards
+from tasks.gate import CHALLENGER, CHAMPION, CONTAMINATION, read_rewards
 from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
 from training.config import Config
 
 if TYPE_CHECKING:
+    from evaluation.contamination import Contamination
     from evaluation.report import SampleAnswer, StepRow, TrainingAnswer
     from evaluation.result import ScoreRow
 
 SAMPLES_SHOWN = 8
+AnyResult = TypeVar("AnyResult", bound=Config)
 
 
 class ReportConfig(Config):
@@ -27,22 +31,25 @@ class ReportConfig(Config):
     recipe: str
 
 
-@step(version=3)
+@step(version=4)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
+    from evaluation.alignment import AlignmentResult
     from evaluation.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
-    from evaluation.verdict import Verdict
+    from evaluation.reward_bias import RewardBias
+    from evaluation.verdict import read_verdict
 
     attempt = cast(StepAttempt, attempt)  # the page tells of the run it is made in: its steps, costs and links
     inputs, execution = attempt.inputs, attempt.execution
-    verdict = Verdict.model_validate_json((inputs["gate"] / "verdict.json").read_text())
+    verdict = read_verdict((inputs["gate"] / "verdict.json").read_bytes())
     rewards = {who: read_rewards(inputs[f"{who}_rewards"]) for who in (CHAMPION, CHALLENGER)}
-    trained = inputs["challenger"]
+    trained, spent = inputs["challenger"], [execution.ref(planned).record for planned in execution.done]
     page = render_report(
         ReportData(
             title=f"{config.recipe}: {verdict.decision}",
             recipe=config.recipe,
             verdict=verdict,
+            contamination=read_contamination(inputs["gate"]),
             champion_scores=read_scores(inputs, CHAMPION),
             challenger_scores=read_scores(inputs, CHALLENGER),
             rewards=tuple(
@@ -56,7 +63,11 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             preflight=read_json(trained / "preflight.json"),
             data=read_json(inputs["rows"] / "summary.json"),
             reward_model=read_json(inputs["scorer"] / "summary.json"),
+            judge=read_json(inputs["judge"] / "summary.json") if "judge" in inputs else None,
+            alignment=read_results(inputs, "alignment", AlignmentResult),
+            reward_tests=read_results(inputs, "reward_bias", RewardBias),
             steps=tuple(describe_step(planned, execution) for planned in execution.done),
+            cost=show_total(total_costs(done.cost for done in spent), prices=list_prices(spent)),
             links={
                 "Prefect run": execution.links["prefect_run"],
                 "MLflow run": execution.links["mlflow_run"],
@@ -83,6 +94,8 @@ def describe_step(planned: Planned, execution: Execution) -> "StepRow":
         fingerprint=record.fingerprint,
         cached=ref.cached,
         seconds=record.cost["wall_seconds"],
+        device=record.provenance.get("device", ""),
+        usd=record.cost.get("usd"),
         inputs=record.inputs,
         mlflow_url=execution.tracking.run_url(run),
         prefix=execution.store.url(record.prefix),
@@ -97,6 +110,19 @@ def read_scores(inputs: Any, who: str) -> "tuple[ScoreRow, ...]":
     return tuple(
         ScoreRow.model_validate(row) for folder in folders for row in json.loads((folder / "scores.json").read_text())
     )
+
+
+def read_contamination(folder: Path) -> "tuple[Contamination, ...]":
+    """Return what the gate found of the benchmarks in the training rows."""
+    from evaluation.contamination import Contamination
+
+    return tuple(Contamination.model_validate(found) for found in json.loads((folder / CONTAMINATION).read_text()))
+
+
+def read_results(inputs: Mapping[str, Path], step: str, kind: type[AnyResult]) -> tuple[AnyResult, ...]:
+    """Return the figures of every set that a kind of step measured; none where the recipe asks for none."""
+    folders = [folder for name, folder in inputs.items() if name.startswith(f"{step}_")]
+    return tuple(kind.model_validate_json((folder / f"{step}.json").read_text()) for folder in folders)
 
 
 def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> "tuple[SampleAnswer, ...]":
@@ -163,6 +189,7 @@ def publish(run: Execution, page: ArtifactRef, *, verdict: ArtifactRef, promoted
     return {
         "verdict": decision,
         "reasons": reasons,
+        "flags": verdict.record.summary["flags"],
         "promotion": promoted,
         "steps": list_steps(run),
     } | links

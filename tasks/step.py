@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from infra.fingerprint import fingerprint
@@ -31,6 +32,9 @@ class Source:
         return self.digest
 
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
 class Attempt(Protocol):
     """What a step's function works with: local folders, and the supervised child."""
 
@@ -41,8 +45,11 @@ class Attempt(Protocol):
     def fingerprints(self) -> Mapping[str, str]:
         """What the inputs are: fingerprint of a step's artifact, or digest of a source, by name."""
 
-    def run_child(self, package: str, job: str) -> dict[str, Any]:
-        """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary."""
+    def run_child(self, package: str, job: str, *, environment: Mapping[str, str] = NOTHING) -> dict[str, Any]:
+        """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
+
+        `environment` is what the child gets beside the variables that every child gets.
+        """
 
 
 Metrics = dict[str, float]

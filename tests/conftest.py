@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-# the fixtures `s3` and `stack`: real servers, and `ranks`: real processes, started when a test asks for them
-pytest_plugins = ["tests.stack_fixture", "tests.ranks", "tests.chromium_fixture"]
+# the fixtures `s3`, `stack` and `hub`: real servers; `ranks`: real processes; `hosts`: real networks; started when a test asks for them
+pytest_plugins = ["tests.stack_fixture", "tests.ranks", "tests.hosts", "tests.chromium_fixture", "tests.hub_fixture"]
 
 REAL_DATA_VARIABLE = "VARFLOW_TEST_DATA"
 

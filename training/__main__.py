@@ -16,6 +16,7 @@ TARGETS = {
     "score_rewards": "training.reward.score",
     "score_reference": "training.reference",
     "score_cross": "training.cross",
+    "score_tokens": "training.token_scores",
     "train": "training.train",
     "preflight": "training.train:check",
     "generate": "training.generate",

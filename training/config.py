@@ -190,6 +190,18 @@ class ReferenceScoreConfig(Config):
     precision: Precision = Precision.float32
 
 
+class TokenScoreConfig(Config):
+    """Log-probabilities of the single tokens of a few answers under two models."""
+
+    row_ids: tuple[str, ...] = Field(min_length=1, title="Rows", description="Whose first answers are looked at.")
+    max_tokens: int = Field(
+        ge=8,
+        title="Longest sequence",
+        description="Tokens of a prompt and its answer, at least 8; longer ones are left out.",
+    )
+    precision: Precision = Precision.float32
+
+
 class CrossScoreConfig(Config):
     """Rewards and reference log-probabilities of a batch's responses under each of its prompts. It follows from a training's
     config: the batches are that training's."""
@@ -490,6 +502,11 @@ class Runtime(Config):
         title="Activation checkpointing",
         description="Keep only what enters each layer and compute the rest again in the backward pass: the same gradients in far less memory, for about a third more computing.",
     )
+    compile: bool = Field(
+        False,
+        title="Compile",
+        description="Train a policy's layers as code that torch.compile makes of them: faster steps after a first one that waits for the compiler. On a CPU it takes a C++ compiler.",
+    )
     threads: int | None = Field(
         None, ge=1, title="Threads", description="CPU threads of a child process; at least 1, empty for all cores."
     )
@@ -522,6 +539,12 @@ class Runtime(Config):
         ge=1,
         title="Ranks",
         description="Processes of a machine, each with its own device, that train a model together, its weights sharded over them; at least 1. Jobs that train nothing take one.",
+    )
+    workers: int = Field(
+        1,
+        ge=1,
+        title="Workers",
+        description="Processes that answer a benchmark together, each with the whole model on its own device; CPU threads are divided among them. Of the backend vllm: the GPUs that hold the model. Of openai: requests under way at once. At least 1.",
     )
     nodes: int = Field(
         1,

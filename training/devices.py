@@ -2,19 +2,29 @@
 
 Peaks are dense (no structured sparsity), in operations a second. Memory is what a program sees, a little below the name on
 the box. Prices are typical on-demand prices of one device at specialised clouds as of PRICES_AS_OF: an assumption to plan
-with, not an offer; give your own with `--usd-per-hour`.
+with, not an offer; give your own with `--usd-per-hour` or VARFLOW_USD_PER_HOUR. The table needs no torch.
 """
 
 import time
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from training.config import Precision
+
+if TYPE_CHECKING:
+    import torch
 
 PRICES_AS_OF = "2025-10"
 GEMM_SIZE = 1024
 GEMM_SECONDS = 0.25  # bound on what measuring costs
+
+
+@dataclass(frozen=True)
+class Price:
+    """What an hour of one device costs, of the whole machine where it computes on its CPU, and where this is known from."""
+
+    usd_per_hour: float
+    basis: str
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,8 @@ class Accelerator:
 
     def peak_flops(self, precision: Precision) -> float:
         """Return the peak of matrix products as the engine runs them: in bfloat16, or in float32 as torch is set to."""
+        import torch
+
         if precision == Precision.bfloat16:
             return self.bf16_flops
         return self.fp32_flops if torch.get_float32_matmul_precision() == "highest" else self.tf32_flops
@@ -62,8 +74,20 @@ def find_accelerator(name: str) -> Accelerator | None:
     return next((d for d in ACCELERATORS if all(word.upper() in words for word in d.pattern)), None)
 
 
-def name_device(device: torch.device) -> str:
+def find_price(name: str, *, given: float | None) -> Price | None:
+    """Return what an hour of a device costs: the given price, else the table's; None where neither is known, as for a CPU."""
+    if given is not None:
+        return Price(given, f"{given:g} USD an hour and device, given")
+    found = find_accelerator(name)
+    if found is None:
+        return None
+    return Price(found.usd_per_hour, f"{found.usd_per_hour:g} USD an hour and device, assumed as of {PRICES_AS_OF}")
+
+
+def name_device(device: "torch.device") -> str:
     """Return the table's name of a device, torch's where it is not in the table, `cpu` for a CPU."""
+    import torch
+
     if device.type != "cuda":
         return device.type
     name = torch.cuda.get_device_name(device)
@@ -71,11 +95,13 @@ def name_device(device: torch.device) -> str:
     return found.name if found else name
 
 
-def device_peak(device: torch.device, precision: Precision) -> float | None:
+def device_peak(device: "torch.device", precision: Precision) -> float | None:
     """Return the rate, in operations a second, that a training step's rate is a share of; None for an unknown accelerator.
 
     On a CPU it is measured, in float32, in well under a second; on an accelerator it is the data sheet's.
     """
+    import torch
+
     if device.type != "cuda":
         return measure_gemm()
     found = find_accelerator(torch.cuda.get_device_name(device))
@@ -84,6 +110,8 @@ def device_peak(device: torch.device, precision: Precision) -> float | None:
 
 def measure_gemm() -> float:
     """Return the rate of float32 matrix products on the CPU with torch's threads, the best of several, in operations a second."""
+    import torch
+
     a, b = torch.ones(2, GEMM_SIZE, GEMM_SIZE)
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)  # the first one wakes the threads

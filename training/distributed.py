@@ -4,11 +4,14 @@ Each rank is a process with its own device. All know the whole plan; each runs i
 they find is added up, never averaged.
 """
 
+import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -85,11 +88,25 @@ def open_world(runtime: Runtime, device: torch.device) -> Iterator[World]:
         torch.cuda.set_device(device)
     elif runtime.threads is None:
         torch.set_num_threads(max(1, torch.get_num_threads() // runtime.ranks))
+    if runtime.rendezvous is not None:
+        os.putenv("GLOO_SOCKET_IFNAME", find_interface(runtime.rendezvous))  # gloo reads it here and now
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
     yield join_world(device, replicas=runtime.replicas)
     # Only after success: a rank that failed must say so before the others see its connections close.
     dist.destroy_process_group()
+
+
+def find_interface(rendezvous: str) -> str:
+    """Return the name of the network interface over which this machine reaches the others, those of the host of `host:port`.
+
+    Gloo would take that of the address which the machine's own name stands for, often loopback.
+    """
+    host, port = rendezvous.rsplit(":", 1)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, int(port)))  # sends nothing
+        own = probe.getsockname()[0]
+    return next(name for name, found in psutil.net_if_addrs().items() if own in {one.address for one in found})
 
 
 def own_gpu(local_rank: int) -> torch.device:

@@ -6,7 +6,7 @@ A job file is one JSON object::
 
 `output` becomes the artifact. `work` is scratch that outlives a kill: a second start with the same identity finds in both
 what the first one left, and goes on from there. The parent learns of the work through files alone: `output/metrics.jsonl`
-(see training.metrics), `output/summary.json` at the end, `work/error.json` on failure.
+(see training.metrics), `output/summary.json` and `work/hardware.json` at the end, `work/error.json` on failure.
 
 Exit status: 0 done, 2 the user's mistake (error.json says which), 74 the disk takes no more, 75 stopped on request and
 resumable, anything else a fault.
@@ -26,6 +26,8 @@ from typing import Any
 EXIT_USER_ERROR = 2
 EXIT_CANNOT_WRITE = 74  # EX_IOERR: not even error.json could be written
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, the work goes on from its checkpoint
+HARDWARE_FILE = "hardware.json"
+CPU = {"device": "cpu", "devices": 1}
 TEARDOWN_SECONDS = 60.0  # from the parent's death to the end of the whole process group, checkpoint included
 
 
@@ -69,8 +71,18 @@ class Job:
             raise Interrupted(self.name)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `output/summary.json`: the flat counts and figures that the record and the report show."""
+        """Write `output/summary.json`: the flat counts and figures that the record and the report show; and on what it was computed."""
+        write_json(self.work / HARDWARE_FILE, describe_hardware())
         write_json(self.output / "summary.json", summary)
+
+
+def describe_hardware() -> dict[str, Any]:
+    """Return the device that this job computed on, as torch names it, and how many: one a rank. The ranks of a CPU share it."""
+    torch = sys.modules.get("torch")  # a job without tensors does without
+    if torch is None or not torch.cuda.is_initialized():
+        return dict(CPU)
+    ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return {"device": torch.cuda.get_device_name(), "devices": ranks}
 
 
 def write_json(path: Path, value: Any) -> None:

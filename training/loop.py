@@ -7,7 +7,7 @@ into micro-batches, and which rank runs which, change nothing but speed and memo
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from training.checkpoint import Progress, read_rng, restore_checkpoint, save_che
 from training.config import Precision, Runtime, Schedule
 from training.distributed import ALONE, World
 from training.job import Interrupted, Job
+from training.memory import keep_freed_memory
 from training.metrics import MetricsWriter
 
 LOG = logging.getLogger(__name__)
@@ -35,11 +36,11 @@ class Part:
     num_tokens: int  # without padding
     num_padded: int  # with padding
     flops: int = 0  # of forward and backward pass; 0 where nobody counts them
-    figures: dict[str, float] = field(default_factory=dict)
+    figures: Callable[[], dict[str, float]] = dict  # waits for the device, so it is called after backward
 
     def nothing(self) -> "Part":
         """Return a part whose every share is zero: what a rank runs to keep in step with the others."""
-        return Part(self.loss * 0.0, 0, 0, figures=dict.fromkeys(self.figures, 0.0))
+        return Part(self.loss * 0.0, 0, 0, figures=lambda: dict.fromkeys(self.figures(), 0.0))
 
 
 class Work(Protocol):
@@ -51,7 +52,11 @@ class Work(Protocol):
         """Return the micro-batches of a step, as positions in its global batch, each within a budget of tokens."""
         ...
 
-    def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
+    def load(self, step: int, members: Sequence[int]) -> Any:
+        """Return one micro-batch, on its way to the device."""
+        ...
+
+    def part(self, model: Any, batch: Any) -> Part:
         """Run the forward pass of one micro-batch."""
         ...
 
@@ -107,6 +112,7 @@ def run_steps(
     the first writes the metrics. Interrupted when any rank was told to stop, after a checkpoint of the last whole step.
     ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
     """
+    keep_freed_memory()
     torch.manual_seed(settings.seed)
     optimiser = make_optimiser(model, settings)
     folder = job.work / "checkpoints"
@@ -241,16 +247,20 @@ class Trainer:
         """Add up loss and gradients of all micro-batches of a step, as the budget cuts them."""
         total = Total()
         shares = list(self.world.share(self.work.cut(step, budget=self.budget)))
-        for place, (members, counts) in enumerate(shares):
+        batch = self.work.load(step, shares[0][0])
+        for place, (_, counts) in enumerate(shares):
             if self.world.any(self.job.stop.is_set()):
                 return None
+            is_last = place == len(shares) - 1
             if isinstance(self.model, FSDPModule):  # gradients are sharded at once, replicas add theirs up at the end
-                self.model.set_requires_all_reduce(place == len(shares) - 1)
+                self.model.set_requires_all_reduce(is_last)
             with self.autocast():
-                part = self.work.part(self.model, step, members)
+                part = self.work.part(self.model, batch)
             if not counts:
                 part = part.nothing()
             part.loss.backward()
+            if not is_last:  # an accelerator is still at work
+                batch = self.work.load(step, shares[place + 1][0])
             total.add(part)
         return total.over(self.world)
 
@@ -260,7 +270,7 @@ class Trainer:
         total = Total()
         for members, counts in self.world.share(work.cut(0, budget=self.budget)):
             with self.autocast():
-                part = work.part(self.model, 0, members)
+                part = work.part(self.model, work.load(0, members))
             total.add(part if counts else part.nothing())
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # no backward pass does it here, and the optimiser needs parts
@@ -324,7 +334,7 @@ class Total:
         self.num_tokens += part.num_tokens
         self.num_padded += part.num_padded
         self.flops += part.flops
-        for name, value in part.figures.items():
+        for name, value in part.figures().items():
             self.figures[name] = self.figures.get(name, 0.0) + value
 
     def over(self, world: World) -> "Total":

@@ -1,5 +1,6 @@
 """The memory of a device: what training will take by a formula, what a piece of work took, what is free; and work that adapts."""
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,11 +14,21 @@ from training.logprobs import CHUNK_ELEMENTS
 
 GIB = 2**30
 FLOAT32 = 4  # bytes
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
 # What ends a container before the machine's own memory does: (limit, use), of control groups 2 and 1.
 CGROUPS = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees: the tensors of the next micro-batch have the sizes of the last one's, and what went back
+    to the kernel comes again page by page, each cleared first. Does nothing where the C library is not glibc."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)  # large blocks from the heap too
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
 
 
 def run_in_halves(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:

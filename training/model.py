@@ -77,19 +77,57 @@ def find_layers(model: Any) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
+def require_layers(model: Any, *, setting: str) -> list[nn.Module]:
+    """Return the layers of a model. ValueError that names the setting which needs them, where it names none."""
+    layers = find_layers(model)
+    if not layers:
+        raise ValueError(
+            f"runtime.{setting}: model type {model.config.model_type} names no layers; expected some in _no_split_modules; "
+            "set it to false"
+        )
+    return layers
+
+
+def prepare_layers(model: Any, runtime: Runtime, *, device: torch.device) -> None:
+    """Let the layers of a policy that is to be trained run as the runtime says. ValueError where they cannot.
+
+    Done before layers are sharded, so that a layer's weights are gathered once for all that it does.
+    """
+    if runtime.compile:
+        compile_layers(model, device=device)
+    if runtime.activation_checkpointing:
+        checkpoint_activations(model)
+
+
+def compile_layers(model: Any, *, device: torch.device) -> None:
+    """Let every layer train as compiled code, one for all layers and lengths; attention (training/tree.py) stays as it is.
+
+    ValueError where a trial finds that nothing can be compiled for the device, and for a model that names no layers.
+    """
+    layers = require_layers(model, setting="compile")
+    try:
+        torch.compile(torch.sin)(torch.ones(1, device=device))
+    except RuntimeError as error:
+        raise ValueError(
+            f"runtime.compile: torch.compile fails here ({str(error).splitlines()[0]}); expected a working compiler (on a CPU "
+            "g++ and the headers of Python); install it, or set runtime.compile to false"
+        ) from error
+    for layer in layers:
+        layer.forward = partial(train_compiled, torch.compile(layer.forward, dynamic=True), layer.forward)
+
+
+def train_compiled(compiled: Callable[..., Any], plain: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run a layer, compiled where gradients are asked for: an answer's tokens come one by one, each with another cache."""
+    return (compiled if torch.is_grad_enabled() else plain)(*arguments, **options)
+
+
 def checkpoint_activations(model: Any) -> None:
     """Let every layer keep only what enters it, and compute the rest again when the backward pass needs it.
 
     The gradients are the same to the bit: the layer runs again on the same numbers, under the same random state. Done before
     layers are sharded, so that a layer's weights are gathered once for both. ValueError for a model that names no layers.
     """
-    layers = find_layers(model)
-    if not layers:
-        raise ValueError(
-            f"runtime.activation_checkpointing: model type {model.config.model_type} names no layers; expected some in "
-            "_no_split_modules; set it to false"
-        )
-    for layer in layers:
+    for layer in require_layers(model, setting="activation_checkpointing"):
         layer.forward = partial(keep_entry, layer.forward)
 
 
@@ -126,13 +164,13 @@ def digest_weights(folder: Path) -> str:
     return total.hexdigest()
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raise ValueError unless the folder holds a configuration, safetensors weights and a tokenizer."""
+def check_model_folder(folder: Path, *, weights: bool = True) -> None:
+    """Raise ValueError unless the folder holds a configuration, a tokenizer and, where they are wanted, safetensors weights."""
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"model {folder}: no config.json; expected a folder as save_pretrained writes it; check the path"
         )
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         raise ValueError(
             f"model {folder}: no weights; expected *.safetensors, got {sorted(p.name for p in folder.iterdir())}; "
             "convert other formats with save_pretrained"

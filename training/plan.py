@@ -17,7 +17,7 @@ from training.config import Layout, Runtime, SftConfig, TrainConfig
 from training.data.batch import plan_steps
 from training.data.examples import select_all, select_chosen
 from training.data.rows import read_rows
-from training.devices import ACCELERATORS, PRICES_AS_OF, find_accelerator, measure_gemm
+from training.devices import ACCELERATORS, find_accelerator, find_price, measure_gemm
 from training.flops import count_flops
 from training.memory import GIB, Footprint, MicroBatchSize, estimate_footprint, measure_free, show_bytes
 from training.render import Renderer, UnusableRow
@@ -197,19 +197,19 @@ def choose_machine(
     if not (0 < share.value <= 1 and ranks >= 1):
         raise ValueError(f"--mfu {share.value}, --ranks {ranks}: expected a share above 0 up to 1, and at least 1 rank")
     said = f"{share.value:.2%} of it, {share.basis}"
+    price = find_price(name, given=usd_per_hour)
+    usd, paid = (price.usd_per_hour, price.basis) if price else (None, "no price known")
     if name == "cpu":
         rate = f"float32 rate measured here, {said}"
         memory = measure_free(torch.device("cpu")) // ranks
-        return Machine("cpu", ranks, measure_gemm(), share.value, memory, usd_per_hour, rate, "given price")
+        return Machine("cpu", ranks, measure_gemm(), share.value, memory, usd, rate, paid)
     found = find_accelerator(name)
     if found is None:
         known = ", ".join(device.name for device in ACCELERATORS)
         raise ValueError(f"--device {name!r}: not in the table; expected cpu or one of {known}")
-    price = found.usd_per_hour if usd_per_hour is None else usd_per_hour
-    paid = f"{price:g} USD an hour and device, " + ("given" if usd_per_hour else f"assumed as of {PRICES_AS_OF}")
     rate = f"{config.precision.value} peak of the data sheet, {said}"
     memory = int(found.memory_gib * GIB)
-    return Machine(found.name, ranks, found.peak_flops(config.precision), share.value, memory, price, rate, paid)
+    return Machine(found.name, ranks, found.peak_flops(config.precision), share.value, memory, usd, rate, paid)
 
 
 def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workload, machine: Machine) -> Plan:

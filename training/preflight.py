@@ -502,7 +502,7 @@ class Checks:
         try:
             with measure_peak(self._ready.device) as peak:
                 with self._autocast():
-                    part = self._ready.steps.part(self._ready.policy, step, members)
+                    part = self._ready.steps.part(self._ready.policy, self._ready.steps.load(step, members))
                 part.loss.backward()
                 del part
         except torch.OutOfMemoryError:
@@ -529,12 +529,13 @@ class Checks:
         """Return logp_B of responses of the first step, in one pass."""
         group_B = self._ready.steps.columns(0).group_R[list(members)]
         with torch.no_grad(), self._autocast():
-            out: Tensor = self._ready.forward.values(self._ready.policy, self._samples(members), group_B).value_B
+            micro = self._ready.forward.load(self._samples(members), group_B)
+            out: Tensor = self._ready.forward.values(self._ready.policy, micro).value_B
         return out.double().cpu().numpy()
 
     def _loss(self, members: Sequence[int]) -> float:
         with torch.no_grad(), self._autocast():
-            return self._ready.steps.part(self._ready.policy, 0, members).loss.item()
+            return self._ready.steps.part(self._ready.policy, self._ready.steps.load(0, members)).loss.item()
 
     def _autocast(self) -> torch.autocast:
         wide = self._ready.precision == Precision.float32

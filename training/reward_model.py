@@ -174,10 +174,14 @@ class RewardForward:
         """Return micro-batches of separate rows."""
         return cut_rows([len(sample.ids) for sample in samples], group_R, budget=budget, whole_groups=whole_groups)
 
-    def values(self, model: Any, samples: Sequence[RewardInput], group_B: np.ndarray) -> Forwarded:
+    def load(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> Sequence[RewardInput]:
+        """Return the samples as they are."""
+        return samples
+
+    def values(self, model: Any, micro: Sequence[RewardInput]) -> Forwarded:
         """Return reward_B, float64."""
-        lengths = [len(sample.ids) for sample in samples]
-        return Forwarded(as_policy(model)(compute_rewards, samples).double(), sum(lengths), len(lengths) * max(lengths))
+        lengths = [len(sample.ids) for sample in micro]
+        return Forwarded(as_policy(model)(compute_rewards, micro).double(), sum(lengths), len(lengths) * max(lengths))
 
 
 def make_settings(config: RewardModelConfig) -> Settings:

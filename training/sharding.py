@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from training.checkpoint import own_errors
-from training.config import LoraConfig, Precision
+from training.config import LoraConfig, Precision, Runtime
 from training.distributed import World
 from training.logprobs import Policy
 from training.lora import add_adapter, draw_matrices
-from training.model import checkpoint_activations, find_layers, load_tokenizer, prepare_model
+from training.model import find_layers, load_tokenizer, prepare_layers, prepare_model
 
 
 def load_sharded_policy(
@@ -30,12 +30,12 @@ def load_sharded_policy(
     precision: Precision,
     lora: LoraConfig | None = None,
     seed: int = 0,
-    activation_checkpointing: bool = False,
+    runtime: Runtime | None = None,
 ) -> tuple[Policy, Any]:
     """Return (policy, tokenizer) as `load_policy` does, in float32, with this rank's part of the weights.
 
-    `precision` is that of the matrix products to come; an adapter of `lora` begins with what `seed` draws. ValueError as
-    `load_policy`, and for files whose tensors have other names than the model's own.
+    `precision` is that of the matrix products to come, `runtime` says how layers train; an adapter of `lora` begins with what
+    `seed` draws. ValueError as `load_policy`, and for files whose tensors have other names than the model's own.
     """
     tokenizer = load_tokenizer(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -46,8 +46,8 @@ def load_sharded_policy(
     policy = Policy(prepare_model(model, tokenizer, folder).eval())
     if lora is not None:
         add_adapter(policy.model, lora)
-    if activation_checkpointing:
-        checkpoint_activations(policy.model)
+    if runtime is not None:
+        prepare_layers(policy.model, runtime, device=world.device)
     drawn = draw_matrices(policy.model, seed) if lora is not None else {}
     shard_and_read(policy, folder, world, precision=precision, drawn=drawn)
     return policy, tokenizer

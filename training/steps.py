@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from training.data.batch import digest_plan, plan_steps
@@ -17,6 +16,7 @@ from training.data.examples import Example
 from training.loop import Part
 from training.objectives.objective import Columns, FloatArray, Objective
 from training.objectives.weights import check_weights, describe_weights
+from training.tree import send
 
 # R responses of a global batch, B of a micro-batch, K of a row
 
@@ -41,9 +41,22 @@ class Forward(Protocol):
         """Return micro-batches as indices, each within a budget of tokens."""
         ...
 
-    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
-        """Run one micro-batch; samples of a group are neighbours."""
+    def load(self, samples: Sequence[Any], group_B: np.ndarray) -> Any:
+        """Return one micro-batch, on its way to the device; samples of a group are neighbours."""
         ...
+
+    def values(self, model: Any, micro: Any) -> Forwarded:
+        """Run one micro-batch."""
+        ...
+
+
+class Batch(NamedTuple):
+    """A micro-batch of a step: what goes through the model, and the columns of its responses."""
+
+    micro: Any
+    weight_B: FloatArray
+    columns_B: Columns
+    columns: Columns  # of the global batch
 
 
 def gather_columns(examples: Sequence[Example]) -> Columns:
@@ -131,23 +144,30 @@ class Steps:
         whole = self._objective.whole_groups
         return self._forward.cut(self.samples(step), self.columns(step).group_R, budget=budget, whole_groups=whole)
 
-    def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
-        """Run some responses of a step and return their share of its loss and figures."""
-        columns = self.columns(step)
+    def load(self, step: int, members: Sequence[int]) -> Batch:
+        """Return some responses of a step as a micro-batch."""
+        columns, samples = self.columns(step), self.samples(step)
         columns_B = columns.take(members)
-        samples = self.samples(step)
-        out = self._forward.values(model, [samples[index] for index in members], columns_B.group_R)
-        weight_B = torch.from_numpy(self._weights[step][list(members)]).to(out.value_B.device)
-        denominator = self._objective.denominator(columns, mean_tokens=self.mean_tokens)
-        value_R = out.value_B.detach().cpu().numpy()
-        sums = self._objective.figures(value_R, columns_B)
-        figures = {name: value / len(columns.row_ids) for name, value in sums.items()}
-        if columns_B.logp_ref_R is not None:
-            figures["logp_ratio"] = float((value_R - columns_B.logp_ref_R).sum() / len(columns.group_R))
+        micro = self._forward.load([samples[index] for index in members], columns_B.group_R)
+        return Batch(micro, self._weights[step][list(members)], columns_B, columns)
+
+    def part(self, model: Any, batch: Batch) -> Part:
+        """Run some responses of a step and return their share of its loss and figures."""
+        out = self._forward.values(model, batch.micro)
+        weight_B = send(batch.weight_B, device=out.value_B.device)
+        denominator = self._objective.denominator(batch.columns, mean_tokens=self.mean_tokens)
         return Part(
-            loss=self._objective.loss_sum(out.value_B, weight_B, columns_B) / denominator,
+            loss=self._objective.loss_sum(out.value_B, weight_B, batch.columns_B) / denominator,
             num_tokens=out.num_tokens,
             num_padded=out.num_padded,
             flops=out.flops,
-            figures=figures,
+            figures=lambda: self._figures(out.value_B.detach().cpu().numpy(), batch),
         )
+
+    def _figures(self, value_B: FloatArray, batch: Batch) -> dict[str, float]:
+        sums = self._objective.figures(value_B, batch.columns_B)
+        figures = {name: value / len(batch.columns.row_ids) for name, value in sums.items()}
+        if batch.columns_B.logp_ref_R is not None:
+            ratio = (value_B - batch.columns_B.logp_ref_R).sum() / len(batch.columns.group_R)
+            figures["logp_ratio"] = float(ratio)
+        return figures

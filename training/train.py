@@ -30,7 +30,7 @@ from training.config import (
     VarConfig,
 )
 from training.cross import plan_batches, read_cross
-from training.data.batch import collate, cut, lay_out
+from training.data.batch import MicroBatch, collate, cut, lay_out
 from training.data.examples import (
     Example,
     Select,
@@ -54,9 +54,9 @@ from training.lora import add_adapter, merge_adapter, with_adapter, write_adapte
 from training.model import (
     ModelDigests,
     check_context,
-    checkpoint_activations,
     digest_model,
     load_policy,
+    prepare_layers,
     save_policy,
     start_torch,
 )
@@ -198,15 +198,14 @@ def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: Worl
             precision=config.precision,
             lora=config.lora if config.lora.rank else None,
             seed=config.seed,
-            activation_checkpointing=runtime.activation_checkpointing,
+            runtime=runtime,
         )
     # Weights are float32 whatever the precision: bfloat16 loses updates smaller than its 8 bits.
     model, tokenizer = load_policy(folder, precision=Precision.float32, device=world.device)
     if config.lora.rank:
         torch.manual_seed(config.seed)
         add_adapter(model, config.lora)
-    if runtime.activation_checkpointing:
-        checkpoint_activations(model)
+    prepare_layers(model, runtime, device=world.device)
     return Policy(model), tokenizer
 
 
@@ -255,12 +254,14 @@ class PolicyForward:
         """Return micro-batches in the layout."""
         return cut(samples, group_R, budget=budget, whole_groups=whole_groups, layout=self._layout)
 
-    def values(self, model: Any, samples: Sequence[Rendered], group_B: np.ndarray) -> Forwarded:
+    def load(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatch:
+        """Return a micro-batch in the layout."""
+        return lay_out(samples, group_B, device=self._device, layout=self._layout)
+
+    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
         """Return logp_B in nats."""
-        micro = lay_out(samples, group_B, device=self._device, layout=self._layout)
-        spans = micro.tree.spans if micro.tree else [(0, len(sample.ids_T)) for sample in samples]
         flops = (
-            self._flops.step(tokens=micro.num_tokens, positions=len(micro.target_P), segments=spans)
+            self._flops.step(tokens=micro.num_tokens, positions=len(micro.target_P), segments=micro.spans)
             if self._flops
             else 0
         )

@@ -7,6 +7,7 @@ On a CPU attention runs segment by segment, so nothing is computed that is maske
 takes the whole sequence, with the mask as blocks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -73,28 +74,33 @@ class Tree:
         key = ("blocks", window)
         if key not in self._masks:
             count = len(self.segments)
-            segment_T = self._on_device(np.repeat(np.arange(count), self.segments))
-            group_T = self._on_device(np.repeat(np.arange(len(self.lengths)), [sum(group) for group in self.lengths]))
+            segment_T = send(np.repeat(np.arange(count), self.segments), device=self.device)
+            groups = np.repeat(np.arange(len(self.lengths)), [sum(group) for group in self.lengths])
+            group_T = send(groups, device=self.device)
             is_prompt = [place == 0 for group in self.lengths for place in range(len(group))]
-            prompt_T = self._on_device(np.repeat(is_prompt, self.segments))
-            position_T = self._on_device(self.positions())
+            prompt_T = send(np.repeat(is_prompt, self.segments), device=self.device)
+            position_T = send(self.positions(), device=self.device)
+            reach = send(np.array(window or len(position_T)), device=self.device)  # a number would be compiled for each
 
             def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 reachable = (group_T[q] == group_T[k]) & (prompt_T[k] | (segment_T[q] == segment_T[k]))
                 distance = position_T[q] - position_T[k]
-                near = distance < window if window else True
-                return reachable & (distance >= 0) & near
+                return reachable & (distance >= 0) & (distance < reach)
 
             T = len(position_T)
-            self._masks[key] = create_block_mask(sees, None, None, T, T, device=self.device)
+            make = compile_on(self.device.type, create_block_mask)  # which never holds the mask of T x T
+            self._masks[key] = make(sees, None, None, T, T, device=self.device)
         return self._masks[key]
 
     def no_mask(self) -> Tensor:
         """Return what a model is given as its mask, so that it makes none: the tree says it all."""
         return torch.zeros(1, 1, 1, 1, device=self.device)
 
-    def _on_device(self, values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
+
+def send(values: np.ndarray, *, device: torch.device) -> Tensor:
+    """Return an array as a tensor on its way to a device: from pinned memory, so that nobody waits for it to arrive."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def causal_mask(q: int, k: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -118,6 +124,7 @@ def enable_trees(model: Any) -> None:
         )
 
 
+@torch.compiler.disable  # beside it layers may be compiled: what depends on a tree's lengths would be compiled for each
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
@@ -168,8 +175,9 @@ def attend_blocks(
     query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None, softcap: float | None, scaling: float
 ) -> Tensor:
     """Attend with FlexAttention over the whole sequence."""
+    from torch.nn.attention.flex_attention import flex_attention
 
-    out: Tensor = flex_attention_on(query.device.type)(
+    out: Tensor = compile_on(query.device.type, flex_attention)(
         query, key, value, score_mod=cap_scores(softcap), block_mask=tree.block_mask(window), scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
@@ -189,8 +197,6 @@ def cap_scores(softcap: float | None) -> Any:
 
 
 @cache
-def flex_attention_on(kind: str) -> Any:
-    """Return FlexAttention, compiled where there is a GPU: without it, it would hold all scores."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True) if kind == "cuda" else flex_attention
+def compile_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function of FlexAttention, compiled where there is a GPU: as it is, it would hold all scores."""
+    return torch.compile(function, dynamic=True) if kind == "cuda" else function

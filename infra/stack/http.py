@@ -1,11 +1,14 @@
 """JSON over HTTP to the servers of the stack: enough to ask after their health before any library of theirs is loaded."""
 
 import json
+import time
 import urllib.error
 import urllib.request
+from http import HTTPStatus
 from typing import Any
 
 ANSWER_SECONDS = 5.0
+BUSY_PAUSES = (0.2, 0.5, 1.0)  # seconds; Prefect says 503 where another writer had its database for too long
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows no loopback of ours
 
@@ -19,7 +22,21 @@ class NoAnswer(Exception):  # noqa: N818 - a state, told as the reason
 
 
 def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """GET a URL, or POST a JSON body to it, and return the decoded answer (the text where it is not JSON)."""
+    """GET a URL, or POST a JSON body to it, and return the decoded answer (the text where it is not JSON).
+
+    A server that says that it is busy is asked again, a few times.
+    """
+    for pause in BUSY_PAUSES:
+        try:
+            return _ask(url, body)
+        except NoAnswer as error:
+            if error.status != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+        time.sleep(pause)
+    return _ask(url, body)
+
+
+def _ask(url: str, body: dict[str, Any] | None) -> Any:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
     try:

@@ -11,7 +11,9 @@ from infra.settings import read_settings
 from infra.stack.processes import end_processes
 from infra.stack.services import SERVICES, command
 
-BULK_NICE = 10  # gigabytes of weights go to the store while the next step computes, which keeps nine tenths of a core
+BULK_NICE = (
+    15  # gigabytes of weights go to the store while the next step computes, to which 29 of 30 parts of a core are left
+)
 
 
 def main(name: str) -> None:

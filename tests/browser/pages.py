@@ -1,12 +1,14 @@
 """What the browser tests do to pages: open, fill in, keep a screenshot."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from infra.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SCREENSHOTS = ROOT / "screenshots"
 LIKE_A_USER_WHO_WAS_HERE_BEFORE = """
 localStorage.setItem('color-scheme', '"light"');
 localStorage.setItem('prefect-show-promotional-content', 'false');
@@ -28,10 +30,34 @@ def open_page(chromium: Any) -> Any:
     return context.new_page()
 
 
+@contextmanager
+def show_file(chromium: Any, path: Path, *, scheme: str, width: int) -> Iterator[Any]:
+    """Give a page of one file with every chart drawn; in the end it must have said and fetched nothing, and fit the screen."""
+    said: list[str] = []
+    asked: list[str] = []
+    context = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 1000})
+    page = context.new_page()
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(path.as_uri())
+    page.wait_for_function("[...document.querySelectorAll('.chart')].every((c) => c.querySelector('svg.main-svg'))")
+    yield page
+    wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
+    context.close()
+    assert said == [] and asked == [path.as_uri()]
+    assert not wide
+
+
+def list_charts(page: Any) -> set[str]:
+    """Return the names of the charts of a page."""
+    return set(page.locator(".chart").evaluate_all("nodes => nodes.map((node) => node.dataset.chart)"))
+
+
 def save(page: Any, name: str) -> None:
     """Keep what the page shows, once it has come to rest."""
     page.wait_for_timeout(1500)
-    page.screenshot(path=ROOT / "screenshots" / f"{name}.png")
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
 
 
 def find_field(page: Any, title: str) -> Any:

@@ -119,7 +119,7 @@ def test_two_runs_side_by_side(page: Any, keep: Keep, stack: Settings, runs: lis
     assert [cell.strip() for cell in row.inner_text().split("\t")] == ["train.lambda_", *map(str, LAMBDAS)]
     keep("mlflow-compare-differences")
     assert page.get_by_text("ingest.format", exact=True).count() == 0  # the same in both
-    page.get_by_text("cost/train_seconds", exact=True).hover()
+    page.get_by_text("cost/wall_seconds", exact=True).hover()
     metric = page.get_by_text("train/mean_ess", exact=True)
     for _ in range(50):  # the table draws what is in sight, alone
         if metric.count() and metric.is_visible():

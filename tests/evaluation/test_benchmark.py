@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from evaluation import suites
 from evaluation.benchmark import find_flag, run, summarise
-from evaluation.config import BenchmarkConfig, SuiteConfig
-from evaluation.mirror import build_mirror, missing_data, needed_files
+from evaluation.config import AlignmentConfig, BenchmarkConfig, SuiteConfig
+from evaluation.mirror import build_mirror, missing_data, needed_data
 from evaluation.result import read_result
 from training.job import EXIT_USER_ERROR, Job
 
@@ -98,7 +100,7 @@ def test_all_missing_data_is_named_before_anything_is_loaded(tmp_path: Path, mir
     message = json.loads((tmp_path / "work" / "error.json").read_text())["message"]
     for name in ("anatomy/dev", "virology/dev", "virology/test"):
         assert f"cais/mmlu/{name}.parquet" in message
-    assert "lacks 3 files" in message
+    assert "lacks 3 files or tasks" in message
 
 
 def test_a_zero_score_is_flagged_with_samples(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
@@ -116,11 +118,31 @@ def test_a_zero_score_is_flagged_with_samples(tiny_policy: Path, mirror: Path, t
     assert all(value is None or isinstance(value, str | int | float) for value in summary.values()), "it is flat"
 
 
+@pytest.mark.parametrize("config", [GSM8K, MMLU], ids=["generation", "choices"])
+def test_a_model_that_says_nothing_is_flagged(
+    tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig
+) -> None:
+    silent = tmp_path / "silent"
+    shutil.copytree(tiny_policy, silent)
+    model = LlamaForCausalLM.from_pretrained(silent)
+    with torch.no_grad():
+        model.model.norm.weight.zero_()  # all logits are equal, and greedy search takes id 0, which is no text
+    model.save_pretrained(silent)
+    job = Job.read(write_job(tmp_path, config, model=silent, mirror=mirror))
+    run(job)
+    flags = json.loads((job.output / "summary.json").read_text())["flag"].split("; ")
+    if config is GSM8K:
+        assert flags[:2] == ["zero: none of 6 answers is right", "empty: 100% of the answers have no text"]
+    else:
+        assert "ties: in 100% of the items the model tells no choice from another, and the first counts" in flags
+
+
 def sample(correct: float, *, choices: int | None = 4, **fields: Any) -> dict[str, Any]:
     return {"task": "t", "doc_id": 0, "correct": correct, "choices": choices, "prompt": "p", "target": "t"} | {
         "answer": "a",
         "extracted": True,
         "cut": False,
+        "tied": False,
         **fields,
     }
 
@@ -191,7 +213,7 @@ def test_a_part_never_carries_the_whole_benchmark_s_name(suite: SuiteConfig) -> 
         "bbh": (("bbh_cot_fewshot",),),
     }
     for b in suite.benchmarks:
-        assert all(needed_files(task) for task in b.tasks)
+        assert all(needed_data(task) for task in b.tasks)
         if b.name in whole:
             assert b.tasks in whole[b.name] and b.limit is None
         else:
@@ -221,6 +243,29 @@ def test_a_part_has_neither_the_name_nor_the_mean_of_the_whole() -> None:
         assert suites.find_profile(suite) is None
         assert suites.mean_score(suite, {b.name: 0.5 for b in suite.benchmarks}) is None
     assert [b.limit for b in suites.limit_suite(suites.demo(), 5).benchmarks] == [5, 5, 5, 3]
+
+
+def test_evaluations_by_reward_model_stand_beside_a_profile() -> None:
+    suite = suites.paper().model_copy(update={"alignment": suites.alignment().alignment})
+    assert suites.find_profile(suite) == "paper"
+    assert [each.title for each in suite.alignment.prompt_sets] == ["hha_helpful", "hha_harmless", "offsetbias"]
+    part = suites.limit_suite(suite, 8)
+    assert part.alignment.prompt_sets[0].title == "hha_helpful_part"
+    assert [each.limit for each in suites.limit_suite(suites.reward_bias(), 8).alignment.pair_sets] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"prompt_sets": [{"name": "hha_helpful"}] * 2}, "hha_helpful is there twice"),
+        ({"answers": {"split": "train"}}, "got split train and limit None, expected heldout and none"),
+        ({"answers": {"limit": 4}}, "got split heldout and limit 4, expected heldout and none"),
+        ({"pair_sets": [{"name": "offsetbias"}]}, "'evalbiasbench' or 'llmbar'"),
+    ],
+)
+def test_sets_that_mean_nothing_are_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        AlignmentConfig.model_validate(fields)
 
 
 def test_a_limited_benchmark_cannot_take_the_whole_one_s_name() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from evaluation import statistics
-from evaluation.comparison import Answer, ItemText, Subject, colour, compare
-from evaluation.comparison_page import render_comparison
+from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, colour, compare
+from evaluation.comparison_page import name_tone, render_comparison
 from evaluation.result import BenchmarkResult, ScoreRow
 from evaluation.statistics import adjust_holm
 
@@ -113,6 +113,25 @@ def test_words_that_only_one_answer_has_are_marked_and_the_text_stays_whole() ->
     assert [span.text for span in spans[0] if span.own and span.text.strip()] == ["the capital."]
     assert not [span for span in spans[0] if span.own and "Paris" in span.text]
     assert spans[2] == ()
+
+
+def test_tokens_are_coloured_by_what_both_models_say_and_words_where_they_were_not_asked() -> None:
+    models = [subject("a", "01", (0.0, 1.0)), subject("b", "01", (1.0, 3.0)), subject("c", "01", (1.0, 0.0))]
+    said = [(" b", -1.0, -0.875), (" answers", -2.0, -4.5), (" 1", -1.0, -1.0), ("<end>", -3.0, -0.5)]
+    models[1] = replace(models[1], tokens={"row1": TokenAnswers(reference=said[:2], own=said)})
+    found = compare(models)
+    (sample,) = (s for s in found.samples if any(span.logp is not None for own in s.answers for span in own))
+    reference, own, third = sample.answers
+    assert [span.difference for span in own] == [0.125, -2.5, 0.0, 2.5] and [span.text for span in reference] == [
+        " b",
+        " answers",
+    ]
+    assert [name_tone(span) for span in own] == ["up1", "down3", "", "up3"]
+    assert all(span.logp is None for span in third) and any(span.own for span in third)
+    page = render_comparison(found, tuple(models), links={})
+    assert 'title="−2.50 nats: log-probability −2.00 under a, −4.50 under b"> answers</span>' in page
+    assert 'class="tok up3"' in page and "&lt;end&gt;" in page and 'id="key"' in page
+    assert 'id="key"' not in render_comparison(compare([models[0], models[2]]), (models[0], models[2]), links={})
 
 
 def test_the_page_escapes_what_models_wrote_and_holds_all_parts() -> None:

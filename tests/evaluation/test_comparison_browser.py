@@ -1,17 +1,18 @@
 """The comparison page in a real Chromium: every chart is drawn, nothing is fetched, nothing a model wrote runs, it fits a phone."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from evaluation.comparison import Answer, ItemText, Subject, compare
+from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, compare
 from evaluation.comparison_page import render_comparison
 from evaluation.result import BenchmarkResult, ScoreRow
+from tests.browser.pages import SCREENSHOTS, list_charts, show_file
 
 ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
-SCREENSHOTS = Path(__file__).resolve().parents[2] / "screenshots"
 BENCHMARKS = {"mmlu": (200, 0.55), "gsm8k": (120, 0.4), "humaneval": (60, 0.3), "bbh": (90, 0.5)}
 ANSWERS = (
     "Knead the dough for ten minutes, then let it rest.",
@@ -49,13 +50,27 @@ def make_subject(place: int) -> Subject:
             row: float(gain)
             for row, gain in zip(rows, gains + np.random.default_rng(place).normal(0, 0.4, 60), strict=True)
         },
+        tokens={
+            row: TokenAnswers(*map(score_words, (ANSWERS[k // 59], ANSWERS[(1 + k // 59) % 3])))
+            for k, row in enumerate(rows)
+        }
+        if place == 1
+        else {},
         settings={}
         if place == 2
         else {"train.lambda_": (0.5, 0.2)[place], "train.seed": 0, "train.base": "embedded:smollm2 (ba5e)"},
         data={} if place == 2 else {"rows": 163, "quarantined": 6},
         rows=frozenset() if place == 2 else frozenset(map(str, range(place, 163 + place))),
-        cost={"train": 61.2, "measuring: mmlu": 12.5},
+        cost={"train": 61.2, "measuring: mmlu": 12.5}
+        | ({"all of it, USD": 0.0123, "without a price, seconds": 1.0} if place else {}),
     )
+
+
+def score_words(text: str) -> list[tuple[str, float, float]]:
+    """Return words as tokens that move by everything from much less to much more likely, and the token that ends an answer."""
+    words = re.findall(r"\s*\S+", text)
+    moves = np.random.default_rng(len(text)).choice([-3.1, -0.8, -0.2, 0.0, 0.05, 0.3, 1.1, 2.7], len(words) + 1)
+    return [(word, -2.0, -2.0 + float(move)) for word, move in zip([*words, "<|im_end|>"], moves, strict=True)]
 
 
 def write_page(folder: Path) -> Path:
@@ -74,28 +89,26 @@ def write_page(folder: Path) -> Path:
 def test_the_comparison_draws_offline_and_runs_nothing_foreign(
     chromium: Any, tmp_path: Path, scheme: Any, width: int
 ) -> None:
-    path, said, asked = write_page(tmp_path), [], []
-    context = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 1000})
-    page = context.new_page()
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(path.as_uri())
-    page.wait_for_function("[...document.querySelectorAll('.chart')].every((c) => c.querySelector('svg.main-svg'))")
-    drawn = page.locator(".chart").evaluate_all("nodes => nodes.map((node) => node.dataset.chart)")
-    wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
-    marked = page.locator("#samples mark").all_inner_texts()
-    page.screenshot(path=SCREENSHOTS / f"comparison-{scheme}-{width}.png")
-    page.locator("#flips").scroll_into_view_if_needed()
-    page.locator("#flips summary").nth(1).click()
-    assert page.locator("#flips .sample").first.get_by_text("onerror").first.is_visible(), "shown as text"
-    page.screenshot(path=SCREENSHOTS / f"comparison-flips-{scheme}-{width}.png")
-    page.locator("#samples").scroll_into_view_if_needed()
-    page.screenshot(path=SCREENSHOTS / f"comparison-samples-{scheme}-{width}.png")
-    title = page.title()
-    context.close()
-    assert said == [] and asked == [path.as_uri()]
-    assert set(drawn) == {"benchmarks", "reward", "rewards", "lengths"}
-    assert title == " · ".join(NAMES)
-    assert any("rather not say" in text for text in marked)
-    assert not wide
+    with show_file(chromium, write_page(tmp_path), scheme=scheme, width=width) as page:
+        assert list_charts(page) == {"benchmarks", "reward", "rewards", "lengths"}
+        assert page.title() == " · ".join(NAMES)
+        assert any("rather not say" in text for text in page.locator("#samples mark").all_inner_texts())
+        page.screenshot(path=SCREENSHOTS / f"comparison-{scheme}-{width}.png")
+        page.locator("#flips").scroll_into_view_if_needed()
+        page.locator("#flips summary").nth(1).click()
+        assert page.locator("#flips .sample").first.get_by_text("onerror").first.is_visible(), "shown as text"
+        page.screenshot(path=SCREENSHOTS / f"comparison-flips-{scheme}-{width}.png")
+        page.locator("#samples").evaluate("node => node.scrollIntoView({block: 'start'})")
+        page.screenshot(path=SCREENSHOTS / f"comparison-samples-{scheme}-{width}.png")
+        token = page.locator("#samples .sample .tok").first
+        assert re.fullmatch(
+            r"[+−]\d\.\d\d nats: log-probability −2\.00 under champion, .*", token.get_attribute("title")
+        )
+        styles = {
+            mark: page.locator(f"#key .{mark}").evaluate("node => getComputedStyle(node).borderBottom.split(' rgb')[0]")
+            for mark in ("up1", "up2", "up3", "down1", "down2", "down3")
+        }
+        assert len(set(styles.values())) == 6, "each is told from the others without colour"
+        if width > 1000:
+            page.add_style_tag(content="html { filter: grayscale(1); }")
+            page.screenshot(path=SCREENSHOTS / f"comparison-samples-grey-{scheme}.png")

@@ -13,7 +13,8 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.engine import Engine, Row, plan_groups
+from evaluation.calls import Row, plan_groups
+from evaluation.engine import TransformersEngine
 from evaluation.harness import PolicyLM
 from evaluation.responses import Responses
 from evaluation.watch import Watch
@@ -168,10 +169,10 @@ def test_a_prefix_is_read_once_only_where_that_saves_tokens() -> None:
 
 
 def test_no_position_that_is_scored_belongs_to_the_prefix() -> None:
-    rows = [Row([1, 2, 3, 4, 5, 6, 7, 8, 9, last], tail=3, task="t") for last in (1, 2, 3)]
+    rows = [Row([1, 2, 3, 4, 5, 6, 7, 8, 9, last], ((9, last, 5),), task="t") for last in (1, 2, 3)]
     assert plan_groups(rows, batch_size=2, share=True)[0].prefix == [1, 2, 3, 4, 5, 6, 7]
 
 
 def test_a_model_that_cannot_tell_padding_shares_nothing_when_it_writes() -> None:
-    engine = Engine(make_model("mistral"), batch_size=2, pad_id=0)
+    engine = TransformersEngine(make_model("mistral"), make_tokenizer(), batch_size=2)
     assert engine.shares_reading and not engine.shares_writing

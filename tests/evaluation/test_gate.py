@@ -16,7 +16,16 @@ from evaluation.config import BenchmarkConfig, GatePolicy, SuiteConfig
 from evaluation.gate import Evidence, conclude, decide, measure_noise, write_verdict
 from evaluation.policy import check_names, count_items, flag_policy
 from evaluation.result import BenchmarkResult, ScoreRow, diff_fields, read_result
-from evaluation.verdict import BoundState, Decision, GuardState, Verdict, check_seal, compute_seal, read_verdict
+from evaluation.verdict import (
+    BoundState,
+    Decision,
+    GuardState,
+    OlderVerdictError,
+    Verdict,
+    check_inputs,
+    compute_seal,
+    read_verdict,
+)
 from evaluation.weigh import Pairs, compare_guard, pair_scores
 from flows.recipes import read_recipe
 
@@ -487,16 +496,19 @@ def test_the_audit_split_never_decides_and_is_reported() -> None:
 
 def test_the_noise_floor_stands_beside_the_guard_and_warns() -> None:
     runs = [result("mmlu", flip(100, right=50, won=0, lost=lost)[0], profile={"seed": lost}) for lost in (0, 3, 6)]
-    noise = measure_noise(runs, varied=("few-shot seed",))
-    assert (noise.varied, noise.runs) == (("few-shot seed",), 3)
+    noise = measure_noise(runs, varied="few-shot seed")
+    assert (noise.varied, noise.runs) == ("few-shot seed", 3)
     assert (noise.flip_rate, noise.max_difference) == pytest.approx((0.04, 0.06))
-    verdict = judge(flip(1000, right=500, won=22, lost=20), noise={"mmlu": noise})
-    assert verdict.guards[0].noise == noise
-    assert any(
-        "3 runs of the champion alone that vary few-shot seed differ by up to 6.0 points" in f for f in verdict.flags
-    )
+    still = measure_noise([runs[0], runs[0]], varied="batch size")
+    verdict = judge(flip(1000, right=500, won=22, lost=20), noise={"mmlu": [noise, still]})
+    assert verdict.noise == {"mmlu": (noise, still)}
+    (flag,) = (flag for flag in verdict.flags if "within that noise" in flag)
+    assert "3 runs of the champion alone that vary few-shot seed differ by up to 6.0 points" in flag
+    assert "the difference of +0.2 or the margin of 5" in flag
+    target = judge(flip(1000, right=500, won=90, lost=50), policy={"targets": {"mmlu": 0.0}}, noise={"mmlu": [noise]})
+    assert [f for f in target.flags if "within that noise" in f and "difference of +4.0 is" in f]
     with pytest.raises(ValueError, match="one benchmark and the same items"):
-        measure_noise([runs[0], result("bbh", [1.0])], varied=("batch size",))
+        measure_noise([runs[0], result("bbh", [1.0])], varied="batch size")
 
 
 def test_the_mean_is_of_the_four_in_full_and_of_nothing_less() -> None:
@@ -541,7 +553,7 @@ def test_a_seal_holds_for_anyone_and_breaks_at_any_change(tmp_path: Path) -> Non
     inputs = {"challenger": "a" * 64, "champion_eval_mmlu/samples.jsonl": "b" * 64}
     verdict = judge(flip(100, right=50, won=5, lost=6), inputs=inputs)
     write_verdict(verdict, tmp_path / "verdict.json")
-    check_seal(read_verdict((tmp_path / "verdict.json").read_text()), inputs=inputs)
+    check_inputs(read_verdict((tmp_path / "verdict.json").read_text(), kept=verdict.seal), inputs)
     fields = json.loads((tmp_path / "verdict.json").read_text())
     seal = fields.pop("seal")  # as docs/gate.md tells anyone to, with nothing of varflow
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -555,10 +567,19 @@ def test_a_seal_holds_for_anyone_and_breaks_at_any_change(tmp_path: Path) -> Non
         with pytest.raises(ValueError, match="it was changed after the gate wrote it"):
             read_verdict(json.dumps(fields | {"seal": seal} | change))
     with pytest.raises(ValueError, match=r"1 of its inputs are not what it weighed: champion_eval_mmlu/samples\.jsonl"):
-        check_seal(verdict, inputs=inputs | {"champion_eval_mmlu/samples.jsonl": "d" * 64})
-    forged = verdict.model_copy(update={"decision": Decision.promote})
-    resealed = forged.model_copy(update={"seal": compute_seal(forged)})
-    assert resealed.seal != verdict.seal  # so a seal kept elsewhere, as the record does, still tells
+        check_inputs(verdict, inputs | {"champion_eval_mmlu/samples.jsonl": "d" * 64})
+    forged = fields | {"decision": "PROMOTE"}
+    with pytest.raises(
+        ValueError, match="the file was replaced"
+    ):  # a seal kept elsewhere, as the record does, still tells
+        read_verdict(json.dumps(forged | {"seal": compute_seal(forged)}), kept=verdict.seal)
+    other = fields | {"audits": []}
+    with pytest.raises(
+        OlderVerdictError, match=r"its seal holds, and its fields are those of another version .*audits"
+    ):
+        read_verdict(json.dumps(other | {"seal": compute_seal(other)}))
+    del fields["audit"]  # as a gate wrote it that had no such field yet: still read, and the seal still holds
+    assert read_verdict(json.dumps(fields | {"seal": compute_seal(fields)})).audit == ()
     with pytest.raises(ValueError, match="got one without seal"):
         read_verdict(json.dumps({"decision": "HOLD"}))
 

@@ -192,7 +192,7 @@ def test_the_profile_holds_what_scores_must_share(tiny_policy: Path, mirror: Pat
     config = MMLU.model_copy(update={"chat_template": True, "system_prompt": "Be brief.", "limit": 1})
     profile = Result(tiny_policy, mirror, config, folder=tmp_path).profile
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
-    assert profile["config"] == config.model_dump(mode="json")
+    assert profile["config"] == config.model_dump(mode="json", exclude={"endpoint"})
     assert profile["dtype"] == "float32" and profile["batch_size"] is None
     assert profile["template_sha256"] is not None and profile["multiturn"]
     assert profile["bos"]["count"] == 1
@@ -308,7 +308,7 @@ def test_swapped_weights_at_the_same_path_are_evaluated_anew(tiny_policy: Path, 
     [
         (
             MMLU.model_copy(update={"tasks": ("mmlu_anatomie",)}),
-            r"no task 'mmlu_anatomie' among .* nearest: mmlu_anatomy",
+            r"has no task or group of this name \(nearest: mmlu_anatomy",
         ),
         (GSM8K.model_copy(update={"filter": "strict"}), r"no filter 'strict', expected one of strict-match, flexible"),
         (GSM8K.model_copy(update={"metric": "acc"}), r"no metric 'acc', expected one of exact_match"),

@@ -15,7 +15,7 @@ from benchmarks.stock_harness import (
     stock_command,
 )
 from evaluation.config import BenchmarkConfig
-from evaluation.harness import configure_tasks, evaluate, load_model, load_tasks, offline
+from evaluation.harness import configure_tasks, evaluate, load_policy, load_tasks, offline
 from evaluation.mirror import build_mirror
 from evaluation.responses import Responses
 from evaluation.watch import Watch
@@ -28,6 +28,47 @@ pytestmark = pytest.mark.slow
 
 LIMIT = 8
 CAP = 12
+CONFIGS = [
+    BenchmarkConfig(name="mmlu_part", tasks=("mmlu",), num_fewshot=0, metric="acc", limit=2, max_length=1024),
+    BenchmarkConfig(
+        name="mmlu_part",
+        tasks=("mmlu_anatomy", "mmlu_virology"),
+        num_fewshot=2,
+        metric="acc",
+        limit=LIMIT,
+        max_length=1024,
+    ),
+    BenchmarkConfig(
+        name="gsm8k_part",
+        tasks=("gsm8k",),
+        num_fewshot=4,
+        metric="exact_match",
+        filter="flexible-extract",
+        limit=LIMIT,
+        max_gen_toks=CAP,
+        max_length=1024,
+    ),
+    BenchmarkConfig(
+        name="bbh_part",
+        tasks=("bbh_cot_fewshot_boolean_expressions", "bbh_cot_fewshot_navigate"),
+        metric="exact_match",
+        filter="get-answer",
+        limit=LIMIT,
+        max_gen_toks=CAP,
+        max_length=1024,
+    ),
+    BenchmarkConfig(
+        name="humaneval_part",
+        tasks=("humaneval",),
+        metric="pass@1",
+        filter="create_test",
+        limit=LIMIT,
+        max_gen_toks=CAP,
+        max_length=1024,
+        sandbox_seconds=30.0,
+    ),
+]
+NAMES = ["mmlu whole", "mmlu 2-shot", "gsm8k", "bbh", "humaneval"]
 
 
 @pytest.fixture(scope="module")
@@ -38,50 +79,7 @@ def real_mirror(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return mirror
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        BenchmarkConfig(name="mmlu_part", tasks=("mmlu",), num_fewshot=0, metric="acc", limit=2, max_length=1024),
-        BenchmarkConfig(
-            name="mmlu_part",
-            tasks=("mmlu_anatomy", "mmlu_virology"),
-            num_fewshot=2,
-            metric="acc",
-            limit=LIMIT,
-            max_length=1024,
-        ),
-        BenchmarkConfig(
-            name="gsm8k_part",
-            tasks=("gsm8k",),
-            num_fewshot=4,
-            metric="exact_match",
-            filter="flexible-extract",
-            limit=LIMIT,
-            max_gen_toks=CAP,
-            max_length=1024,
-        ),
-        BenchmarkConfig(
-            name="bbh_part",
-            tasks=("bbh_cot_fewshot_boolean_expressions", "bbh_cot_fewshot_navigate"),
-            metric="exact_match",
-            filter="get-answer",
-            limit=LIMIT,
-            max_gen_toks=CAP,
-            max_length=1024,
-        ),
-        BenchmarkConfig(
-            name="humaneval_part",
-            tasks=("humaneval",),
-            metric="pass@1",
-            filter="create_test",
-            limit=LIMIT,
-            max_gen_toks=CAP,
-            max_length=1024,
-            sandbox_seconds=30.0,
-        ),
-    ],
-    ids=["mmlu whole", "mmlu 2-shot", "gsm8k", "bbh", "humaneval"],
-)
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
 def test_scores_and_items_equal_the_command_line(
     tiny_policy: Path, real_mirror: Path, tmp_path: Path, config: BenchmarkConfig
 ) -> None:
@@ -101,6 +99,23 @@ def test_scores_and_items_equal_the_command_line(
     assert differences(config, ours=tmp_path / "output", stock=tmp_path / "stock") == []
     compared = [row for row in rows if row["task"] in read_stock(tmp_path / "stock")[0]]
     assert len(compared) >= (57 if config.tasks == ("mmlu",) else 1)
+
+
+@pytest.mark.parametrize("config", CONFIGS[1:], ids=NAMES[1:])
+def test_two_workers_give_the_numbers_of_one_process(
+    tiny_policy: Path, real_mirror: Path, tmp_path: Path, config: BenchmarkConfig
+) -> None:
+    found = []
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        (folder / "output").mkdir(parents=True)
+        runtime = Runtime(device=Device.cpu, workers=workers, threads=workers, microbatch_tokens=2 * 256)
+        folders = {"output": folder / "output", "work": folder / "work"}
+        rows = evaluate(tiny_policy, real_mirror, config, runtime=runtime, stop=threading.Event(), **folders)
+        answers = (folder / "work" / "responses.jsonl").read_text().splitlines()
+        found.append((rows, (folder / "output" / "samples.jsonl").read_text(), sorted(answers)))
+    assert found[0] == found[1]
+    assert len(found[0][2]) > LIMIT
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +142,7 @@ def test_each_log_probability_is_stock_s(real_mirror: Path, smollm: Path, tmp_pa
     responses = Responses(tmp_path / "responses.jsonl", identity=shots)
     watch = Watch(tmp_path / "metrics.jsonl", stop=threading.Event())
     runtime = Runtime(device=Device.cpu)
-    ours = load_model(smollm, config=config, runtime=runtime, watch=watch, responses=responses)
+    ours = load_policy(smollm, config=config, runtime=runtime, watch=watch, responses=responses)
     got = ours.loglikelihood(requests)
     stock = HFLM(pretrained=str(smollm), device="cpu", dtype="float32", batch_size=8, max_length=config.max_length)
     expected = stock.loglikelihood(requests, disable_tqdm=True)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.config import BenchmarkConfig
-from evaluation.mirror import build_mirror, digest_mirror, missing_data
+from evaluation.mirror import build_mirror, digest_mirror, missing_data, read_header
 
 
 def benchmark(*tasks: str) -> BenchmarkConfig:
@@ -97,7 +97,7 @@ def test_all_that_a_suite_lacks_is_listed_at_once(mirror: Path) -> None:
         "SaylorTwift/bbh/snarks/test.parquet",
         "cais/mmlu/astronomy/dev.parquet",
         "cais/mmlu/astronomy/test.parquet",
-        "data of task 'mmlu_anatomie', which no mirror holds (nearest: mmlu_anatomy, mmlu_astronomy, mmlu_management)",
+        "task 'mmlu_anatomie': lm-eval 0.4.13 has no task or group of this name (nearest: mmlu_anatomy, cmmlu_anatomy, mmlu_humanities)",
     ]
     assert len(missing_data(mirror, [benchmark("mmlu")])) == 2 * (57 - 2)
     assert len(missing_data(mirror, [benchmark("bbh_cot_fewshot")])) == 27 - 2
@@ -119,3 +119,51 @@ def test_real_rows_are_all_there(real_data: Path, tmp_path: Path) -> None:
     assert rows["openai/openai_humaneval/openai_humaneval/test.parquet"] == 164
     assert sum(n for name, n in rows.items() if name.startswith("SaylorTwift/bbh/")) == 3437
     assert missing_data(tmp_path / "mirror", [benchmark("mmlu", "gsm8k", "humaneval")]) == []
+
+
+def write_repository(folder: Path, *, header: str, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "README.md").write_text(f"---\n{header}\n---\n# Rows\n")
+
+
+def test_a_hub_repository_is_taken_as_it_is_and_its_header_says_what_is_there(
+    raw_benchmarks: Path, tmp_path: Path
+) -> None:
+    header = "configs:\n- config_name: main\n  data_files:\n  - split: train\n    path: main/train-*\n  - split: test\n    path: main/test-*"
+    rows = b"".join(path.read_bytes() for path in [raw_benchmarks / "gsm8k" / "test.jsonl"])
+    files = {"main/train-00000-of-00001.jsonl": rows, "main/test-00000-of-00001.jsonl": rows, "old.py": b""}
+    copy = tmp_path / "hub" / "datasets" / "openai" / "gsm8k" / (40 * "a")
+    write_repository(copy, header=header, files=files)
+    (copy / ".mirror.json").write_text("{}")
+    built = build_mirror(tmp_path / "hub", tmp_path / "mirror")
+    assert built.keys() == {f"openai/gsm8k/{name}" for name in (*files, "README.md")}, "no manifest"
+    assert missing_data(tmp_path / "mirror", [benchmark("gsm8k")]) == []
+    (tmp_path / "mirror" / "openai" / "gsm8k" / "main" / "test-00000-of-00001.jsonl").unlink()
+    assert missing_data(tmp_path / "mirror", [benchmark("gsm8k")]) == ["openai/gsm8k/main/test.parquet"]
+    shutil.copytree(raw_benchmarks / "mmlu", tmp_path / "hub" / "mmlu")
+    both = build_mirror(tmp_path / "hub", tmp_path / "mirror")
+    assert both["cais/mmlu/anatomy/test.parquet"] == 6 and both["openai/gsm8k/README.md"] == 0
+    shutil.copytree(raw_benchmarks / "gsm8k", tmp_path / "hub" / "gsm8k")
+    with pytest.raises(ValueError, match="openai/gsm8k is there as raw files and as the hub repository"):
+        build_mirror(tmp_path / "hub", tmp_path / "mirror")
+
+
+@pytest.mark.parametrize(
+    ("header", "splits"),
+    [
+        ("configs:\n- config_name: default\n  data_files: rows.csv", {"train": ["rows.csv"]}),
+        (
+            "configs:\n- config_name: a\n  default: true\n  data_files: {test: [x.csv, y.csv]}",
+            {"test": ["x.csv", "y.csv"]},
+        ),
+        ("configs:\n- config_name: default\n  data_files:\n  - {split: dev, path: 'd/*.csv'}", {"dev": ["d/*.csv"]}),
+        ("license: mit", None),
+    ],
+)
+def test_every_form_of_a_data_set_header_is_understood(
+    tmp_path: Path, header: str, splits: dict[str, list[str]] | None
+) -> None:
+    write_repository(tmp_path, header=header, files={})
+    assert read_header(tmp_path).get("default") == splits

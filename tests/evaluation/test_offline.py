@@ -32,6 +32,18 @@ def test_connections_are_refused_by_their_address_and_possible_again(server: soc
     server.close()
 
 
+def test_the_one_place_that_is_named_stays_open(server: socket.socket) -> None:
+    port = server.getsockname()[1]
+    with closed_sockets(but=("localhost", port)):
+        with socket.create_connection(("localhost", port)):
+            server.accept()[0].close()
+        with pytest.raises(ConnectionRefusedError, match="was refused"):
+            socket.create_connection(("localhost", port + 1))
+        with pytest.raises(ConnectionRefusedError, match="was refused"):
+            socket.socket().connect(("127.0.0.1", port + 1))
+    server.close()
+
+
 def test_a_unix_socket_stays_open() -> None:
     with closed_sockets():
         ours, theirs = socket.socketpair()

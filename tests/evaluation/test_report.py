@@ -11,7 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from evaluation.alignment import AlignmentResult, Answers, measure
 from evaluation.config import GatePolicy
+from evaluation.contamination import Contamination, Hit, Level
 from evaluation.gate import Evidence, decide
 from evaluation.report import (
     ReportData,
@@ -25,7 +27,8 @@ from evaluation.report import (
     show_seconds,
 )
 from evaluation.result import BenchmarkResult, ScoreRow
-from evaluation.verdict import Verdict
+from evaluation.reward_bias import Accuracy, RewardBias
+from evaluation.verdict import Noise, Verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} <b>bold</b> & \u2028 \"'"
 
@@ -47,6 +50,7 @@ def make_verdict(gain_P: np.ndarray, *, names: tuple[str, ...] = ("mmlu", "bbh")
         champion=Evidence(results(right), dict.fromkeys(rows, 1.0), lengths),
         same_model=False,
         inputs={"challenger": "c" * 64},
+        noise={"bbh": [Noise(varied="batch size", runs=2, flip_rate=0.0125, max_difference=0.0025)]},
     )
 
 
@@ -63,6 +67,41 @@ def score(benchmark: str, value: float, *, filter: str = "none", decides: bool =
         num_fewshot=0,
         decides=decides,
         harness_version="0.4.13",
+    )
+
+
+def make_contamination(benchmark: str, *, hits: int) -> Contamination:
+    level, clean = Level(items=400, value=0.5, stderr=0.025), Level(items=400 - hits, value=0.4975, stderr=0.0251)
+    samples = tuple(Hit(task=f"{benchmark}_task", doc_id=str(i), ngram=HOSTILE, row_id="d" * 32) for i in range(hits))
+    return Contamination(
+        benchmark=benchmark, n=13, items=400, short=7, hits=hits, challenger=level, champion=level, challenger_clean=clean,
+        champion_clean=clean, samples=samples,
+    )  # fmt: skip
+
+
+def make_alignment(name: str) -> AlignmentResult:
+    """Both models' rewards on four prompts: gains of 1, 0, 3 and -1."""
+
+    def answers(rewards: list[float], characters: int) -> Answers:
+        rows = [f"{n}" for n in range(len(rewards))]
+        texts = {row: [characters] for row in rows}
+        return Answers({row: [reward] for row, reward in zip(rows, rewards, strict=True)}, texts, 0.25, 0.0, dropped=3)
+
+    return measure(name, answers([2.0, 2.0, 3.0, 4.0], 120), answers([1.0, 2.0, 0.0, 5.0], 80))
+
+
+def make_reward_test() -> RewardBias:
+    groups = tuple(
+        Accuracy(group=group, n=17, accuracy=right, low=right - 0.2, high=right + 0.2, length_baseline=0.1)
+        for group, right in (("all", 0.45), ("length bias", 0.3), (HOSTILE, 0.6))
+    )
+    return RewardBias(
+        name="evalbiasbench",
+        overall=groups[0],
+        groups=groups[1:],
+        macro_accuracy=0.45,
+        longer_preferred=0.81,
+        length_spearman=0.5,
     )
 
 
@@ -84,6 +123,8 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
             fingerprint=model,
             cached=False,
             seconds=185.0,
+            device="NVIDIA H100 80GB HBM3",
+            usd=0.1537,
             inputs={"rows": rows},
             mlflow_url="http://127.0.0.1:5000/#/runs/1",
             prefix=f"s3://bucket/{HOSTILE}",
@@ -93,6 +134,7 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
         "title": f"demo {HOSTILE}",
         "recipe": "demo",
         "verdict": make_verdict(gain_P),
+        "contamination": (make_contamination("mmlu", hits=2), make_contamination("bbh", hits=0)),
         "champion_scores": (score("mmlu", 0.5), score("bbh", 0.5), score("bbh", 0.1, filter="strict", decides=False)),
         "challenger_scores": (score("mmlu", 0.495), score("bbh", 0.495)),
         "rewards": tuple(RewardPair(champion=1.0, challenger=1.0 + float(g)) for g in gain_P),
@@ -112,8 +154,27 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
             ],
         },
         "data": {"rows": 380, "train": 300, "heldout": 80, "quarantined_by_reason": {"empty response": 7, HOSTILE: 2}},
+        "judge": {
+            "judge": HOSTILE,
+            "value": 0.625,
+            "low": 0.55,
+            "high": 0.7,
+            "items": 80,
+            "position_bias": 0.25,
+            "order_agreement": 0.7,
+            "unparseable_pairs": 3,
+            "calls": 166,
+            "mean_answer_chars": 1234.0,
+            "mean_other_answer_chars": 987.0,
+            "longer_wins": 0.6,
+            "style_control": "unavailable",
+            "flag": f"position: {HOSTILE}",
+        },
         "reward_model": {"accuracy": 0.71, "length_baseline_accuracy": 0.58, "pairs": 80},
+        "alignment": (make_alignment("hha_helpful"), make_alignment(HOSTILE)),
+        "reward_tests": (make_reward_test(),),
         "steps": steps,
+        "cost": "0.1537 USD, without 2 s that have no price (2.99 USD an hour and device, given).",
         "links": {"Prefect run": "http://127.0.0.1:4200/runs/1", "S3": "s3://bucket/x", HOSTILE: "javascript:alert(3)"},
         "config": {"name": HOSTILE},
         "provenance": {"git": {"commit": "d" * 40, "dirty": False}, "device": HOSTILE},
@@ -163,11 +224,29 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     assert "49.5 ± 2.5" in page.text and "50.0 ± 2.5" in page.text
     assert "−0.5" in page.text  # difference in points
     assert "1 computed in this run, 3 min 5 s of work, 1 found done" in page.text
+    assert (
+        "bbh: 2 runs of the champion alone that vary batch size differ by up to 0.2 points (1.2% of items flip"
+        in page.text
+    )
+    assert "0.1537 USD, without 2 s that have no price" in page.text and "NVIDIA H100 80GB HBM3 0.1537" in page.text
     hrefs = [attributes.get("href") for tag, attributes in page.tags if tag == "a"]
     assert "#step-" + "a" * 16 in hrefs and "http://127.0.0.1:5000/#/runs/1" in hrefs
     assert set(page.charts) == {
         *("guards", "rewards", "gains", "loss", "ess", "weights", "accuracy", "quarantine", "cost"),
+        *("alignment_gains", "alignment_wins", "reward_tests"),
     }
+
+
+def test_shows_the_win_rate_with_what_is_known_of_the_judge(page: Page, tmp_path: Path) -> None:
+    for shown in (
+        "62.5",
+        "55.0 to 70.0",
+        "25.0 of 100",
+        "each pair in both orders, 166 calls",
+        "the longer of two wins 60.0",
+    ):
+        assert shown in page.text
+    assert "Win rate by a judge" not in Page(render_report(make_report(tmp_path, judge=None))).text
 
 
 def test_shows_answers_by_step_and_prompt_and_what_the_preflight_found(page: Page) -> None:
@@ -210,12 +289,31 @@ def test_a_policy_without_the_reward_as_target_says_so(tmp_path: Path) -> None:
     assert verdict.targets[0].reason in page.text
 
 
+def test_shows_what_the_reward_model_says_and_what_is_known_of_it(page: Page) -> None:
+    assert "hha_helpful 4 2.000 ± 1.080 2.750 ± 0.479 +0.750 (−1.968 to +3.468)" in page.text.replace("\xa0", " ")
+    assert "prompts: 3 were too long to be answered" in page.text
+    assert "62.5 (" in page.text and "2 : 1 : 1 80 → 120" in page.text
+    assert {"alignment_gains", "alignment_wins", "reward_tests"} <= page.charts.keys()
+    assert page.charts["alignment_gains"]["data"][0]["x"] == [0.75, 0.75]
+    assert "evalbiasbench length bias 17 30.0 (10.0 to 50.0) 10.0" in page.text.replace("\xa0", " ")
+    assert "the longer answer has the higher reward in 81.0 of 100 pairs" in page.text
+
+
 def test_shows_whose_score_is_suspect_and_why(tmp_path: Path) -> None:
     flagged = score("bbh", 0.0).model_copy(update={"flag": "zero: none of 400 answers is right"})
     report = make_report(tmp_path, challenger_scores=(score("mmlu", 0.495), flagged))
     text = Page(render_report(report)).text
     assert "challenger flagged zero: none of 400 answers is right" in text
     assert "champion flagged" not in text
+
+
+def test_shows_which_benchmark_items_stand_in_the_training_data(page: Page) -> None:
+    part = page.text[
+        page.text.index("Benchmark items in the training data") : page.text.index("Held-out reward: before")
+    ]
+    assert "mmlu in the training data 2 of 400 0.5 % 13 7 50.0 ± 2.5 49.8 ± 2.5 50.0 ± 2.5 49.8 ± 2.5" in part
+    assert "bbh 0 of 400 0.0 %" in part and "bbh in the training data" not in part
+    assert "mmlu_task, document 1" in part and "dddddddddddd" in part
 
 
 def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:
@@ -256,13 +354,15 @@ def test_equal_data_give_the_equal_page(tmp_path: Path) -> None:
 
 
 def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
-    bare: dict[str, Any] = {"answers": (), "preflight": None}
+    bare: dict[str, Any] = {"answers": (), "preflight": None, "contamination": ()}
     bare |= {"metrics": None, "weights": None, "data": None, "reward_model": None, "config": {}, "provenance": {}}
     bare |= {name: () for name in ("champion_scores", "challenger_scores", "rewards", "samples", "steps")}
+    bare |= {"alignment": (), "reward_tests": ()}
     page = Page(render_report(make_report(tmp_path, **bare, links={})))
     for sentence in (
         "This run has no benchmark scores.",
         "The rewards of single prompts were not given to this page.",
+        "No benchmark was looked for in the training data.",
         "No sample answers were kept.",
         "This run trained nothing.",
         "There are no weights of responses",
@@ -271,6 +371,8 @@ def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
         "The reward model was given, not trained in this run",
         "The data of this run were not summarised.",
         "The steps of this run were not given to this page.",
+        "This recipe asks for no prompt sets.",
+        "This recipe tests the reward model on no pair sets.",
         "The environment was not recorded.",
     ):
         assert sentence in page.text

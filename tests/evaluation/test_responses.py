@@ -48,3 +48,18 @@ def test_a_file_that_was_torn_in_its_first_line_starts_anew(tmp_path: Path) -> N
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps({"identity": "x"})[:5])
     assert Responses(path, identity=1).taken_up == 0
+
+
+def test_what_nobody_asked_for_is_dropped_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    first = Responses(path, identity=1)
+    for number in range(3):
+        first.add("k", number, number)
+    first.close()
+    again = Responses(path, identity=1)
+    again.get("k", 2)
+    again.add("k", 7, 7)
+    again.drop_unasked()
+    again.close()
+    last = Responses(path, identity=1)
+    assert [last.get("k", number) for number in (0, 1, 2, 7)] == [None, None, 2, 7]

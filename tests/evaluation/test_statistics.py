@@ -20,6 +20,9 @@ PUBLISHED_TANGO = [
     ((48, 41, 549, 0.90), (-0.0157, 0.0414)),
     # Disinfection of contact lenses, Tango (1998): -0.118 to 0.059.
     ((0, 1, 44, 0.95), (-0.118, 0.059)),
+    # Response to consolidation therapy (Cavo 2012), R, contingencytables of Fagerland, Lydersen, Laake, Statistical Analysis of
+    # Contingency Tables (2017), chapter 8: -0.1240 to -0.0054.
+    ((6, 16, 161, 0.95), (-0.1240, -0.0054)),
 ]
 
 
@@ -84,13 +87,21 @@ def test_no_discordance_still_has_a_finite_interval() -> None:
 
 def test_score_statistic_at_zero_is_mcnemar() -> None:
     assert statistics.score_statistic(15, 6, n=80, difference=0.0) == pytest.approx(9 / math.sqrt(21))
+    # The therapy of Cavo (2012), as above: Z = -2.132.
+    assert statistics.score_statistic(6, 16, n=161, difference=0.0) == pytest.approx(-2.132, abs=5e-4)
 
 
-def test_mcnemar_midp_equals_published_value() -> None:
-    # Fagerland, Lydersen, Laake (2013), airway data 1 against 7: two-sided mid-p 0.0391, exact 0.0703.
-    p = statistics.mcnemar_midp(1, 7)
-    assert 2 * min(p, 1 - p) == pytest.approx(0.0391, abs=5e-5)
-    assert statistics.mcnemar_midp(7, 1) == pytest.approx(1 - p)
+@pytest.mark.parametrize(
+    ("won", "lost", "published"),
+    [
+        (1, 7, 0.0391),  # Fagerland, Lydersen, Laake (2013), airway data; the exact test has 0.0703
+        (6, 16, 0.034690),  # the therapy of Cavo (2012), as above; the exact test has 0.052479
+    ],
+)
+def test_mcnemar_midp_equals_published_values(won: int, lost: int, published: float) -> None:
+    p = statistics.mcnemar_midp(won, lost)
+    assert 2 * min(p, 1 - p) == pytest.approx(published, abs=5e-5)
+    assert statistics.mcnemar_midp(lost, won) == pytest.approx(1 - p)
     assert statistics.mcnemar_midp(0, 0) == 0.5
 
 
@@ -287,6 +298,12 @@ def test_detectable_difference_has_its_power_by_enumeration() -> None:
 
 def test_detectable_difference_never_exceeds_the_discordance() -> None:
     assert statistics.detectable_difference(8, discordance=0.1, alpha=0.05) == 0.1
+
+
+def test_detectable_mean_equals_gpowers_worked_example() -> None:
+    # G*Power 3, user guide, matched pairs, after Cohen (1969) p. 48: d_z = 0.421637 in 50 pairs, two-sided at 0.05, has power 0.832114.
+    found = statistics.detectable_mean(50, sd=1.0, alpha=0.025, power=0.832114)
+    assert found == pytest.approx(0.421637, abs=5e-7)
 
 
 def test_detectable_mean_has_its_power() -> None:

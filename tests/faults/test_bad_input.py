@@ -72,7 +72,7 @@ def test_a_tokenizer_without_chat_template(varflow: Command, policy: Path) -> No
 
 def test_a_benchmark_that_is_not_in_the_mirror(varflow: Command) -> None:
     told = varflow.refuse("run", "smoke", *small(**{"suite__benchmarks__0__tasks": ["mmlu_virology"]}))
-    assert "benchmarks 'demo:benchmarks': 2 files of the suite are not there" in told
+    assert "benchmarks 'demo:benchmarks': 2 files or tasks of the suite are not there" in told
     assert "cais/mmlu/virology/test.parquet" in told and "take the benchmarks out of the suite" in told
 
 

@@ -28,6 +28,9 @@ def test_a_run_against_its_base_and_again_for_nothing(
     (measure,) = found["benchmarks"]
     assert (measure["what"], measure["n"]) == ("mmlu_part", 2)
     assert found["reward"]["n"] == found["length"]["n"] == 4 and len(found["samples"]) == 4
+    spans = [span for sample in found["samples"] for answer in sample["answers"] for span in answer]
+    assert spans and all(span["logp"] is not None for span in spans), "both models were asked about every token"
+    assert [step["step"] for step in told["steps"]] == ["score_tokens", "compare"]
     assert any(row["name"] == "train" and row["values"][1] > 0 for row in found["cost"])
     page = Path(told["report"]).read_text()
     assert trained in page and "fetches nothing" in page
@@ -40,13 +43,18 @@ def test_a_run_against_its_base_and_again_for_nothing(
     assert files == {"comparison.html", "comparison.json"}
     again = varflow.ask("compare", "demo:tiny-policy", done["mlflow_run"])
     assert again["comparison"]["refs"] == found["refs"] and again["comparison"]["reward"] is not None
+    without = varflow.ask("compare", "demo:tiny-policy", trained, "--no-tokens")
+    assert [step["step"] for step in without["steps"]] == ["compare"]
     shown = varflow.run("compare", "demo:tiny-policy", trained)
     assert shown.returncode == 0 and "mmlu_part (2)" in shown.stdout and told["report"] in shown.stdout
 
 
 def test_what_was_measured_otherwise_is_refused_by_field(varflow: Command, trained: str, done: dict[str, Any]) -> None:
     other = words_of({"suite.benchmarks": [BENCHMARK | {"limit": 1}], "runtime.threads": 1})
-    measured = varflow.ask("benchmark", "demo:tiny-policy", "--profile", "smoke", *other)
+    measured = varflow.ask("benchmark", "demo:tiny-policy", "--profile", "smoke", "--noise", *other)
+    (floor,) = measured["noise"]["mmlu_part"]  # asked without worked examples, so that no seed draws any
+    assert (floor["varied"], floor["runs"], floor["flip_rate"], floor["max_difference"]) == ("batch size", 2, 0.0, 0.0)
+    assert [step["step"] for step in measured["steps"]] == ["mirror", "evaluate", "evaluate_varied", "noise"]
     told = varflow.refuse("compare", trained, measured["mlflow_run"].partition("/runs/")[2].partition("?")[0])
     assert "mmlu_part: scores of different profiles are never compared" in told and "config.limit: 2 -> 1" in told
     assert "expected at least two models, each once" in varflow.refuse("compare", trained, trained)

@@ -37,6 +37,7 @@ def test_the_table() -> None:
         "retrain/retrain": ([({"cron": "0 3 * * *"}, False)], [landed]),
         "sweep/sweep": ([({"interval": 900.0}, True)], []),
         "benchmark/benchmark": ([], []),
+        "judge/judge": ([], []),
         "benchmark/nightly": ([({"cron": "0 4 * * *"}, False)], []),
         "compare/compare": ([], []),
     }

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from evaluation.suites import limit_suite, paper
+from evaluation.verdict import Noise
 from flows.benchmark import collect
 from flows.cli import show_outcome
 from flows.config import BenchmarkFlowConfig
@@ -17,16 +18,25 @@ def summary(name: str, value: float, *, flag: str | None = None) -> dict[str, An
 
 def test_a_whole_profile_has_its_mean_under_its_name() -> None:
     names = [b.name for b in paper().benchmarks]
-    found = collect(paper(), [summary(name, value) for name, value in zip(names, (0.2, 0.4, 0.6, 0.8), strict=True)])
+    found = collect(
+        paper(), [summary(name, value) for name, value in zip(names, (0.2, 0.4, 0.6, 0.8), strict=True)], {}
+    )
     assert found["scores"]["eval/paper/mean"] == pytest.approx(0.5)
     assert found["flags"] == {} and found["benchmarks"]["mmlu"]["value"] == 0.2
 
 
 def test_a_part_of_it_has_none_and_its_flags_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     suite = limit_suite(paper(), 4)
-    found = collect(suite, [summary(b.name, 0.0, flag="zero: none of 4 answers is right") for b in suite.benchmarks])
+    found = collect(
+        suite,
+        [summary(b.name, 0.0, flag="zero: none of 4 answers is right") for b in suite.benchmarks],
+        {"gsm8k_part": [Noise(varied="batch size", runs=2, flip_rate=0.25, max_difference=0.125)]},
+    )
     assert not any("paper" in name or name.split("/")[1] in {"mmlu", "bbh"} for name in found["scores"])
     show_outcome(BenchmarkFlowConfig(model="m", suite=suite), found)
     printed = capsys.readouterr().out
     assert "flagged: gsm8k_part: zero: none of 4 answers is right" in printed
     assert "'a question' -> '', not 'an answer'" in printed
+    assert (
+        "noise floor: gsm8k_part: 2 runs of the model alone that vary batch size differ by up to 12.5 points" in printed
+    )

@@ -1,17 +1,22 @@
 """Identity of a plan: what changes a fingerprint, what does not, and how far a change reaches. Nothing runs here."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+from evaluation import suites
 from flows import recipes
 from flows.align import plan_align
-from flows.config import AlignConfig, TrainedReward
+from flows.benchmark import plan_benchmark
+from flows.config import AlignConfig, BenchmarkFlowConfig, TrainedReward
 from flows.overrides import override
 from flows.recipes import RECIPES, smoke
 from infra.settings import Settings, read_settings
 from infra.store import Store
+from tasks.sources import DEMO
 from training.config import DpoConfig, SftConfig
 
 NOWHERE = Store(bucket="nowhere", endpoint="http://127.0.0.1:9", access_key="none", secret_key="none")
@@ -168,16 +173,103 @@ def test_a_gate_that_names_what_the_suite_does_not_run_is_refused_when_it_is_loa
 
 
 def test_the_noise_floor_is_the_champion_under_other_seeds_where_examples_are_drawn(settings: Settings) -> None:
-    plan = fingerprints(override(smoke(), ["noise_seeds=2"]), settings)
+    plan = fingerprints(override(smoke(), ["noise.seeds=2", "noise.batch_sizes=[1]"]), settings)
     new = plan.keys() - fingerprints(smoke(), settings).keys()
     assert new == {
-        "evaluate · gsm8k_part 1235 noise",
-        "evaluate · gsm8k_part 1236 noise",
-    }  # MMLU is asked without examples
+        "evaluate_varied · gsm8k_part seed 1235", "evaluate_varied · gsm8k_part seed 1236",  # MMLU is asked without examples
+        "evaluate_varied · mmlu_part batch 1", "evaluate_varied · gsm8k_part batch 1", "noise",
+    }  # fmt: skip
     assert list(plan)[-2:] == ["gate", "report"]
+
+
+def test_weights_swapped_at_the_same_path_are_evaluated_anew_whatever_their_size_and_time(
+    settings: Settings, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(DEMO / "tiny-policy", tmp_path / "policy")
+    config = smoke().model_copy(update={"policy": str(folder), "champion": "base"})
+    before, weights = fingerprints(config, settings), folder / "model.safetensors"
+    assert fingerprints(config, settings) == before
+    state, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(state.st_atime_ns, state.st_mtime_ns))
+    after = fingerprints(config, settings)
+    same = {title for title in before if before[title] == after[title]}
+    assert same == {"mirror", "ingest", "score_rewards · preferences"}, "what no policy takes part in"
 
 
 @pytest.mark.parametrize("reference", ["absent/folder", "demo:absent", "hub:org/name@main", "hub:org/name"])
 def test_a_source_that_is_not_there_is_refused_when_the_plan_is_made(settings: Settings, reference: str) -> None:
     with pytest.raises(ValueError, match=r"expected a path, demo:|expected a commit of 40 hex digits"):
         fingerprints(smoke().model_copy(update={"policy": reference}), settings)
+
+
+@pytest.fixture
+def aligned(tmp_path: Path) -> AlignConfig:
+    """Return the small recipe with a prompt set and a pair set of a folder with a file in each."""
+    for name in ("hh-rlhf/helpful-base/test.jsonl", "evalbiasbench/biasbench.json", "other/notes.txt"):
+        (tmp_path / "files" / name).parent.mkdir(parents=True)
+        (tmp_path / "files" / name).write_text("{}")
+    sets = {"prompt_sets": [{"name": "hha_helpful"}], "pair_sets": [{"name": "evalbiasbench"}]}
+    changes = (f"suite.alignment={json.dumps(sets)}", f"benchmarks={tmp_path / 'files'}")
+    return override(smoke(), changes)
+
+
+def test_evaluations_by_reward_model_come_beside_what_decides(aligned: AlignConfig, settings: Settings) -> None:
+    plan = fingerprints(aligned, settings)
+    without = fingerprints(override(aligned, ["suite.alignment={}"]), settings)
+    assert {title for title in without if plan[title] != without[title]} == {"report"}
+    assert [title for title in plan if title not in without] == [
+        "prompt_set · hha_helpful", "pair_set · evalbiasbench",
+        "generate · hha_helpful challenger", "score_rewards · hha_helpful challenger",
+        "generate · hha_helpful champion", "score_rewards · hha_helpful champion", "score_rewards · evalbiasbench pairs",
+        "alignment · hha_helpful", "reward_bias · evalbiasbench",
+    ]  # fmt: skip
+
+
+def test_how_answers_are_made_and_scored_is_identity_and_what_lies_beside_the_sets_is_not(
+    aligned: AlignConfig, settings: Settings
+) -> None:
+    answers = {
+        f"{step} · hha_helpful {who}" for step in ("generate", "score_rewards") for who in ("champion", "challenger")
+    }
+    sampled = changed(aligned, settings, "suite.alignment.answers.max_new_tokens=9")
+    assert sampled == answers | {"alignment · hha_helpful", "report"}
+    asked = changed(aligned, settings, "reward.scoring.max_tokens=48")
+    assert {"alignment · hha_helpful", "reward_bias · evalbiasbench"} <= asked
+    assert not {"prompt_set · hha_helpful", "generate · hha_helpful champion"} & asked
+    before = fingerprints(aligned, settings)
+    (Path(aligned.benchmarks) / "other" / "notes.txt").write_text("more")
+    beside = {title for title, now in fingerprints(aligned, settings).items() if now != before[title]}
+    assert (
+        "mirror" in beside
+        and not {"prompt_set · hha_helpful", *answers - {t for t in answers if "challenger" in t}} & beside
+    )
+    (Path(aligned.benchmarks) / "hh-rlhf/helpful-base/test.jsonl").write_text("{} ")
+    assert fingerprints(aligned, settings)["alignment · hha_helpful"] != before["alignment · hha_helpful"]
+
+
+def test_sets_that_are_not_there_are_named_before_anything_runs(aligned: AlignConfig, settings: Settings) -> None:
+    sets = '[{"name": "hha_helpful"}, {"name": "hha_harmless"}, {"name": "offsetbias"}]'
+    with pytest.raises(
+        ValueError, match=r"2 of 4 sets have no folder at .*hha_harmless: hh-rlhf/harmless-base, offsetbias"
+    ):
+        fingerprints(override(aligned, [f"suite.alignment.prompt_sets={sets}"]), settings)
+
+
+def test_a_reward_model_is_asked_as_it_was_trained() -> None:
+    with pytest.raises(
+        ValueError, match=r"got training.render chat_template and scoring.render text_pair, expected one"
+    ):
+        override(recipes.demo(), ["reward.training.render=chat_template"])
+
+
+def test_a_suite_says_what_scores_it(settings: Settings) -> None:
+    tested = BenchmarkFlowConfig(model="m", suite=suites.reward_bias())
+    assert tested.scorer == "m" and BenchmarkFlowConfig(model="m", suite=suites.paper()).scorer == ""
+    assert BenchmarkFlowConfig(model="m", reward="r", suite=suites.hha()).scorer == "r"
+    with pytest.raises(ValueError, match="hha_helpful, hha_harmless are scored by a reward model, and none is named"):
+        plan_benchmark(BenchmarkFlowConfig(model="m", suite=suites.hha()), store=NOWHERE, settings=settings)
+    without_use = BenchmarkFlowConfig(model="m", baseline="b", suite=suites.paper())
+    with pytest.raises(ValueError, match="baseline 'b': the suite has no prompt sets"):
+        plan_benchmark(without_use, store=NOWHERE, settings=settings)

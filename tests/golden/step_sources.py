@@ -21,24 +21,36 @@ ENTRIES = {
     "score_rewards": "training/reward/score.py",
     "score_reference": "training/reference.py",
     "score_cross": "training/cross.py",
+    "score_tokens": "training/token_scores.py",
     "train": "training/train.py",
     "generate": "training/generate.py",
     "mirror": "evaluation/mirror.py",
     "evaluate": "evaluation/benchmark.py",
+    "judge": "evaluation/judging.py",
+    "questions": "evaluation/arena_hard.py",
+    "evaluate_varied": "evaluation/benchmark.py",
+    "noise": "evaluation/gate.py",
     "gate": "evaluation/gate.py",
     "report": "evaluation/report.py",
     "compare": "evaluation/comparison_page.py",
+    "prompt_set": "evaluation/eval_sets.py",
+    "pair_set": "evaluation/eval_sets.py",
+    "alignment": "evaluation/alignment.py",
+    "reward_bias": "evaluation/reward_bias.py",
 }
 HOW_NOT_WHAT = {"training/job.py", "training/metrics.py", "evaluation/watch.py"}  # how work is run and shown
 
 
 def read_steps() -> dict[str, int]:
     """Return the version of every step."""
+    import tasks.alignment
     import tasks.compare
     import tasks.evaluate
     import tasks.gate
     import tasks.generate
     import tasks.ingest
+    import tasks.judge
+    import tasks.noise
     import tasks.report
     import tasks.reward_model
     import tasks.score
@@ -46,7 +58,8 @@ def read_steps() -> dict[str, int]:
     from tasks.step import Step
 
     modules = (
-        tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.report, tasks.reward_model, tasks.score, tasks.train,
+        tasks.alignment, tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.judge, tasks.noise, tasks.report,
+        tasks.reward_model, tasks.score, tasks.train,
     )  # fmt: skip
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Step)]
     return {step.name: step.version for step in found}

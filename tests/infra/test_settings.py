@@ -123,7 +123,7 @@ def test_a_broken_stack_file_says_what_to_do(bare: Path) -> None:
 
 
 def test_no_secret_in_the_text_or_the_json_of_settings(bare: Path) -> None:
-    settings = read_settings(s3_access_key="key", s3_secret_key=SECRET)
+    settings = read_settings(s3_access_key="key", s3_secret_key=SECRET, endpoint_key=SECRET)
     assert SECRET not in repr(settings) + str(settings) + settings.model_dump_json() + str(settings.model_dump())
 
 
@@ -146,10 +146,10 @@ def test_apply_exports_what_the_libraries_read(bare: Path, monkeypatch: pytest.M
 def test_another_process_reads_the_same_settings_from_the_environment_of_a_service(bare: Path) -> None:
     for changed in (
         {"s3_endpoint": "aws"},
-        {"s3_port": 9000, "s3_prefix": "a/b", "s3_access_key": "k", "s3_secret_key": SECRET},
+        {"s3_port": 9000, "s3_prefix": "a/b", "s3_access_key": "k", "s3_secret_key": SECRET, "endpoint_key": SECRET},
     ):
         settings = read_settings(home=bare / "home", **changed)
-        script = "from infra.settings import read_settings; s = read_settings(); print(s.model_dump_json()); print(s.s3_secret_key and s.s3_secret_key.get_secret_value())"
+        script = "from infra.settings import read_settings; s = read_settings(); print(s.model_dump_json()); print(*(key and key.get_secret_value() for key in (s.s3_secret_key, s.endpoint_key)))"
         done = subprocess.run(
             [sys.executable, "-P", "-c", script],
             env=settings.service_environment(),
@@ -159,7 +159,7 @@ def test_another_process_reads_the_same_settings_from_the_environment_of_a_servi
         )
         assert done.stdout.splitlines() == [
             settings.model_dump_json(),
-            SECRET if "s3_secret_key" in changed else "None",
+            f"{SECRET} {SECRET}" if "s3_secret_key" in changed else "None None",
         ]
 
 
@@ -175,12 +175,37 @@ def test_a_stray_variable_bends_no_local_server(bare: Path, monkeypatch: pytest.
 
 def test_a_compute_child_gets_no_credentials(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", dict(os.environ, OMP_NUM_THREADS="3", SOME_TOKEN=SECRET, HF_TOKEN=SECRET))
-    read_settings(s3_access_key="key", s3_secret_key=SECRET).apply()
+    read_settings(s3_access_key="key", s3_secret_key=SECRET, endpoint_key=SECRET).apply()
     environment = child_environment({"EXTRA": "1"})
     assert SECRET not in environment.values()
     assert not [name for name in environment if name.startswith(("AWS_", "MLFLOW_", "PREFECT_"))]
     assert (environment["OMP_NUM_THREADS"], environment["EXTRA"], environment["PYTHONSAFEPATH"]) == ("3", "1", "1")
     assert environment["PATH"] == os.environ["PATH"]
+
+
+def test_the_key_of_a_judge_is_given_where_it_is_asked_for_and_shown_nowhere(
+    bare: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"VARFLOW_JUDGE_URL: not set; expected the address"):
+        read_settings().judge_environment()
+    monkeypatch.setenv("VARFLOW_JUDGE_URL", "http://judge.example:8000/v1/")
+    monkeypatch.setenv("VARFLOW_JUDGE_API_KEY", SECRET)
+    settings = read_settings()
+    given = {"VARFLOW_JUDGE_URL": "http://judge.example:8000/v1", "VARFLOW_JUDGE_API_KEY": SECRET}
+    assert settings.judge_environment() == given
+    assert SECRET not in repr(settings) + settings.model_dump_json()
+    assert SECRET not in child_environment({}).values()
+    assert settings.service_environment().items() >= given.items(), "the worker hands it on"
+
+
+@pytest.mark.parametrize("url", [f"http://me:{SECRET}@judge/v1", f"http://judge/v1?key={SECRET}", f"ftp://{SECRET}"])
+def test_an_address_that_may_hold_a_secret_is_refused_without_showing_it(
+    bare: Path, monkeypatch: pytest.MonkeyPatch, url: str
+) -> None:
+    monkeypatch.setenv("VARFLOW_JUDGE_URL", url)
+    with pytest.raises(ValueError, match=r"VARFLOW_JUDGE_URL: expected http:// or https://") as refusal:
+        read_settings()
+    assert SECRET not in str(refusal.value)
 
 
 def test_reading_settings_loads_no_heavy_library() -> None:

@@ -5,8 +5,9 @@ Both the largest and the mean deviation are bounded: a dropped micro-batch drift
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.config import Layout, ReferenceFactor, ResponseRegime
+from training.config import Layout, ReferenceFactor, ResponseRegime, Runtime
 from training.data.batch import MicroBatch
-from training.logprobs import sum_logps
-from training.model import checkpoint_activations
+from training.model import checkpoint_activations, compile_layers, prepare_layers
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
@@ -68,6 +68,50 @@ def test_micro_batches_change_nothing(
         assert_close(got, expected, bound=bound)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "layout", "checkpointing"),
+    [("llama", Layout.tree, False), ("llama", Layout.rows, False), ("sliding", Layout.tree, True)],
+)
+def test_compiled_layers_give_the_gradients_of_the_model_as_it_is(
+    name: str,
+    layout: Layout,
+    checkpointing: bool,
+    make_model: Any,
+    make_examples: Any,
+    var_objective: Var,
+    accumulate: Any,
+) -> None:
+    """Micro-batches of other lengths run through the same code: it is compiled once for both layers and all of them."""
+    torch.compiler.reset()
+    model, examples = make_model(name, dtype=torch.float32), make_examples(8, num_responses=3)
+    loss, expected = accumulate(model, examples, var_objective, budget=60, layout=layout)
+    runtime = Runtime(compile=True, activation_checkpointing=checkpointing)
+    prepare_layers(model, runtime, device=torch.device("cpu"))
+    begun = count_graphs()
+    other_loss, got = accumulate(model, examples, var_objective, budget=60, layout=layout)
+    made = count_graphs()
+    assert made > begun
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    assert_close(got, expected, bound=1e-5)
+    accumulate(model, examples, var_objective, budget=90, layout=layout)
+    assert count_graphs() == made
+
+
+def count_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_a_compiler_that_is_not_there_is_named_before_anything_is_trained(
+    make_model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.compiler.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    with pytest.raises(ValueError, match=r"runtime.compile: torch.compile fails here .*set runtime.compile to false"):
+        compile_layers(make_model("llama"), device=torch.device("cpu"))
+
+
 @pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("name", ["llama", "gpt2", "sliding"])
 def test_activation_checkpointing_changes_no_bit(
@@ -114,7 +158,7 @@ def test_the_plan_of_dpo_is_another_with_other_reference_log_probabilities(make_
 class LeftPadded(PolicyForward):
     """The engine's forward with padding on the other side."""
 
-    def values(self, model: Any, samples: Any, group_B: np.ndarray) -> Forwarded:
+    def load(self, samples: Any, group_B: np.ndarray) -> MicroBatch:
         T = max(len(s.ids_T) for s in samples)
         ids, mask = (torch.zeros(len(samples), T, dtype=torch.long) for _ in range(2))
         predictors, targets = [], []
@@ -124,16 +168,15 @@ class LeftPadded(PolicyForward):
             mask[row, pad:] = 1
             predictors += [row * T + pad + t - 1 for t in range(sample.start, len(sample.ids_T))]
             targets += sample.ids_T[sample.start :].tolist()
-        micro = MicroBatch(
+        return MicroBatch(
             ids_BT=ids,
             predictor_P=torch.tensor(predictors),
             target_P=torch.tensor(targets),
             trained=tuple(sample.num_trained for sample in samples),
-            num_tokens=int(mask.sum()),
+            spans=[(0, len(sample.ids_T)) for sample in samples],
             attention_BT=mask,
             position_BT=(mask.cumsum(1) - 1).clamp(min=0),
         )
-        return Forwarded(sum_logps(model, micro), micro.num_tokens, ids.numel())
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -271,9 +314,9 @@ class NarrowForward(PolicyForward):
 
     passes = 0
 
-    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
+    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
         self.passes += 1
-        out = super().values(model, samples, group_B)
+        out = super().values(model, micro)
         if out.num_tokens > (40 if self.passes != 2 else 1):
             raise torch.OutOfMemoryError(f"tried to hold {out.num_tokens} tokens")
         return out

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from training.distributed import ALONE, World
 from training.job import Job
 from training.logprobs import Policy
 from training.loop import Trainer, make_optimiser
-from training.model import checkpoint_activations
+from training.model import prepare_layers
 from training.objectives.objective import Objective
 from training.objectives.var import Var
 from training.sharding import shard_policy
@@ -44,7 +44,7 @@ class Case:
     budget: int
     folder: Path
     precision: Precision = Precision.float32
-    checkpointing: bool = False
+    layers: Runtime = field(default_factory=Runtime)  # how they run
 
 
 @dataclass
@@ -74,8 +74,7 @@ def take_step(world: World, case: Case) -> Outcome:
     with wide_norms():
         policy = Policy(copy.deepcopy(case.model))
         enable_trees(policy.model)
-        if case.checkpointing:
-            checkpoint_activations(policy.model)
+        prepare_layers(policy.model, case.layers, device=world.device)
         if world.size > 1:
             shard_policy(policy, world, precision=case.precision)
         forward = PolicyForward(world.device, Layout.tree)
@@ -162,10 +161,23 @@ def test_activation_checkpointing_changes_no_bit_on_ranks(
     if dtype == torch.bfloat16:
         case = dataclasses.replace(make_case(dtype=torch.float32), precision=Precision.bfloat16)
     expected = ranks.run(take_step, size=2, case=case)[0]
-    for got in ranks.run(take_step, size=2, case=dataclasses.replace(case, checkpointing=True)):
+    for got in ranks.run(
+        take_step, size=2, case=dataclasses.replace(case, layers=Runtime(activation_checkpointing=True))
+    ):
         assert got.sharded and all(got.sharded)
         assert all(torch.equal(got.gradients[name], gradient) for name, gradient in expected.gradients.items())
         assert (got.loss, got.norm) == (expected.loss, expected.norm)
+
+
+@pytest.mark.slow
+def test_compiled_layers_are_sharded_as_others_are(make_case: Callable[..., Case], ranks: Ranks) -> None:
+    case = make_case(dtype=torch.float32)
+    expected = take_step(ALONE, case)
+    compiled = dataclasses.replace(case, layers=Runtime(compile=True, activation_checkpointing=True))
+    for got in ranks.run(take_step, size=2, case=compiled):
+        assert got.sharded and all(got.sharded)
+        assert got.loss == pytest.approx(expected.loss, rel=1e-5)
+        assert_close(got.gradients, expected.gradients, bound=1e-5)
 
 
 @pytest.mark.parametrize(("size", "budget", "micros"), [(2, 60, 3), (4, 60, 3), (4, 10_000, 1), (2, 1, 9)])

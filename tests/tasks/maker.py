@@ -5,12 +5,28 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from evaluation.config import GatePolicy
+from evaluation.gate import Evidence, decide
+from evaluation.verdict import Verdict
 from infra import records
 from infra.fingerprint import fingerprint
 from infra.records import Given, Record
 from infra.store import Store
 
 BASE = Given(name="base", digest="ba5e" * 16)
+
+SCORE = {
+    "benchmark": "mmlu_part", "task": "mmlu_part", "metric": "acc", "filter": "none", "value": 0.75, "stderr": 0.25, "n": 4,
+    "task_version": 1, "num_fewshot": 0, "decides": True, "harness_version": "0.4.13",
+}  # fmt: skip
+ITEMS = [
+    {"task": "t", "doc_id": n, "correct": float(n > 0), "prompt": "?", "answer": "A", "target": "A"} for n in range(4)
+]
+RESULT = {
+    "scores.json": json.dumps([SCORE]),
+    "samples.jsonl": "\n".join(map(json.dumps, ITEMS)),
+    "profile.json": "{}",
+}
 
 
 class Maker:
@@ -51,7 +67,7 @@ class Maker:
         **more: Any,
     ) -> Record:
         """Make what stands between a model and its verdict, and the verdict."""
-        evaluated = self.make("evaluate", {"model": model}, {"scores.json": "[]"})
+        evaluated = self.make("evaluate", {"model": model}, RESULT, config={"name": "mmlu_part"})
         answers = answers or self.make("generate", {"policy": model}, {"responses.parquet": ""})
         rewards = self.make("score_rewards", {"rows": answers}, {"scores.parquet": ""})
         inputs = {
@@ -60,8 +76,24 @@ class Maker:
             "challenger_eval_mmlu": evaluated,
             "challenger_rewards": rewards,
         }
-        summary = {"verdict": decision, "reasons": ["because"]}
-        return self.make("gate", inputs, {"verdict.json": json.dumps({"decision": decision})}, summary=summary, **more)
+        sealed = decide_as(decision)
+        summary = {"verdict": decision, "reasons": ["because"], "seal": sealed.seal}
+        files = {"verdict.json": sealed.model_dump_json(), **more.pop("files", {})}
+        return self.make("gate", inputs, files, summary=summary | more.pop("summary", {}), **more)
+
+
+def decide_as(decision: str) -> Verdict:
+    """Return what the gate says of a plain gain in reward: PROMOTE, or HOLD where both are one model."""
+    rows = [f"row{k}" for k in range(8)]
+    gained = {row: 1.0 + k / 8 for k, row in enumerate(rows)}
+    verdict = decide(
+        GatePolicy(margins={}, max_length_growth=None),
+        challenger=Evidence(rewards=gained),
+        champion=Evidence(rewards=dict.fromkeys(rows, 0.0)),
+        same_model=decision == "HOLD",
+    )
+    assert verdict.decision == decision
+    return verdict
 
 
 def given_of(record: Record) -> Given:

@@ -1,11 +1,13 @@
 """Whether what is promoted is what was evaluated: records on a real S3 server, made by hand so that each part can be forged."""
 
+import json
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from evaluation.verdict import OlderVerdictError, compute_seal
 from infra import records, registry
 from infra.records import Record
 from infra.registry import ChampionMoved
@@ -13,7 +15,7 @@ from infra.settings import Settings
 from infra.store import Store, StoreError, open_store
 from infra.tracking import Tracking
 from tasks.candidate import check_evaluated, choose_verdict, find_model, make_candidate, promote_by_hand
-from tests.tasks.maker import Maker
+from tests.tasks.maker import Maker, decide_as
 
 
 @pytest.fixture
@@ -92,6 +94,25 @@ def test_a_verdict_that_was_rewritten_is_refused(store: Store, maker: Maker) -> 
     forged = verdict.model_copy(update={"summary": {"verdict": "PROMOTE", "reasons": []}})
     store.put(records.record_name("gate", verdict.fingerprint), records.dump(forged))
     with pytest.raises(ValueError, match="the verdict was changed"):
+        promote_by_hand(store, "m", model, without_gate="")
+
+
+def test_a_verdict_that_was_rewritten_with_its_record_still_breaks_its_seal(store: Store, maker: Maker) -> None:
+    honest, forged = decide_as("HOLD"), decide_as("HOLD").model_dump(mode="json") | {"decision": "PROMOTE"}
+    resealed = forged | {"seal": compute_seal(forged)}
+    for text, told in ((forged, "it was changed after the gate wrote it"), (resealed, "the file was replaced")):
+        model = maker.model(len(told))
+        maker.judge(
+            model, files={"verdict.json": json.dumps(text)}, summary={"verdict": "PROMOTE", "seal": honest.seal}
+        )
+        with pytest.raises(ValueError, match=told):
+            promote_by_hand(store, "m", model, without_gate="")
+
+
+def test_a_verdict_of_an_older_gate_promotes_nothing_and_says_what_to_do(store: Store, maker: Maker) -> None:
+    model = maker.model(1)
+    maker.judge(model, files={"verdict.json": '{"decision": "PROMOTE"}'})
+    with pytest.raises(OlderVerdictError, match=r"^gate/\w+: .*gates before version 2 wrote it; run the gate again"):
         promote_by_hand(store, "m", model, without_gate="")
 
 

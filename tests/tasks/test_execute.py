@@ -100,7 +100,40 @@ def test_mlflow_is_told_everything_though_no_step_waits_for_it(servers: Settings
     assert runs["weights"].data.params == {"name": "told"} == runs["parent"].data.params
     assert runs["weights"].data.metrics == {"loss/last": 0.5}
     assert runs["weights"].data.tags["varflow.record"] == f"weights/{record.fingerprint}"
-    assert runs["parent"].data.metrics == {"loss/last": 0.5, "cost/weights_seconds": record.cost["wall_seconds"]}
+    seconds = record.cost["wall_seconds"]
+    assert runs["parent"].data.metrics == {
+        "loss/last": 0.5,
+        "wall_seconds/weights": seconds,
+        "cost/wall_seconds": seconds,
+    }
+
+
+def test_a_priced_step_has_its_usd_on_its_own_run_and_on_the_parent(servers: Settings) -> None:
+    ended = run(servers.model_copy(update={"usd_per_hour": 3600.0}), "priced", plan("priced", weights))
+    record = ended.ref(ended.done[0]).record
+    assert record.cost["usd"] == pytest.approx(record.cost["wall_seconds"], abs=1e-3)
+    assert record.provenance["price"] == "3600 USD an hour and device, given"
+    runs = read_runs(servers, "priced")
+    assert runs["weights"].data.metrics["cost/usd"] == record.cost["usd"]
+    told = runs["parent"].data.metrics
+    assert (told["cost/usd"], told["cost/unpriced_seconds"]) == (record.cost["usd"], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "label", "placed"),
+    [
+        ("reward/mean", "challenger", "reward/mean"),
+        ("reward/mean", "champion", "reward/mean_champion"),
+        ("reward/mean", "preferences", "preferences/reward/mean"),
+        ("eval/mmlu/acc", "mmlu champion", "eval/mmlu/acc_champion"),
+        ("eval/gsm8k/exact_match", "gsm8k 1235 noise", "noise/eval/gsm8k/exact_match"),
+        ("reward/mean", "hha_helpful challenger", "hha_helpful/reward/mean"),
+        ("reward/mean", "hha_helpful baseline", "hha_helpful/reward/mean_baseline"),
+        ("eval/hha_helpful/win_rate", "hha_helpful", "eval/hha_helpful/win_rate"),
+    ],
+)
+def test_no_figure_takes_the_place_of_another_on_the_parent_run(name: str, label: str, placed: str) -> None:
+    assert execute.place_metric(name, label) == placed
 
 
 def test_a_commit_that_fails_ends_the_run_and_leaves_nothing_that_was_made_of_it(servers: Settings) -> None:

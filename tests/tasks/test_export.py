@@ -16,15 +16,7 @@ from infra.settings import Settings
 from infra.store import Store, StoreError, open_store
 from tasks.candidate import promote_by_hand
 from tasks.export import export, find_licence
-from tests.tasks.maker import Maker
-
-SCORE = {
-    "benchmark": "mmlu_part", "task": "mmlu_part", "metric": "acc", "filter": "none", "value": 0.75, "stderr": 0.25, "n": 4,
-    "task_version": 1, "num_fewshot": 0, "decides": True, "harness_version": "0.4.13",
-}  # fmt: skip
-ITEMS = [
-    {"task": "t", "doc_id": n, "correct": float(n > 0), "prompt": "?", "answer": "A", "target": "A"} for n in range(4)
-]
+from tests.tasks.maker import ITEMS, RESULT, SCORE, Maker
 
 
 @pytest.fixture
@@ -55,12 +47,9 @@ def model(store: Store, tiny_policy: Path, tmp_path: Path) -> Record:
         config={"objective": "var", "lambda_": 0.5, "seed": 1},
         summary={"lambda": 0.5, "final_loss": 2.5, "metrics": {"train/loss": 2.5}},
     )
-    result = {
-        "scores.json": json.dumps([SCORE]),
-        "samples.jsonl": "\n".join(map(json.dumps, ITEMS)),
-        "profile.json": "{}",
-    }
-    maker.make("evaluate", {"model": trained}, result, config={"name": "mmlu_part"})
+    maker.make("evaluate", {"model": trained}, RESULT, config={"name": "mmlu_part"})
+    served = {"name": "served_part", "endpoint": {"url": "http://a/v1", "model": "m"}}  # of what a server holds
+    maker.make("evaluate", {"model": trained}, RESULT, config=served)
     return trained
 
 
@@ -97,7 +86,30 @@ def test_the_card_says_what_the_model_is(store: Store, model: Record, s3: Settin
         assert words in card, words
     weights = next(file for file in model.files if file.name == "model.safetensors")
     assert f"| model.safetensors | `{weights.sha256}` |" in card
+    assert "served_part" not in card
     assert "\n\n\n" not in card and "undefined" not in card.lower()
+
+
+def test_the_card_takes_a_verdict_by_its_seal_alone(store: Store, model: Record, s3: Settings, tmp_path: Path) -> None:
+    (tmp_path / "judged").mkdir()
+    maker = Maker(store, tmp_path / "judged")
+    older = maker.judge(model, files={"verdict.json": '{"decision": "PROMOTE"}'}, created="2026-01-02T00:00:00+00:00")
+    export(store, model, tmp_path / "first", settings=s3)
+    assert f"`gate/{older.fingerprint}` was written by an older gate" in (tmp_path / "first" / "README.md").read_text()
+    newer = maker.judge(model, config={"looks_spent": 1}, created="2026-01-03T00:00:00+00:00")
+    varied = RESULT | {
+        "samples.jsonl": json.dumps(ITEMS[0]),
+        "scores.json": json.dumps([SCORE | {"value": 0.0, "n": 1}]),
+    }
+    other = {"name": "mmlu_part", "batch_size": 1}  # newer, and not what the verdict weighed
+    maker.make("evaluate", {"model": model}, varied, config=other, created="2026-01-04T00:00:00+00:00")
+    export(store, model, tmp_path / "second", settings=s3)
+    card = (tmp_path / "second" / "README.md").read_text()
+    assert f"**PROMOTE** by `gate/{newer.fingerprint}`" in card and "| mmlu_part | acc | none | 75.0 |" in card
+    store.put(f"{newer.prefix}/verdict.json", b"{}")
+    with pytest.raises(ValueError, match="the verdict was changed"):
+        export(store, model, tmp_path / "third", settings=s3)
+    assert not list(tmp_path.glob("third*"))
 
 
 def test_a_place_in_use_and_changed_weights_are_refused_and_nothing_is_left(

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from evaluation.config import GateConfig, GatePolicy
-from evaluation.verdict import check_seal, read_verdict
+from evaluation.config import GateConfig, GatePolicy, NoiseConfig
+from evaluation.verdict import check_inputs, read_verdict
 from tasks.gate import digest_inputs, gate, same_weights
+from tasks.noise import noise, read_noise
 
 ROWS = [f"{i:032x}" for i in range(40)]
 
@@ -44,13 +45,28 @@ def write_benchmark(folder: Path, correct: list[bool]) -> None:
         "n": len(correct), "task_version": 3, "num_fewshot": 4, "decides": True, "harness_version": "0.4.13",
     }  # fmt: skip
     (folder / "scores.json").write_text(json.dumps([row]))
-    lines = [json.dumps({"task": "gsm8k", "doc_id": i, "correct": float(c)}) for i, c in enumerate(correct)]
+    asked = [f"Item {i}: what is {i} plus {i}, written out in {' '.join(['full'] * 8)}?" for i in range(len(correct))]
+    lines = [
+        json.dumps({"task": "gsm8k", "doc_id": i, "correct": float(c), "question": asked[i]})
+        for i, c in enumerate(correct)
+    ]
     (folder / "samples.jsonl").write_text("\n".join(lines))
     (folder / "profile.json").write_text("{}")
 
 
 def write_rows(folder: Path, file: str, **columns: list[Any]) -> None:
     pq.write_table(pa.table({"row_id": ROWS, **columns}), folder / file)
+
+
+def write_training_rows(folder: Path, *, train: str = "Good day.", heldout: str = "") -> None:
+    turns = [[{"role": "user", "content": "Hello!"}], [{"role": "user", "content": heldout}]]
+    columns = {
+        "row_id": ["a" * 32, "b" * 32],
+        "split": ["train", "heldout"],
+        "prompt": turns,
+        "responses": [["Hi.", train], ["x", "y"]],
+    }
+    pq.write_table(pa.table(columns), folder / "rows.parquet")
 
 
 @pytest.fixture
@@ -61,7 +77,7 @@ def attempt(tmp_path: Path) -> Folders:
         for who in ("challenger", "champion")
         for what in ("", "_rewards", "_answers", "_eval_gsm8k_part")
     ]
-    inputs = {name: tmp_path / name for name in (*names, "noise_1_eval_gsm8k_part", "noise_2_eval_gsm8k_part")}
+    inputs = {name: tmp_path / name for name in (*names, "rows", "noise")}
     for folder in (*inputs.values(), tmp_path / "output"):
         folder.mkdir()
     for who, gain in (("challenger", 1.0), ("champion", 0.0)):
@@ -69,8 +85,9 @@ def attempt(tmp_path: Path) -> Folders:
         write_rows(inputs[f"{who}_rewards"], "scores.parquet", reward=[[i % 3 * gain + gain, gain] for i in range(40)])
         write_rows(inputs[f"{who}_answers"], "responses.parquet", responses=[["four", "eight ch"] for _ in ROWS])
         write_benchmark(inputs[f"{who}_eval_gsm8k_part"], [True, False] * 30)
-    for number in (1, 2):
-        write_benchmark(inputs[f"noise_{number}_eval_gsm8k_part"], [i >= number for i in range(60)])
+    write_training_rows(inputs["rows"], heldout="Item 3: what is 3 plus 3, written out in " + "full " * 8)
+    floor = {"varied": "batch size", "runs": 2, "flip_rate": 0.1, "max_difference": 0.05}
+    (inputs["noise"] / "noise.json").write_text(json.dumps({"gsm8k_part": [floor]}))
     return Folders(inputs, tmp_path / "output")
 
 
@@ -91,22 +108,42 @@ def test_the_verdict_rests_on_every_file_that_was_weighed(attempt: Folders) -> N
     (length,) = verdict.growths
     assert (length.champion, length.challenger) == (6.0, 6.0)  # characters, the mean over a row's answers
     summary = json.loads((attempt.output / "summary.json").read_text())
-    assert summary == {"verdict": "PROMOTE", "reasons": list(verdict.reasons), "seal": verdict.seal}
+    assert summary == {"verdict": "PROMOTE", "reasons": list(verdict.reasons), "seal": verdict.seal, "flags": {}}
+    assert metrics["gate/gsm8k_part_in_training_data"] == 0.0  # the held-out split was not trained on
+    assert "rows/rows.parquet" in verdict.inputs
     read = attempt.inputs["challenger_eval_gsm8k_part"] / "samples.jsonl"
     assert verdict.inputs["challenger_eval_gsm8k_part/samples.jsonl"] == hashlib.sha256(read.read_bytes()).hexdigest()
     assert verdict.inputs["challenger"] == attempt.fingerprints["challenger"]
-    assert len(verdict.inputs) == 2 + 2 * (1 + 1 + 3) + 2 * 3
-    check_seal(verdict, inputs=digest_inputs(attempt))
+    assert len(verdict.inputs) == 2 + 2 * (1 + 1 + 3) + 1 + 1
+    assert (
+        verdict.inputs["noise/noise.json"]
+        == hashlib.sha256((attempt.inputs["noise"] / "noise.json").read_bytes()).hexdigest()
+    )
+    check_inputs(verdict, digest_inputs(attempt))
     read.write_text(read.read_text().replace("1.0", "0.0", 1))
     with pytest.raises(ValueError, match=r"not what it weighed: challenger_eval_gsm8k_part/samples\.jsonl"):
-        check_seal(verdict, inputs=digest_inputs(attempt))
+        check_inputs(verdict, digest_inputs(attempt))
 
 
-def test_the_noise_floor_is_read_from_the_champion_under_other_seeds(attempt: Folders) -> None:
+def test_the_noise_floor_of_the_champion_stands_in_the_verdict(attempt: Folders) -> None:
     run_gate(attempt)
-    noise = read_verdict((attempt.output / "verdict.json").read_text()).guards[0].noise
-    assert noise is not None and (noise.runs, noise.varied) == (3, ("few-shot seed",))
-    assert noise.max_difference == pytest.approx(59 / 60 - 30 / 60)
+    (floor,) = read_verdict((attempt.output / "verdict.json").read_text()).noise["gsm8k_part"]
+    assert (floor.varied, floor.runs, floor.max_difference) == ("batch size", 2, 0.05)
+
+
+def test_what_is_varied_is_compared_kind_by_kind_with_the_run_as_it_is(attempt: Folders, tmp_path: Path) -> None:
+    inputs = {"eval_gsm8k_part": attempt.inputs["champion_eval_gsm8k_part"]}
+    for name, wrong in (("seed_1235", 2), ("seed_1236", 4), ("batch_1", 0)):
+        inputs[f"{name}_eval_gsm8k_part"] = tmp_path / name
+        (tmp_path / name).mkdir()
+        write_benchmark(tmp_path / name, [i % 2 == 0 and i >= wrong for i in range(60)])
+    metrics = noise.work(NoiseConfig(), Folders(inputs, attempt.output))
+    assert metrics == {
+        "noise/gsm8k_part/seed_flip_rate": pytest.approx((1 + 2 + 1) / 3 / 60), "noise/gsm8k_part/batch_flip_rate": 0.0,
+        "noise/gsm8k_part/seed_max_difference": pytest.approx(2 / 60), "noise/gsm8k_part/batch_max_difference": 0.0,
+    }  # fmt: skip
+    floors = {floor.varied: floor for floor in read_noise(attempt.output)["gsm8k_part"]}
+    assert floors.keys() == {"few-shot seed", "batch size"} and floors["few-shot seed"].runs == 3
 
 
 def test_weights_are_the_same_by_their_bytes_whatever_they_are_called_beside(attempt: Folders) -> None:
@@ -125,3 +162,16 @@ def test_a_cost_bound_weighs_the_bytes_of_the_weights(attempt: Folders) -> None:
     run_gate(attempt, max_cost_growth=0.5)
     verdict = read_verdict((attempt.output / "verdict.json").read_text())
     assert verdict.decision == "HOLD" and verdict.growths[1].growth == pytest.approx(9.0)
+
+
+def test_items_that_were_trained_on_are_flagged_under_the_seal_and_beside_it(attempt: Folders) -> None:
+    write_training_rows(attempt.inputs["rows"], train="Sure: item 5 - what is 5 plus 5, written out in " + "full " * 8)
+    assert run_gate(attempt)["gate/gsm8k_part_in_training_data"] == pytest.approx(1 / 60)
+    verdict = read_verdict((attempt.output / "verdict.json").read_text())
+    assert verdict.decision == "PROMOTE"  # it warns, and decides nothing
+    (flag,) = [flag for flag in verdict.flags if "training data" in flag]
+    assert "gsm8k_part: 1 of 60 items (1.7%)" in flag and "document 5, in row aaaaaaaaaaaa" in flag
+    (found,) = json.loads((attempt.output / "contamination.json").read_text())
+    assert (found["hits"], found["challenger_clean"]["items"]) == (1, 59)
+    summary = json.loads((attempt.output / "summary.json").read_text())
+    assert summary["flags"] == {"gsm8k_part": flag}

@@ -46,7 +46,8 @@ def test_a_real_step_costs_what_torch_counts(name: str) -> None:
     flops = count_flops(model)
     assert flops is not None
     with FlopCounterMode(display=False) as counter:
-        out = PolicyForward(CPU, Layout.rows, flops).values(model, [sample], np.array([0]))
+        forward = PolicyForward(CPU, Layout.rows, flops)
+        out = forward.values(model, forward.load([sample], np.array([0])))
         out.value_B.sum().backward()
     done = {str(op).split(".")[1]: int(n) for op, n in counter.get_flop_counts()["Global"].items()}
     T, P = 22, 13
@@ -66,7 +67,8 @@ def test_a_tree_costs_its_prompt_once_and_each_response_its_way_to_the_root() ->
     flops = count_flops(model)
     assert flops is not None
     samples = [make_sample(9, 4), make_sample(9, 11), make_sample(3, 2)]
-    out = PolicyForward(CPU, Layout.tree, flops).values(model, samples, np.array([0, 0, 1]))
+    forward = PolicyForward(CPU, Layout.tree, flops)
+    out = forward.values(model, forward.load(samples, np.array([0, 0, 1])))
     seen = [*range(9), *range(9, 13), *range(9, 20), *range(3), *range(3, 5)]  # the position of every token
     pairs = sum(min(position + 1, 6) for position in seen)
     assert out.flops == 3 * (flops.per_token * len(seen) + 2 * 16 * 61 * 17 + LAYERS * 4 * HEADS * 4 * pairs)
@@ -76,8 +78,8 @@ def test_padding_costs_nothing() -> None:
     model = make_model("llama")
     forward = PolicyForward(CPU, Layout.rows, count_flops(model))
     samples = [make_sample(9, 13), make_sample(2, 3)]
-    together = forward.values(model, samples, np.array([0, 1])).flops
-    assert together == sum(forward.values(model, [sample], np.array([0])).flops for sample in samples)
+    together = forward.values(model, forward.load(samples, np.array([0, 1]))).flops
+    assert together == sum(forward.values(model, forward.load([sample], np.array([0]))).flops for sample in samples)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 50])
@@ -91,7 +93,8 @@ def test_pairs_are_those_counted_one_by_one(window: int | None) -> None:
 def test_experts_are_not_counted_rather_than_counted_wrong() -> None:
     model = AutoModelForCausalLM.from_config(MixtralConfig(**SMALL, num_local_experts=4))
     assert count_flops(model) is None
-    out = PolicyForward(CPU, Layout.rows, None).values(model, [make_sample(3, 4)], np.array([0]))
+    forward = PolicyForward(CPU, Layout.rows, None)
+    out = forward.values(model, forward.load([make_sample(3, 4)], np.array([0])))
     assert out.flops == 0
 
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tasks.child import STOP_SECONDS, ChildJob, UserError, run_child
+from tests.hosts import Host
 from training import train
 from training.config import Runtime
 from training.job import EXIT_INTERRUPTED, Job
@@ -51,14 +52,14 @@ def write_job(tmp_path: Path, train_inputs: dict[str, str]) -> Callable[..., Pat
 class Started:
     """A job's agent, its ranks, and the pipe they hang on."""
 
-    def __init__(self, job_file: Path, *, num_ranks: int = 2) -> None:
+    def __init__(self, job_file: Path, *, num_ranks: int = 2, within: Sequence[str] = ()) -> None:
         self.folder, self.num_ranks = job_file.parent, num_ranks
         self.started = time.time()
         self.log = job_file.with_suffix(".log")
         reader, self.lifeline = os.pipe()
         with self.log.open("wb") as log:
             self.agent = subprocess.Popen(
-                [sys.executable, "-m", "training", str(job_file), str(reader)],
+                [*within, sys.executable, "-m", "training", str(job_file), str(reader)],
                 env={**os.environ, **ENVIRONMENT},
                 stdout=log,
                 stderr=log,
@@ -81,9 +82,9 @@ class Started:
         told = [json.loads(line) for line in lines[-2:] if line.endswith(b"\n")]
         return max((line["step"] for line in told if line["time"] > self.started), default=0)
 
-    def end(self) -> int:
+    def end(self, *, within: int = 40) -> int:
         """Return the agent's exit status once it and all ranks are gone, which must not take long."""
-        status = self.agent.wait(timeout=40)
+        status = self.agent.wait(timeout=within)
         _, alive = psutil.wait_procs(self.ranks, timeout=5)
         assert not alive, "a rank outlived its agent"
         return status
@@ -169,6 +170,40 @@ def test_two_machines_of_one_rank_give_the_bits_of_one_of_two(write_job: Callabl
     whole.run_to(3)
     assert whole.end() == 0, whole.log.read_text()
     weights = [(path.parent / "output" / "model.safetensors").read_bytes() for path in (one, first)]
+    assert weights[0] == weights[1]
+
+
+def test_two_hosts_train_one_model_and_one_that_is_lost_ends_the_job(
+    hosts: tuple[Host, Host], write_job: Callable[..., Path]
+) -> None:
+    """Bereft of the second host's processes, then run to the end: the bits of one host with two ranks."""
+    whole = write_job("one", ranks=2)
+    meeting = {"nodes": 2, "rendezvous": f"{hosts[0].address}:29400"}
+    machines = [write_job(f"machine{n}", node_rank=n, **meeting) for n in range(2)]
+    for path in (whole, *machines):  # twelve steps; a disk that both hosts share
+        raw = json.loads(path.read_text())
+        shared = {name: str(machines[0].parent / name) for name in ("output", "work") if path != whole}
+        path.write_text(json.dumps(raw | {"config": CONFIG | {"epochs": 4}} | shared))
+
+    def start() -> list[Started]:
+        started = [Started(path, num_ranks=1, within=host.enter) for path, host in zip(machines, hosts, strict=True)]
+        for machine in started:
+            machine.folder = machines[0].parent
+            machine.run_to(3)
+        return started
+
+    first, second = start()
+    second.agent.kill()
+    killed = time.monotonic()
+    assert (first.end(), second.end()) == (1, -signal.SIGKILL)
+    assert time.monotonic() - killed < 30
+    assert hosts[1].address in first.error()["message"]
+
+    assert [machine.end(within=300) for machine in start()] == [0, 0]
+    alone = Started(whole)
+    alone.run_to(3)
+    assert alone.end(within=300) == 0, alone.log.read_text()
+    weights = [(path.parent / "output" / "model.safetensors").read_bytes() for path in (machines[0], whole)]
     assert weights[0] == weights[1]
 
 

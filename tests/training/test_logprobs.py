@@ -86,7 +86,7 @@ def pad_left(samples: list[Rendered]) -> MicroBatch:
         predictor_P=torch.tensor(predictors),
         target_P=torch.tensor(targets),
         trained=tuple(sample.num_trained for sample in samples),
-        num_tokens=int(mask.sum()),
+        spans=[(0, len(sample.ids_T)) for sample in samples],
         attention_BT=mask,
         position_BT=(mask.cumsum(1) - 1).clamp(min=0),
     )

@@ -39,7 +39,11 @@ class Line:
     def cut(self, step: int, *, budget: int) -> list[list[int]]:
         return [list(range(4))[i : i + budget] for i in range(0, 4, budget)]
 
-    def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
+    def load(self, step: int, members: Sequence[int]) -> tuple[int, Sequence[int]]:
+        return step, members
+
+    def part(self, model: Any, batch: tuple[int, Sequence[int]]) -> Part:
+        step, members = batch
         x = torch.tensor([[float(m)] for m in members])
         loss = ((model(x) - 3 * x - 1) ** 2).sum() / 4
         return Part(
@@ -158,7 +162,7 @@ def test_three_in_a_row_stop_the_run_and_name_the_rows(job: Job) -> None:
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(job: Job, tmp_path: Path) -> None:
     class Steep(Line):
-        def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
+        def part(self, model: Any, batch: tuple[int, Sequence[int]]) -> Part:
             root = model.weight.sum().sub(model.weight.detach().sum()).abs().sqrt()  # value 0, slope infinite
             return Part(root, num_tokens=1, num_padded=1)
 
@@ -175,8 +179,9 @@ class Narrow(Line):
         super().__init__(num_steps)
         self._room = room
 
-    def part(self, model: Any, step: int, members: Sequence[int]) -> Part:
-        part = super().part(model, step, members)
+    def part(self, model: Any, batch: tuple[int, Sequence[int]]) -> Part:
+        part = super().part(model, batch)
+        _, members = batch
         if len(members) > self._room:
             raise torch.OutOfMemoryError(f"tried to allocate {len(members)} points")
         return part

@@ -42,6 +42,7 @@ CPU = torch.device("cpu")
 PUBLISHED = {  # parameters, as their model cards' safetensors count them
     "llama-3.1-8b": 8_030_261_248,
     "llama-3.1-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400,
     "smollm2-135m-instruct": 134_515_008,
     "qwen2.5-7b": 7_615_616_512,
     "mistral-7b-v0.3": 7_248_023_552,
@@ -82,7 +83,8 @@ def kept_bytes(model: Any, samples: list[Rendered], group_B: np.ndarray, layout:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        PolicyForward(CPU, layout).values(model, samples, group_B)
+        forward = PolicyForward(CPU, layout)
+        forward.values(model, forward.load(samples, group_B))
     return sum(kept.values())
 
 
@@ -179,6 +181,28 @@ def test_the_peak_of_a_real_process_is_near_the_formula() -> None:
     assert 1 / 1.5 < json.loads(done.stdout) / expected < 1.5
 
 
+KEPT = """
+import resource
+import torch
+from training.memory import keep_freed_memory
+def count_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(count_faults())
+keep_freed_memory()
+count_faults()
+print(count_faults())
+"""
+
+
+def test_memory_that_is_kept_does_not_come_again_page_by_page() -> None:
+    """256 MiB are 65,536 pages, or 128 large ones."""
+    done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, timeout=300, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < 50 < 100 < given_back
+
+
 def test_weights_gradients_and_moments_are_what_a_real_step_holds(
     tiny_policy: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any, tmp_path: Path
 ) -> None:
@@ -232,6 +256,14 @@ def test_hours_and_dollars_by_hand() -> None:
     assert plan.hours == pytest.approx(plan.flops / (8 * 989e12 * 0.5) / 3600)
     assert plan.usd == pytest.approx(plan.hours * 16)
     assert (plan.steps, plan.tokens, plan.microbatch_tokens) == (100, 1_000_000, 1250)
+
+
+def test_a_price_is_given_or_assumed_or_not_known() -> None:
+    config = SftConfig()
+    assert choose_machine("cpu", config, ranks=1).usd_per_hour is None
+    assert choose_machine("cpu", config, ranks=1, usd_per_hour=0.2).price_basis == "0.2 USD an hour and device, given"
+    assert choose_machine("H100", config, ranks=1, usd_per_hour=0.0).usd_per_hour == 0.0
+    assert "assumed as of" in choose_machine("H100", config, ranks=1).price_basis
 
 
 def test_what_does_not_fit_says_what_takes_it_and_how_many_ranks_would_do() -> None:
@@ -293,7 +325,8 @@ enable_trees(model)
 ids = np.arange(384, dtype=np.int32)
 samples = [Rendered(ids_T=ids, start=256), Rendered(ids_T=ids, start=256)]
 with measure_peak(torch.device("cpu")) as peak:
-    out = PolicyForward(torch.device("cpu"), Layout.tree).values(model, samples, np.array([0, 0]))
+    forward = PolicyForward(torch.device("cpu"), Layout.tree)
+    out = forward.values(model, forward.load(samples, np.array([0, 0])))
     out.value_B.sum().backward()
 print(json.dumps({"parameters": sum(p.numel() for p in model.parameters()), "bytes": peak.bytes}))
 """

@@ -5,7 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Coher
 from tests.ranks import Ranks
 from training import memory, reference, train
 from training.config import Precision, Runtime
+from training.data.batch import MicroBatch
 from training.data.rows import RowsWriter
 from training.distributed import World
 from training.job import Job, write_json
@@ -207,9 +208,9 @@ class MeanLoss(Sft):
 class LeakyForward(PolicyForward):
     """Log-probabilities that depend on what else is in the micro-batch."""
 
-    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
-        out = super().values(model, samples, group_B)
-        return out._replace(value_B=out.value_B * (1.0 + 0.01 * len(samples)))
+    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
+        out = super().values(model, micro)
+        return out._replace(value_B=out.value_B * (1.0 + 0.01 * len(micro.trained)))
 
 
 def test_parts_that_are_broken_fail_each_in_its_check(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
@@ -296,8 +297,8 @@ def test_what_does_not_fit_is_refused_before_the_kernel_ends_it(
 class NarrowForward(PolicyForward):
     """The policy on a device with room for 100 tokens."""
 
-    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
-        out = super().values(model, samples, group_B)
+    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
+        out = super().values(model, micro)
         if out.value_B.requires_grad and out.num_tokens > 100:
             raise torch.OutOfMemoryError(f"tried to hold {out.num_tokens} tokens")
         return out
@@ -347,8 +348,8 @@ class LookingForward(PolicyForward):
     file: Path
     seen: dict[str, Any]
 
-    def values(self, model: Any, samples: Sequence[Any], group_B: np.ndarray) -> Forwarded:
-        out = super().values(model, samples, group_B)
+    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
+        out = super().values(model, micro)
         if out.value_B.requires_grad:
             self.seen = json.loads(self.file.read_text())
         return out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.rewards import Sizes, compare_gains, compare_reward_gain, compare_with_grpo, race_grpo
-from benchmarks.training import Bench
+from benchmarks.training import SHARED, Bench
 
 PREFERENCES = Path(__file__).parents[2] / "flows" / "demo" / "preferences.jsonl"
 
@@ -47,7 +47,8 @@ def bench(tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path) -> Bench:
         var_epochs=1, pairs=16, gain_seconds=0.5, tuning_prompts=2, final_prompts=4, answer_tokens=6, seeds=1,
         grpo_rates=(1e-3,), var_rates=(1e-3,), dpo_trials=((1e-3, 0.1),), var_trials=((1e-3, 0.5),),
     )  # fmt: skip
-    return Bench(tiny_policy, data, tmp_path / "scratch", encoder=tiny_reward_model, steps=1, talk=False, sizes=sizes)
+    paths = {"model": str(tiny_policy), "encoder": str(tiny_reward_model), "data": str(data)}
+    return Bench(SHARED | paths | {"steps": 1}, tmp_path / "scratch", talk=False, sizes=sizes)
 
 
 @pytest.mark.slow

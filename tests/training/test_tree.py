@@ -88,6 +88,26 @@ def test_one_masked_call_equals_segment_by_segment(window: int | None, softcap: 
     assert torch.allclose(got, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_the_blocks_of_any_tree_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the mask of all tokens against all is never held: other lengths, groups and windows, the same code."""
+    monkeypatch.setattr(tree_module, "compile_on", lambda kind, function: torch.compile(function, dynamic=True))
+    torch.compiler.reset()
+    made = []
+    for lengths, window in [(((9, 4, 11), (140, 12)), None), (((70, 90), (14, 2, 12), (60, 50)), 5)]:
+        tree = Tree(lengths=lengths, device=CPU)
+        blocks = tree.block_mask(window)
+        T = len(tree.positions())
+        q, k = torch.arange(T)[:, None], torch.arange(T)[None, :]
+        seen = blocks.mask_mod(None, None, q, k)
+        cells = (
+            torch.nn.functional.pad(seen, (0, -T % 128, 0, -T % 128)).unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+        )
+        assert torch.equal(blocks.to_dense()[0, 0].bool(), cells.any(dim=3).any(dim=1))
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert made[0] == made[1] > 0
+
+
 @pytest.mark.parametrize(("window", "softcap", "made"), [(None, None, 6), (5, None, 9), (None, 1.5, 9)])
 def test_masks_are_made_once_for_all_layers(
     window: int | None, softcap: float | None, made: int, monkeypatch: pytest.MonkeyPatch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from training.config import Layout
 from training.render import Rendered
-from training.tree import Tree
+from training.tree import Tree, send
 
 # R responses of a global batch, B sequences or samples of a micro-batch, T tokens, P positions that predict a trained token
 
@@ -146,10 +146,15 @@ class MicroBatch:
     predictor_P: Tensor  # int64, flat index in [B * T] of the token before each trained one
     target_P: Tensor  # int64, the trained tokens, sample after sample
     trained: tuple[int, ...]  # trained tokens of each sample
-    num_tokens: int  # without padding
+    spans: Sequence[tuple[int, int]]  # (position of the first token, length) of what is read through, no padding
     attention_BT: Tensor | None = None
     position_BT: Tensor | None = None
     tree: Tree | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return sum(length for _, length in self.spans)
 
 
 def lay_out(samples: Sequence[Rendered], group_B: np.ndarray, *, device: torch.device, layout: Layout) -> MicroBatch:
@@ -169,11 +174,11 @@ def collate(samples: Sequence[Rendered], *, device: torch.device) -> MicroBatch:
         [row * T + np.arange(sample.start - 1, len(sample.ids_T) - 1) for row, sample in enumerate(samples)]
     )
     return MicroBatch(
-        ids_BT=torch.from_numpy(ids_BT).to(device),
-        predictor_P=torch.from_numpy(predictor_P).to(device),
+        ids_BT=send(ids_BT, device=device),
+        predictor_P=send(predictor_P, device=device),
         target_P=gather_targets(samples, device=device),
         trained=tuple(sample.num_trained for sample in samples),
-        num_tokens=sum(len(sample.ids_T) for sample in samples),
+        spans=[(0, len(sample.ids_T)) for sample in samples],
     )
 
 
@@ -195,16 +200,16 @@ def collate_trees(samples: Sequence[Rendered], group_B: np.ndarray, *, device: t
     lengths = tuple((samples[m[0]].start, *(samples[index].num_trained for index in m)) for m in groups)
     tree = Tree(lengths=lengths, device=device)
     return MicroBatch(
-        ids_BT=torch.from_numpy(np.concatenate(ids).astype(np.int64)[None]).to(device),
-        predictor_P=torch.from_numpy(np.concatenate(predictors)).to(device),
+        ids_BT=send(np.concatenate(ids).astype(np.int64)[None], device=device),
+        predictor_P=send(np.concatenate(predictors), device=device),
         target_P=gather_targets(samples, device=device),
         trained=tuple(sample.num_trained for sample in samples),
-        num_tokens=end,
-        position_BT=torch.from_numpy(tree.positions()[None]).to(device),
+        spans=tree.spans,
+        position_BT=send(tree.positions()[None], device=device),
         tree=tree,
     )
 
 
 def gather_targets(samples: Sequence[Rendered], *, device: torch.device) -> Tensor:
     """Return target_P, sample after sample."""
-    return torch.from_numpy(np.concatenate([s.ids_T[s.start :] for s in samples]).astype(np.int64)).to(device)
+    return send(np.concatenate([s.ids_T[s.start :] for s in samples]).astype(np.int64), device=device)

@@ -1,0 +1,65 @@
+"""A judge on pairs of answers: a model on Arena-Hard, two models' held-out answers, or the judge itself on sets that test it."""
+
+from typing import Any
+
+from prefect import flow
+
+from evaluation.judge_config import AnyJudge, EndpointJudge
+from flows.config import JudgeFlowConfig
+from infra.settings import Settings, read_settings
+from infra.store import Store, open_store
+from tasks.execute import Execution
+from tasks.generate import generate
+from tasks.judge import QuestionsConfig, questions
+from tasks.judge import judge as judge_step
+from tasks.report import list_steps
+from tasks.sources import resolve_source
+from tasks.step import Given, Planned
+from training.config import Runtime
+
+FOLDERS = {"arena_hard": "arena-hard-v0.1", "evalbiasbench": "evalbiasbench", "llmbar": "llmbar"}
+
+
+def take_judge(judge: AnyJudge, model: str, *, store: Store, settings: Settings) -> dict[str, Given]:
+    """Return the input that a local judge is; an endpoint is none, but has to have an address, which is said before any work."""
+    if isinstance(judge, EndpointJudge):
+        settings.judge_environment()
+        return {}
+    return {"judge": resolve_source(model, store=store, settings=settings)}
+
+
+def plan_judge(config: JudgeFlowConfig, *, store: Store, settings: Settings) -> list[Planned]:
+    """Return the steps in their order, the judge's last."""
+
+    def source(reference: str) -> Given:
+        return resolve_source(reference, store=store, settings=settings)
+
+    judging, runtime = config.judging, config.runtime
+    steps: list[Planned] = []
+    inputs = take_judge(judging.judge, config.judge_model, store=store, settings=settings)
+    if judging.benchmark == "heldout":
+        inputs |= {"challenger_answers": source(config.model), "champion_answers": source(config.against)}
+    else:
+        inputs["benchmark"] = source(f"{config.files}/{FOLDERS[judging.benchmark]}")
+    if judging.benchmark == "arena_hard":
+        plain = Runtime.model_validate(runtime.model_dump(include=set(Runtime.model_fields)))
+        rows = questions(QuestionsConfig(), {"benchmark": inputs["benchmark"]}, runtime=plain)
+        answers = config.answers.model_copy(update={"limit": judging.limit})
+        policy = {"rows": rows, "policy": source(config.model)}
+        steps = [rows, generate(answers, policy, runtime=plain, label=judging.name)]
+        inputs["answers"] = steps[-1]
+    return [*steps, judge_step(judging, inputs, runtime=runtime, label=judging.name)]
+
+
+@flow(name="judge", persist_result=False, validate_parameters=True)
+def judge(config: JudgeFlowConfig) -> dict[str, Any]:
+    """Have a judge compare answers, each pair in both orders. A call that was answered is never made again."""
+    settings = read_settings()
+    steps = plan_judge(config, store=open_store(settings), settings=settings)
+    with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
+        run.steps(*steps)
+        summary = dict(run.ref(steps[-1]).record.summary)
+        scores = summary.pop("metrics")
+        name = config.judging.name
+        flags = {name: summary["flag"]} if summary["flag"] else {}
+        return {"scores": scores, "flags": flags, "benchmarks": {name: summary}, "steps": list_steps(run)} | run.links

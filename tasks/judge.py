@@ -1,0 +1,88 @@
+"""Judging: Arena-Hard's questions as prompts, and a judge's verdicts on pairs of answers."""
+
+import json
+import re
+from typing import Any, cast
+
+from evaluation.judge_config import EndpointJudge, JudgeConfig
+from infra import records
+from infra.records import Record
+from tasks.execute import StepAttempt
+from tasks.step import Attempt, Metrics, step
+from training.config import Config
+from training.job import write_json
+
+CALLS_FILE = "calls.jsonl"  # of evaluation.judging, which needs SciPy
+TOLD = (
+    "position_bias", "order_agreement", "repeat_agreement", "tie_share", "longer_wins", "mean_answer_chars", "unparseable_pairs", "calls",
+    "tokens",
+)  # fmt: skip
+EARLIER = 8  # evaluations whose calls are looked through
+
+
+class QuestionsConfig(Config):
+    """Nothing to choose: the questions follow from their file."""
+
+
+@step(version=1)
+def questions(config: QuestionsConfig, attempt: Attempt) -> Metrics:
+    """Lay Arena-Hard's questions out as held-out rows without responses. Input: `benchmark`, the folder of its files."""
+    from evaluation.arena_hard import write_questions
+
+    count = write_questions(attempt.inputs["benchmark"], attempt.output)
+    write_json(attempt.output / "summary.json", {"rows": count})
+    return {"data/arena_hard": float(count)}
+
+
+@step(version=1)
+def judge(config: JudgeConfig, attempt: Attempt) -> Metrics:
+    """Have a judge say which of two answers is better. Inputs: `benchmark`, its files, and what evaluation.judging lists."""
+    here = cast(StepAttempt, attempt)  # the only one that talks to the outside: it needs settings and the store
+    take_over(config, here)
+    is_endpoint = isinstance(config.judge, EndpointJudge)
+    environment = here.execution.settings.judge_environment() if is_endpoint else {}
+    summary = attempt.run_child("evaluation", "judge", environment=environment)
+    return describe(summary, config=config)
+
+
+def describe(summary: dict[str, Any], *, config: JudgeConfig) -> Metrics:
+    """Return the figures by the names that they have in MLflow; of a group `eval/evalbiasbench/length_bias/accuracy`."""
+    start = f"eval/{config.name}"
+    score = f"{start}/{summary['metric']}"
+    figures = {score: summary["value"], f"{score}_stderr": summary["stderr"], f"{start}/n": summary["items"]}
+    figures |= {f"{score}_low": summary["low"], f"{score}_high": summary["high"]}
+    figures |= {f"{start}/judge_{name}": summary.get(name) for name in TOLD}
+    for name, value in summary.items():
+        group = name.removeprefix("accuracy_")
+        if group != name:
+            figures[f"{start}/{re.sub('[^a-z]+', '_', group.lower())}/accuracy"] = value
+    return {name: float(value) for name, value in figures.items() if value is not None}
+
+
+def take_over(config: JudgeConfig, attempt: StepAttempt) -> None:
+    """Begin with what this judge answered in earlier evaluations of this benchmark: under another limit, say, only the rest is asked.
+
+    Its file names the judge, so that another's answers are never taken, and at the end keeps only what was asked for.
+    """
+    calls, store = attempt.output / CALLS_FILE, attempt.execution.store
+    if calls.exists():
+        return
+    alike = [record for record in records.iterate(store, "judge") if is_alike(record, config, attempt)]
+    header, kept = "", dict[str, str]()
+    for record in sorted(alike, key=lambda record: record.created)[-EARLIER:]:
+        found = store.get(f"{record.prefix}/{CALLS_FILE}")
+        first, *lines = found[0].decode().splitlines() if found else [""]
+        if first != header:
+            header, kept = first, {}
+        kept |= {json.loads(line)[0]: line for line in lines}
+    if kept:
+        calls.write_text("".join(f"{line}\n" for line in (header, *kept.values())))
+
+
+def is_alike(record: Record, config: JudgeConfig, attempt: StepAttempt) -> bool:
+    """Tell whether an earlier evaluation may have asked what this one asks."""
+    was = record.identity["config"]
+    same = all(
+        was[name] == config.model_dump(mode="json")[name] for name in ("benchmark", "judge", "max_answer_tokens")
+    )
+    return same and record.inputs.get("judge") == attempt.fingerprints.get("judge")

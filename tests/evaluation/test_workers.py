@@ -1,0 +1,149 @@
+"""Several processes give the numbers of one; a killed worker, a dead parent and a stop request end them all."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from evaluation.config import BenchmarkConfig
+from evaluation.harness import evaluate
+from evaluation.workers import WorkerDied
+from training.config import Device, Runtime
+from training.job import Interrupted
+
+ONE = Runtime(device=Device.cpu, threads=1, microbatch_tokens=512)  # batches of two
+TWO = ONE.model_copy(update={"workers": 2, "threads": 2})
+FIVE_SHOT = BenchmarkConfig(
+    name="mmlu_part", tasks=("mmlu_anatomy", "mmlu_virology"), num_fewshot=2, metric="acc", max_length=1024
+)
+GSM8K = BenchmarkConfig(
+    name="gsm8k_part",
+    tasks=("gsm8k",),
+    num_fewshot=2,
+    metric="exact_match",
+    filter="strict-match",
+    max_gen_toks=12,
+    max_length=1024,
+)
+START_SECONDS, END_SECONDS = 600.0, 30.0  # until a child computes on a busy machine; until what ends has ended
+
+
+def run(policy: Path, mirror: Path, config: BenchmarkConfig, *, folder: Path, **options: Any) -> dict[str, Any]:
+    """Evaluate, and return rows, files and each answer by its request."""
+    (folder / "output").mkdir(parents=True, exist_ok=True)
+    options = {"stop": threading.Event()} | options
+    rows = evaluate(policy, mirror, config, output=folder / "output", work=folder / "work", **options)
+    return {
+        "rows": rows,
+        "samples": (folder / "output" / "samples.jsonl").read_text(),
+        "profile": json.loads((folder / "output" / "profile.json").read_text()),
+        "answers": dict(read_answers(folder)),
+    }
+
+
+def read_answers(folder: Path) -> list[Any]:
+    path = folder / "work" / "responses.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.is_file() else []
+
+
+@pytest.mark.parametrize("config", [FIVE_SHOT, GSM8K], ids=["choices", "generation"])
+def test_two_workers_give_the_numbers_of_one_process(
+    tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig
+) -> None:
+    one = run(tiny_policy, mirror, config, folder=tmp_path / "one", runtime=ONE)
+    two = run(tiny_policy, mirror, config, folder=tmp_path / "two", runtime=TWO)
+    assert one == two, "log-probabilities, texts and the profile, to the last digit"
+    assert len(one["answers"]) == (6 if config is GSM8K else 40)
+    assert multiprocessing.active_children() == [], "no worker is left"
+
+
+class KillOne(threading.Event):
+    """A stop request that never comes; looked at, it kills a worker once there are some answers."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.killed = 0.0  # when, in seconds of the monotonic clock
+
+    def is_set(self) -> bool:
+        if not self.killed and len(read_answers(self.folder)) >= 2:
+            self.killed = time.monotonic()
+            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+        return False
+
+
+def test_a_killed_worker_is_told_and_another_number_of_workers_goes_on(
+    tiny_policy: Path, mirror: Path, tmp_path: Path
+) -> None:
+    whole = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "whole", runtime=ONE)
+    single = TWO.model_copy(update={"microbatch_tokens": 1})
+    stop = KillOne(tmp_path / "cut")
+    with pytest.raises(WorkerDied, match=r"of 2 worker processes one is gone.* killed \(SIGKILL\).* to go on from"):
+        run(tiny_policy, mirror, GSM8K, folder=tmp_path / "cut", runtime=single, stop=stop)
+    assert time.monotonic() - stop.killed < END_SECONDS
+    assert multiprocessing.active_children() == []
+    kept = read_answers(tmp_path / "cut")
+    assert 2 <= len(kept) < 6
+    rest = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "cut", runtime=ONE)
+    assert rest == whole
+    assert read_answers(tmp_path / "cut")[: len(kept)] == kept, "nothing is answered twice"
+
+
+class StopAtAnswers(threading.Event):
+    """A stop request that comes once there are so many answers."""
+
+    def __init__(self, folder: Path, *, answers: int) -> None:
+        super().__init__()
+        self.folder, self.answers = folder, answers
+
+    def is_set(self) -> bool:
+        return len(read_answers(self.folder)) >= self.answers
+
+
+def test_stopped_workers_end_and_two_go_on_from_what_one_process_left(
+    tiny_policy: Path, mirror: Path, tmp_path: Path
+) -> None:
+    whole = run(tiny_policy, mirror, FIVE_SHOT, folder=tmp_path / "whole", runtime=ONE)
+    for runtime, answers in ((ONE, 2), (TWO, 12)):
+        stop = StopAtAnswers(tmp_path / "cut", answers=answers)
+        with pytest.raises(Interrupted):
+            run(tiny_policy, mirror, FIVE_SHOT, folder=tmp_path / "cut", runtime=runtime, stop=stop)
+        assert answers <= len(read_answers(tmp_path / "cut")) < 40
+        assert multiprocessing.active_children() == []
+    rest = run(tiny_policy, mirror, FIVE_SHOT, folder=tmp_path / "cut", runtime=TWO)
+    assert rest["samples"] == whole["samples"] and rest["rows"] == whole["rows"]
+
+
+def test_workers_end_with_their_parent(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
+    long = GSM8K.model_copy(update={"max_gen_toks": 400})
+    job = {
+        "job": "benchmark",
+        "config": long.model_dump(mode="json"),
+        "runtime": TWO.model_dump(mode="json"),
+        "inputs": {"model": str(tiny_policy), "mirror": str(mirror)},
+        "output": str(tmp_path / "output"),
+        "work": str(tmp_path / "work"),
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    environment = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "PATH": os.defpath}
+    command = [sys.executable, "-m", "evaluation", str(tmp_path / "job.json")]
+    child = subprocess.Popen(command, cwd=tmp_path, env=environment | {"OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + START_SECONDS
+    while not read_answers(tmp_path):
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = psutil.Process(child.pid).children(recursive=True)
+    assert len(workers) >= 2
+    child.kill()
+    child.wait()
+    _, alive = psutil.wait_procs(workers, timeout=END_SECONDS)
+    assert alive == []

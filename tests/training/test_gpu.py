@@ -1,0 +1,169 @@
+"""What only a GPU can show: `pytest -m gpu` on a machine that has one. The CPU's numbers are what is expected."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
+
+from training import train
+from training.checkpoint import Progress
+from training.config import Layout, Precision, Runtime, Schedule
+from training.data.batch import lay_out
+from training.data.examples import Example
+from training.distributed import World
+from training.job import Job
+from training.logprobs import check_layout, sum_logps
+from training.loop import Settings, Trainer, make_optimiser
+from training.model import prepare_layers
+from training.objectives.sft import Sft
+from training.render import Rendered
+from training.steps import Steps
+from training.train import PolicyForward
+from training.tree import Tree
+
+pytestmark = pytest.mark.gpu
+CPU = torch.device("cpu")
+# heads of 16: FlexAttention takes none that are smaller
+SMALL: dict[str, Any] = {"vocab_size": 61, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+HEADS: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL, **HEADS, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SMALL, **HEADS, sliding_window=6),
+    "gemma2": Gemma2Config(**SMALL, **HEADS, sliding_window=6, attn_logit_softcapping=2.0),
+}
+SETTINGS = Settings(1e-3, 0.0, Schedule.constant, 0.0, 1e9, Precision.float32, 0)
+
+
+@pytest.fixture
+def cuda() -> Iterator[torch.device]:
+    """Give the GPU, and compile anew."""
+    assert torch.cuda.is_available(), "this test is marked gpu: torch sees none here"
+    torch.compiler.reset()
+    yield torch.device("cuda")
+    torch.cuda.empty_cache()
+
+
+def make_model(config: Any, device: torch.device) -> Any:
+    torch.manual_seed(0)
+    stock = {"attn_implementation": "eager"} if config.model_type == "gemma2" else {}
+    return AutoModelForCausalLM.from_config(config, **stock).to(device).eval()
+
+
+def make_samples(rng: np.random.Generator, prompt: int, *responses: int) -> list[Rendered]:
+    ids = rng.integers(0, 61, size=prompt)
+    return [Rendered(ids_T=np.r_[ids, rng.integers(0, 61, size=n)].astype(np.int32), start=prompt) for n in responses]
+
+
+def take_gradients(model: Any, groups: list[list[Rendered]], layout: Layout, device: torch.device) -> dict[str, Tensor]:
+    samples = [sample for group in groups for sample in group]
+    group_B = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    model.zero_grad()
+    sum_logps(model, lay_out(samples, group_B, device=device, layout=layout)).sum().backward()
+    return {name: p.grad.cpu() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_those_of_the_cpu(name: str, layout: Layout, compiled: bool, cuda: torch.device) -> None:
+    """Twice, with other lengths: the second time nothing is compiled anew."""
+    here, there = make_model(CONFIGS[name], CPU), make_model(CONFIGS[name], cuda)
+    prepare_layers(there, Runtime(compile=compiled), device=cuda)
+    rng = np.random.default_rng(0)
+    made: list[int] = []
+    for responses in ((40, 111, 1), (7, 140)):
+        groups = [make_samples(rng, 90, *responses), make_samples(rng, 1, 3), make_samples(rng, 140, 2, 120)]
+        for model, device in ((here, CPU), (there, cuda)):
+            check_layout(model, groups, layout=layout, device=device)
+        expected = take_gradients(here, groups, layout, CPU)
+        got = take_gradients(there, groups, layout, cuda)
+        scale = max(gradient.abs().max() for gradient in expected.values())
+        assert max((got[n] - gradient).abs().max() for n, gradient in expected.items()) < 1e-4 * scale
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert made[0] == made[1]
+
+
+def test_training_in_bfloat16_keeps_weights_in_float32_and_follows_the_cpu(
+    cuda: torch.device, train_inputs: dict[str, str], tmp_path: Path, make_job: Callable[..., Job]
+) -> None:
+    base = Path(train_inputs["base"])
+    config = LlamaConfig.from_pretrained(base, hidden_size=64, head_dim=16)
+    folder = tmp_path / "base"
+    make_model(config, CPU).save_pretrained(folder)
+    for file in base.iterdir():
+        if file.name.startswith(("tokenizer", "chat", "special")):
+            (folder / file.name).write_bytes(file.read_bytes())
+    inputs = {"rows": Path(train_inputs["rows"]), "base": folder}
+    sft = {"objective": "sft", "responses": "all", "batch_prompts": 4, "epochs": 4, "max_tokens": 96}
+    losses = {}
+    for device, precision in (("cpu", "float32"), ("cuda", "bfloat16")):
+        own: dict[str, Any] = {"device": device, "compile": device == "cuda", "microbatch_tokens": 128}
+        job = make_job("train", device, config={**sft, "precision": precision}, inputs=inputs, **own)
+        train.run(job)
+        lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+        losses[device] = [line["train/loss"] for line in lines]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=3e-2)
+    assert {tensor.dtype for tensor in load_file(job.output / "model.safetensors").values()} == {torch.float32}
+    assert json.loads((job.output / "summary.json").read_text())["flops"] > 0
+
+
+def make_trainer(model: Any, device: torch.device, job: Job, *, budget: int) -> Trainer:
+    rng = np.random.default_rng(0)
+    groups = [make_samples(rng, 600, 200, 200) for _ in range(60)]
+    examples = [Example(f"row{n}", tuple(group), (0, 1), 2, np.array([200, 200])) for n, group in enumerate(groups)]
+    work = Steps(examples, Sft(), PolicyForward(device, Layout.tree), batch_prompts=60, epochs=1, seed=0)
+    check_layout(model, [groups[0]], layout=Layout.tree, device=device)
+    runtime = Runtime(microbatch_tokens=budget)
+    return Trainer(model, make_optimiser(model, SETTINGS), work, SETTINGS, runtime, job, Progress(), World(device))
+
+
+def test_a_step_without_room_is_taken_again_in_halves(cuda: torch.device, make_job: Callable[..., Job]) -> None:
+    """60,000 tokens through eight layers keep 25 GiB for the backward pass, in 8."""
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
+    model = make_model(LlamaConfig(vocab_size=61, num_key_value_heads=8, **wide), cuda)
+    job = make_job("train", "room", config={}, inputs={})
+    total = torch.cuda.get_device_properties(cuda).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 8 * 2**30 / total))
+    try:
+        narrow = make_trainer(model, cuda, job, budget=60_000)
+        loss = narrow.accumulate(0)
+        got = [p.grad.clone() for p in model.parameters()]
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert narrow.budget in (30_000, 15_000, 7_500)
+    model.zero_grad()
+    expected = make_trainer(model, cuda, job, budget=4_000).accumulate(0)
+    assert loss is not None and expected is not None and loss.loss == pytest.approx(expected.loss, rel=1e-5)
+    scale = max(p.grad.abs().max() for p in model.parameters())
+    assert max((a - p.grad).abs().max() for a, p in zip(got, model.parameters(), strict=True)) < 1e-4 * scale
+
+
+def test_a_micro_batch_is_sent_while_the_device_works(cuda: torch.device, make_job: Callable[..., Job]) -> None:
+    trainer = make_trainer(
+        make_model(CONFIGS["llama"], cuda), cuda, make_job("train", "a", config={}, inputs={}), budget=4_000
+    )
+    trainer.work.load(0, [0])  # the first one makes the pinned memory
+    torch.cuda.synchronize()
+    torch.cuda._sleep(4_000_000_000)  # cycles: seconds
+    started = time.monotonic()
+    batch = trainer.work.load(0, [1])
+    assert time.monotonic() - started < 0.5
+    assert not torch.cuda.current_stream().query(), "the device was waited for"
+    assert batch.micro.ids_BT.cpu().tolist()[0][:600] == trainer.work.samples(0)[1].ids_T[:600].tolist()
+
+
+def test_the_mask_of_a_long_sequence_is_never_held_whole(cuda: torch.device) -> None:
+    tree = Tree(lengths=((1_000, 500, 500),) * 16, device=cuda)
+    Tree(lengths=((100, 50),) * 2, device=cuda).block_mask(None)  # compiles
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    tree.block_mask(None)
+    assert torch.cuda.max_memory_allocated() - before < 2**27  # 32,000 x 32,000 would be 2**30 in the narrowest type
