@@ -70,7 +70,8 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
     forward = PolicyForward(world.device, Layout.tree, count_flops(model))
     work = Steps(examples, objective, forward, batch_prompts=per_step, epochs=1, seed=0)
     budget = 10**9 if spec.get("one_microbatch") else spec["microbatch_tokens"]
-    job = Job(name="train", config={}, runtime={}, inputs={}, output=Path(spec["scratch"]), work=Path(spec["scratch"]))
+    folder = Path(spec["folder"])
+    job = Job(name="train", config={}, runtime={}, inputs={}, output=folder, work=folder)
     runtime = Runtime(microbatch_tokens=budget, compile=spec.get("compile", False))
     keep_freed_memory()  # as a run does
     prepare_layers(model, runtime, device=world.device)
@@ -205,12 +206,11 @@ def make_examples(spec: dict[str, Any], renderer: Renderer) -> list[Example]:
 
 def read_pairs(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield HH-RLHF pairs as ingestion makes them."""
-    folder = Path(spec["scratch"]) / "rows"
-    if not (folder / "rows.parquet").exists():
-        (folder / "work").mkdir(parents=True, exist_ok=True)
-        config = {"responses": "support", "limit": 50 * spec["batch_pairs"], "max_invalid_fraction": 0.5}
-        source = {"source": Path(spec["data"]) / "helpful-base"}
-        ingest(Job(name="ingest", config=config, runtime={}, inputs=source, output=folder, work=folder / "work"))
+    folder = Path(spec["folder"]) / "rows"
+    (folder / "work").mkdir(parents=True)
+    config = {"responses": "support", "limit": 50 * spec["batch_pairs"], "max_invalid_fraction": 0.5}
+    source = {"source": Path(spec["data"]) / "helpful-base"}
+    ingest(Job(name="ingest", config=config, runtime={}, inputs=source, output=folder, work=folder / "work"))
     for batch in read_rows(folder, split="train"):
         yield from batch.to_pylist()
 

@@ -1,4 +1,4 @@
-"""TRL's trainers on the same pairs, timed in the process of `benchmarks.training`: what a user would take instead."""
+"""TRL's trainers on the same rows, timed in the process of `benchmarks.training`: what a user would take instead."""
 
 import itertools
 import os
@@ -10,11 +10,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from datasets import Dataset
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.engine import open_model, read_pairs
+from benchmarks.reward_runs import Curve, Meter, pick_rows, say
 from benchmarks.training import LONGEST_PAIR
+from training.data.rows import read_rows
 from training.render import Renderer, UnusableRow
+
+GRPO_MICROBATCH = 16  # responses
+DPO_MICROBATCH = 4  # pairs; one of those that `--only dpo` sweeps
+NO_END = 100_000  # steps: the callback stops
+GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}  # by the column `length`
 
 
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
@@ -51,8 +58,8 @@ def measure_dpo(spec: dict[str, Any]) -> dict[str, Any]:
     tuned = {
         "precompute_ref_log_probs": True,
         "precompute_ref_batch_size": spec["microbatch"],
-        "train_sampling_strategy": "group_by_length",
         "activation_checkpointing": False,
+        **GROUPED,
     }
     arguments = DPOConfig(**shared(spec), **(tuned if spec["tuned"] else {}))
     watch = Stopwatch()
@@ -77,22 +84,128 @@ def measure_sft(spec: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": watch.seconds, "pairs": spec["batch_pairs"] * spec["steps"]}
 
 
-def shared(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of both trainers: the same steps, batch, optimiser and precision as ours."""
+# --- for the reward comparisons ---
+
+
+class Looker(TrainerCallback):  # type: ignore[misc]
+    """Looks at the policy after every step and stops when all is over."""
+
+    def __init__(self, curve: Curve) -> None:
+        self._curve = curve
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if self._curve.look(model):
+            control.should_training_stop = True
+
+
+class Deadline(TrainerCallback):  # type: ignore[misc]
+    """Stops after the first step that ends behind a limit, counted from the start of training."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._begun = self.seconds = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._begun = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds = time.monotonic() - self._begun
+        if self.seconds >= self._limit:
+            control.should_training_stop = True
+
+
+def measure_grpo(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train TRL's GRPO until the target is reached or the limit. What is not named here is as TRL has it by default; a step's responses are
+    sampled in one batch."""
+    curve = Curve(spec)
+    tokenizer, model = open_model(spec)
+    rows = pick_rows(Path(spec["rows"]), split="train", limit=spec["prompts"])
+
+    def reward(prompts: Any, completions: Any, **_: Any) -> list[float]:
+        texts = [completion[0]["content"] for completion in completions]
+        return list(curve.meter.scorer.score(prompts, texts, budget=spec["microbatch_tokens"])[0].tolist())
+
+    responses = spec["batch_prompts"] * spec["responses"]
+    microbatch = min(GRPO_MICROBATCH, responses)
+    arguments = GRPOConfig(
+        **common(spec),
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=responses // microbatch,
+        num_generations=spec["responses"],
+        max_completion_length=spec["new_tokens"],
+        learning_rate=spec["learning_rate"],
+        max_steps=NO_END,
+        activation_checkpointing=False,
+    )
+    trainer = GRPOTrainer(
+        model=model, reward_funcs=reward, args=arguments, processing_class=tokenizer, callbacks=[Looker(curve)],
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
+    )  # fmt: skip
+    trainer.train()
+    return curve.result() | {"steps": trainer.state.global_step}
+
+
+def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train TRL's DPO on the pairs for the given seconds and return the answers' rewards. Its reference runs beside the policy: in a first
+    epoch that costs what computing its log-probabilities before would."""
+    tokenizer, model = open_model(spec)
+    meter, watch = Meter(spec), Deadline(spec["limit"])
+    rows = [row for batch in read_rows(Path(spec["rows"]), split="train") for row in batch.to_pylist()]
+    arguments = DPOConfig(
+        **common(spec),
+        per_device_train_batch_size=DPO_MICROBATCH,
+        gradient_accumulation_steps=spec["batch_pairs"] // DPO_MICROBATCH,
+        learning_rate=spec["learning_rate"],
+        beta=spec["beta"],
+        max_length=2 * spec["longest_pair"],
+        max_steps=NO_END,
+        activation_checkpointing=False,
+        seed=spec["seed"],
+        **GROUPED,
+    )
+    trainer = DPOTrainer(
+        model=model, args=arguments, processing_class=tokenizer, callbacks=[watch],
+        train_dataset=Dataset.from_list([as_pair(row) for row in rows]),
+    )  # fmt: skip
+    trainer.train()
+    pairs = trainer.state.global_step * spec["batch_pairs"]
+    say(f"{pairs} pairs in {watch.seconds:.0f} s")
+    return {"rewards": meter.rewards(trainer.model).tolist(), "seconds": watch.seconds, "pairs": pairs}
+
+
+def as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row in TRL's conversational form, with its `length` in characters: DPO's rows have no `input_ids` to count."""
+    preferred = row["preferred"]
+    chosen, rejected = ([{"role": "assistant", "content": row["responses"][k]}] for k in (preferred, 1 - preferred))
+    length = sum(len(message["content"]) for message in row["prompt"]) + max(map(len, row["responses"]))
+    return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "length": length}
+
+
+# --- for all ---
+
+
+def common(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of all trainers: our device, precision and schedule, and nothing written."""
     return {
-        "output_dir": str(Path(spec["scratch"]) / "trl"),
+        "output_dir": str(Path(spec["folder"]) / "trl"),
         "use_cpu": spec["device"] == "cpu",
         "bf16": spec["precision"] == "bfloat16",
-        "per_device_train_batch_size": spec["microbatch"],
-        "gradient_accumulation_steps": spec["batch_pairs"] // spec["microbatch"],
-        "max_steps": spec["steps"] + 1,
-        "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
-        "max_length": 2 * LONGEST_PAIR,
         "logging_steps": 1000,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
+    }
+
+
+def shared(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the timed trainers: the same steps, batch and optimiser as ours."""
+    return common(spec) | {
+        "per_device_train_batch_size": spec["microbatch"],
+        "gradient_accumulation_steps": spec["batch_pairs"] // spec["microbatch"],
+        "max_steps": spec["steps"] + 1,
+        "learning_rate": 1e-6,
+        "max_length": 2 * LONGEST_PAIR,
     }
 
 
@@ -106,7 +219,6 @@ def make_dataset(spec: dict[str, Any], tokenizer: Any) -> Dataset:
                 renderer.row(row["prompt"], row["responses"], row["truncated"])
             except UnusableRow:
                 continue
-            chosen, rejected = ([{"role": "assistant", "content": text}] for text in row["responses"])
-            yield {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected}
+            yield as_pair(row)
 
     return Dataset.from_list(list(itertools.islice(usable(), spec["batch_pairs"] * (spec["steps"] + 1))))

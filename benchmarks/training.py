@@ -9,17 +9,22 @@ product; with `runtime.compile`, which takes a C++ compiler),
 `var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (both with the time of their
 reference log-probabilities), `var_vs_sft_time` (VAR on both responses over TRL SFT on the chosen alone),
 `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone), `var_vs_dpo_peak_memory` (at the same micro-batch),
-`k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length`.
+`k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length`; and, by minutes of training each (benchmarks/rewards.py says how),
+`var_vs_grpo_time_to_reward` (a lower bound where `…_censored`) and `var_vs_dpo_reward_gain` with `…_ci`.
 
 `default` is TRL as a user gets it, but for bfloat16, which a CPU does badly; `tuned` has precomputed reference log-probabilities, batches
 grouped by length, no recomputation of activations, and the best micro-batch of the sweep that is printed.
 """
 
 import argparse
+import collections
+import hashlib
+import importlib
 import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,14 +33,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rewards import Sizes, compare_reward_gain, compare_with_grpo
 from infra.models import fetch_embedded
 from infra.settings import read_settings
 
 BATCH_PAIRS = 8
-SHARED = {"batch_pairs": BATCH_PAIRS, "microbatch_tokens": 4096, "device": "cpu", "precision": "float32"}
+SHARED: dict[str, Any] = {
+    "batch_pairs": BATCH_PAIRS,
+    "microbatch_tokens": 4096,
+    "device": "cpu",
+    "precision": "float32",
+}
 TUNED_MICROBATCHES = (2, 4, 8)
 LENGTHS = (256, 512, 1024, 2048, 4096)
 LONGEST_PAIR = 512  # tokens of prompt and longest response
+PROGRESS = "benchmark: "  # what a child's line of progress on stderr begins with
 
 
 def main() -> None:
@@ -43,7 +55,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with HH-RLHF's helpful-base/*.jsonl.gz")
     parser.add_argument("--only", action="append", choices=list(GROUPS), help="measure this alone; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="fewer steps: within 15 minutes on two idle cores")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="fewer steps, and no grpo or reward_gain: within 15 minutes on two idle cores",
+    )
+    parser.add_argument(
+        "--scratch", type=Path, help="folder for what is measured; a later run goes on from what is there"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=json.loads,
+        default={},
+        help="JSON that replaces sizes of grpo and reward_gain (benchmarks/rewards.py)",
+    )
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -52,13 +77,17 @@ def main() -> None:
         return
     if options.data is None or not options.data.is_dir():
         parser.error(f"--data: got {options.data}, expected the folder that holds HH-RLHF's helpful-base")
-    model = fetch_embedded("smollm2-135m-instruct", home=read_settings().home, progress=lambda line: None)
-    with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as scratch:
-        shared = SHARED | {"model": str(model), "data": str(options.data.resolve()), "scratch": scratch}
-        shared["steps"] = 2 if options.quick else 5
-        bench = Bench(shared, talk=not options.json)
+    model, encoder = (
+        fetch_embedded(name, home=read_settings().home, progress=lambda line: None)
+        for name in ("smollm2-135m-instruct", "minilm-l6-v2")
+    )
+    shared = SHARED | {"model": str(model), "encoder": str(encoder), "data": str(options.data.resolve())}
+    shared["steps"] = 2 if options.quick else 5
+    with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as temporary:
+        scratch = (options.scratch or Path(temporary)).resolve()
+        bench = Bench(shared, scratch, talk=not options.json, sizes=Sizes(**options.sizes))
         result: dict[str, Any] = {}
-        for name in options.only or GROUPS:
+        for name in options.only or (name for name in GROUPS if not (options.quick and name in LONG_GROUPS)):
             result |= GROUPS[name](bench)
     machine = {
         "cores": os.cpu_count(),
@@ -74,25 +103,49 @@ class MeasurementFailed(SystemExit):
 
 
 class Bench:
-    """Runs measurements in processes of their own, each once."""
+    """Runs measurements in processes of their own, each once: what is found is kept in the scratch folder."""
 
-    def __init__(self, shared: dict[str, Any], *, talk: bool) -> None:
-        self._shared, self._talk = shared, talk  # what all measurements have in common
-        self._done: dict[str, dict[str, Any]] = {}
+    def __init__(self, shared: dict[str, Any], scratch: Path, *, talk: bool, sizes: Sizes | None = None) -> None:
+        self.scratch, self.sizes = scratch, sizes or Sizes()
+        self._shared, self._talk, self._started = shared, talk, time.monotonic()  # shared: what all measurements have
 
     def measure(self, kind: str, **options: Any) -> dict[str, Any]:
         """Return what a child measured: `seconds` for `pairs` pairs or `tokens` tokens, `peak_bytes` and more."""
-        key = json.dumps({"kind": kind, **options}, sort_keys=True)
-        if key not in self._done:
-            spec = json.dumps(self._shared | {"kind": kind, **options})
-            command = [sys.executable, "-m", "benchmarks.training", "--child", spec]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise MeasurementFailed(f"benchmarks.training: {key} failed:\n{done.stderr[-3000:]}")
-            self._done[key] = json.loads(done.stdout.splitlines()[-1])
+        key = json.dumps(self._shared | {"kind": kind, **options}, sort_keys=True)
+        folder = self.scratch / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+        kept = folder / "found.json"
+        if not kept.exists():
+            # A job that went on from a killed one's work would take less time.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            name = " ".join([kind, *(f"{k}={v}" for k, v in options.items() if isinstance(v, float | int))])
+            found = self._run(name, json.loads(key) | {"folder": str(folder)})
+            partial = kept.with_suffix(".partial")
+            partial.write_text(json.dumps({"key": key, "found": found}))
+            partial.replace(kept)
             if self._talk:
-                print(f"{key}: {json.dumps(self._done[key])}", flush=True)
-        return self._done[key]
+                print(f"{name}: {json.dumps(found)}", flush=True)
+        result: dict[str, Any] = json.loads(kept.read_text())["found"]
+        return result
+
+    def _run(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
+        """Run a child, hand on its lines of progress, and return its last line."""
+        command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(spec)]
+        last = collections.deque[str](maxlen=60)
+        print(f"[{time.monotonic() - self._started:.0f} s] {name}", file=sys.stderr, flush=True)
+        with tempfile.TemporaryFile("w+") as out:
+            child = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
+            assert child.stderr is not None
+            for line in child.stderr:
+                last.append(line)
+                if line.startswith(PROGRESS):
+                    told = f"[{time.monotonic() - self._started:.0f} s] {name}: {line.removeprefix(PROGRESS)}"
+                    print(told, end="", file=sys.stderr, flush=True)
+            if child.wait():
+                raise MeasurementFailed(f"benchmarks.training: {name} failed:\n{''.join(last)[-3000:]}")
+            out.seek(0)
+            found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
+            return found
 
 
 # --- what is compared with what ---
@@ -180,21 +233,39 @@ GROUPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "sft": compare_with_sft,
     "groups": compare_group_sizes,
     "lengths": compare_lengths,
+    "grpo": compare_with_grpo,
+    "reward_gain": compare_reward_gain,
 }
+LONG_GROUPS = ("grpo", "reward_gain")
 
 
 # --- in the child ---
 
 
+# Where each kind is measured. TRL is imported by its own measurements alone: it takes seconds, and memory.
+KINDS = {
+    "var": "engine.measure_var",
+    "plain": "engine.measure_plain_sft",
+    "dpo": "peers.measure_dpo",
+    "sft": "peers.measure_sft",
+    "rows": "reward_runs.measure_rows",
+    "reward_model": "reward_runs.measure_reward_model",
+    "columns": "reward_runs.measure_columns",
+    "samples": "reward_runs.measure_samples",
+    "base": "reward_runs.measure_base",
+    "var_curve": "reward_runs.measure_var_curve",
+    "var_gain": "reward_runs.measure_var_gain",
+    "grpo": "peers.measure_grpo",
+    "dpo_gain": "peers.measure_dpo_gain",
+}
+
+
 def run_child(spec: dict[str, Any]) -> dict[str, Any]:
     """Run one measurement and add the process's peak memory."""
-    from benchmarks import engine, peers
-
-    kinds: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-        "var": engine.measure_var, "plain": engine.measure_plain_sft, "dpo": peers.measure_dpo, "sft": peers.measure_sft,
-    }  # fmt: skip
+    module, function = KINDS[spec["kind"]].split(".")
+    measure = getattr(importlib.import_module(f"benchmarks.{module}"), function)
     started = time.monotonic()
-    found = kinds[spec["kind"]](spec)
+    found: dict[str, Any] = measure(spec)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return found | {"peak_bytes": peak, "process_seconds": round(time.monotonic() - started, 1)}
 

@@ -50,9 +50,9 @@ def main() -> None:
         )
     model = fetch_embedded("smollm2-135m-instruct", home=read_settings().home, progress=lambda line: None)
     with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as scratch:
-        paths = {"model": str(model), "data": str(options.data.resolve()), "scratch": scratch}
+        paths = {"model": str(model), "data": str(options.data.resolve())}
         given = {"architecture": str(options.architecture), "device": options.device, "steps": options.steps}
-        result = compare(Bench(SHARED | paths | given, talk=not options.json))
+        result = compare(Bench(SHARED | paths | given, Path(scratch), talk=not options.json))
     print(json.dumps(result | {"torch": torch.__version__, "python": platform.python_version(), **given, **SHARED}))
 
 

@@ -1,0 +1,317 @@
+"""Our side of the reward comparisons, each run in a process of `benchmarks.training`: rows, reward models, answers, VAR."""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.training import PROGRESS, SHARED
+from training import generate, reference, reward_model, train
+from training.checkpoint import Progress
+from training.config import (
+    Config,
+    Device,
+    GenerateConfig,
+    IngestConfig,
+    LambdaUnit,
+    Precision,
+    ReferenceFactor,
+    ReferenceScoreConfig,
+    ResponseRegime,
+    RewardModelConfig,
+    RewardRender,
+    RewardScoreConfig,
+    Runtime,
+    Schedule,
+    VarConfig,
+)
+from training.data import ingest
+from training.data.examples import read_scores
+from training.data.rows import RowsWriter, read_rows
+from training.data.schema import SCHEMA
+from training.data.splits import choose_split
+from training.distributed import ALONE
+from training.job import Job, write_json
+from training.loop import Trainer, make_optimiser
+from training.memory import keep_freed_memory
+from training.model import load_policy, load_tokenizer
+from training.render import Renderer, UnusableRow, render_prompt
+from training.reward import score
+from training.reward.scorer import load_scorer
+from training.sampling import find_stop_ids
+
+# S seeds, P prompts, K responses of a prompt
+
+HELDOUT_SHARE, JUDGE_SHARE = 0.15, 0.4  # of the prompts; the rest is `own`
+REWARD_TOKENS = 128
+FIRST_LOOK_SECONDS = 20.0
+LOOK_RATIO = 1.25
+WINDOW_PROMPTS = 64
+CPU = torch.device("cpu")
+RUNTIME = Runtime(device=Device.cpu, microbatch_tokens=SHARED["microbatch_tokens"], checkpoint_every_steps=0)
+
+
+# --- rows and reward models ---
+
+
+def measure_rows(spec: dict[str, Any]) -> dict[str, Any]:
+    """Cut the source by prompt; return the folders `own`, `judge`, `pairs` (some of own's, short) and `heldout` (short ones)."""
+    folder = Path(spec["folder"])
+    config = IngestConfig(responses=ResponseRegime.support, heldout_fraction=HELDOUT_SHARE, limit=spec["source_rows"], max_invalid_fraction=0.5)  # fmt: skip
+    ingest.run(make_job("ingest", config, folder / "all", source=Path(spec["data"]) / "helpful-base"))
+    rows = [row for batch in read_rows(folder / "all") for row in batch.to_pylist()]
+    kept, trained = ([row for row in rows if row["split"] == split] for split in ("heldout", "train"))
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
+    for row in trained:  # a larger share only moves prompts out of `train`
+        parts[choose_split(row["prompt"], heldout_fraction=HELDOUT_SHARE + JUDGE_SHARE)].append(row)
+    renderer = Renderer(load_tokenizer(Path(spec["model"])), max_tokens=spec["longest_pair"])
+    short = [row for row in parts["train"] if fits(renderer, row)][: spec["pairs"]]
+    written = {
+        "own": parts["train"] + kept,
+        "judge": parts["heldout"] + kept,
+        "pairs": short,
+        "heldout": [row for row in kept if fits(renderer, row)],
+    }
+    for name, chosen in written.items():
+        write_rows(folder / name, chosen)
+    return {name: str(folder / name) for name in written} | {f"num_{name}": len(rows) for name, rows in written.items()}
+
+
+def fits(renderer: Renderer, row: dict[str, Any]) -> bool:
+    """Say whether a row can be rendered within the renderer's limit."""
+    try:
+        renderer.row(row["prompt"], row["responses"], row["truncated"])
+    except UnusableRow:
+        return False
+    return True
+
+
+def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a rows folder of a fixed set."""
+    folder.mkdir(exist_ok=True)
+    with RowsWriter(folder / "rows.parquet", SCHEMA) as out:
+        out.write(rows)
+    write_json(folder / "manifest.json", {"regime": ResponseRegime.support})
+
+
+def measure_reward_model(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train a reward model from the encoder; return its held-out accuracy."""
+    folder = Path(spec["folder"])
+    config = RewardModelConfig(learning_rate=1e-4, epochs=spec["epochs"], max_tokens=REWARD_TOKENS, seed=spec["seed"])
+    started = time.monotonic()
+    reward_model.run(make_job("reward_model", config, folder, base=Path(spec["encoder"]), rows=Path(spec["rows"])))
+    return {"folder": str(folder), "seconds": time.monotonic() - started} | read_summary(folder, "accuracy", "rows")
+
+
+def measure_columns(spec: dict[str, Any]) -> dict[str, Any]:
+    """Score the pairs' rewards and reference log-probabilities; return the folders and the seconds of a pair."""
+    folder, rows = Path(spec["folder"]), Path(spec["rows"])
+    started = time.monotonic()
+    score_rewards(folder / "rewards", scorer=Path(spec["scorer"]), rows=rows)
+    config = ReferenceScoreConfig(max_tokens=spec["longest_pair"])
+    reference.run(make_job("score_reference", config, folder / "reference", reference=Path(spec["model"]), rows=rows))
+    seconds = time.monotonic() - started
+    count = len(read_scores(folder / "reference", "logp"))
+    return {"rewards": str(folder / "rewards"), "reference": str(folder / "reference"), "seconds_per_pair": seconds / count}  # fmt: skip
+
+
+# --- what a policy answers ---
+
+
+class Meter:
+    """Lets a policy answer held-out prompts and scores the answers. The noise is the prompt's own: two policies have the same."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        heldout = spec["heldout"]
+        self._tokenizer = load_tokenizer(Path(spec["model"]))
+        self.scorer = open_scorer(Path(heldout["scorer"]))
+        self._config = GenerateConfig(temperature=heldout["temperature"], max_new_tokens=heldout["new_tokens"])
+        self._job = make_job("generate", self._config, Path(spec["folder"]))
+        rows = pick_rows(Path(heldout["rows"]), split="heldout", limit=heldout["end"])
+        if len(rows) < heldout["end"]:
+            raise ValueError(
+                f"held-out prompts of {heldout['rows']}: got {len(rows)}, expected {heldout['end']}; lower heldout_prompts or "
+                "final_prompts, or raise longest_pair or source_rows"
+            )
+        rows = rows[heldout["begin"] :]
+        self._prompts = [generate.Prompt(row, render_prompt(self._tokenizer, row["prompt"])) for row in rows]
+
+    def rewards(self, model: Any) -> np.ndarray:
+        """Return the reward of one answer to each prompt."""
+        stop_ids = find_stop_ids(model, self._tokenizer)
+        generator = generate.Generator(
+            self._job, model, self._tokenizer, stop_ids, self._config, RUNTIME.microbatch_tokens, source=""
+        )
+        answers: list[list[int]] = []
+        for begin in range(0, len(self._prompts), WINDOW_PROMPTS):
+            answers += generator.answer([(prompt, 0) for prompt in self._prompts[begin : begin + WINDOW_PROMPTS]])
+        texts = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
+        prompts = [prompt.row["prompt"] for prompt in self._prompts]
+        return self.scorer.score(prompts, texts, budget=RUNTIME.microbatch_tokens)[0]
+
+
+def measure_base(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return the rewards of the base's answers."""
+    model, _ = load_policy(Path(spec["model"]), precision=Precision.float32, device=CPU)
+    return {"rewards": Meter(spec).rewards(model).tolist()}
+
+
+class Curve:
+    """A method's held-out mean reward over its own seconds, from where this is made; looking and what is set aside do not count."""
+
+    def __init__(self, spec: dict[str, Any], *, seconds: float = 0.0) -> None:
+        self._spec, self._begun = spec, time.monotonic() - seconds
+        self._due = FIRST_LOOK_SECONDS
+        self._points: list[list[float]] = []
+        with self.aside():
+            self.meter = Meter(spec)
+
+    @property
+    def seconds(self) -> float:
+        """What counts, up to now."""
+        return time.monotonic() - self._begun
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave what is done within out of the seconds."""
+        started = time.monotonic()
+        yield
+        self._begun += time.monotonic() - started
+
+    def look(self, model: Any, *, last: bool = False) -> bool:
+        """Measure the model where that is due, and say whether all is over: the target reached, or the limit."""
+        seconds, limit = self.seconds, self._spec.get("limit", np.inf)
+        if seconds < min(self._due, limit) and not last:
+            return False
+        with self.aside():
+            self._points.append([round(seconds, 1), float(self.meter.rewards(model).mean())])
+        while self._due <= seconds:
+            self._due *= LOOK_RATIO
+        say(
+            f"{seconds:.0f} s of at most {limit:.0f} s: reward {self._points[-1][1]:.4f}, target {self._spec['target']:.4f}"
+        )
+        return self.arrived or seconds >= limit
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the target is reached."""
+        return bool(self._points) and self._points[-1][1] >= self._spec["target"]
+
+    def result(self) -> dict[str, Any]:
+        """Return when it ended, how, and all points."""
+        return {"seconds": self._points[-1][0], "arrived": self.arrived, "curve": self._points}
+
+
+# --- VAR ---
+
+
+def measure_samples(spec: dict[str, Any]) -> dict[str, Any]:
+    """Sample the base's responses and score them; return the folders, the seconds, and the reward's standard deviation in a prompt."""
+    folder = Path(spec["folder"])
+    config = GenerateConfig(
+        split="train", limit=spec["prompts"], samples_per_prompt=spec["responses"], max_new_tokens=spec["new_tokens"]
+    )
+    started = time.monotonic()
+    generate.run(make_job("generate", config, folder / "rows", policy=Path(spec["model"]), rows=Path(spec["rows"])))
+    score_rewards(folder / "rewards", scorer=Path(spec["heldout"]["scorer"]), rows=folder / "rows")
+    seconds = time.monotonic() - started
+    found = {"rows": str(folder / "rows"), "rewards": str(folder / "rewards"), "seconds": seconds}
+    found |= read_summary(folder / "rewards", "within_prompt_std")
+    return found | read_summary(folder / "rows", "mean_response_tokens", "truncated_share")
+
+
+def measure_var_curve(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train on the base's samples until the target is reached or the epochs are over; sampling and scoring count."""
+    samples = spec["samples"]
+    curve = Curve(spec, seconds=samples["seconds"])
+    longest = spec["longest_pair"] + 2 * spec["new_tokens"]  # text that was sampled may be more tokens when read again
+    trainer = make_trainer(spec, rows=samples["rows"], rewards=samples["rewards"], reference_factor=ReferenceFactor.sum, max_tokens=longest, batch_prompts=spec["batch_prompts"], epochs=spec["epochs"])  # fmt: skip
+    over = False
+    while not over and trainer.progress.step < trainer.work.num_steps:
+        trainer.take_step()
+        over = curve.look(trainer.model.model, last=trainer.progress.step == trainer.work.num_steps)
+    return curve.result() | {"steps": trainer.progress.step}
+
+
+def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
+    """Train on the pairs for the given seconds, the scoring of those trained on included, and return the answers' rewards."""
+    columns = spec["columns"]
+    trainer = make_trainer(spec, rows=spec["rows"], rewards=columns["rewards"], reference=columns["reference"], reference_factor=ReferenceFactor.mean, max_tokens=spec["longest_pair"], batch_prompts=spec["batch_pairs"], epochs=100)  # fmt: skip
+    meter, started, seconds, pairs = Meter(spec), time.monotonic(), 0.0, 0
+    rows = {row_id for step in range(trainer.work.num_steps) for row_id in trainer.work.row_ids(step)}
+    while seconds < spec["limit"]:
+        trainer.take_step()
+        pairs += len(trainer.work.row_ids(trainer.progress.step - 1))
+        seconds = time.monotonic() - started + min(pairs, len(rows)) * columns["seconds_per_pair"]
+    say(f"{pairs} pairs in {seconds:.0f} s, {trainer.progress.step} steps")
+    return {"rewards": meter.rewards(trainer.model.model).tolist(), "seconds": seconds, "pairs": pairs}
+
+
+def make_trainer(
+    spec: dict[str, Any], *, rows: str, rewards: str, reference: str | None = None, **options: Any
+) -> Trainer:
+    """Return a VAR run before its first step, as the job `train` makes one, at a constant learning rate as its rival has."""
+    config = VarConfig(
+        lambda_=spec["lambda_"],
+        lambda_unit=LambdaUnit.reward_std,
+        learning_rate=spec["learning_rate"],
+        schedule=Schedule.constant,
+        warmup_fraction=0.0,
+        seed=spec.get("seed", 0),
+        **options,
+    )
+    inputs = {"base": spec["model"], "rows": rows, "rewards": rewards} | ({"reference": reference} if reference else {})
+    job = make_job("train", config, Path(spec["folder"]), **{name: Path(path) for name, path in inputs.items()})
+    keep_freed_memory()
+    prepared = train.prepare(job, config, RUNTIME, ALONE)
+    settings = train.make_settings(config)
+    steps = prepared.ready.steps
+    return Trainer(
+        prepared.policy, make_optimiser(prepared.policy, settings), steps, settings, RUNTIME, job, Progress()
+    )
+
+
+# --- jobs ---
+
+
+def make_job(name: str, config: Config, folder: Path, **inputs: Path) -> Job:
+    """Return a job of the project's own, in this process."""
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    described, runtime = config.model_dump(mode="json"), RUNTIME.model_dump(mode="json")
+    return Job(name=name, config=described, runtime=runtime, inputs=inputs, output=folder, work=folder / "work")
+
+
+def score_rewards(folder: Path, *, scorer: Path, rows: Path) -> None:
+    """Score the rows' responses."""
+    score.run(make_job("score_rewards", RewardScoreConfig(max_tokens=REWARD_TOKENS), folder, scorer=scorer, rows=rows))
+
+
+def open_scorer(folder: Path) -> Any:
+    """Return a reward model to score with."""
+    return load_scorer(
+        folder, render=RewardRender.text_pair, max_tokens=REWARD_TOKENS, precision=Precision.float32, device=CPU
+    )
+
+
+def pick_rows(folder: Path, *, split: str, limit: int) -> list[dict[str, Any]]:
+    """Return the rows that the job `generate` answers at this limit, in the order of their ids."""
+    chosen = generate.choose_rows(folder, config=GenerateConfig(split=split, limit=limit))
+    rows = [row for batch in read_rows(folder, split=split) for row in batch.to_pylist() if row["row_id"] in chosen]
+    return sorted(rows, key=lambda row: row["row_id"])
+
+
+def read_summary(folder: Path, *names: str) -> dict[str, Any]:
+    """Return some figures of a job's summary."""
+    summary = json.loads((folder / "summary.json").read_text())
+    return {name: summary[name] for name in names}
+
+
+def say(text: str) -> None:
+    """Tell whoever waits."""
+    print(PROGRESS + text, file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""The comparisons with TRL by reward: their statistics, and their whole path with TRL's own trainers on models of two layers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.rewards import Sizes, compare_gains, compare_reward_gain, compare_with_grpo, race_grpo
+from benchmarks.training import SHARED, Bench
+
+PREFERENCES = Path(__file__).parents[2] / "flows" / "demo" / "preferences.jsonl"
+
+
+def test_the_ratio_of_gains_has_the_interval_that_many_prompts_and_seeds_give() -> None:
+    draw = np.random.default_rng(0)
+    shared_P = draw.normal(1.0, 0.5, size=400)  # what both gain on a prompt cancels in the ratio
+    dpo_SP, var_SP = (factor * shared_P + draw.normal(0, 0.01, size=(3, 400)) for factor in (1.0, 1.5))
+    found = compare_gains(var_SP, dpo_SP)
+    assert found["var_vs_dpo_reward_gain"] == pytest.approx(1.5, abs=0.01)
+    low, high = found["var_vs_dpo_reward_gain_ci"]
+    assert low < found["var_vs_dpo_reward_gain"] < high
+    assert high - low < 0.02  # unpaired, as if the gains were of different prompts, it would be 0.17
+    assert found["reward_gain_dpo_se"] == pytest.approx(0.5 / 400**0.5, rel=0.1)
+
+
+def test_there_is_no_ratio_to_a_gain_that_may_be_none() -> None:
+    draw = np.random.default_rng(0)
+    var_SP, dpo_SP = draw.normal(1.0, 1.0, size=(3, 100)), draw.normal(0.0, 1.0, size=(3, 100))
+    found = compare_gains(var_SP, dpo_SP - dpo_SP.mean() + 0.01)
+    assert found["var_vs_dpo_reward_gain"] is None
+    assert found["var_vs_dpo_reward_gain_ci"] is None
+    assert "DPO's gain of 0.0100" in found["var_vs_dpo_reward_gain_reason"]
+    worse = compare_gains(var_SP, dpo_SP - 10.0)
+    assert worse["var_vs_dpo_reward_gain"] is None  # significantly below the base is no gain either
+
+
+@pytest.fixture
+def bench(tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path) -> Bench:
+    """Return the comparisons on the rows that varflow ships, as small as they can be."""
+    data = tmp_path / "data"
+    (data / "helpful-base").mkdir(parents=True)
+    shutil.copy(PREFERENCES, data / "helpful-base")
+    sizes = Sizes(
+        reward_epochs=1, longest_pair=900, heldout_prompts=4, new_tokens=6, prompts=4, responses=2, batch_prompts=2, target_gain=-1e6,
+        var_epochs=1, pairs=16, gain_seconds=0.5, tuning_prompts=2, final_prompts=4, answer_tokens=6, seeds=1,
+        grpo_rates=(1e-3,), var_rates=(1e-3,), dpo_trials=((1e-3, 0.1),), var_trials=((1e-3, 0.5),),
+    )  # fmt: skip
+    paths = {"model": str(tiny_policy), "encoder": str(tiny_reward_model), "data": str(data)}
+    return Bench(SHARED | paths | {"steps": 1}, tmp_path / "scratch", talk=False, sizes=sizes)
+
+
+@pytest.mark.slow
+def test_a_race_against_grpo_to_its_end_and_to_its_limit(bench: Bench) -> None:
+    found = compare_with_grpo(bench)
+    assert found["grpo_reward_target"] < found["grpo_reward_base"]  # so that the first look at each ends the race
+    assert found["var_vs_grpo_time_to_reward"] == pytest.approx(found["grpo_seconds"] / found["grpo_var_seconds"])
+    assert found["var_vs_grpo_time_to_reward_censored"] is False
+    assert found["grpo_var_seconds"] > found["grpo_var_sampling_seconds"] > 0
+    assert found["grpo_steps"] >= 1
+    kept = {path: path.stat().st_mtime_ns for path in bench.scratch.glob("*/found.json")}
+    assert compare_with_grpo(bench) == found
+    assert {path: path.stat().st_mtime_ns for path in bench.scratch.glob("*/found.json")} == kept
+
+    spec = json.loads(
+        next(json.loads(path.read_text())["key"] for path in kept if path.parent.name.startswith("grpo-"))
+    )
+    common = {name: spec[name] for name in spec if name not in ("kind", "steps", "learning_rate", "limit", "target")}
+    censored = race_grpo(bench, var_seconds=0.2, common=common | {"target": 1e6})
+    assert censored["var_vs_grpo_time_to_reward_censored"] is True
+    assert censored["var_vs_grpo_time_to_reward"] >= 10
+    assert censored["grpo_seconds"] >= 2.0
+
+
+@pytest.mark.slow
+def test_gains_over_the_base_at_equal_time(bench: Bench) -> None:
+    found = compare_reward_gain(bench)
+    assert ("var_vs_dpo_reward_gain_reason" in found) == (found["var_vs_dpo_reward_gain"] is None)
+    assert {name: len(seconds) for name, seconds in found["reward_gain_seconds"].items()} == {"dpo": 1, "var": 1}
+    for method in ("dpo", "var"):
+        assert min(found["reward_gain_seconds"][method]) >= 0.5
+        assert min(found["reward_gain_pairs"][method]) >= 8
+    assert found["reward_gain_var_se"] > 0
+
+
+@pytest.mark.slow
+def test_trl_groups_pairs_by_length_where_it_is_tuned(bench: Bench) -> None:
+    found = bench.measure("dpo", microbatch=4, tuned=True)
+    assert found["pairs"] == 8
+    assert found["seconds"] > 0
+    assert found["scoring_seconds"] > 0
