@@ -13,19 +13,15 @@ from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
-from tenacity.nap import sleep_using_event
+from tenacity import RetryCallState
 
 from evaluation.calls import Answer, Call, Engine, Row, Score, Writing, run_pooled
 from evaluation.config import Endpoint
-from training.job import Interrupted
+from evaluation.served import Refused, Server, Unanswered
 
 ATTEMPTS = 5  # of a request, over about eight seconds
-CONNECT_SECONDS, ANSWER_SECONDS = 10.0, 300.0
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses after which the same request may be answered
-REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
-SHOWN_CHARS = 300
+MOST_WAIT_SECONDS = 120.0  # that a server may ask for
+KEY_REFUSED = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 PORTS = {"http": 80, "https": 443}
 
 Reply = dict[str, Any]
@@ -42,15 +38,10 @@ class EndpointEngine(Engine):
     spare = -1  # a server writes a token after what it scores, for which there has to be room
 
     def __init__(self, endpoint: Endpoint, *, key: str, concurrency: int, stop: threading.Event) -> None:
-        self.endpoint, self._key, self._stop = endpoint, key, stop
+        self.endpoint, self._stop = endpoint, stop
         self._closed = threading.Event()
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="endpoint")
-        self._client = httpx.Client(
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS, pool=None),
-            limits=httpx.Limits(max_connections=concurrency),
-            trust_env=False,  # a proxy would be another host
-        )
+        self._server = Server(endpoint.url, key=key, connections=concurrency, stop=gives_up, halted=self._closed)
 
     def check(self, ids: list[int], *, scored: Sequence[str]) -> str | None:
         """Return the name that the server gives its model. ValueError where it cannot do what the tasks need.
@@ -72,7 +63,7 @@ class EndpointEngine(Engine):
         """Ask nothing more."""
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
-        self._client.close()
+        self._server.close()
 
     def _answer_call(self, call: Call) -> list[Any]:
         if call.writing is None:
@@ -113,50 +104,25 @@ class EndpointEngine(Engine):
             )
 
     def _ask(self, method: str, path: str, **options: Any) -> Reply:
-        """Return the JSON object that a request is answered with, asked again with growing waits where that may help."""
-        again = Retrying(
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_exponential_jitter(initial=0.5, max=10),
-            retry=retry_if_exception_type(EndpointFailed),
-            sleep=sleep_using_event(self._closed),
-            reraise=True,
-        )
-        reply: Reply = again(self._ask_once, method, path, **options)
-        return reply
-
-    def _ask_once(self, method: str, path: str, **options: Any) -> Reply:
-        """Raise EndpointFailed for what may pass, LookupError for a path that is not there, ValueError for what stays refused."""
-        if self._closed.is_set():
-            raise Interrupted("benchmark")
+        """Return the JSON object that a request is answered with. LookupError for a page that is not there."""
         asked = f"endpoint {self.endpoint.url}: {method} {path}"
         try:
-            response = self._client.request(method, self.endpoint.url.rstrip("/") + path, **options)
-            said = f"HTTP {response.status_code}: {self._show(response.text)}"
-        except httpx.TransportError as error:
-            response, said = None, f"{type(error).__name__}: {error}"
-        if response is None or response.status_code in PASSING:
+            reply: Reply = self._server.ask(method, path, **options)
+        except Unanswered as error:
             raise EndpointFailed(
-                f"{asked} was asked {ATTEMPTS} times without an answer, last {said}; see that the server runs, and run the same command "
-                "again to go on from the answers so far"
-            )
-        if response.status_code in REFUSED:
-            raise ValueError(f"{asked} was refused, {said}; set VARFLOW_ENDPOINT_KEY to a key that it takes")
-        if response.status_code == HTTPStatus.NOT_FOUND and method == "GET":
-            raise LookupError(asked)
-        if not response.is_success:
-            raise ValueError(f"{asked} was refused, {said}; expected an answer; correct the endpoint or the benchmark")
-        try:
-            reply: Reply = response.json()
-        except ValueError as error:
-            raise ValueError(
-                f"{asked} got {said}, expected JSON; correct endpoint.url, which mostly ends with /v1"
-            ) from error
+                f"{asked} was asked {error.attempts} times without an answer, last {error}; see that the server runs and that endpoint.url, "
+                "which mostly ends with /v1, is right, and run the same command again to go on from the answers so far"
+            ) from None
+        except Refused as error:
+            key = "set VARFLOW_ENDPOINT_KEY to a key that it takes"
+            advice = key if error.status in KEY_REFUSED else "correct the endpoint or the benchmark"
+            raise ValueError(f"{asked} was refused, {error}; {advice}") from None
         return reply
 
-    def _show(self, text: str) -> str:
-        """Return the beginning of what a server said; it may have repeated the key."""
-        shown = text.replace(self._key, "[key]") if self._key else text
-        return " ".join(shown.split())[:SHOWN_CHARS]
+
+def gives_up(state: RetryCallState) -> bool:
+    """Tell whether a server was asked often enough, or asks to wait for too long."""
+    return state.attempt_number >= ATTEMPTS or state.upcoming_sleep > MOST_WAIT_SECONDS
 
 
 def locate(endpoint: Endpoint) -> tuple[str, int]:

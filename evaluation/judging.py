@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,8 +45,8 @@ def run(job: Job) -> None:
     """Judge the pairs of `config.benchmark` and write `scores.json`, `samples.jsonl`, `profile.json`, `calls.jsonl`, `summary.json`.
 
     Inputs: `benchmark`, the files of arena_hard, evalbiasbench or llmbar; `answers` of arena_hard's model; `challenger_answers` and
-    `champion_answers` of heldout; `judge`, the folder of a local one. A run that was stopped, killed or cut off by an endpoint goes
-    on from the answers in `calls.jsonl`.
+    `champion_answers` of heldout; `judge`, the folder of a local one. Key and address of an endpoint are two lines of the standard
+    input. A run that was stopped, killed or cut off by an endpoint goes on from the answers in `calls.jsonl`.
     """
     config = JudgeConfig.model_validate(job.config)
     runtime = JudgeRuntime.model_validate(job.runtime)
@@ -76,7 +77,14 @@ def run(job: Job) -> None:
 def open_backend(job: Job, config: JudgeConfig, runtime: JudgeRuntime) -> Iterator[Backend]:
     """Give the judge of a config."""
     if isinstance(config.judge, EndpointJudge):
-        endpoint = JudgeEndpoint(config.judge, config=config, runtime=runtime, check_stop=job.check_stop)
+        key, url = (sys.stdin.readline().strip() for _ in range(2))
+        if not url:
+            raise ValueError(
+                "judge: got no address; expected the endpoint's key, or an empty line, and its address on the standard input"
+            )
+        endpoint = JudgeEndpoint(
+            config.judge, url=url, key=key, config=config, runtime=runtime, check_stop=job.check_stop
+        )
         with contextlib.closing(endpoint):
             yield endpoint
     else:

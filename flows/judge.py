@@ -23,7 +23,7 @@ FOLDERS = {"arena_hard": "arena-hard-v0.1", "evalbiasbench": "evalbiasbench", "l
 def take_judge(judge: AnyJudge, model: str, *, store: Store, settings: Settings) -> dict[str, Given]:
     """Return the input that a local judge is; an endpoint is none, but has to have an address, which is said before any work."""
     if isinstance(judge, EndpointJudge):
-        settings.judge_environment()
+        settings.require_judge_url()
         return {}
     return {"judge": resolve_source(model, store=store, settings=settings)}
 

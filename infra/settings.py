@@ -225,17 +225,14 @@ class Settings(BaseSettings):
         plain = {name: v.get_secret_value() if isinstance(v, SecretStr) else v for name, v in values.items()}
         return {f"VARFLOW_{name.upper()}": str(value) for name, value in plain.items() if value is not None}
 
-    def judge_environment(self) -> dict[str, str]:
-        """Give the variables by which the child of an endpoint's judge, and no other, learns address and key."""
+    def require_judge_url(self) -> str:
+        """Give the address of a judge's endpoint, or raise ValueError."""
         if self.judge_url is None:
             raise ValueError(
                 "VARFLOW_JUDGE_URL: not set; expected the address of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1, "
                 "and its key, if it wants one, in VARFLOW_JUDGE_API_KEY"
             )
-        key = self.judge_api_key
-        return {"VARFLOW_JUDGE_URL": self.judge_url} | (
-            {"VARFLOW_JUDGE_API_KEY": key.get_secret_value()} if key else {}
-        )
+        return self.judge_url
 
     def service_environment(self) -> dict[str, str]:
         """Give the environment of the local stack: an allow-list, so that no stray variable bends a server of ours.

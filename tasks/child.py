@@ -44,7 +44,7 @@ class ChildJob:
     inputs: Mapping[str, Path]
     folder: Path  # holds job.json, log.txt, output/, work/; one child at a time
     environment: Mapping[str, str]
-    key: str = field(default="", repr=False)  # the first line of its standard input: in no file, list or environment
+    stdin: str = field(default="", repr=False)  # an endpoint's key comes so: it is in no file, list or environment
 
     @property
     def output(self) -> Path:
@@ -81,7 +81,7 @@ def run_child(
         with (job.folder / "log.txt").open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", job.package, str(job_file), str(reader)],
-                stdin=subprocess.PIPE if job.key else subprocess.DEVNULL,
+                stdin=subprocess.PIPE if job.stdin else subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -91,7 +91,7 @@ def run_child(
             )
         os.close(reader)
         try:
-            hand_over(child, job.key)
+            hand_over(child, job.stdin)
             while child.poll() is None:
                 on_metrics(next(lines))
                 with suppress(subprocess.TimeoutExpired):
@@ -104,11 +104,11 @@ def run_child(
     _raise_for_exit(job, child.returncode)
 
 
-def hand_over(child: "subprocess.Popen[bytes]", key: str) -> None:
-    """Write a key to a child that was given a pipe for it; one that is gone already says why itself."""
+def hand_over(child: "subprocess.Popen[bytes]", text: str) -> None:
+    """Write to a child that was given a pipe for it; one that is gone already says why itself."""
     if child.stdin is not None:
         with suppress(BrokenPipeError), child.stdin:
-            child.stdin.write(f"{key}\n".encode())
+            child.stdin.write(text.encode())
 
 
 def end_group(child: "subprocess.Popen[bytes]") -> None:

@@ -17,8 +17,10 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
+from pydantic import SecretStr
 
 from evaluation.config import BenchmarkConfig
+from evaluation.judge_config import EndpointJudge, JudgeConfig
 from infra import provenance, records
 from infra.records import Record
 from infra.settings import Settings, child_environment
@@ -30,7 +32,7 @@ from tasks.child import ChildJob, run_child
 from tasks.cost import price_step, total_costs
 from tasks.mirror import MetricsMirror, Notes, give_way, listener
 from tasks.samples import SamplesMirror
-from tasks.step import NOTHING, ArtifactRef, Metrics, Planned, Source, found
+from tasks.step import ArtifactRef, Metrics, Planned, Source, found
 from training.config import Config
 from training.job import CPU, HARDWARE_FILE
 
@@ -333,10 +335,10 @@ class StepAttempt:
         """What the inputs are, by name."""
         return {name: given.fingerprint for name, given in self.planned.inputs.items()}
 
-    def run_child(self, package: str, job: str, *, environment: Mapping[str, str] = NOTHING) -> dict[str, Any]:
+    def run_child(self, package: str, job: str) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
 
-        `environment` is what the child gets beside the variables that every child gets. What an earlier attempt finished but could not commit is taken as it is.
+        What an earlier attempt finished but could not commit is taken as it is.
         """
         if not (self.output / "summary.json").exists():
             tracking, store = self.execution.tracking, self.execution.store
@@ -357,10 +359,8 @@ class StepAttempt:
                         runtime=self.planned.runtime.model_dump(mode="json"),
                         inputs=self.inputs,
                         folder=self.folder,
-                        environment=child_environment(
-                            thread_environment(self.planned.runtime.threads) | dict(environment)
-                        ),
-                        key=find_key(self.planned.config, settings=self.execution.settings),
+                        environment=child_environment(thread_environment(self.planned.runtime.threads)),
+                        stdin=tell_endpoint(self.planned.config, settings=self.execution.settings),
                     ),
                     keep_fds=(self.lock,),
                     on_metrics=heed,
@@ -373,10 +373,18 @@ class StepAttempt:
         return read_summary(self.output)
 
 
-def find_key(config: Config, *, settings: Settings) -> str:
-    """Return the key of the endpoint that a step asks; empty for a step that asks none."""
-    asks = isinstance(config, BenchmarkConfig) and config.endpoint is not None
-    return settings.endpoint_key.get_secret_value() if asks and settings.endpoint_key else ""
+def tell_endpoint(config: Config, *, settings: Settings) -> str:
+    """Return the key of the endpoint that a step asks and, of a judge, its address, a line each; empty for a step that asks none."""
+    if isinstance(config, JudgeConfig) and isinstance(config.judge, EndpointJudge):
+        return f"{reveal(settings.judge_api_key)}\n{settings.require_judge_url()}\n"
+    if isinstance(config, BenchmarkConfig) and config.endpoint is not None:
+        return f"{reveal(settings.endpoint_key)}\n"
+    return ""
+
+
+def reveal(key: SecretStr | None) -> str:
+    """Return a key as it is sent; empty for none."""
+    return key.get_secret_value() if key else ""
 
 
 def place_metric(name: str, label: str) -> str:

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any, cast
 
-from evaluation.judge_config import EndpointJudge, JudgeConfig
+from evaluation.judge_config import JudgeConfig
 from infra import records
 from infra.records import Record
 from tasks.execute import StepAttempt
@@ -37,12 +37,8 @@ def questions(config: QuestionsConfig, attempt: Attempt) -> Metrics:
 @step(version=1)
 def judge(config: JudgeConfig, attempt: Attempt) -> Metrics:
     """Have a judge say which of two answers is better. Inputs: `benchmark`, its files, and what evaluation.judging lists."""
-    here = cast(StepAttempt, attempt)  # the only one that talks to the outside: it needs settings and the store
-    take_over(config, here)
-    is_endpoint = isinstance(config.judge, EndpointJudge)
-    environment = here.execution.settings.judge_environment() if is_endpoint else {}
-    summary = attempt.run_child("evaluation", "judge", environment=environment)
-    return describe(summary, config=config)
+    take_over(config, cast(StepAttempt, attempt))  # the only one that needs the store
+    return describe(attempt.run_child("evaluation", "judge"), config=config)
 
 
 def describe(summary: dict[str, Any], *, config: JudgeConfig) -> Metrics:

@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Protocol
 
 from infra.fingerprint import fingerprint
@@ -32,9 +31,6 @@ class Source:
         return self.digest
 
 
-NOTHING: Mapping[str, str] = MappingProxyType({})
-
-
 class Attempt(Protocol):
     """What a step's function works with: local folders, and the supervised child."""
 
@@ -45,11 +41,8 @@ class Attempt(Protocol):
     def fingerprints(self) -> Mapping[str, str]:
         """What the inputs are: fingerprint of a step's artifact, or digest of a source, by name."""
 
-    def run_child(self, package: str, job: str, *, environment: Mapping[str, str] = NOTHING) -> dict[str, Any]:
-        """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
-
-        `environment` is what the child gets beside the variables that every child gets.
-        """
+    def run_child(self, package: str, job: str) -> dict[str, Any]:
+        """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary."""
 
 
 Metrics = dict[str, float]

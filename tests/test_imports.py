@@ -59,9 +59,5 @@ def test_only_settings_reads_the_environment(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv", "environb"}:
             assert name == "infra/settings.py", f"{name}:{node.lineno}: only infra/settings.py reads the environment"
-        if (
-            isinstance(node, ast.Name) and node.id == "BaseSettings"
-        ):  # the child of a judge reads what its parent set for it
-            assert name in {"infra/settings.py", "evaluation/judge_endpoint.py"}, (
-                f"{name}:{node.lineno}: reads the environment"
-            )
+        if isinstance(node, ast.Name) and node.id == "BaseSettings":
+            assert name == "infra/settings.py", f"{name}:{node.lineno}: reads the environment"

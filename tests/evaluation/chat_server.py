@@ -1,5 +1,6 @@
 """An outside service: a server that speaks the OpenAI chat protocol on a real port, and judges by a rule that a test states."""
 
+import itertools
 import json
 import re
 import threading
@@ -50,6 +51,16 @@ def prefer_longer(messages: Messages) -> str:
 def prefer_first(messages: Messages) -> str:
     """Say that the first answer is much better, whatever it is."""
     return "[[A>>B]]"
+
+
+class StandardInput:
+    """What a parent tells each of its children: key and address of a judge, a line each."""
+
+    def __init__(self, *, key: str, url: str) -> None:
+        self.lines = itertools.cycle([f"{key}\n", f"{url}\n"])
+
+    def readline(self) -> str:
+        return next(self.lines)
 
 
 class ChatServer:

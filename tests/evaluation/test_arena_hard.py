@@ -12,7 +12,7 @@ from evaluation.arena_hard import read_prompt, read_questions, read_stored_answe
 from evaluation.judge_config import JudgeConfig, JudgeRuntime
 from evaluation.judging import run
 from tests.evaluation.arena_files import write_arena
-from tests.evaluation.chat_server import ChatServer, answers_of, prefer_longer
+from tests.evaluation.chat_server import ChatServer, StandardInput, answers_of, prefer_longer
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA
 from training.job import Job
@@ -30,7 +30,7 @@ def arena(tmp_path: Path) -> Path:
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
     """Serve a judge that prefers the longer answer."""
     with ChatServer(prefer_longer) as server:
-        monkeypatch.setenv("VARFLOW_JUDGE_URL", server.url)
+        monkeypatch.setattr("sys.stdin", StandardInput(key="", url=server.url))
         yield server
 
 

@@ -194,7 +194,7 @@ def test_a_key_is_asked_for_and_never_repeated(
     card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer
 ) -> None:
     server.key = "another"
-    with pytest.raises(ValueError, match=r"HTTP 401.*\[key\].*; set VARFLOW_ENDPOINT_KEY") as told:
+    with pytest.raises(ValueError, match=r"status 401.*\[key\].*; set VARFLOW_ENDPOINT_KEY") as told:
         run(card, mirror, behind(GSM8K, server), folder=tmp_path, key=KEY)
     assert KEY not in str(told.value)
 
@@ -220,7 +220,7 @@ def test_the_key_reaches_the_child_and_no_file(
         inputs={"model": card, "mirror": mirror},
         folder=tmp_path / "attempt",
         environment=child_environment({"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}),
-        key=KEY,
+        stdin=f"{KEY}\n",
     )
     job.folder.mkdir()
     seen: list[bytes] = []
@@ -237,7 +237,7 @@ def test_the_key_reaches_the_child_and_no_file(
     assert seen and not any(KEY.encode() in text for text in [*seen, *texts])
     assert KEY not in repr(job)
     server.key = "another"
-    server_said = "HTTP 401"
+    server_said = "status 401"
     (job.output / "scores.json").unlink()
     (job.work / "responses.jsonl").unlink()
     with pytest.raises(UserError, match=server_said):

@@ -1,5 +1,6 @@
 """Judging against a real chat server: both orders, each call once, patience, budget, refusals, and what survives an end."""
 
+import io
 import json
 import os
 import re
@@ -9,24 +10,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from evaluation.judge_config import JudgeConfig, JudgeRuntime
-from evaluation.judge_endpoint import read_wait
 from evaluation.judge_prompt import PAIRWISE
 from evaluation.judging import run
 from evaluation.result import read_result
+from tasks.child import hand_over
 from tests.evaluation.chat_server import (
     ChatServer,
     Hang,
     Messages,
     Refuse,
     Rule,
+    StandardInput,
     answers_of,
     prefer_first,
     prefer_longer,
@@ -47,8 +47,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Rule], ChatServ
 
     def start(rule: Rule) -> ChatServer:
         servers.append(ChatServer(rule).__enter__())
-        monkeypatch.setenv("VARFLOW_JUDGE_URL", servers[-1].url)
-        monkeypatch.setenv("VARFLOW_JUDGE_API_KEY", KEY)
+        monkeypatch.setattr("sys.stdin", StandardInput(key=KEY, url=servers[-1].url))
         return servers[-1]
 
     yield start
@@ -152,7 +151,7 @@ def test_the_key_goes_to_the_endpoint_and_nowhere_else(
 def test_a_wrong_key_is_said_at_once_and_not_repeated(serve: Callable[[Rule], ChatServer], make_job: JobMaker) -> None:
     server = serve(lambda _: Refuse(401, f"Incorrect API key provided: {KEY}" + "." * 237 + KEY))  # cut within the key
     with pytest.raises(
-        Exception, match=r"refuses: status 401: Incorrect API key provided: \*\*\*\..*; check VARFLOW_J"
+        Exception, match=r"refuses: status 401: Incorrect API key provided: \[key\]\..*; check VARFLOW_J"
     ) as refusal:
         run(make_job(runtime={"concurrency": 1}))
     assert KEY[:6] not in str(refusal.value) and len(server.asked) == 1
@@ -209,7 +208,7 @@ def test_a_server_that_asks_for_more_than_our_patience_is_told_of_at_once(
     server = serve(lambda _: Refuse(429, "quota", headers={"Retry-After": "3600"}))
     with pytest.raises(
         Exception,
-        match=r"did not answer within 1 s \(runtime.patience_seconds\), and asks to wait 3600 s: status 429: quota",
+        match=r"did not answer within 1 s \(runtime.patience_seconds\): status 429, which asks to wait 3600 s: quota",
     ):
         run(make_job(runtime={"concurrency": 1}))
     assert len(server.asked) == 1
@@ -362,11 +361,10 @@ def test_kill_minus_nine_repeats_no_answered_call(serve: Callable[[Rule], ChatSe
 
     server, job = serve(slow), make_job(items=30, runtime={"concurrency": 1})
     assert job.file
-    environment = {
-        "PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT), "PATH": os.defpath, "VARFLOW_JUDGE_URL": server.url,
-        "VARFLOW_JUDGE_API_KEY": KEY,
-    }  # fmt: skip
-    child = subprocess.Popen([sys.executable, "-m", "evaluation", str(job.file)], env=environment, cwd=job.file.parent)
+    environment = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT), "PATH": os.defpath}
+    command = [sys.executable, "-m", "evaluation", str(job.file)]
+    child = subprocess.Popen(command, env=environment, cwd=job.file.parent, stdin=subprocess.PIPE)
+    hand_over(child, f"{KEY}\n{server.url}\n")
     deadline = time.monotonic() + 120
     while count_kept(job) < 10:
         assert time.monotonic() < deadline and child.poll() is None
@@ -381,29 +379,12 @@ def test_kill_minus_nine_repeats_no_answered_call(serve: Callable[[Rule], ChatSe
     assert len(set(seen)) == 60 and len(seen) <= 61, "only the call that was under way may be made twice"
 
 
-def test_no_address_is_said_before_anything_is_read(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VARFLOW_JUDGE_URL", raising=False)
-    with pytest.raises(ValueError, match="url"):
+def test_no_address_is_said(make_job: JobMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(
+        ValueError, match="got no address; expected the endpoint's key, or an empty line, and its address"
+    ):
         run(make_job())
-
-
-@pytest.mark.parametrize(
-    ("header", "least", "most"),
-    [
-        ("2.5", 2.5, 2.5),
-        ("-1", 0, 0),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
-        (format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True), 3000, 3600),
-    ],
-)
-def test_both_forms_of_retry_after(header: str, least: float, most: float) -> None:
-    waited = read_wait(header)
-    assert waited is not None and least <= waited <= most
-
-
-@pytest.mark.parametrize("header", [None, "soon", "Wed, 21 Oct 2015 07:28:00"])
-def test_a_retry_after_that_says_nothing_is_none(header: str | None) -> None:
-    assert read_wait(header) is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from flows.config import JudgeFlowConfig
 from flows.judge import plan_judge
 from flows.overrides import override
 from infra.settings import Settings, read_settings
+from tasks.execute import tell_endpoint
 from tests.evaluation.arena_files import write_arena
 from tests.flows.test_plan import NOWHERE
 
@@ -61,6 +62,8 @@ def test_where_the_endpoint_is_and_its_key_are_in_no_plan(config: JudgeFlowConfi
     steps = plan_judge(config, store=NOWHERE, settings=settings)
     told = [step.identity for step in steps], [step.runtime for step in steps], config.model_dump_json()
     assert KEY not in repr(told) and "127.0.0.1" not in repr(told)
+    handed_over = [tell_endpoint(step.config, settings=settings) for step in steps]
+    assert handed_over == ["", "", f"{KEY}\nhttp://127.0.0.1:9/v1\n"], "to the judge alone, on its standard input"
     with pytest.raises(ValueError, match="VARFLOW_JUDGE_URL: not set"):
         plan_judge(config, store=NOWHERE, settings=settings.model_copy(update={"judge_url": None}))
 

@@ -183,16 +183,16 @@ def test_a_compute_child_gets_no_credentials(bare: Path, monkeypatch: pytest.Mon
     assert environment["PATH"] == os.environ["PATH"]
 
 
-def test_the_key_of_a_judge_is_given_where_it_is_asked_for_and_shown_nowhere(
+def test_the_key_of_a_judge_is_shown_nowhere_and_its_address_asked_for(
     bare: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ValueError, match=r"VARFLOW_JUDGE_URL: not set; expected the address"):
-        read_settings().judge_environment()
+        read_settings().require_judge_url()
     monkeypatch.setenv("VARFLOW_JUDGE_URL", "http://judge.example:8000/v1/")
     monkeypatch.setenv("VARFLOW_JUDGE_API_KEY", SECRET)
     settings = read_settings()
     given = {"VARFLOW_JUDGE_URL": "http://judge.example:8000/v1", "VARFLOW_JUDGE_API_KEY": SECRET}
-    assert settings.judge_environment() == given
+    assert settings.require_judge_url() == given["VARFLOW_JUDGE_URL"]
     assert SECRET not in repr(settings) + settings.model_dump_json()
     assert SECRET not in child_environment({}).values()
     assert settings.service_environment().items() >= given.items(), "the worker hands it on"
