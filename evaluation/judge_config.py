@@ -44,7 +44,7 @@ class JudgeConfig(Config):
         title="Benchmark",
         description="arena_hard: a model against a baseline's answers. evalbiasbench, llmbar: the judge itself. heldout: two models' held-out answers.",
     )
-    judge: AnyJudge = Field(title="Judge")
+    judge: AnyJudge = Field(title="Judge", description="An endpoint, or a local chat model.")
     prompt_version: Literal[1] = Field(
         1, title="Prompt", description="Of varflow's own prompt; arena_hard brings its own with its files."
     )

@@ -60,7 +60,7 @@ class HeldoutJudge(Config):
 
     model_config = ConfigDict(title="a judge")
 
-    judge: AnyJudge = Field(title="Judge")
+    judge: AnyJudge = Field(title="Judge", description="An endpoint, or a local chat model.")
     model: str = Field(
         "", title="Local judge", description="The model that judges, where it is no endpoint. " + REFERENCE_FORMS
     )

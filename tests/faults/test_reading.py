@@ -49,7 +49,7 @@ def test_a_verdict_is_explained_and_held_against_what_is_on_record(
         )
         assert told["seal_holds"] is True and told["inputs_checked"] == len(told["inputs"])
     files = {name.partition("/")[0] for name in told["inputs"]}
-    assert files == {"challenger", "champion"} | {
+    assert files == {"challenger", "champion", "rows"} | {
         f"{who}_{what}" for who in ("challenger", "champion") for what in ("rewards", "answers", "eval_mmlu_part")
     }
     assert [guard["benchmark"] for guard in told["guards"]] == ["mmlu_part"]
