@@ -62,9 +62,10 @@ def measure_dpo(spec: dict[str, Any]) -> dict[str, Any]:
         **GROUPED,
     }
     arguments = DPOConfig(**shared(spec), **(tuned if spec["tuned"] else {}))
+    reference = None if spec["tuned"] else open_model(spec)[1]  # TRL would look for the folder of random weights
     watch = Stopwatch()
     trainer = TimedDPO(
-        model=model, args=arguments, train_dataset=make_dataset(spec, tokenizer), processing_class=tokenizer,
+        model=model, ref_model=reference, args=arguments, train_dataset=make_dataset(spec, tokenizer), processing_class=tokenizer,
         callbacks=[watch],
     )  # fmt: skip
     trainer.train()
@@ -173,14 +174,6 @@ def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
     return {"rewards": meter.rewards(trainer.model).tolist(), "seconds": watch.seconds, "pairs": pairs}
 
 
-def as_pair(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row in TRL's conversational form, with its `length` in characters: DPO's rows have no `input_ids` to count."""
-    preferred = row["preferred"]
-    chosen, rejected = ([{"role": "assistant", "content": row["responses"][k]}] for k in (preferred, 1 - preferred))
-    length = sum(len(message["content"]) for message in row["prompt"]) + max(map(len, row["responses"]))
-    return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "length": length}
-
-
 # --- for all ---
 
 
@@ -222,3 +215,11 @@ def make_dataset(spec: dict[str, Any], tokenizer: Any) -> Dataset:
             yield as_pair(row)
 
     return Dataset.from_list(list(itertools.islice(usable(), spec["batch_pairs"] * (spec["steps"] + 1))))
+
+
+def as_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row in TRL's conversational form, with its `length` in characters: DPO's rows have no `input_ids` to count."""
+    preferred = row["preferred"]
+    chosen, rejected = ([{"role": "assistant", "content": row["responses"][k]}] for k in (preferred, 1 - preferred))
+    length = sum(len(message["content"]) for message in row["prompt"]) + max(map(len, row["responses"]))
+    return {"prompt": row["prompt"], "chosen": chosen, "rejected": rejected, "length": length}

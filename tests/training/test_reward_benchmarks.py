@@ -85,8 +85,11 @@ def test_gains_over_the_base_at_equal_time(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-def test_trl_groups_pairs_by_length_where_it_is_tuned(bench: Bench) -> None:
-    found = bench.measure("dpo", microbatch=4, tuned=True)
+@pytest.mark.parametrize("tuned", [True, False])
+def test_trl_is_timed_on_random_weights_with_its_reference_before_or_beside(
+    bench: Bench, tiny_policy: Path, tuned: bool
+) -> None:
+    found = bench.measure("dpo", microbatch=4, tuned=tuned, architecture=str(tiny_policy / "config.json"))
     assert found["pairs"] == 8
     assert found["seconds"] > 0
-    assert found["scoring_seconds"] > 0
+    assert (found["scoring_seconds"] > 0) == tuned
