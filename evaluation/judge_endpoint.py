@@ -41,13 +41,8 @@ class JudgeEndpoint:
         }
         self._runtime, self._check_stop, self._halted = runtime, check_stop, threading.Event()
         self._where = f"judge {self.name}: the endpoint {urlsplit(url).hostname}"
-        self._server = Server(
-            url,
-            key=key,
-            connections=runtime.concurrency,
-            stop=tenacity.stop_before_delay(runtime.patience_seconds),
-            halted=self._halted,
-        )
+        stop = tenacity.stop_before_delay(runtime.patience_seconds)
+        self._server = Server(url, key=key, connections=runtime.concurrency, stop=stop, halted=self._halted)
 
     def answer(self, conversations: Iterator[tuple[int, Conversation]]) -> Generator[tuple[int, Reply]]:
         """Yield replies as they come; see `evaluation.judge.Backend`."""

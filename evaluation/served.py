@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -18,7 +19,7 @@ SHOWN_CHARS = 300  # of what a server says of a failure
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}  # statuses after which the same request may be answered
 UNREADABLE = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 
-growing = tenacity.wait_exponential_jitter(initial=0.5, max=LONGEST_PAUSE_SECONDS)
+Stop = Callable[[tenacity.RetryCallState], bool]
 
 
 class Unanswered(Exception):  # noqa: N818 - an event: the same request may be answered later
@@ -45,15 +46,7 @@ class Server:
     `stop` ends the patience with a request, `halted` all requests that are not under way.
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        key: str,
-        connections: int,
-        stop: Callable[[tenacity.RetryCallState], bool],
-        halted: threading.Event,
-    ) -> None:
+    def __init__(self, url: str, *, key: str, connections: int, stop: Stop, halted: threading.Event) -> None:
         self._key, self._stop, self._halted = key, stop, halted
         self._client = httpx.Client(
             base_url=url,
@@ -116,18 +109,14 @@ def choose_pause(state: tenacity.RetryCallState) -> float:
     """Return the seconds before the next try: what the server asks for, else random and growing."""
     error = state.outcome.exception() if state.outcome else None
     asked = error.wait_seconds if isinstance(error, Unanswered) else None
+    growing = tenacity.wait_exponential_jitter(initial=0.5, max=LONGEST_PAUSE_SECONDS)
     return growing(state) if asked is None else asked
 
 
 def read_wait(header: str | None) -> float | None:
     """Return the seconds that a Retry-After header asks for, in either of its forms; None for none that can be read."""
-    if header is None:
-        return None
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, (parsedate_to_datetime(header) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):  # a date without its zone cannot be compared
-        return None
+    with suppress(ValueError):
+        return max(0.0, float(header or ""))
+    with suppress(ValueError, TypeError):  # a date without its zone cannot be compared
+        return max(0.0, (parsedate_to_datetime(header or "") - datetime.now(UTC)).total_seconds())
+    return None

@@ -17,7 +17,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
-from pydantic import SecretStr
 
 from evaluation.config import BenchmarkConfig
 from evaluation.judge_config import EndpointJudge, JudgeConfig
@@ -374,17 +373,14 @@ class StepAttempt:
 
 
 def tell_endpoint(config: Config, *, settings: Settings) -> str:
-    """Return the key of the endpoint that a step asks and, of a judge, its address, a line each; empty for a step that asks none."""
+    """Return key and address of the endpoint that a step asks, a line each; empty for a step that asks none."""
     if isinstance(config, JudgeConfig) and isinstance(config.judge, EndpointJudge):
-        return f"{reveal(settings.judge_api_key)}\n{settings.require_judge_url()}\n"
-    if isinstance(config, BenchmarkConfig) and config.endpoint is not None:
-        return f"{reveal(settings.endpoint_key)}\n"
-    return ""
-
-
-def reveal(key: SecretStr | None) -> str:
-    """Return a key as it is sent; empty for none."""
-    return key.get_secret_value() if key else ""
+        key, url = settings.judge_api_key, settings.require_judge_url()
+    elif isinstance(config, BenchmarkConfig) and config.endpoint is not None:
+        key, url = settings.endpoint_key, config.endpoint.url
+    else:
+        return ""
+    return f"{key.get_secret_value() if key else ''}\n{url}\n"
 
 
 def place_metric(name: str, label: str) -> str:

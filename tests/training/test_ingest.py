@@ -83,7 +83,9 @@ def test_a_row_stands_in_the_schema_as_the_source_meant_it(tmp_path: Path) -> No
     assert summary["mean_prompt_chars"] == pytest.approx((10 * 11 + 10 * 12) / 20)
     manifest = json.loads((job.output / "manifest.json").read_text())
     assert manifest["regime"] == "support" and manifest["files"] == ["rows.jsonl"]
-    assert list(job.work.iterdir()) == []
+    assert [path.name for path in job.work.iterdir()] == ["hardware.json"], (
+        "of what the child ran on; nothing of the rows"
+    )
 
 
 @pytest.mark.parametrize(
