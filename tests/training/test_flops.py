@@ -131,9 +131,9 @@ def test_the_table_is_consistent() -> None:
 
 
 def test_a_cpus_rate_is_what_a_product_of_another_shape_gives_too() -> None:
-    """A wide bound, since the machine may be busy: a factor of the size would be out of it."""
+    """A wide bound, since the machine may be busy: a factor of the multiply or of the size would be out of it."""
     rate = measure_gemm()
-    assert 0.1 < device_peak(CPU, Precision.float32) / rate < 10
+    assert device_peak(CPU, Precision.float32) == pytest.approx(rate, rel=0.8)
     a, b = torch.ones(600, 1500), torch.ones(1500, 900)
     with FlopCounterMode(display=False) as counter:
         a @ b
@@ -142,7 +142,7 @@ def test_a_cpus_rate_is_what_a_product_of_another_shape_gives_too() -> None:
         started = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - started)
-    assert 0.1 < counter.get_total_flops() / min(seconds) / rate < 10
+    assert 0.1 * rate < counter.get_total_flops() / min(seconds) < 3 * rate
 
 
 def test_each_training_step_says_its_rate_and_share(
