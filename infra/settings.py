@@ -35,7 +35,13 @@ CHILD_VARIABLES = (
 
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
-MAY_HOLD_SECRETS = {"s3_access_key", "s3_secret_key", "judge_api_key", "judge_url"}  # as they were given
+MAY_HOLD_SECRETS = {
+    "s3_access_key",
+    "s3_secret_key",
+    "endpoint_key",
+    "judge_api_key",
+    "judge_url",
+}  # as they were given
 
 Service = Literal["s3", "prefect", "mlflow", "worker"]
 
