@@ -19,6 +19,7 @@ from tasks.checkpoints import StoredCheckpoints, discard_checkpoints, list_manif
 from tasks.child import ChildJob, StepFailed, run_child
 from tasks.step import Planned, Source
 from tasks.train import train
+from tests.faults.command import wait_until
 from training.config import Device, Runtime, SftConfig
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA, digest_row
@@ -66,27 +67,44 @@ def run(planned: Planned, folder: Path, *hear: Callable[[], None]) -> None:
     run_child(job, on_metrics=lambda _: [call() for call in hear] and None)
 
 
+def find_children(package: str) -> list[psutil.Process]:
+    """Return this process's living children that run a package."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.ZombieProcess, psutil.NoSuchProcess):  # ended a moment ago
+            if package in child.cmdline():
+                found.append(child)
+    return found
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_machine_that_is_gone_costs_the_steps_after_the_last_upload(
-    plan: Planned, store: Store, tmp_path: Path
+    plan: Planned, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL of the child once two checkpoints are up, then its folder is deleted; another folder ends with the same bits."""
     run(plan, tmp_path / "whole")
-    root = name_root(plan)
+    root, gone = name_root(plan), tmp_path / "gone"
+    monkeypatch.setattr("tasks.child.LISTEN_SECONDS", 0.01)  # all the steps take about a second
 
-    def kill() -> None:
-        if len(list_manifests(store, root)) >= 2:
-            for child in psutil.Process().children():
-                with suppress(psutil.ZombieProcess):  # killed a moment ago
-                    if "training" in child.cmdline():
-                        child.kill()
+    def upload_then_kill() -> None:
+        """Hold the child, which makes a step faster than an upload, until its newest checkpoint is up."""
+        newest, _ = checkpoints.find_newest(gone)
+        for child in find_children("training") if newest > 0 else []:
+            child.suspend()
+            stored()
+            wait_until(
+                "the newest to be up",
+                lambda: any(checkpoints.step_of(name) >= newest for name in list_manifests(store, root)),
+            )
+            if len(list_manifests(store, root)) >= 2:
+                child.kill()
+            child.resume()
 
-    gone = tmp_path / "gone"
     with pytest.raises(StepFailed, match="SIGKILL"), StoredCheckpoints(store, plan, gone) as stored:
-        run(plan, gone, stored, kill)
+        run(plan, gone, upload_then_kill)
     shutil.rmtree(gone)
     left = list_manifests(store, root)
     assert 2 <= len(left) <= 3
