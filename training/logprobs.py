@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from training.config import Layout
 from training.data.batch import MicroBatch, collate, lay_out
 from training.render import Rendered
-from training.tree import enable_trees
+from training.tree import compile_on, enable_trees
 
 # B sequences, T tokens, P positions that predict a trained token, C positions of a chunk, H hidden, V vocabulary
 
@@ -23,7 +23,8 @@ MAX_LAYOUT_GAP = {
     torch.float32: 1e-4,
     torch.bfloat16: 3e-2,
 }  # nats per token; a wrong mask is far off
-CHUNK_ELEMENTS = 2**24  # logits held at once: 64 MiB in float32
+# Logits held at once: 64 MiB in float32, a matrix product that keeps two cores busy; an accelerator wants larger ones.
+CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
 class Policy(nn.Module):
@@ -157,13 +158,12 @@ class ChunkedLogp(torch.autograd.Function):
         ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_PH.dtype
         with torch.autocast(kind, enabled=False):
             matrix_VH = weight_VH.to(ctx.dtype)
-            wide = torch.promote_types(ctx.dtype, torch.float32)
-            logz_P = hidden_PH.new_empty(len(target_P), dtype=wide)
+            logz_P = hidden_PH.new_empty(len(target_P), dtype=widen(ctx.dtype))
             logp_P = torch.empty_like(logz_P)
-            for rows in chunks(len(target_P), vocabulary=len(matrix_VH)):
-                logits_CV = chunk_logits(hidden_PH[rows].to(ctx.dtype), matrix_VH, bias_V, softcap)
-                logz_P[rows] = logits_CV.logsumexp(dim=1)
-                logp_P[rows] = logits_CV.gather(1, target_P[rows, None]).squeeze(1) - logz_P[rows]
+            pick = compile_on(kind, pick_logps)
+            for rows in chunks(len(target_P), vocabulary=len(matrix_VH), kind=kind):
+                logits_CV = hidden_PH[rows].to(ctx.dtype) @ matrix_VH.T
+                logz_P[rows], logp_P[rows] = pick(logits_CV, bias_V, target_P[rows], softcap)
         ctx.save_for_backward(hidden_PH, weight_VH, bias_V, target_P, logz_P)
         return logp_P
 
@@ -176,18 +176,16 @@ class ChunkedLogp(torch.autograd.Function):
         learns = ctx.needs_input_grad[1]  # not beside an adapter
         grad_weight_VH = torch.zeros_like(matrix_VH) if learns else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
-        for rows in chunks(len(target_P), vocabulary=len(matrix_VH)):
+        kind = hidden_PH.device.type
+        differentiate = compile_on(kind, differentiate_logps)
+        for rows in chunks(len(target_P), vocabulary=len(matrix_VH), kind=kind):
             hidden_CH = hidden_PH[rows].to(ctx.dtype)
-            # d logp / d logits = onehot(target) - softmax; written over the logits to hold one chunk only.
-            logits_CV = chunk_logits(hidden_CH, matrix_VH, bias_V, ctx.softcap)
-            slope_CV = None if ctx.softcap is None else 1.0 - (logits_CV / ctx.softcap).square_()
-            logits_CV.sub_(logz_P[rows, None]).exp_().mul_(-grad_P[rows, None])
-            logits_CV.scatter_add_(1, target_P[rows, None], grad_P[rows, None])
-            if slope_CV is not None:
-                logits_CV.mul_(slope_CV)  # d cap tanh(z / cap) / dz = 1 - tanh^2
+            logits_CV = hidden_CH @ matrix_VH.T
+            grad_CV, bias_share_V = differentiate(
+                logits_CV, bias_V, target_P[rows], logz_P[rows], grad_P[rows], ctx.softcap
+            )
             if grad_bias_V is not None:
-                grad_bias_V += logits_CV.sum(dim=0)
-            grad_CV = logits_CV.to(ctx.dtype)
+                grad_bias_V += bias_share_V
             grad_hidden_PH[rows] = (grad_CV @ matrix_VH).to(grad_hidden_PH.dtype)
             if grad_weight_VH is not None:
                 grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
@@ -195,16 +193,49 @@ class ChunkedLogp(torch.autograd.Function):
         return grad_hidden_PH, wide, grad_bias_V, None, None
 
 
-def chunk_logits(hidden_CH: Tensor, matrix_VH: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
-    """Return logits_CV in float32 or wider, capped at +-softcap where the model does so."""
-    logits_CV = hidden_CH @ matrix_VH.T
-    logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+def pick_logps(
+    logits_CV: Tensor, bias_V: Tensor | None, target_C: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return (logz_C, logp_C) of what the head gave, which is overwritten where it is wide enough."""
+    logits_CV = finish_logits(logits_CV, bias_V, softcap)
+    logz_C = logits_CV.logsumexp(dim=1)
+    return logz_C, logits_CV.gather(1, target_C[:, None]).squeeze(1) - logz_C
+
+
+def differentiate_logps(
+    logits_CV: Tensor, bias_V: Tensor | None, target_C: Tensor, logz_C: Tensor, grad_C: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return (gradient of what the head gave, of its bias): d logp / d logits = onehot(target) - softmax.
+
+    It is written over the logits, to hold one chunk only; that of the targets apart, which compiled code writes once more.
+    """
+    dtype, target_C1 = logits_CV.dtype, target_C[:, None]
+    logits_CV = finish_logits(logits_CV, bias_V, softcap)
+    slope_CV = (
+        None if softcap is None else 1.0 - (logits_CV / softcap).square_()
+    )  # d cap tanh(z / cap) / dz = 1 - tanh^2
+    wide_CV = logits_CV.sub_(logz_C[:, None]).exp_().mul_(-grad_C[:, None])
+    wide_C1 = wide_CV.gather(1, target_C1) + grad_C[:, None]
+    if slope_CV is not None:
+        wide_CV, wide_C1 = wide_CV.mul_(slope_CV), wide_C1 * slope_CV.gather(1, target_C1)
+    bias_V = None if bias_V is None else wide_CV.scatter(1, target_C1, wide_C1).sum(dim=0)
+    return wide_CV.to(dtype).scatter_(1, target_C1, wide_C1.to(dtype)), bias_V
+
+
+def finish_logits(logits_CV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+    """Return logits in float32 or wider, with the head's bias, capped at +-softcap where the model does so."""
+    logits_CV = logits_CV.to(widen(logits_CV.dtype))
     if bias_V is not None:
         logits_CV.add_(bias_V)
     return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
 
 
-def chunks(count: int, *, vocabulary: int) -> list[slice]:
+def widen(dtype: torch.dtype) -> torch.dtype:
+    """Return the type in which the log-softmax of logits of a type runs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def chunks(count: int, *, vocabulary: int, kind: str) -> list[slice]:
     """Return slices over `count` positions, each with at most CHUNK_ELEMENTS logits."""
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    size = max(1, CHUNK_ELEMENTS[kind] // vocabulary)
     return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]

@@ -293,7 +293,8 @@ class Trainer:
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
         if math.isfinite(loss) and math.isfinite(norm.item()):
-            torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.max_grad_norm, norm)
+            if norm.item() > self.settings.max_grad_norm:  # else a pass through all gradients would multiply them by 1
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.max_grad_norm, norm)
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(self.settings, step, num_steps=self.work.num_steps)
             self.optimiser.step()

@@ -75,16 +75,22 @@ class Footprint:
 
 
 def estimate_footprint(
-    model: Any, *, precision: Precision, ranks: int, micro: MicroBatchSize, activation_checkpointing: bool = False
+    model: Any,
+    *,
+    precision: Precision,
+    ranks: int,
+    micro: MicroBatchSize,
+    kind: str = "cpu",
+    activation_checkpointing: bool = False,
 ) -> Footprint:
-    """Return what training takes on each of `ranks`, weights, gradients and moments in float32 and sharded evenly."""
+    """Return what training takes on each of `ranks` devices of a kind (cpu, cuda), weights, gradients and moments in float32 and sharded evenly."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     share = -(-parameters // ranks)
     layers = model.config.num_hidden_layers
     head = model.get_output_embeddings().weight.numel()
     wide = precision == Precision.float32
     cast = 0 if wide else 2 * share  # autocast keeps a bfloat16 copy of every matrix for the whole step
-    chunk = min(CHUNK_ELEMENTS, micro.positions * model.config.vocab_size)
+    chunk = min(CHUNK_ELEMENTS[kind], micro.positions * model.config.vocab_size)
     layer = estimate_layer(model.config, precision=precision, micro=micro)
     # Where layers are computed again: of each what enters it, and all of the one under way.
     kept = (

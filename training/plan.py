@@ -243,6 +243,7 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
             keys=round(micro / per_row * work.keys(layout)),
             positions=round(micro / per_row * work.positions()),
         ),
+        kind="cpu" if machine.name == "cpu" else "cuda",
         activation_checkpointing=runtime.activation_checkpointing,
     )
     hours = flops / (machine.ranks * machine.peak_flops * machine.mfu) / 3600

@@ -643,6 +643,7 @@ def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
             keys=seen if ready.runtime.layout == Layout.tree else 0,
             positions=sum(sample.num_trained for sample in samples),
         ),
+        kind=ready.device.type,
         activation_checkpointing=ready.runtime.activation_checkpointing,
     )
 

@@ -7,24 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
-from training import train
+from training import generate, reference, train
 from training.checkpoint import Progress
 from training.config import Layout, Precision, Runtime, Schedule
 from training.data.batch import lay_out
 from training.data.examples import Example
-from training.distributed import World
+from training.distributed import World, join_world
 from training.job import Job
 from training.logprobs import check_layout, sum_logps
 from training.loop import Settings, Trainer, make_optimiser
-from training.model import prepare_layers
+from training.model import DTYPES, load_policy, prepare_layers
 from training.objectives.sft import Sft
 from training.render import Rendered
+from training.sharding import load_sharded_policy
 from training.steps import Steps
 from training.train import PolicyForward
 from training.tree import Tree
@@ -67,7 +71,8 @@ def take_gradients(model: Any, groups: list[list[Rendered]], layout: Layout, dev
     group_B = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
     model.zero_grad()
     sum_logps(model, lay_out(samples, group_B, device=device, layout=layout)).sum().backward()
-    return {name: p.grad.cpu() for name, p in model.named_parameters()}
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g).cpu() for name, g in gradients.items()}
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -91,17 +96,21 @@ def test_gradients_are_those_of_the_cpu(name: str, layout: Layout, compiled: boo
     assert made[0] == made[1]
 
 
-def test_training_in_bfloat16_keeps_weights_in_float32_and_follows_the_cpu(
-    cuda: torch.device, train_inputs: dict[str, str], tmp_path: Path, make_job: Callable[..., Job]
-) -> None:
-    base = Path(train_inputs["base"])
-    config = LlamaConfig.from_pretrained(base, hidden_size=64, head_dim=16)
+@pytest.fixture
+def base(tiny_policy: Path, tmp_path: Path) -> Path:
+    """Save a policy whose heads FlexAttention takes."""
     folder = tmp_path / "base"
-    make_model(config, CPU).save_pretrained(folder)
-    for file in base.iterdir():
+    make_model(LlamaConfig.from_pretrained(tiny_policy, hidden_size=64, head_dim=16), CPU).save_pretrained(folder)
+    for file in tiny_policy.iterdir():
         if file.name.startswith(("tokenizer", "chat", "special")):
             (folder / file.name).write_bytes(file.read_bytes())
-    inputs = {"rows": Path(train_inputs["rows"]), "base": folder}
+    return folder
+
+
+def test_training_in_bfloat16_keeps_weights_in_float32_and_follows_the_cpu(
+    cuda: torch.device, train_inputs: dict[str, str], base: Path, make_job: Callable[..., Job]
+) -> None:
+    inputs = {"rows": Path(train_inputs["rows"]), "base": base}
     sft = {"objective": "sft", "responses": "all", "batch_prompts": 4, "epochs": 4, "max_tokens": 96}
     losses = {}
     for device, precision in (("cpu", "float32"), ("cuda", "bfloat16")):
@@ -113,6 +122,54 @@ def test_training_in_bfloat16_keeps_weights_in_float32_and_follows_the_cpu(
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=3e-2)
     assert {tensor.dtype for tensor in load_file(job.output / "model.safetensors").values()} == {torch.float32}
     assert json.loads((job.output / "summary.json").read_text())["flops"] > 0
+
+
+@pytest.fixture
+def rank(cuda: torch.device) -> Iterator[World]:
+    """Give the one rank of a process group over NCCL."""
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device)
+    yield join_world(device, replicas=1)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("precision", "bound"), [(Precision.float32, 1e-4), (Precision.bfloat16, 5e-2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sharded_policy_has_the_gradients_of_a_whole_one(
+    compiled: bool, precision: Precision, bound: float, rank: World, base: Path
+) -> None:
+    rng = np.random.default_rng(0)
+    groups = [make_samples(rng, 90, 40, 111, 1), make_samples(rng, 140, 2, 120)]
+    whole, _ = load_policy(base, precision=Precision.float32, device=CPU)
+    policy, _ = load_sharded_policy(base, rank, precision=precision, runtime=Runtime(compile=compiled))
+    assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+    check_layout(whole, [groups[0]], layout=Layout.tree, device=CPU)
+    expected = take_gradients(whole, groups, Layout.tree, CPU)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=precision == Precision.bfloat16):
+        check_layout(policy, [groups[0]], layout=Layout.tree, device=rank.device, dtype=DTYPES[precision])
+        got = take_gradients(policy, groups, Layout.tree, rank.device)
+    gaps, norms = zip(*(((got[f"model.{n}"] - g).norm(), g.norm()) for n, g in expected.items()), strict=True)
+    assert torch.stack(gaps).norm() < bound * torch.stack(norms).norm()
+
+
+def test_answers_and_their_log_probabilities_are_those_of_the_cpu(
+    cuda: torch.device, train_inputs: dict[str, str], base: Path, make_job: Callable[..., Job]
+) -> None:
+    rows = Path(train_inputs["rows"])
+    answers, logps = {}, {}
+    for device in ("cpu", "cuda"):
+        config = {"split": "train", "max_new_tokens": 24, "samples_per_prompt": 2}
+        job = make_job(
+            "generate", f"generate-{device}", config=config, inputs={"rows": rows, "policy": base}, device=device
+        )
+        generate.run(job)
+        answers[device] = pq.read_table(job.output / "responses.parquet").to_pylist()
+        inputs = {"rows": rows, "reference": base}
+        job = make_job("score_reference", f"score-{device}", config={"max_tokens": 96}, inputs=inputs, device=device)
+        reference.run(job)
+        logps[device] = [row["logp"] for row in pq.read_table(job.output / "scores.parquet").to_pylist()]
+    assert answers["cuda"] == answers["cpu"]
+    assert np.allclose(logps["cuda"], logps["cpu"], rtol=0, atol=1e-4)
 
 
 def make_trainer(model: Any, device: torch.device, job: Job, *, budget: int) -> Trainer:

