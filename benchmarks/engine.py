@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,9 +100,29 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
         "peak_device_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
+    if spec.get("profile"):
+        progress.step = 1
+        found["profile"] = profile_step(trainer)
     if world.device.type == "cpu":
         found["flops"] = count_all_flops(model, work, range(1, spec["steps"] + 1), budget=budget)
     return found
+
+
+def profile_step(trainer: Trainer, longest: int = 25) -> dict[str, float]:
+    """Return the seconds of a step by what a device spends its time on, the longest first, and `step`, all of it by the clock."""
+    cuda = trainer.world.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
+        started = read_clock(trainer.world.device)
+        trainer.take_step()
+        seconds = read_clock(trainer.world.device) - started
+    # Of a GPU its kernels: what launched them counts their time once more.
+    spent = {
+        event.key[:90]: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
+        for event in profiler.key_averages()
+        if not cuda or event.device_type == DeviceType.CUDA
+    }
+    ranked = sorted(spent.items(), key=lambda item: -item[1])
+    return {"step": seconds, "all": sum(spent.values()), **dict(ranked[:longest])}
 
 
 def read_clock(device: torch.device) -> float:

@@ -29,9 +29,9 @@ from infra.models import fetch_embedded
 from infra.settings import read_settings
 from training.plan import ARCHITECTURES
 
-BATCH_PAIRS = 32
+BATCH_PAIRS = 64
 TRL_MICROBATCH = 8  # its own default
-MICROBATCHES = (2, 4, 8, 16, 32)
+MICROBATCHES = (4, 8, 16, 32, 64)
 SHARED = {"batch_pairs": BATCH_PAIRS, "microbatch_tokens": 16_384, "precision": "bfloat16", "compile": True}
 
 
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with HH-RLHF's helpful-base/*.jsonl.gz")
     parser.add_argument("--architecture", type=Path, default=ARCHITECTURES / "llama-3.2-1b.json", help="a config.json")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--profile", action="store_true", help="say what a step of ours spends the device's time on")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     options = parser.parse_args()
@@ -52,13 +53,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as scratch:
         paths = {"model": str(model), "data": str(options.data.resolve())}
         given = {"architecture": str(options.architecture), "device": options.device, "steps": options.steps}
-        result = compare(Bench(SHARED | paths | given, Path(scratch), talk=not options.json))
+        result = compare(Bench(SHARED | paths | given, Path(scratch), talk=not options.json), profile=options.profile)
     print(json.dumps(result | {"torch": torch.__version__, "python": platform.python_version(), **given, **SHARED}))
 
 
-def compare(bench: Bench) -> dict[str, Any]:
+def compare(bench: Bench, *, profile: bool) -> dict[str, Any]:
     """Return VAR's rates and what they are of TRL's."""
-    var = bench.measure("var")
+    var = bench.measure("var", profile=profile)
     rows_per_pair = var["row_tokens"] / var["pairs"]
     default = seconds_per_pair(bench.measure("dpo", microbatch=TRL_MICROBATCH, tuned=False))
     tuned = sweep(bench)
@@ -77,6 +78,7 @@ def compare(bench: Bench) -> dict[str, Any]:
         "dpo_microbatch": TRL_MICROBATCH,
         "dpo_tuned_microbatch": best,
         "dpo_tuned_sweep_seconds_per_pair": tuned,
+        "profile": var.get("profile", {}),
     }
 
 

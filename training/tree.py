@@ -74,13 +74,15 @@ class Tree:
         key = ("blocks", window)
         if key not in self._masks:
             count = len(self.segments)
-            segment_T = send(np.repeat(np.arange(count), self.segments), device=self.device)
-            groups = np.repeat(np.arange(len(self.lengths)), [sum(group) for group in self.lengths])
+            # In 32 bits: each element of a mask that is no whole block reads four of them.
+            segment_T = send(np.repeat(np.arange(count, dtype=np.int32), self.segments), device=self.device)
+            groups = np.repeat(np.arange(len(self.lengths), dtype=np.int32), [sum(group) for group in self.lengths])
             group_T = send(groups, device=self.device)
             is_prompt = [place == 0 for group in self.lengths for place in range(len(group))]
             prompt_T = send(np.repeat(is_prompt, self.segments), device=self.device)
-            position_T = send(self.positions(), device=self.device)
-            reach = send(np.array(window or len(position_T)), device=self.device)  # a number would be compiled for each
+            position_T = send(self.positions().astype(np.int32), device=self.device)
+            farthest = np.array(window or len(position_T), dtype=np.int32)
+            reach = send(farthest, device=self.device)  # a number would be compiled for each
 
             def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
                 reachable = (group_T[q] == group_T[k]) & (prompt_T[k] | (segment_T[q] == segment_T[k]))
@@ -177,21 +179,35 @@ def attend_blocks(
     """Attend with FlexAttention over the whole sequence."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind):  # as torch would itself, but the choice of the kernel depends on it
+        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
     out: Tensor = compile_on(query.device.type, flex_attention)(
-        query, key, value, score_mod=cap_scores(softcap), block_mask=tree.block_mask(window), scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        query, key, value, score_mod=cap_scores(softcap, query.device), block_mask=tree.block_mask(window), scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1], kernel_options=choose_kernel(query),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
 
 
+def choose_kernel(query: Tensor) -> dict[str, Any]:
+    """Return how FlexAttention's kernel is to run: of its choices for 16-bit types the one with which a step of Llama 3.2 1B on an
+    H200 spends 7 ms in it instead of 197; and never the one for answers token by token, which takes no tree."""
+    options: dict[str, Any] = {"BACKEND": "TRITON"}
+    if query.dtype.itemsize == 2 and query.shape[-1] <= 128:
+        options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
+    return options
+
+
 @cache
-def cap_scores(softcap: float | None) -> Any:
+def cap_scores(softcap: float | None, device: torch.device) -> Any:
     """Return the score function of a cap; always the same one, or every layer would be compiled anew."""
     if softcap is None:
         return None
+    with torch.inference_mode(False):  # it is kept for the backward pass of others
+        limit = torch.tensor(softcap, device=device)  # a number would be one that is read from the device
 
     def cap(score: Tensor, batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return limit * torch.tanh(score / limit)
 
     return cap
 

@@ -82,7 +82,7 @@ def test_compiled_layers_give_the_gradients_of_the_model_as_it_is(
     var_objective: Var,
     accumulate: Any,
 ) -> None:
-    """Micro-batches of other lengths run through the same code: it is compiled once for both layers and all of them."""
+    """Micro-batches of other lengths and other numbers of prompts run through the same code: it is compiled once for both layers and all of them."""
     torch.compiler.reset()
     model, examples = make_model(name, dtype=torch.float32), make_examples(8, num_responses=3)
     loss, expected = accumulate(model, examples, var_objective, budget=60, layout=layout)
@@ -94,7 +94,8 @@ def test_compiled_layers_give_the_gradients_of_the_model_as_it_is(
     assert made > begun
     assert other_loss == pytest.approx(loss, rel=1e-5)
     assert_close(got, expected, bound=1e-5)
-    accumulate(model, examples, var_objective, budget=90, layout=layout)
+    for other in (90, 10_000):  # all eight prompts together, too
+        accumulate(model, examples, var_objective, budget=other, layout=layout)
     assert count_graphs() == made
 
 

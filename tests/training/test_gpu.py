@@ -79,13 +79,14 @@ def take_gradients(model: Any, groups: list[list[Rendered]], layout: Layout, dev
 @pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_those_of_the_cpu(name: str, layout: Layout, compiled: bool, cuda: torch.device) -> None:
-    """Twice, with other lengths: the second time nothing is compiled anew."""
+    """Twice, with other lengths and another number of prompts: the second time nothing is compiled anew."""
     here, there = make_model(CONFIGS[name], CPU), make_model(CONFIGS[name], cuda)
     prepare_layers(there, Runtime(compile=compiled), device=cuda)
     rng = np.random.default_rng(0)
     made: list[int] = []
-    for responses in ((40, 111, 1), (7, 140)):
-        groups = [make_samples(rng, 90, *responses), make_samples(rng, 1, 3), make_samples(rng, 140, 2, 120)]
+    for responses, more in (((40, 111, 1), 1), ((7, 140), 3)):
+        groups = [make_samples(rng, 90, *responses), make_samples(rng, 140, 2, 120)]
+        groups += [make_samples(rng, 1, 3) for _ in range(more)]
         for model, device in ((here, CPU), (there, cuda)):
             check_layout(model, groups, layout=layout, device=device)
         expected = take_gradients(here, groups, layout, CPU)
