@@ -211,9 +211,8 @@ def differentiate_logps(
     """
     dtype, target_C1 = logits_CV.dtype, target_C[:, None]
     logits_CV = finish_logits(logits_CV, bias_V, softcap)
-    slope_CV = (
-        None if softcap is None else 1.0 - (logits_CV / softcap).square_()
-    )  # d cap tanh(z / cap) / dz = 1 - tanh^2
+    # d cap tanh(z / cap) / dz = 1 - tanh^2
+    slope_CV = None if softcap is None else 1.0 - (logits_CV / softcap).square_()
     wide_CV = logits_CV.sub_(logz_C[:, None]).exp_().mul_(-grad_C[:, None])
     wide_C1 = wide_CV.gather(1, target_C1) + grad_C[:, None]
     if slope_CV is not None:

@@ -182,7 +182,7 @@ def attend_blocks(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as torch would itself, but the choice of the kernel depends on it
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
-    out: Tensor = compile_on(query.device.type, flex_attention)(
+    out: Tensor = compile_on(kind, flex_attention)(
         query, key, value, score_mod=cap_scores(softcap, query.device), block_mask=tree.block_mask(window), scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1], kernel_options=choose_kernel(query),
     )  # fmt: skip

@@ -191,17 +191,18 @@ def count_faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 print(count_faults())
 keep_freed_memory()
-count_faults()
+for _ in range(3):
+    count_faults()
 print(count_faults())
 """
 
 
 def test_memory_that_is_kept_does_not_come_again_page_by_page() -> None:
-    """256 MiB are 65,536 pages, or 128 large ones. Of neighbours that are free together a block may have to come anew: glibc looks
-    for a little more than an aligned one takes."""
+    """256 MiB are 65,536 pages, or 128 large ones. Once or twice a block comes anew: glibc looks for a little more than an aligned one
+    takes, so the last of several that lie together is not found again."""
     done = subprocess.run([sys.executable, "-c", KEPT], capture_output=True, text=True, timeout=300, check=True)
     given_back, kept = map(int, done.stdout.split())
-    assert 4 * kept < given_back > 100
+    assert kept < 50 < 100 < given_back
 
 
 def test_weights_gradients_and_moments_are_what_a_real_step_holds(
