@@ -1,7 +1,7 @@
 """How long an evaluation takes against lm-eval's own command line, and whether its numbers are the same.
 
 `python -m benchmarks.evaluation --data FOLDER --json [--only NAME] [--repeats N] [--limit N]`, where FOLDER holds the benchmarks' upstream
-files (evaluation/mirror.py). SmolLM2-135M in float32, the same rows, batch size and answer cap, a process each, stock and ours
+files (evaluation/harness/mirror.py). SmolLM2-135M in float32, the same rows, batch size and answer cap, a process each, stock and ours
 in turn. Start-up is what comes before lm-eval says that it sends requests, and is reported apart; ours begins with the same words.
 
 Keys: `time_ratio` (median seconds of ours over those of stock, by benchmark), `identical` (every score, every item's verdict and
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.stock_harness import Timed, add_code_eval, differences, offline_environment, run_timed, stock_command
-from evaluation.benchmark import run
 from evaluation.config import BenchmarkConfig
-from evaluation.mirror import build_mirror
+from evaluation.harness.benchmark import run
+from evaluation.harness.mirror import build_mirror
 from infra.models import fetch_embedded
 from infra.settings import read_settings
 from training.job import Job

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from evaluation import weigh
 from evaluation.config import GatePolicy
-from evaluation.gate import Evidence, decide
-from evaluation.policy import TASK_SIZES
-from evaluation.result import BenchmarkResult, ItemKey
+from evaluation.gate import weigh
+from evaluation.gate.decide import Evidence, decide
+from evaluation.gate.policy import TASK_SIZES
+from evaluation.gate.verdict import Decision
+from evaluation.harness.result import BenchmarkResult, ItemKey
 from evaluation.statistics import passing_power
-from evaluation.verdict import Decision
 from flows.recipes import read_recipe
 
 BENCHMARKS = {"mmlu": "mmlu", "gsm8k": "gsm8k", "humaneval": "humaneval", "bbh": "bbh_cot_fewshot"}

@@ -35,8 +35,8 @@ SETTINGS.apply()  # before Prefect and MLflow are imported
 
 from prefect import flow  # noqa: E402
 
-import evaluation.gate  # noqa: E402 - steps import these late; whichever way came first would pay for both
-import evaluation.report  # noqa: E402, F401
+import evaluation.gate.decide  # noqa: E402 - steps import these late; whichever way came first would pay for both
+import evaluation.pages.report  # noqa: E402, F401
 from flows.align import AlignPlan, plan_align  # noqa: E402
 from flows.config import AlignConfig  # noqa: E402
 from flows.launch import quieten_prefect  # noqa: E402

@@ -7,14 +7,14 @@ from training.job import EXIT_USER_ERROR, Job, main
 
 def benchmark(job: Job) -> None:
     """Run one benchmark; its modules are imported only now."""
-    from evaluation.benchmark import run
+    from evaluation.harness.benchmark import run
 
     run(job)
 
 
 def judge(job: Job) -> None:
     """Have a judge compare answers."""
-    from evaluation.judging import run
+    from evaluation.judges.judging import run
 
     run(job)
 

@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from evaluation import statistics
-from evaluation.benchmark import MOST_UNUSABLE
 from evaluation.comparison import BOOTSTRAP_SEED, CONFIDENCE, Difference, describe_difference
+from evaluation.harness.benchmark import MOST_UNUSABLE
 from training.config import Config
 
 Values = NDArray[np.float64]

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import statistics
-from evaluation.result import BenchmarkResult, ItemKey, pair_items
+from evaluation.harness.result import BenchmarkResult, ItemKey, pair_items
 from training.config import Config
 
 CONFIDENCE = 0.95

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import PairSetConfig, PromptSetConfig
-from evaluation.judge_sets import JudgeItem, read_evalbiasbench, read_llmbar
+from evaluation.judges.sets import JudgeItem, read_evalbiasbench, read_llmbar
 from training.config import IngestConfig, ResponseRegime, SourceFormat
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA, digest_row

@@ -10,9 +10,9 @@ from prefect import flow
 from prefect.logging import get_run_logger
 
 from evaluation.config import GateConfig, SuiteConfig
-from evaluation.judge_config import JudgeConfig
-from evaluation.mirror import FILL, missing_data
-from evaluation.policy import flag_policy
+from evaluation.gate.policy import flag_policy
+from evaluation.harness.mirror import FILL, missing_data
+from evaluation.judges.config import JudgeConfig
 from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward

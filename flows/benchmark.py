@@ -7,8 +7,8 @@ from typing import Any
 from prefect import flow
 
 from evaluation.config import SuiteConfig
+from evaluation.gate.verdict import Noise
 from evaluation.suites import mean_score
-from evaluation.verdict import Noise
 from flows.align import check_benchmarks
 from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.config import BenchmarkFlowConfig

@@ -205,7 +205,7 @@ def run_recipe(
 
 def warn_of_policy(config: Any) -> None:
     """Say on stderr what is wrong with a recipe's gate although it can be used."""
-    from evaluation.policy import flag_policy
+    from evaluation.gate.policy import flag_policy
 
     for flag in flag_policy(config.gate, config.suite):
         typer.echo(f"gate: {flag}", err=True)
@@ -510,8 +510,8 @@ def show_plan(config: Any, *, as_json: bool) -> None:
 
 def show_outcome(config: Any, outcome: dict[str, Any]) -> None:
     """Print what a run returned: verdict first, links last."""
-    from evaluation.explain import explain_noise
-    from evaluation.verdict import Noise
+    from evaluation.gate.explain import explain_noise
+    from evaluation.gate.verdict import Noise
 
     if "verdict" in outcome:
         typer.echo(f"\n{outcome['verdict']}")

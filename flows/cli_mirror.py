@@ -44,7 +44,7 @@ def mirror_datasets(
     as_json: Json = False,
 ) -> None:
     """Mirror data sets: for benchmarks (--files FOLDER, or benchmarks:ORG/NAME@COMMIT) and for preferences."""
-    from evaluation.mirror import needed_data
+    from evaluation.harness.mirror import needed_data
 
     needed = {need.repository: None for task in for_task or [] for need in needed_data(task)}
     wanted = [*(names or []), *needed]

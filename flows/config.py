@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Field, model_validator
 
 from evaluation.config import GatePolicy, NoiseConfig, SuiteConfig
-from evaluation.judge_config import AnyJudge, JudgeConfig, JudgeRuntime
-from evaluation.policy import check_names, check_proven
+from evaluation.gate.policy import check_names, check_proven
+from evaluation.judges.config import AnyJudge, JudgeConfig, JudgeRuntime
 from training.config import (
     AnyTrainConfig,
     Config,

@@ -14,7 +14,7 @@ from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.events import DeploymentEventTrigger
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
-from evaluation.judge_config import EndpointJudge, JudgeConfig
+from evaluation.judges.config import EndpointJudge, JudgeConfig
 from evaluation.suites import demo as demo_suite
 from flows import recipes
 from flows.align import align

@@ -4,7 +4,7 @@ from typing import Any
 
 from prefect import flow
 
-from evaluation.judge_config import AnyJudge, EndpointJudge
+from evaluation.judges.config import AnyJudge, EndpointJudge
 from flows.config import JudgeFlowConfig
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store

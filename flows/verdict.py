@@ -8,8 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from evaluation.explain import explain_noise, show_growth, show_p, show_share
-from evaluation.verdict import Verdict, check_inputs, read_verdict
+from evaluation.gate.explain import explain_noise, show_growth, show_p, show_share
+from evaluation.gate.verdict import Verdict, check_inputs, read_verdict
 from infra.records import Record
 from infra.settings import Settings
 from infra.store import Store, open_store

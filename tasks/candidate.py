@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from evaluation.verdict import Decision, OlderVerdictError, Verdict, read_verdict
+from evaluation.gate.verdict import Decision, OlderVerdictError, Verdict, read_verdict
 from infra import records, registry
 from infra.provenance import name_user
 from infra.records import Record

@@ -75,7 +75,7 @@ def compare(config: ComparisonConfig, attempt: Attempt) -> Metrics:
     """Lay models side by side. Inputs: of the model at place N `N_eval_<benchmark>`, `N_answers`, `N_rewards`, `N_rows`, and `N_tokens`
     of its answers and the first model's."""
     from evaluation.comparison import compare as lay_side_by_side  # SciPy and Plotly: only where something is compared
-    from evaluation.comparison_page import render_comparison
+    from evaluation.pages.comparison_page import render_comparison
 
     subjects = tuple(
         read_subject(
@@ -106,7 +106,7 @@ def describe_figures(comparison: "Comparison") -> Metrics:
 def read_subject(config: SubjectConfig, inputs: Mapping[str, Path]) -> "Subject":
     """Return one model with what was measured of it, read from the artifacts."""
     from evaluation.comparison import Subject
-    from evaluation.result import read_result
+    from evaluation.harness.result import read_result
 
     folders = {name.removeprefix("eval_"): folder for name, folder in inputs.items() if name.startswith("eval_")}
     rows = inputs.get("rows")

@@ -3,7 +3,7 @@
 import json
 
 from evaluation.config import BenchmarkConfig
-from evaluation.mirror import build_mirror
+from evaluation.harness.mirror import build_mirror
 from tasks.step import Attempt, Metrics, step
 from training.config import Config
 

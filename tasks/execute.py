@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
 from evaluation.config import BenchmarkConfig
-from evaluation.judge_config import EndpointJudge, JudgeConfig
+from evaluation.judges.config import EndpointJudge, JudgeConfig
 from infra import provenance, records
 from infra.records import Record
 from infra.settings import Settings, child_environment

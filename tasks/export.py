@@ -7,10 +7,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from evaluation.card import Card, CardScore, CardSource, CardStep, render_card
-from evaluation.result import read_result
+from evaluation.gate.verdict import OlderVerdictError, Verdict
+from evaluation.harness.result import read_result
+from evaluation.pages.card import Card, CardScore, CardSource, CardStep, render_card
 from evaluation.statistics import score_interval
-from evaluation.verdict import OlderVerdictError, Verdict
 from infra import records, registry
 from infra.fingerprint import visible_files
 from infra.records import Given, Record

@@ -17,7 +17,7 @@ from tasks.step import Attempt, Metrics, Planned, step
 from training.job import write_json
 
 if TYPE_CHECKING:
-    from evaluation.gate import Evidence
+    from evaluation.gate.decide import Evidence
 
 CHALLENGER, CHAMPION, NOISE = "challenger", "champion", "noise"
 WEIGHED = (
@@ -34,8 +34,8 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
     `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, `rows`, whose train split the challenger was trained on, and
     the champion's noise floor as `noise` where it was measured."""
     # SciPy takes a second, which a run that finds its verdict need not spend
-    from evaluation.contamination import flag_contamination, measure_contamination
-    from evaluation.gate import decide, write_verdict
+    from evaluation.gate.decide import decide, write_verdict
+    from evaluation.harness.contamination import flag_contamination, measure_contamination
 
     inputs = attempt.inputs
     challenger, champion = read_evidence(inputs, CHALLENGER), read_evidence(inputs, CHAMPION)
@@ -82,8 +82,8 @@ def spend_look(planned: Planned, *, store: Store, model: str) -> None:
 
 def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
     """Return what was measured of one model."""
-    from evaluation.gate import Evidence
-    from evaluation.result import read_result
+    from evaluation.gate.decide import Evidence
+    from evaluation.harness.result import read_result
 
     return Evidence(
         results=[read_result(inputs[name]) for name in sorted(inputs) if name.startswith(f"{who}_eval_")],

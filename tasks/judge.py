@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any, cast
 
-from evaluation.judge_config import JudgeConfig
+from evaluation.judges.config import JudgeConfig
 from infra import records
 from infra.records import Record
 from tasks.execute import StepAttempt
@@ -12,7 +12,7 @@ from tasks.step import Attempt, Metrics, step
 from training.config import Config
 from training.job import write_json
 
-CALLS_FILE = "calls.jsonl"  # of evaluation.judging, which needs SciPy
+CALLS_FILE = "calls.jsonl"  # of evaluation.judges.judging, which needs SciPy
 TOLD = (
     "position_bias", "order_agreement", "repeat_agreement", "tie_share", "longer_wins", "mean_answer_chars", "unparseable_pairs", "calls",
     "tokens",
@@ -27,7 +27,7 @@ class QuestionsConfig(Config):
 @step(version=1)
 def questions(config: QuestionsConfig, attempt: Attempt) -> Metrics:
     """Lay Arena-Hard's questions out as held-out rows without responses. Input: `benchmark`, the folder of its files."""
-    from evaluation.arena_hard import write_questions
+    from evaluation.judges.arena_hard import write_questions
 
     count = write_questions(attempt.inputs["benchmark"], attempt.output)
     write_json(attempt.output / "summary.json", {"rows": count})
@@ -36,7 +36,7 @@ def questions(config: QuestionsConfig, attempt: Attempt) -> Metrics:
 
 @step(version=1)
 def judge(config: JudgeConfig, attempt: Attempt) -> Metrics:
-    """Have a judge say which of two answers is better. Inputs: `benchmark`, its files, and what evaluation.judging lists."""
+    """Have a judge say which of two answers is better. Inputs: `benchmark`, its files, and what evaluation.judges.judging lists."""
     take_over(config, cast(StepAttempt, attempt))  # the only one that needs the store
     return describe(attempt.run_child("evaluation", "judge"), config=config)
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluation.config import BenchmarkConfig, NoiseConfig, SuiteConfig
-from evaluation.verdict import Noise
+from evaluation.gate.verdict import Noise
 from tasks.evaluate import evaluate_varied
 from tasks.step import Attempt, Given, Metrics, Planned, step
 from training.config import Runtime
 from training.job import write_json
 
 if TYPE_CHECKING:
-    from evaluation.result import BenchmarkResult
+    from evaluation.harness.result import BenchmarkResult
 
 VARIED = {"seed": "few-shot seed", "batch": "batch size"}
 FILE = "noise.json"
@@ -23,8 +23,8 @@ FILE = "noise.json"
 def noise(config: NoiseConfig, attempt: Attempt) -> Metrics:
     """Compare runs of one model that vary one thing. Inputs: `eval_<benchmark>`, and the same varied as
     `<kind>_<value>_eval_<benchmark>`, of the kinds seed and batch."""
-    from evaluation.gate import measure_noise  # SciPy
-    from evaluation.result import read_result
+    from evaluation.gate.decide import measure_noise  # SciPy
+    from evaluation.harness.result import read_result
 
     runs: dict[tuple[str, str], list[BenchmarkResult]] = {}
     for name, folder in sorted(attempt.inputs.items()):

@@ -17,9 +17,9 @@ from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
 from training.config import Config
 
 if TYPE_CHECKING:
-    from evaluation.contamination import Contamination
-    from evaluation.report import SampleAnswer, StepRow, TrainingAnswer
-    from evaluation.result import ScoreRow
+    from evaluation.harness.contamination import Contamination
+    from evaluation.harness.result import ScoreRow
+    from evaluation.pages.report import SampleAnswer, StepRow, TrainingAnswer
 
 SAMPLES_SHOWN = 8
 AnyResult = TypeVar("AnyResult", bound=Config)
@@ -35,9 +35,9 @@ class ReportConfig(Config):
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.alignment import AlignmentResult
-    from evaluation.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
+    from evaluation.gate.verdict import read_verdict
+    from evaluation.pages.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
     from evaluation.reward_bias import RewardBias
-    from evaluation.verdict import read_verdict
 
     attempt = cast(StepAttempt, attempt)  # the page tells of the run it is made in: its steps, costs and links
     inputs, execution = attempt.inputs, attempt.execution
@@ -83,7 +83,7 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
 
 def describe_step(planned: Planned, execution: Execution) -> "StepRow":
     """Return a step as the page lists it: identity, cost, and where to look."""
-    from evaluation.report import StepRow
+    from evaluation.pages.report import StepRow
 
     ref = execution.ref(planned)
     record = ref.record
@@ -104,7 +104,7 @@ def describe_step(planned: Planned, execution: Execution) -> "StepRow":
 
 def read_scores(inputs: Any, who: str) -> "tuple[ScoreRow, ...]":
     """Return all score rows of one model."""
-    from evaluation.result import ScoreRow
+    from evaluation.harness.result import ScoreRow
 
     folders = [inputs[name] for name in sorted(inputs) if name.startswith(f"{who}_eval_")]
     return tuple(
@@ -114,7 +114,7 @@ def read_scores(inputs: Any, who: str) -> "tuple[ScoreRow, ...]":
 
 def read_contamination(folder: Path) -> "tuple[Contamination, ...]":
     """Return what the gate found of the benchmarks in the training rows."""
-    from evaluation.contamination import Contamination
+    from evaluation.harness.contamination import Contamination
 
     return tuple(Contamination.model_validate(found) for found in json.loads((folder / CONTAMINATION).read_text()))
 
@@ -127,7 +127,7 @@ def read_results(inputs: Mapping[str, Path], step: str, kind: type[AnyResult]) -
 
 def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> "tuple[SampleAnswer, ...]":
     """Return held-out prompts with both answers: those whose reward moved most, up and down by turns."""
-    from evaluation.report import SampleAnswer
+    from evaluation.pages.report import SampleAnswer
 
     answers = {
         who: {
@@ -155,7 +155,7 @@ def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> "tuple[Sa
 
 def read_answers(path: Path) -> "tuple[TrainingAnswer, ...]":
     """Return what the policy answered while it trained; nothing where it was not asked."""
-    from evaluation.report import TrainingAnswer
+    from evaluation.pages.report import TrainingAnswer
 
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return tuple(TrainingAnswer(**{name: line[name] for name in ("step", "prompt", "answer")}) for line in lines)

@@ -19,7 +19,7 @@ ONLY_IN = {
     "boto3": {"infra/store.py"},
     "botocore": {"infra/store.py"},
     "mlflow": {"infra/tracking.py", "infra/registry.py"},
-    "lm_eval": {"evaluation/harness.py"},
+    "lm_eval": {"evaluation/harness/run.py"},
 }
 PREFECT_IN = {"flows", "tasks", "infra"}
 

@@ -53,7 +53,7 @@ def raw_benchmarks(tmp_path: Path) -> Path:
 @pytest.fixture
 def mirror(raw_benchmarks: Path, tmp_path: Path) -> Path:
     """Build the mirror of the invented rows."""
-    from evaluation.mirror import build_mirror
+    from evaluation.harness.mirror import build_mirror
 
     build_mirror(raw_benchmarks, tmp_path / "mirror")
     return tmp_path / "mirror"

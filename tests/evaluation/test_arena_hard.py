@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from evaluation.arena_hard import read_prompt, read_questions, read_stored_answers, write_questions
-from evaluation.judge_config import JudgeConfig, JudgeRuntime
-from evaluation.judging import run
+from evaluation.judges.arena_hard import read_prompt, read_questions, read_stored_answers, write_questions
+from evaluation.judges.config import JudgeConfig, JudgeRuntime
+from evaluation.judges.judging import run
 from tests.evaluation.arena_files import write_arena
 from tests.evaluation.chat_server import ChatServer, StandardInput, answers_of, prefer_longer
 from training.data.rows import RowsWriter

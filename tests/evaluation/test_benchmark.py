@@ -14,10 +14,10 @@ import torch
 from transformers import LlamaForCausalLM
 
 from evaluation import suites
-from evaluation.benchmark import find_flag, run, summarise
 from evaluation.config import AlignmentConfig, BenchmarkConfig, SuiteConfig
-from evaluation.mirror import build_mirror, missing_data, needed_data
-from evaluation.result import read_result
+from evaluation.harness.benchmark import find_flag, run, summarise
+from evaluation.harness.mirror import build_mirror, missing_data, needed_data
+from evaluation.harness.result import read_result
 from training.job import EXIT_USER_ERROR, Job
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import pytest
 
 from evaluation import statistics
 from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, colour, compare
-from evaluation.comparison_page import name_tone, render_comparison
-from evaluation.result import BenchmarkResult, ScoreRow
+from evaluation.harness.result import BenchmarkResult, ScoreRow
+from evaluation.pages.comparison_page import name_tone, render_comparison
 from evaluation.statistics import adjust_holm
 
 PROFILE = {"config": {"limit": None, "num_fewshot": 0}, "harness_version": "0.4.13"}

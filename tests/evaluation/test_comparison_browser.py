@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, compare
-from evaluation.comparison_page import render_comparison
-from evaluation.result import BenchmarkResult, ScoreRow
+from evaluation.harness.result import BenchmarkResult, ScoreRow
+from evaluation.pages.comparison_page import render_comparison
 from tests.browser.pages import SCREENSHOTS, list_charts, show_file
 
 ATTACK = "</script><script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"

@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from evaluation import contamination
-from evaluation.contamination import (
+from evaluation.harness import contamination
+from evaluation.harness.contamination import (
     Contamination,
     Index,
     choose_n,
@@ -16,7 +16,7 @@ from evaluation.contamination import (
     measure_contamination,
     split_words,
 )
-from evaluation.result import BenchmarkResult, ItemKey
+from evaluation.harness.result import BenchmarkResult, ItemKey
 
 FOX = "The quick brown fox jumps over the lazy dog near the river bank."  # 13 words
 SEA = "Which of these animals lives in the deep sea and makes its own light?"  # 14

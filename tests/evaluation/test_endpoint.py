@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from evaluation.benchmark import summarise
 from evaluation.config import Backend, BenchmarkConfig, Endpoint, SuiteConfig
-from evaluation.endpoint import EndpointFailed, locate
-from evaluation.harness import evaluate
-from evaluation.policy import check_proven
-from evaluation.result import pair_items, read_result
+from evaluation.gate.policy import check_proven
+from evaluation.harness.benchmark import summarise
+from evaluation.harness.endpoint import EndpointFailed, locate
+from evaluation.harness.result import pair_items, read_result
+from evaluation.harness.run import evaluate
 from evaluation.suites import find_profile, paper, place_suite
 from infra.settings import child_environment
 from tasks.child import ChildJob, UserError, run_child
@@ -118,7 +118,7 @@ def test_what_is_served_is_told_and_not_proven(
 
 def test_no_gate_decides_on_a_served_model(card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer) -> None:
     from evaluation.config import GatePolicy
-    from evaluation.gate import Evidence, decide
+    from evaluation.gate.decide import Evidence, decide
 
     run(card, mirror, behind(GSM8K, server), folder=tmp_path)
     evidence = Evidence(results=[read_result(tmp_path / "output")])

@@ -13,11 +13,11 @@ from lm_eval.models.huggingface import HFLM
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from evaluation.calls import Row, plan_groups
-from evaluation.engine import TransformersEngine
-from evaluation.harness import PolicyLM
+from evaluation.harness.calls import Row, plan_groups
+from evaluation.harness.engine import TransformersEngine
+from evaluation.harness.run import PolicyLM
+from evaluation.harness.watch import Watch
 from evaluation.responses import Responses
-from evaluation.watch import Watch
 from tests.architectures import CONFIGS, make_model
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,"

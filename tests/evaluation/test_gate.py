@@ -13,10 +13,9 @@ from scipy import stats
 
 from evaluation import statistics
 from evaluation.config import BenchmarkConfig, GatePolicy, SuiteConfig
-from evaluation.gate import Evidence, conclude, decide, measure_noise, write_verdict
-from evaluation.policy import check_names, count_items, flag_policy
-from evaluation.result import BenchmarkResult, ScoreRow, diff_fields, read_result
-from evaluation.verdict import (
+from evaluation.gate.decide import Evidence, conclude, decide, measure_noise, write_verdict
+from evaluation.gate.policy import check_names, count_items, flag_policy
+from evaluation.gate.verdict import (
     BoundState,
     Decision,
     GuardState,
@@ -26,7 +25,8 @@ from evaluation.verdict import (
     compute_seal,
     read_verdict,
 )
-from evaluation.weigh import Pairs, compare_guard, pair_scores
+from evaluation.gate.weigh import Pairs, compare_guard, pair_scores
+from evaluation.harness.result import BenchmarkResult, ScoreRow, diff_fields, read_result
 from flows.recipes import read_recipe
 
 PROFILE: dict[str, Any] = {

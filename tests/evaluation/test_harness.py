@@ -14,9 +14,9 @@ from tokenizers import processors
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from evaluation.config import BenchmarkConfig
-from evaluation.harness import HARNESS_VERSION, evaluate
-from evaluation.mirror import build_mirror
-from evaluation.sandbox import SandboxedCodeEval
+from evaluation.harness.mirror import build_mirror
+from evaluation.harness.run import HARNESS_VERSION, evaluate
+from evaluation.harness.sandbox import SandboxedCodeEval
 from training.config import Device, Precision, Runtime
 from training.job import Interrupted
 

@@ -15,10 +15,10 @@ from benchmarks.stock_harness import (
     stock_command,
 )
 from evaluation.config import BenchmarkConfig
-from evaluation.harness import configure_tasks, evaluate, load_policy, load_tasks, offline
-from evaluation.mirror import build_mirror
+from evaluation.harness.mirror import build_mirror
+from evaluation.harness.run import configure_tasks, evaluate, load_policy, load_tasks, offline
+from evaluation.harness.watch import Watch
 from evaluation.responses import Responses
-from evaluation.watch import Watch
 from infra.models import fetch_embedded
 from infra.settings import read_settings
 from training.config import Device, Runtime

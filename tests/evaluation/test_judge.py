@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from evaluation.judge_config import JudgeConfig, JudgeRuntime
-from evaluation.judge_prompt import PAIRWISE
-from evaluation.judging import run
-from evaluation.result import read_result
+from evaluation.harness.result import read_result
+from evaluation.judges.config import JudgeConfig, JudgeRuntime
+from evaluation.judges.judging import run
+from evaluation.judges.prompt import PAIRWISE
 from tasks.child import hand_over
 from tests.evaluation.chat_server import (
     ChatServer,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.judge_config import JudgeConfig, JudgeRuntime
-from evaluation.judge_prompt import PAIRWISE
-from evaluation.judging import run
+from evaluation.judges.config import JudgeConfig, JudgeRuntime
+from evaluation.judges.judging import run
+from evaluation.judges.prompt import PAIRWISE
 from training.job import Interrupted, Job
 from training.render import render_prompt
 

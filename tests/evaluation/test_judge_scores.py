@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from evaluation.judge import Judgement, Pair, Reply
-from evaluation.judge_scores import (
+from evaluation.judges.judge import Judgement, Pair, Reply
+from evaluation.judges.scores import (
     STRONG_WEIGHT,
     accuracies,
     describe_judge,

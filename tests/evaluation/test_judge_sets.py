@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.judge_sets import LLMBAR_SUBSETS, JudgeItem, read_evalbiasbench, read_llmbar
+from evaluation.judges.sets import LLMBAR_SUBSETS, JudgeItem, read_evalbiasbench, read_llmbar
 
 BIAS = {"bias": "length bias", "instruction": "Add 1 and 1.", "response1": "2", "response2": "It is 3.", "label": 1}
 BAR = {"input": "Add 1 and 1.", "output_1": "It is 3.", "output_2": "2", "label": 2}

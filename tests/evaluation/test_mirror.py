@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.config import BenchmarkConfig
-from evaluation.mirror import build_mirror, digest_mirror, missing_data, read_header
+from evaluation.harness.mirror import build_mirror, digest_mirror, missing_data, read_header
 
 
 def benchmark(*tasks: str) -> BenchmarkConfig:
@@ -106,7 +106,7 @@ def test_all_that_a_suite_lacks_is_listed_at_once(mirror: Path) -> None:
 
 
 def test_a_mirror_is_built_without_torch() -> None:
-    code = "import sys, evaluation.mirror; assert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
+    code = "import sys, evaluation.harness.mirror; assert 'torch' not in sys.modules and 'lm_eval' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from evaluation.offline import closed_sockets
+from evaluation.harness.offline import closed_sockets
 
 
 @pytest.fixture

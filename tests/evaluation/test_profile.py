@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from evaluation.profile import digest_tokenizer
+from evaluation.harness.profile import digest_tokenizer
 
 
 def test_a_tokenizer_is_the_same_when_saved_again_and_after_use(tiny_policy: Path, tmp_path: Path) -> None:

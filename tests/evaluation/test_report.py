@@ -13,9 +13,11 @@ import pytest
 
 from evaluation.alignment import AlignmentResult, Answers, measure
 from evaluation.config import GatePolicy
-from evaluation.contamination import Contamination, Hit, Level
-from evaluation.gate import Evidence, decide
-from evaluation.report import (
+from evaluation.gate.decide import Evidence, decide
+from evaluation.gate.verdict import Noise, Verdict
+from evaluation.harness.contamination import Contamination, Hit, Level
+from evaluation.harness.result import BenchmarkResult, ScoreRow
+from evaluation.pages.report import (
     ReportData,
     RewardPair,
     SampleAnswer,
@@ -26,9 +28,7 @@ from evaluation.report import (
     render_report,
     show_seconds,
 )
-from evaluation.result import BenchmarkResult, ScoreRow
 from evaluation.reward_bias import Accuracy, RewardBias
-from evaluation.verdict import Noise, Verdict
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7 * 7 }} <b>bold</b> & \u2028 \"'"
 

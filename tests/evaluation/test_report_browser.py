@@ -8,9 +8,9 @@ import pytest
 
 from evaluation.alignment import Answers, measure
 from evaluation.config import GatePolicy
-from evaluation.contamination import Contamination, Hit, Level
-from evaluation.gate import Evidence, decide
-from evaluation.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
+from evaluation.gate.decide import Evidence, decide
+from evaluation.harness.contamination import Contamination, Hit, Level
+from evaluation.pages.report import ReportData, RewardPair, SampleAnswer, StepRow, render_report
 from evaluation.reward_bias import Accuracy, RewardBias
 from tests.browser.pages import SCREENSHOTS, list_charts, show_file
 

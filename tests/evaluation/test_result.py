@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.result import BenchmarkResult, pair_items
+from evaluation.harness.result import BenchmarkResult, pair_items
 
 PROFILE: dict[str, Any] = {
     "config": {"num_fewshot": 0, "limit": None, "harness": "0.4.13"},

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from evaluation import sandbox
-from evaluation.sandbox import MAX_PROCESSES, REASON_CHARS, Outcome, check_sandbox, run_program
+from evaluation.harness import sandbox
+from evaluation.harness.sandbox import MAX_PROCESSES, REASON_CHARS, Outcome, check_sandbox, run_program
 
 SECONDS = 10.0
 HOST_USER = sandbox.UNPRIVILEGED if os.getuid() == 0 else os.getuid()

@@ -6,7 +6,7 @@ from email.utils import format_datetime
 
 import pytest
 
-from evaluation.endpoint import ATTEMPTS, gives_up
+from evaluation.harness.endpoint import ATTEMPTS, gives_up
 from evaluation.served import Server, Unanswered, read_wait
 from tests.evaluation.chat_server import ChatServer, Refuse, prefer_first
 from training.job import Interrupted

@@ -8,7 +8,7 @@ import pytest
 from scipy import optimize, stats
 
 from evaluation import statistics
-from evaluation.policy import smallest_margin
+from evaluation.gate.policy import smallest_margin
 
 # (won, lost, n, confidence) -> interval, as published.
 PUBLISHED_TANGO = [

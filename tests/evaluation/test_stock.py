@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.config import BenchmarkConfig
-from evaluation.harness import evaluate
-from evaluation.mirror import build_mirror, missing_data, needed_data
-from evaluation.result import read_result
-from evaluation.stock import find_folders, read_tasks
+from evaluation.harness.mirror import build_mirror, missing_data, needed_data
+from evaluation.harness.result import read_result
+from evaluation.harness.run import evaluate
+from evaluation.harness.stock import find_folders, read_tasks
 from tests.evaluation.test_harness import RUNTIME
 from training.job import write_json
 

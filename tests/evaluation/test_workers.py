@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from evaluation.config import BenchmarkConfig
-from evaluation.harness import evaluate
-from evaluation.workers import WorkerDied
+from evaluation.harness.run import evaluate
+from evaluation.harness.workers import WorkerDied
 from training.config import Device, Runtime
 from training.job import Interrupted
 

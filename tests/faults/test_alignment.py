@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from mlflow.tracking.client import MlflowClient
 
-from evaluation.judge_sets import LLMBAR_SUBSETS
+from evaluation.judges.sets import LLMBAR_SUBSETS
 from infra.settings import Settings
 from infra.store import Store
 from tasks.artifacts import fetch_artifact

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from evaluation.gate.verdict import Noise
 from evaluation.suites import limit_suite, paper
-from evaluation.verdict import Noise
 from flows.benchmark import collect
 from flows.cli import show_outcome
 from flows.config import BenchmarkFlowConfig

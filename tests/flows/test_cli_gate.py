@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.gate import write_verdict
-from evaluation.verdict import Verdict
+from evaluation.gate.decide import write_verdict
+from evaluation.gate.verdict import Verdict
 from tests.evaluation.test_report import make_verdict
 from tests.flows.test_cli_stack import varflow
 

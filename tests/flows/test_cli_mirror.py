@@ -217,7 +217,7 @@ def test_the_store_serves_another_machine_and_names_what_it_lacks(
 def test_mirrored_data_sets_are_a_folder_of_benchmark_files(
     hub: Hub, command: Any, s3: Settings, tmp_path: Path
 ) -> None:
-    from evaluation.mirror import build_mirror
+    from evaluation.harness.mirror import build_mirror
 
     rows = tmp_path / "rows.parquet"
     pq.write_table(pa.table({"question": ["q"], "answer": ["#### 1"]}), rows)

@@ -24,21 +24,21 @@ ENTRIES = {
     "score_tokens": "training/token_scores.py",
     "train": "training/train.py",
     "generate": "training/generate.py",
-    "mirror": "evaluation/mirror.py",
-    "evaluate": "evaluation/benchmark.py",
-    "judge": "evaluation/judging.py",
-    "questions": "evaluation/arena_hard.py",
-    "evaluate_varied": "evaluation/benchmark.py",
-    "noise": "evaluation/gate.py",
-    "gate": "evaluation/gate.py",
-    "report": "evaluation/report.py",
-    "compare": "evaluation/comparison_page.py",
+    "mirror": "evaluation/harness/mirror.py",
+    "evaluate": "evaluation/harness/benchmark.py",
+    "judge": "evaluation/judges/judging.py",
+    "questions": "evaluation/judges/arena_hard.py",
+    "evaluate_varied": "evaluation/harness/benchmark.py",
+    "noise": "evaluation/gate/decide.py",
+    "gate": "evaluation/gate/decide.py",
+    "report": "evaluation/pages/report.py",
+    "compare": "evaluation/pages/comparison_page.py",
     "prompt_set": "evaluation/eval_sets.py",
     "pair_set": "evaluation/eval_sets.py",
     "alignment": "evaluation/alignment.py",
     "reward_bias": "evaluation/reward_bias.py",
 }
-HOW_NOT_WHAT = {"training/job.py", "training/metrics.py", "evaluation/watch.py"}  # how work is run and shown
+HOW_NOT_WHAT = {"training/job.py", "training/metrics.py", "evaluation/harness/watch.py"}  # how work is run and shown
 
 
 def read_steps() -> dict[str, int]:

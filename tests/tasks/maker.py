@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import GatePolicy
-from evaluation.gate import Evidence, decide
-from evaluation.verdict import Verdict
+from evaluation.gate.decide import Evidence, decide
+from evaluation.gate.verdict import Verdict
 from infra import records
 from infra.fingerprint import fingerprint
 from infra.records import Given, Record

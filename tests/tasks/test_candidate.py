@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.verdict import OlderVerdictError, compute_seal
+from evaluation.gate.verdict import OlderVerdictError, compute_seal
 from infra import records, registry
 from infra.records import Record
 from infra.registry import ChampionMoved

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.config import GateConfig, GatePolicy, NoiseConfig
-from evaluation.verdict import check_inputs, read_verdict
+from evaluation.gate.verdict import check_inputs, read_verdict
 from tasks.gate import digest_inputs, gate, same_weights
 from tasks.noise import noise, read_noise
 

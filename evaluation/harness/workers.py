@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from evaluation.calls import Call, Engine, run_pooled
-from evaluation.engine import TransformersEngine, load_model
-from evaluation.offline import closed_sockets
+from evaluation.harness.calls import Call, Engine, run_pooled
+from evaluation.harness.engine import TransformersEngine, load_model
+from evaluation.harness.offline import closed_sockets
 from training.config import Device, Precision
 from training.job import Interrupted, describe_exit, end_group
 from training.model import resolve_device

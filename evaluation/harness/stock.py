@@ -1,6 +1,6 @@
 """What lm-eval's stock tasks say of themselves: which data they read, and why some cannot be run here.
 
-Read from their YAML files, since importing lm-eval and indexing its 14,000 files takes ten seconds; only evaluation/harness.py runs them.
+Read from their YAML files, since importing lm-eval and indexing its 14,000 files takes ten seconds; only evaluation/harness/run.py runs them.
 """
 
 import ast
@@ -17,7 +17,7 @@ import yaml
 
 from evaluation.config import HARNESS_VERSION
 
-SANDBOXED = ("humaneval", "humaneval_instruct")  # the tasks whose programs run in evaluation/sandbox.py
+SANDBOXED = ("humaneval", "humaneval_instruct")  # the tasks whose programs run in evaluation/harness/sandbox.py
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 NAME = re.compile(rb"^[\"']?(?:task|group)[\"']?:[ \t]*[\"']?([\w.:+-]+)[\"']?[ \t]*$", re.MULTILINE)
 REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")

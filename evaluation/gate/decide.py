@@ -13,13 +13,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation import statistics, weigh
+from evaluation import statistics
 from evaluation.config import HELDOUT_REWARD, GatePolicy
-from evaluation.contamination import Contamination, flag_contamination
-from evaluation.explain import explain_noise
-from evaluation.result import MODEL_FIELD, BenchmarkResult, pair_items
-from evaluation.result import read_result as read_result  # callers read what they decide on
-from evaluation.verdict import (
+from evaluation.gate import weigh
+from evaluation.gate.explain import explain_noise
+from evaluation.gate.verdict import (
     AuditRow,
     BoundState,
     Decision,
@@ -33,7 +31,10 @@ from evaluation.verdict import (
     Verdict,
     seal,
 )
-from evaluation.weigh import ITEMS, PROMPTS, TANGO, Pairs, pair_scores
+from evaluation.gate.weigh import ITEMS, PROMPTS, TANGO, Pairs, pair_scores
+from evaluation.harness.contamination import Contamination, flag_contamination
+from evaluation.harness.result import MODEL_FIELD, BenchmarkResult, pair_items
+from evaluation.harness.result import read_result as read_result  # callers read what they decide on
 from training.job import write_json
 
 FEW_ITEMS = 50  # by enumeration, the score test's error rate at alpha 0.05 is 0.06 at most from here up (docs/gate.md)

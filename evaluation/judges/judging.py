@@ -10,12 +10,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from evaluation import arena_hard
-from evaluation.judge import Backend, Caller, Judgement, Pair, count_served, judge_pairs
-from evaluation.judge_config import EndpointJudge, JudgeConfig, JudgeRuntime
-from evaluation.judge_endpoint import JudgeEndpoint
-from evaluation.judge_prompt import PAIRWISE, JudgePrompt
-from evaluation.judge_scores import (
+from evaluation.judges import arena_hard
+from evaluation.judges.config import EndpointJudge, JudgeConfig, JudgeRuntime
+from evaluation.judges.endpoint import JudgeEndpoint
+from evaluation.judges.judge import Backend, Caller, Judgement, Pair, count_served, judge_pairs
+from evaluation.judges.prompt import PAIRWISE, JudgePrompt
+from evaluation.judges.scores import (
     STRONG_WEIGHT,
     Judged,
     accuracies,
@@ -25,7 +25,7 @@ from evaluation.judge_scores import (
     show_lost,
     win_rate,
 )
-from evaluation.judge_sets import JudgeItem, read_evalbiasbench, read_llmbar
+from evaluation.judges.sets import JudgeItem, read_evalbiasbench, read_llmbar
 from evaluation.responses import Responses
 from training.data.rows import find_rows_file
 from training.job import Job, write_json
@@ -88,8 +88,8 @@ def open_backend(job: Job, config: JudgeConfig, runtime: JudgeRuntime) -> Iterat
         with contextlib.closing(endpoint):
             yield endpoint
     else:
-        from evaluation.judge_local import LocalModel  # torch takes seconds, and an endpoint needs none
-        from evaluation.offline import closed_sockets
+        from evaluation.harness.offline import closed_sockets
+        from evaluation.judges.local import LocalModel  # torch takes seconds, and an endpoint needs none
 
         with closed_sockets():
             folder = job.inputs["judge"].resolve()
@@ -170,7 +170,7 @@ def show_prompt(turns: Sequence[dict[str, str]]) -> str:
 
 
 def score_rows(judged: Judged, *, config: JudgeConfig, judge: str, prompt: JudgePrompt) -> list[Row]:
-    """Return rows as evaluation.result.ScoreRow has them, with an interval; the judge stands where a filter would."""
+    """Return rows as evaluation.harness.result.ScoreRow has them, with an interval; the judge stands where a filter would."""
     same: Row = {
         "benchmark": config.name,
         "filter": f"judge {judge}",
@@ -241,7 +241,7 @@ def find_flags(summary: Row, *, models: int, tests_judge: bool) -> Iterator[str]
 
 
 def write_samples(judged: Judged, path: Path) -> None:
-    """Write a line for each pair, as evaluation.result reads them, with every verdict as a margin of ours by order."""
+    """Write a line for each pair, as evaluation.harness.result reads them, with every verdict as a margin of ours by order."""
     with path.open("w") as out:
         for item in judged.counted:
             pair = item.pair

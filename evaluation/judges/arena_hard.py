@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from evaluation.judge_prompt import JudgePrompt
-from evaluation.mirror import find, parse, pick, read_jsonl, read_text
+from evaluation.harness.mirror import find, parse, pick, read_jsonl, read_text
+from evaluation.judges.prompt import JudgePrompt
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA
 

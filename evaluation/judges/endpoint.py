@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 
 import tenacity
 
-from evaluation.judge import Conversation, Finish, JudgeFailed, Reply
-from evaluation.judge_config import EndpointJudge, JudgeConfig, JudgeRuntime
+from evaluation.judges.config import EndpointJudge, JudgeConfig, JudgeRuntime
+from evaluation.judges.judge import Conversation, Finish, JudgeFailed, Reply
 from evaluation.served import Refused, Server, Unanswered
 from training.job import Interrupted
 
@@ -45,7 +45,7 @@ class JudgeEndpoint:
         self._server = Server(url, key=key, connections=runtime.concurrency, stop=stop, halted=self._halted)
 
     def answer(self, conversations: Iterator[tuple[int, Conversation]]) -> Generator[tuple[int, Reply]]:
-        """Yield replies as they come; see `evaluation.judge.Backend`."""
+        """Yield replies as they come; see `evaluation.judges.judge.Backend`."""
         results: queue.SimpleQueue[tuple[int, Reply] | Exception | None] = queue.SimpleQueue()
         turn = threading.Lock()
 

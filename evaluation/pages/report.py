@@ -16,14 +16,14 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 from pydantic import Field
 
-from evaluation import report_plots
 from evaluation.alignment import AlignmentResult
 from evaluation.config import HELDOUT_REWARD
-from evaluation.contamination import Contamination
-from evaluation.explain import explain_noise, show_share
-from evaluation.result import ScoreRow
+from evaluation.gate.explain import explain_noise, show_share
+from evaluation.gate.verdict import Verdict
+from evaluation.harness.contamination import Contamination
+from evaluation.harness.result import ScoreRow
+from evaluation.pages import report_plots
 from evaluation.reward_bias import RewardBias
-from evaluation.verdict import Verdict
 from training.config import Config
 
 ForestRow = tuple[str, str, float, float, float]  # name, series, value, low, high
@@ -128,7 +128,7 @@ def render_report(data: ReportData) -> str:
 def make_environment() -> Environment:
     """Return Jinja with what the pages of this folder need: escaping, numbers as people read them, no undefined names."""
     environment = Environment(
-        loader=PackageLoader("evaluation", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("evaluation.pages", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {
         "points": show_points,

@@ -5,7 +5,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field
 
-from evaluation.verdict import Verdict
+from evaluation.gate.verdict import Verdict
 from training.config import Config
 
 
@@ -70,7 +70,7 @@ class Card(Config):
 def render_card(card: Card) -> str:
     """Return README.md as the hub and people read it."""
     environment = Environment(
-        loader=PackageLoader("evaluation", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        loader=PackageLoader("evaluation.pages", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         autoescape=False,  # Markdown; `cell` keeps what others wrote within its cell
     )  # fmt: skip
     environment.filters |= {"cell": show_cell, "points": lambda score: f"{100 * score:.1f}"}

@@ -33,9 +33,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from evaluation import stock
 from evaluation.config import BenchmarkConfig
-from evaluation.stock import Need
+from evaluation.harness import stock
+from evaluation.harness.stock import Need
 
 MMLU, GSM8K, HUMANEVAL, BBH = "cais/mmlu", "openai/gsm8k", "openai/openai_humaneval", "SaylorTwift/bbh"
 FILL = "add their raw files, or fetch them (`varflow mirror datasets --for-task TASK --to FOLDER`)"

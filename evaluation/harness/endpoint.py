@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from tenacity import RetryCallState
 
-from evaluation.calls import Answer, Call, Engine, Row, Score, Writing, run_pooled
 from evaluation.config import Endpoint
+from evaluation.harness.calls import Answer, Call, Engine, Row, Score, Writing, run_pooled
 from evaluation.served import Refused, Server, Unanswered
 
 ATTEMPTS = 5  # of a request, over about eight seconds

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.result import BenchmarkResult, ItemKey
+from evaluation.harness.result import BenchmarkResult, ItemKey
 from training.config import Config
 
 FEWEST_WORDS, MOST_WORDS = 8, 13

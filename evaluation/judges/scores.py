@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.judge import Judgement, Pair
+from evaluation.judges.judge import Judgement, Pair
 from evaluation.statistics import WeightedMean, bootstrap_weighted_mean, score_interval, wilson_interval
 
 CONFIDENCE = 0.95

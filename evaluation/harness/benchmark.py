@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import BenchmarkConfig
-from evaluation.mirror import FILL, missing_data
+from evaluation.harness.mirror import FILL, missing_data
 from training.config import Runtime
 from training.job import Job, write_json
 
@@ -38,7 +38,7 @@ def run(job: Job) -> None:
         )
     import torch  # seconds, and only now that there is something to do
 
-    from evaluation.harness import evaluate
+    from evaluation.harness.run import evaluate
 
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)

@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
-from evaluation.calls import Answer, Call, Engine, Row, Score, Writing
+from evaluation.harness.calls import Answer, Call, Engine, Row, Score, Writing
 from training.config import Precision
 from training.memory import run_in_halves
 from training.model import DTYPES

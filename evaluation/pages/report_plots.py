@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.verdict import GuardState, GuardVerdict, TargetVerdict
+from evaluation.gate.verdict import GuardState, GuardVerdict, TargetVerdict
 
 CHALLENGER, CHAMPION = "#3b82c4", "#8a9099"
 GOOD, OPEN, BAD = "#2e9e5b", "#c98500", "#d64545"

@@ -1,7 +1,15 @@
 """The parts of a verdict in words and numbers: each sentence says what was tested, on how much, with what result, and what would
 decide it."""
 
-from evaluation.verdict import BoundState, FloorVerdict, GrowthVerdict, GuardState, GuardVerdict, Noise, TargetVerdict
+from evaluation.gate.verdict import (
+    BoundState,
+    FloorVerdict,
+    GrowthVerdict,
+    GuardState,
+    GuardVerdict,
+    Noise,
+    TargetVerdict,
+)
 
 
 def explain_guard(guard: GuardVerdict) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.judge import Conversation, Finish, Reply
-from evaluation.judge_config import JudgeConfig, JudgeRuntime, LocalJudge
+from evaluation.judges.config import JudgeConfig, JudgeRuntime, LocalJudge
+from evaluation.judges.judge import Conversation, Finish, Reply
 from training.config import GenerateConfig
 from training.data.batch import pack_by_tokens
 from training.memory import run_in_halves
@@ -43,7 +43,7 @@ class LocalModel:
         self._context = getattr(self._model.config, "max_position_embeddings", None)
 
     def answer(self, conversations: Iterator[tuple[int, Conversation]]) -> Generator[tuple[int, Reply]]:
-        """Yield replies, batch by batch; see `evaluation.judge.Backend`. What does not fit into the model's context is refused."""
+        """Yield replies, batch by batch; see `evaluation.judges.judge.Backend`. What does not fit into the model's context is refused."""
         while window := list(islice(conversations, WINDOW)):
             fitting = []
             for number, conversation in window:

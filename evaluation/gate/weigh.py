@@ -1,4 +1,4 @@
-"""The parts of a verdict: one guard, one target, one floor, one bound, each tested and put into words. evaluation.gate puts
+"""The parts of a verdict: one guard, one target, one floor, one bound, each tested and put into words. evaluation.gate.decide puts
 them together; docs/gate.md gives tests and formulas.
 
 Legend: N items or prompts. Scores run from 0 to 1, differences are challenger minus champion, `alpha` is one-sided.
@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
-from evaluation import explain, statistics
-from evaluation.policy import smallest_margin
-from evaluation.verdict import (
+from evaluation import statistics
+from evaluation.gate import explain
+from evaluation.gate.policy import smallest_margin
+from evaluation.gate.verdict import (
     AuditRow,
     BoundState,
     FloorVerdict,

@@ -5,9 +5,9 @@ from collections import Counter
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from evaluation import report_plots
 from evaluation.comparison import Comparison, Flip, Measure, Span, Subject, mean_characters
-from evaluation.report import make_environment
+from evaluation.pages import report_plots
+from evaluation.pages.report import make_environment
 
 STRENGTHS = (0.1, 0.5, 2.0)  # nats, from which a token is coloured more strongly: 1.1, 1.6 and 7.4 times as likely
 FLIPS_SHOWN = 12  # a benchmark and direction; comparison.json has all

@@ -4,9 +4,9 @@ This is the one file that knows lm-eval. Nothing of a task is changed but what t
 limit), in the way of `lm_eval.simple_evaluate`, so that the numbers are those of `python -m lm_eval` to the last digit. It is
 called below that function, since that one spends seconds on a report of the machine and ends with a result file of its own.
 
-Requests are built once, here, and answered by an engine (evaluation/calls.py): the model in this process, which leaves out what no
-number depends on (evaluation/engine.py), copies of it in several (evaluation/workers.py), vLLM, or a server
-(evaluation/endpoint.py). What is added stands beside the numbers: the ids that are sent are looked at, each forward pass heeds
+Requests are built once, here, and answered by an engine (evaluation/harness/calls.py): the model in this process, which leaves out what no
+number depends on (evaluation/harness/engine.py), copies of it in several (evaluation/harness/workers.py), vLLM, or a server
+(evaluation/harness/endpoint.py). What is added stands beside the numbers: the ids that are sent are looked at, each forward pass heeds
 the stop request, each finished request is a step of progress and kept in `work` for a second start, and HumanEval's `code_eval`,
 which would fetch code from the hub and run model-written programs in this very process, is replaced by the sandbox before the
 task is loaded.
@@ -36,20 +36,20 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from lm_eval.utils import set_torch_seed
 
-from evaluation.calls import Answer, Call, Engine, Score, Writing
-from evaluation.calls import Row as EngineRow
 from evaluation.config import HARNESS_VERSION, Backend, BenchmarkConfig
-from evaluation.endpoint import EndpointEngine, locate
-from evaluation.engine import TransformersEngine, load_model
-from evaluation.mirror import known_data
-from evaluation.offline import closed_sockets
-from evaluation.profile import describe
+from evaluation.harness.calls import Answer, Call, Engine, Score, Writing
+from evaluation.harness.calls import Row as EngineRow
+from evaluation.harness.endpoint import EndpointEngine, locate
+from evaluation.harness.engine import TransformersEngine, load_model
+from evaluation.harness.mirror import known_data
+from evaluation.harness.offline import closed_sockets
+from evaluation.harness.profile import describe
+from evaluation.harness.samples import score_rows, write_samples
+from evaluation.harness.sandbox import SandboxedCodeEval, check_sandbox
+from evaluation.harness.stock import find_folders, stock_folder
+from evaluation.harness.watch import Watch
+from evaluation.harness.workers import Copies, WorkerPool
 from evaluation.responses import Responses
-from evaluation.samples import score_rows, write_samples
-from evaluation.sandbox import SandboxedCodeEval, check_sandbox
-from evaluation.stock import find_folders, stock_folder
-from evaluation.watch import Watch
-from evaluation.workers import Copies, WorkerPool
 from training.config import Runtime
 from training.job import Interrupted, write_json
 from training.model import DTYPES, check_model_folder, digest_weights, resolve_device

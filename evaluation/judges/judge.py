@@ -11,8 +11,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
-from evaluation.judge_config import JudgeConfig, JudgeRuntime
-from evaluation.judge_prompt import Conversation, JudgePrompt
+from evaluation.judges.config import JudgeConfig, JudgeRuntime
+from evaluation.judges.prompt import Conversation, JudgePrompt
 from evaluation.responses import Responses, hash_json
 from training.metrics import MetricsWriter
 

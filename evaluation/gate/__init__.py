@@ -1,0 +1,1 @@
+"""The gate: policy, tests, verdict, and its words."""

@@ -1,0 +1,1 @@
+"""Benchmarks with lm-eval's stock tasks: data, engines, sandbox, results."""
