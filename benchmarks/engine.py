@@ -34,7 +34,7 @@ from training.flops import count_flops
 from training.job import Job
 from training.logprobs import check_layout, sum_logps
 from training.loop import Settings, Trainer, make_optimiser
-from training.memory import keep_freed_memory
+from training.memory import keep_freed_memory, read_resident_peak
 from training.model import prepare_layers, prepare_model
 from training.objectives.var import Var
 from training.plan import read_architecture
@@ -74,7 +74,11 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
     budget = 10**9 if spec.get("one_microbatch") else spec["microbatch_tokens"]
     folder = Path(spec["folder"])
     job = Job(name="train", config={}, runtime={}, inputs={}, output=folder, work=folder)
-    runtime = Runtime(microbatch_tokens=budget, compile=spec.get("compile", False))
+    runtime = Runtime(
+        microbatch_tokens=budget,
+        compile=spec.get("compile", False),
+        activation_checkpointing=spec.get("activation_checkpointing", False),
+    )
     keep_freed_memory()  # as a run does
     prepare_layers(model, runtime, device=world.device)
     progress = Progress()
@@ -97,6 +101,7 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
         "scoring_seconds": scoring,
         "scored_pairs": scored,
         "device": name_device(world.device),
+        "peak_bytes": read_resident_peak(),  # before anything is counted or profiled
         "peak_device_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }

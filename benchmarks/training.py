@@ -8,7 +8,8 @@ Keys: `gemm_share`, `gemm_share_compiled` (FLOPs of a VAR step over its time, as
 product; with `runtime.compile`, which takes a C++ compiler),
 `var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (both with the time of their
 reference log-probabilities), `var_vs_sft_time` (VAR on both responses over TRL SFT on the chosen alone),
-`var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone), `var_vs_dpo_peak_memory` (at the same micro-batch),
+`var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone), `var_vs_dpo_peak_memory`, `var_vs_dpo_tuned_peak_memory` (all
+pairs of the step at once on both sides; default and VAR compute activations again, tuned and VAR keep them),
 `k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length`; and, by minutes of training each (benchmarks/rewards.py says how),
 `var_vs_grpo_time_to_reward` (a lower bound where `…_censored`) and `var_vs_dpo_reward_gain` with `…_ci`.
 
@@ -161,7 +162,6 @@ def compare_with_gemm(bench: Bench) -> dict[str, Any]:
         "gemm_gflops_per_second": var["gemm_rate"] / 1e9,
         "var_pairs_per_second": var["pairs"] / var["seconds"],
         "var_tokens_per_second": var["tokens"] / var["seconds"],
-        "var_peak_gib": var["peak_bytes"] / 2**30,
     }
 
 
@@ -173,17 +173,23 @@ def compare_with_dpo(bench: Bench) -> dict[str, Any]:
     tuned = sweep[best]
     scored = seconds_per_pair(var) + var["scoring_seconds"] / var["scored_pairs"]
     tuned_scored = seconds_per_pair(tuned) + tuned["scoring_seconds"] / tuned["scored_pairs"]
-    same = bench.measure("var", one_microbatch=True)
+    at_once = bench.measure("var", one_microbatch=True)
+    recomputing = bench.measure("var", one_microbatch=True, activation_checkpointing=True)  # as TRL's does by default
     return {
         "var_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(var),
         "var_vs_dpo_tuned_speed": seconds_per_pair(tuned) / seconds_per_pair(var),
         "var_vs_dpo_speed_with_scoring": min(seconds_per_pair(default), tuned_scored) / scored,
-        "var_vs_dpo_peak_memory": same["peak_bytes"] / default["peak_bytes"],
+        "var_vs_dpo_peak_memory": recomputing["peak_bytes"] / default["peak_bytes"],
+        "var_vs_dpo_tuned_peak_memory": at_once["peak_bytes"] / sweep[BATCH_PAIRS]["peak_bytes"],
+        "var_recomputing_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(recomputing),
         "dpo_tuned_microbatch": best,
         "dpo_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in sweep.items()},
         "dpo_seconds_per_pair": seconds_per_pair(default),
         "var_seconds_per_pair": seconds_per_pair(var),
         "dpo_peak_gib": default["peak_bytes"] / 2**30,
+        "dpo_tuned_peak_gib": sweep[BATCH_PAIRS]["peak_bytes"] / 2**30,
+        "var_peak_gib": at_once["peak_bytes"] / 2**30,
+        "var_recomputing_peak_gib": recomputing["peak_bytes"] / 2**30,
     }
 
 
@@ -267,7 +273,7 @@ def run_child(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     found: dict[str, Any] = measure(spec)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return found | {"peak_bytes": peak, "process_seconds": round(time.monotonic() - started, 1)}
+    return {"peak_bytes": peak} | found | {"process_seconds": round(time.monotonic() - started, 1)}
 
 
 if __name__ == "__main__":
