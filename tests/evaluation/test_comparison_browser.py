@@ -38,6 +38,7 @@ def make_subject(place: int) -> Subject:
         texts[name] = {key: ItemText(f"Question {key[1]}\nAnswer:", f"{ANSWERS[place]} {ATTACK}", "B") for key in items}
     gains = np.random.default_rng(7).normal(0, 1, 60) + 0.6 * (place == 1)
     rows = [f"row{k}" for k in range(60)]
+    scattered = gains + np.random.default_rng(place).normal(0.3 * place, 0.8, 60)
     margins = np.random.default_rng(place).choice([-2, -1, 0, 1, 2], size=(150, 2), p=JUDGED[place]).tolist()
     return Subject(
         name=NAMES[place],
@@ -53,7 +54,7 @@ def make_subject(place: int) -> Subject:
             for row, gain in zip(rows, gains + np.random.default_rng(place).normal(0, 0.4, 60), strict=True)
         },
         sets={
-            name: {f"{name}{k}": float(gain) + 0.2 * place for k, gain in enumerate(gains)}
+            name: {f"{name}{k}": float(gain) for k, gain in enumerate(scattered)}
             for name in ("hha_helpful", "hha_harmless", "offsetbias")[: 3 - place // 2]
         },
         verdicts={
@@ -105,8 +106,7 @@ def test_the_comparison_draws_offline_and_runs_nothing_foreign(
         assert page.title() == " · ".join(NAMES)
         assert any("rather not say" in text for text in page.locator("#samples mark").all_inner_texts())
         page.screenshot(path=SCREENSHOTS / f"comparison-{scheme}-{width}.png")
-        page.locator("#scores").evaluate("node => node.scrollIntoView({block: 'start'})")
-        page.screenshot(path=SCREENSHOTS / f"comparison-scores-{scheme}-{width}.png")
+        page.locator("#scores").screenshot(path=SCREENSHOTS / f"comparison-scores-{scheme}-{width}.png")
         shown = page.locator("#scores tbody th").all_inner_texts()
         assert any("150 questions" in name for name in shown) and any(name.startswith("hha_helpful") for name in shown)
         page.locator("#flips").scroll_into_view_if_needed()
