@@ -132,7 +132,7 @@ def compare_models(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Lay models side by side: scores with intervals, flips, rewards, lengths, settings, data, cost; and as a page."""
+    """Lay models side by side: scores, win rates and rewards with intervals, flips, settings, data, cost; and as a page."""
     settings = connect()
     from pydantic import ValidationError
     from rich.console import Console

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from evaluation.comparison import Answer, Comparison, ItemText, Subject, TokenAnswers, Verdicts
 
 ROWS_FILE = "rows.parquet"
-MEASURE = re.compile("(eval|judge|set)_")  # before the name of a benchmark, of what a judge compared, of a prompt set
+MEASURE = re.compile("^(eval|judge|set)_")  # before the name of a benchmark, of what a judge compared, of a prompt set
 STORED = re.compile(r"([a-z_]+/)?[0-9a-f]{6,64}")  # an artifact, or the start of its fingerprint
 
 
@@ -258,7 +258,8 @@ def find_measured(
     tags = tracking.find_tags(run) if run else {}
     said = [value.split()[1] for key, value in tags.items() if key.startswith("step.") and not key.endswith("champion")]
     if said and "step.train" not in tags:  # a run of benchmark: the model is what its evaluations read
-        read = {model for ref in said if (model := find_asked(records.resolve(store, ref), store=store))}
+        asked = [records.resolve(store, ref) for ref in said if ref.startswith(("evaluate/", "alignment/", "judge/"))]
+        read = {model for record in asked if (model := find_asked(record, store=store))}
         if len(read) != 1:
             raise ValueError(
                 f"run {run}: it measured {len(read)} models, expected one; name a run of align, benchmark or judge"
@@ -274,12 +275,10 @@ def find_measured(
 
 
 def find_asked(record: Record, *, store: Store) -> str | None:
-    """Return the fingerprint of the model that an evaluation, by benchmark, reward model or judge, is about; None of any other step."""
-    if record.step == "evaluate":
-        return record.inputs["model"]
-    if record.step not in ("alignment", "judge") or "answers" not in record.inputs:
-        return None
-    return records.resolve(store, f"generate/{record.inputs['answers']}").inputs["policy"]
+    """Return the fingerprint of the model that an evaluation by benchmark, reward model or judge is about; None where it is about no one."""
+    if "answers" in record.inputs:
+        return records.resolve(store, f"generate/{record.inputs['answers']}").inputs["policy"]
+    return record.inputs.get("model")
 
 
 def choose_alike(found: list[Measured], *, store: Store) -> None:
@@ -325,7 +324,8 @@ def name_measure(record: Record, known: Mapping[str, Record]) -> tuple[str, str]
     if asked is None:  # held-out rows
         return "answers" if record.step == "generate" else "rewards", policy
     if asked.step == "prompt_set" and record.step == "score_rewards":
-        return f"set_{EvalSetConfig.model_validate(asked.identity['config']).title}", policy
+        config = asked.identity["config"]
+        return f"set_{EvalSetConfig(name=config['name'], limit=config['limit']).title}", policy
     return "", ""
 
 
