@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import statistics
-from evaluation.harness.result import BenchmarkResult, ItemKey, pair_items
+from evaluation.harness.result import BenchmarkResult, ItemKey, check_profiles, pair_items
+from evaluation.judges.scores import BOOTSTRAP_SEED as VERDICTS_SEED
+from evaluation.judges.scores import STRONG_WEIGHT, to_score
 from training.config import Config
 
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 20_241_105
 SAMPLES = 8
+REWARD_DETAIL = "mean reward of a prompt's answers"
 WORDS = re.compile(r"\S+\s*|\s+")  # a word with the space behind it
 
 Scores = NDArray[np.float64]
@@ -44,6 +47,15 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Verdicts:
+    """What a judge said of a model's answers, each held against the same baseline's answer in both orders."""
+
+    detail: str  # whose answers they are held against, and by whom
+    profile: Mapping[str, Any]  # what two of them must share
+    margins: Mapping[str, Sequence[int]]  # every verdict on a question, by its id: from -2 to 2, positive for the model
+
+
+@dataclass(frozen=True)
 class Subject:
     """One model with what was measured of it. What was not is absent."""
 
@@ -53,6 +65,8 @@ class Subject:
     texts: Mapping[str, Mapping[ItemKey, ItemText]] = field(default_factory=dict)  # by benchmark
     answers: Mapping[str, Answer] = field(default_factory=dict)  # by row id
     rewards: Mapping[str, float] = field(default_factory=dict)  # mean of a row's responses, by row id
+    sets: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # the same of each prompt set, by name
+    verdicts: Mapping[str, Verdicts] = field(default_factory=dict)  # by what was judged
     settings: Mapping[str, Any] = field(default_factory=dict)  # `step.field`: value, and sources by name
     data: Mapping[str, Any] = field(default_factory=dict)  # counts of ingest
     tokens: Mapping[str, "TokenAnswers"] = field(default_factory=dict)  # by row id; of the reference none
@@ -83,7 +97,7 @@ class Level(Config):
 class Difference(Config):
     """One model minus the reference, over the same items or prompts."""
 
-    what: str  # benchmark, or heldout_reward, or answer_characters
+    what: str  # benchmark, prompt set, what was judged, heldout_reward or answer_characters
     subject: str
     n: int
     difference: float
@@ -104,7 +118,7 @@ class Measure(Config):
 
     what: str
     detail: str  # metric and filter, or the unit
-    unit: str  # items or prompts
+    unit: str  # items and questions, on which scores run from 0 to 1, or prompts
     n: int
     levels: tuple[Level, ...]
     differences: tuple[Difference, ...]
@@ -169,6 +183,8 @@ class Comparison(Config):
     refs: tuple[str, ...]
     confidence: float
     benchmarks: tuple[Measure, ...]
+    judges: tuple[Measure, ...]  # win rates against one baseline
+    alignment: tuple[Measure, ...]  # rewards of the answers to prompt sets
     reward: Measure | None
     length: Measure | None
     truncated: tuple[float, ...]  # share of the held-out answers that the cap cut, by model; empty where there are none
@@ -180,15 +196,26 @@ class Comparison(Config):
     cost: tuple[FieldRow, ...]
     not_compared: tuple[str, ...]
 
+    @property
+    def measures(self) -> list[Measure]:
+        """Everything with an interval, in the order in which it is shown."""
+        single = [measure for measure in (self.reward, self.length) if measure]
+        return [*self.benchmarks, *self.judges, *self.alignment, *single]
+
 
 def compare(subjects: Sequence[Subject]) -> Comparison:
     """Compare models on what all of them have. Raises ValueError, naming the field, for scores of different profiles."""
     if len(subjects) < 2:
         raise ValueError(f"compare: got {len(subjects)} models, expected at least 2")
     benchmarks = [measure_benchmark(name, subjects) for name in shared(subjects, lambda s: s.results)]
+    judges = [measure_verdicts(name, subjects) for name in shared(subjects, lambda s: s.verdicts)]
+    alignment = [
+        measure_prompts(name, REWARD_DETAIL, [subject.sets[name] for subject in subjects], subjects)
+        for name in shared(subjects, lambda s: s.sets)
+    ]
     reward = measure_rewards(subjects)
     length = measure_lengths(subjects)
-    measures = adjust([*benchmarks, *(measure for measure in (reward, length) if measure)])
+    measures = adjust([*benchmarks, *judges, *alignment, *(measure for measure in (reward, length) if measure)])
     by_what = {measure.what: measure for measure in measures}
     first = subjects[0]
     answered = all(subject.answers for subject in subjects)
@@ -197,6 +224,8 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
         refs=tuple(subject.ref for subject in subjects),
         confidence=CONFIDENCE,
         benchmarks=tuple(by_what[measure.what] for measure in benchmarks),
+        judges=tuple(by_what[measure.what] for measure in judges),
+        alignment=tuple(by_what[measure.what] for measure in alignment),
         reward=by_what[reward.what] if reward else None,
         length=by_what[length.what] if length else None,
         truncated=tuple(map(truncated_share, subjects)) if answered else (),
@@ -234,13 +263,61 @@ def measure_benchmark(name: str, subjects: Sequence[Subject]) -> Measure:
     )
 
 
+def measure_verdicts(name: str, subjects: Sequence[Subject]) -> Measure:
+    """Return all models' win rates against the same baseline by the same judge, paired by question, over those on which every model
+    has its verdicts. Raises ValueError, naming the field, for verdicts of different profiles."""
+    given = [subject.verdicts[name] for subject in subjects]
+    for subject, own in zip(subjects[1:], given[1:], strict=True):
+        check_profiles(name, own.profile, given[0].profile, who=(subject.name, subjects[0].name))
+    asked = set[str]().union(*(own.margins for own in given))
+    questions = sorted(asked.intersection(*(own.margins for own in given)))
+    if not questions:
+        raise ValueError(
+            f"{name}: none of {len(asked)} questions has verdicts of every model; judge their answers again"
+        )
+    rated = [rate_verdicts([own.margins[question] for question in questions]) for own in given]
+    _, first_Q, linear_Q = rated[0]
+    differences = [
+        describe_difference(name, subject.name, own_linear_Q, linear_Q).model_copy(
+            update={"won": int((own_Q > first_Q).sum()), "lost": int((own_Q < first_Q).sum())}
+        )
+        for subject, (_, own_Q, own_linear_Q) in zip(subjects[1:], rated[1:], strict=True)
+    ]
+    left_out = len(asked) - len(questions)
+    return Measure(
+        what=name,
+        detail=given[0].detail + (f"; without {left_out} that lack a verdict on some model" if left_out else ""),
+        unit="questions",
+        n=len(questions),
+        levels=tuple(level for level, _, _ in rated),
+        differences=tuple(differences),
+    )
+
+
+def rate_verdicts(margins: Sequence[Sequence[int]]) -> tuple[Level, Scores, Scores]:
+    """Return the win rate of the verdicts on each question with the interval that the judge's step gives it, the score of each question
+    (Q,), 1 for the model and 0 for the baseline, and the same linearised (Q,).
+
+    The rate is a ratio, weighted verdicts over weights, since a strong verdict counts three times in Arena-Hard. R + w_Q (s_Q - R) / mean(w)
+    has the mean R and, to first order, the spread of the ratio, so a paired t of two models' tests the difference of their rates.
+    """
+    weights = [[STRONG_WEIGHT if abs(margin) == 2 else 1 for margin in own] for own in margins]
+    weight_Q = np.array([sum(own) for own in weights], dtype=np.float64)
+    both = zip(margins, weights, strict=True)
+    score_Q = np.array([np.dot([to_score(margin) for margin in own], weight) for own, weight in both]) / weight_Q
+    rate = statistics.bootstrap_weighted_mean(
+        score_Q, weight_Q, np.arange(len(score_Q)), confidence=CONFIDENCE, seed=VERDICTS_SEED
+    )
+    share_Q = weight_Q / weight_Q.mean()
+    level = Level(value=rate.value, low=rate.low, high=rate.high)
+    return level, score_Q, share_Q * score_Q + (1 - share_Q) * rate.value
+
+
 def measure_rewards(subjects: Sequence[Subject]) -> Measure | None:
     """Return the held-out reward of all models over the prompts, None where some model has none."""
     if not all(subject.rewards for subject in subjects):
         return None
-    return measure_prompts(
-        "heldout_reward", "mean reward of a prompt's answers", [subject.rewards for subject in subjects], subjects
-    )
+    return measure_prompts("heldout_reward", REWARD_DETAIL, [subject.rewards for subject in subjects], subjects)
 
 
 def measure_lengths(subjects: Sequence[Subject]) -> Measure | None:
@@ -259,14 +336,14 @@ def mean_characters(answer: Answer) -> float:
 def measure_prompts(
     what: str, detail: str, values: Sequence[Mapping[str, float]], subjects: Sequence[Subject]
 ) -> Measure:
-    """Return the means over the same held-out prompts, with intervals clustered by prompt; refuse unlike prompts."""
+    """Return the means over the same prompts, with intervals clustered by prompt; refuse unlike prompts."""
     rows = sorted(values[0])
     for subject, own in zip(subjects, values, strict=True):
         if own.keys() != values[0].keys():
             unlike = len(own.keys() ^ values[0].keys())
             raise ValueError(
-                f"{what}: the held-out prompts must be the same; {unlike} are of only one of {subjects[0].name} and {subject.name}; "
-                "generate and score both from the same rows"
+                f"{what}: the prompts must be the same; {unlike} are of only one of {subjects[0].name} and {subject.name}; generate and "
+                "score both from the same rows, with answers.max_prompt_tokens that no prompt is too long for"
             )
     table = [np.array([own[row] for row in rows]) for own in values]
     differences = [
@@ -426,8 +503,9 @@ def shared(subjects: Sequence[Subject], get: Any) -> list[str]:
 def list_absent(subjects: Sequence[Subject]) -> list[str]:
     """Return a sentence for each thing that some model has and another has not."""
     said = []
-    names = dict.fromkeys(name for subject in subjects for name in subject.results)
-    held = [(name, [s.name for s in subjects if name in s.results]) for name in names]
+    everything = [{**subject.results, **subject.verdicts, **subject.sets} for subject in subjects]
+    names = dict.fromkeys(name for own in everything for name in own)
+    held = [(name, [s.name for s, own in zip(subjects, everything, strict=True) if name in own]) for name in names]
     held += [
         ("held-out answers", [s.name for s in subjects if s.answers]),
         ("held-out rewards", [s.name for s in subjects if s.rewards]),

@@ -8,12 +8,14 @@ from prefect import flow
 
 from evaluation.config import SuiteConfig
 from evaluation.gate.verdict import Noise
+from evaluation.harness.contamination import Contamination, flag_contamination
 from evaluation.suites import mean_score
 from flows.align import check_benchmarks
 from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.config import BenchmarkFlowConfig
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
+from tasks.contamination import plan_contamination, read_contamination
 from tasks.evaluate import MirrorConfig, evaluate, mirror
 from tasks.execute import Execution
 from tasks.noise import plan_noise, read_noise
@@ -30,6 +32,7 @@ class BenchmarkPlan:
     evaluations: tuple[Planned, ...]
     varied: list[Planned]  # the same under what should not matter, where a noise floor is asked for
     noise: Planned | None  # what compares them
+    contamination: Planned | None  # items in what the model was trained on, where that is in the store
     alignment: AlignmentPlan
 
     def results(self) -> Iterator[Planned]:
@@ -52,13 +55,14 @@ def plan_benchmark(config: BenchmarkFlowConfig, *, store: Store, settings: Setti
         files=raw, runtime=runtime, store=store, settings=settings,
     )  # fmt: skip
     if not suite.benchmarks:
-        return BenchmarkPlan(None, (), [], None, alignment)
+        return BenchmarkPlan(None, (), [], None, None, alignment)
     files = mirror(MirrorConfig(), {"raw": raw}, runtime=runtime)
     inputs: dict[str, Given] = {"model": model, "mirror": files}
     evaluations = {b.name: evaluate(b, inputs, runtime=runtime, label=b.name) for b in suite.benchmarks}
     floor = plan_noise(config.noise, suite, model=model, files=files, measured=evaluations, runtime=runtime)
     varied, noise = floor or ([], None)
-    return BenchmarkPlan(files, tuple(evaluations.values()), varied, noise, alignment)
+    looked = plan_contamination(model, evaluations, store=store, settings=settings, runtime=runtime)
+    return BenchmarkPlan(files, tuple(evaluations.values()), varied, noise, looked, alignment)
 
 
 def check_scorer(config: BenchmarkFlowConfig) -> None:
@@ -85,25 +89,34 @@ def benchmark(config: BenchmarkFlowConfig) -> dict[str, Any]:
             check_benchmarks(config.suite, source=config.benchmarks, folder=folder)
         run.steps(*plan.evaluations, *plan.varied, *plan.alignment.steps())
         floor = read_noise(run.folder(run.step(plan.noise))) if plan.noise else {}
+        seen = read_contamination(run.folder(run.step(plan.contamination))) if plan.contamination else ()
         summaries = [run.ref(planned).record.summary for planned in plan.results()]
-        return collect(config.suite, summaries, floor) | {"steps": list_steps(run)} | run.links
+        return collect(config.suite, summaries, floor, seen) | {"steps": list_steps(run)} | run.links
 
 
 def collect(
-    suite: SuiteConfig, summaries: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Noise]]
+    suite: SuiteConfig,
+    summaries: Sequence[Mapping[str, Any]],
+    noise: Mapping[str, Sequence[Noise]],
+    contamination: Sequence[Contamination],
 ) -> dict[str, Any]:
     """Return what the steps' summaries say: scores by metric, why some are suspect, all figures of each benchmark and set, the mean
-    of a whole profile, and how far scores move when the model does not."""
+    of a whole profile, how far scores move when the model does not, and what of the benchmarks the model was trained on."""
     scores = {name: value for summary in summaries for name, value in summary["metrics"].items()}
     mean = mean_score(suite, {summary["benchmark"]: summary["value"] for summary in summaries if "value" in summary})
     if mean is not None:
         scores[f"eval/{mean[0]}/mean"] = mean[1]
+    flags = {summary["benchmark"]: summary["flag"] for summary in summaries if summary.get("flag")}
+    for found in contamination:
+        for flag in flag_contamination(found):
+            flags[found.benchmark] = "; ".join(filter(None, [flags.get(found.benchmark), flag]))
     return {
         "scores": scores,
-        "flags": {summary["benchmark"]: summary["flag"] for summary in summaries if summary.get("flag")},
+        "flags": flags,
         "benchmarks": {
             summary["benchmark"]: {name: value for name, value in summary.items() if name != "metrics"}
             for summary in summaries
         },
+        "contamination": [found.model_dump(mode="json") for found in contamination],
         "noise": {name: [floor.model_dump(mode="json") for floor in floors] for name, floors in noise.items()},
     }

@@ -132,7 +132,7 @@ def compare_models(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Lay models side by side: scores with intervals, flips, rewards, lengths, settings, data, cost; and as a page."""
+    """Lay models side by side: scores, win rates and rewards with intervals, flips, settings, data, cost; and as a page."""
     settings = connect()
     from pydantic import ValidationError
     from rich.console import Console
@@ -165,8 +165,9 @@ def draw_comparison(outcome: dict[str, Any]) -> None:
     )
     for column in ("what", "model", "level", "difference", "won:lost", "p adj."):
         table.add_column(column, justify="left" if column in ("what", "model") else "right")
-    for measure in [*found["benchmarks"], *(m for m in (found["reward"], found["length"]) if m)]:
-        scale, digits = (100, 1) if measure["unit"] == "items" else (1, 1 if "characters" in measure["what"] else 3)
+    measures = [*found["benchmarks"], *found["judges"], *found["alignment"], found["reward"], found["length"]]
+    for measure in filter(None, measures):
+        scale, digits = (100, 1) if measure["unit"] != "prompts" else (1, 1 if "characters" in measure["what"] else 3)
         for place, level in enumerate(measure["levels"]):
             difference = measure["differences"][place - 1] if place else None
             cells = ["", ""]

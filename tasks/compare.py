@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from evaluation.config import EvalSetConfig
 from infra import records
 from infra.fingerprint import diff_identities, fingerprint
 from infra.records import Record
@@ -29,9 +30,10 @@ from training.config import Config, Runtime, TokenScoreConfig
 from training.job import write_json
 
 if TYPE_CHECKING:
-    from evaluation.comparison import Answer, Comparison, ItemText, Subject, TokenAnswers
+    from evaluation.comparison import Answer, Comparison, ItemText, Subject, TokenAnswers, Verdicts
 
 ROWS_FILE = "rows.parquet"
+MEASURE = re.compile("^(eval|judge|set)_")  # before the name of a benchmark, of what a judge compared, of a prompt set
 STORED = re.compile(r"([a-z_]+/)?[0-9a-f]{6,64}")  # an artifact, or the start of its fingerprint
 
 
@@ -60,7 +62,9 @@ class Measured:
     record: Record | None = None  # None for a source, which nothing here made
     only: frozenset[str] | None = None  # references that count, where a run was named
     source: Source | None = None  # where its weights lie, if it came from outside
-    chosen: dict[str, Record] = field(default_factory=dict)  # what is compared: eval_<benchmark>, answers, rewards
+    # what is compared: eval_<benchmark>, answers, rewards, set_<prompt set> (its rewards), judge_<benchmark>
+    chosen: dict[str, Record] = field(default_factory=dict)
+    answered: dict[str, Record] = field(default_factory=dict)  # the answers behind the last two, by the same names
 
     @property
     def ref(self) -> str:
@@ -70,10 +74,10 @@ class Measured:
         return self.only is None or f"{record.step}/{record.fingerprint}" in self.only
 
 
-@step(version=2)
+@step(version=3)
 def compare(config: ComparisonConfig, attempt: Attempt) -> Metrics:
-    """Lay models side by side. Inputs: of the model at place N `N_eval_<benchmark>`, `N_answers`, `N_rewards`, `N_rows`, and `N_tokens`
-    of its answers and the first model's."""
+    """Lay models side by side. Inputs: of the model at place N `N_eval_<benchmark>`, `N_answers`, `N_rewards`, `N_set_<prompt set>`
+    (its rewards), `N_judge_<benchmark>`, `N_rows`, and `N_tokens` of its answers and the first model's."""
     from evaluation.comparison import compare as lay_side_by_side  # SciPy and Plotly: only where something is compared
     from evaluation.pages.comparison_page import render_comparison
 
@@ -95,8 +99,7 @@ def compare(config: ComparisonConfig, attempt: Attempt) -> Metrics:
 def describe_figures(comparison: "Comparison") -> Metrics:
     """Return the differences as metrics, by the place of the model that is held against the first."""
     metrics: Metrics = {}
-    measures = [*comparison.benchmarks, *(m for m in (comparison.reward, comparison.length) if m)]
-    for measure in measures:
+    for measure in comparison.measures:
         for place, difference in enumerate(measure.differences, start=2):
             name = f"compare/{measure.what}/{place}_minus_1"
             metrics |= {name: difference.difference, f"{name}_low": difference.low, f"{name}_high": difference.high}
@@ -108,7 +111,10 @@ def read_subject(config: SubjectConfig, inputs: Mapping[str, Path]) -> "Subject"
     from evaluation.comparison import Subject
     from evaluation.harness.result import read_result
 
-    folders = {name.removeprefix("eval_"): folder for name, folder in inputs.items() if name.startswith("eval_")}
+    folders, judged, sets = (
+        {name.removeprefix(kind): folder for name, folder in inputs.items() if name.startswith(kind)}
+        for kind in ("eval_", "judge_", "set_")
+    )
     rows = inputs.get("rows")
     return Subject(
         name=config.name,
@@ -117,6 +123,8 @@ def read_subject(config: SubjectConfig, inputs: Mapping[str, Path]) -> "Subject"
         texts={name: read_texts(folder) for name, folder in folders.items()},
         answers=read_answers(inputs["answers"]) if "answers" in inputs else {},
         rewards=read_rewards(inputs["rewards"]) if "rewards" in inputs else {},
+        sets={name: read_rewards(folder) for name, folder in sets.items()},
+        verdicts={name: read_verdicts(folder) for name, folder in judged.items()},
         tokens=read_tokens(inputs["tokens"]) if "tokens" in inputs else {},
         settings=config.settings,
         data=config.data,
@@ -136,6 +144,19 @@ def read_texts(folder: Path) -> "dict[tuple[str, str], ItemText]":
         (str(item["task"]), str(item["doc_id"])): ItemText(item["prompt"], item["answer"], item["target"])
         for item in items
     }
+
+
+def read_verdicts(folder: Path) -> "Verdicts":
+    """Return what a judge said of a model's answers, by question."""
+    from evaluation.comparison import Verdicts
+
+    (row,) = (row for row in json.loads((folder / "scores.json").read_text()) if row["decides"])
+    pairs = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    return Verdicts(
+        detail=f"{row['metric'].replace('_', ' ')} {row['task']}, {row['filter']}",
+        profile=json.loads((folder / "profile.json").read_text()),
+        margins={pair["doc_id"]: (*pair["ours_first"], *pair["theirs_first"]) for pair in pairs},
+    )
 
 
 def read_answers(folder: Path) -> "dict[str, Answer]":
@@ -237,10 +258,11 @@ def find_measured(
     tags = tracking.find_tags(run) if run else {}
     said = [value.split()[1] for key, value in tags.items() if key.startswith("step.") and not key.endswith("champion")]
     if said and "step.train" not in tags:  # a run of benchmark: the model is what its evaluations read
-        read = {records.resolve(store, ref).inputs["model"] for ref in said if ref.startswith("evaluate/")}
+        asked = [records.resolve(store, ref) for ref in said if ref.startswith(("evaluate/", "alignment/", "judge/"))]
+        read = {model for record in asked if (model := find_asked(record, store=store))}
         if len(read) != 1:
             raise ValueError(
-                f"run {run}: it measured {len(read)} models, expected one; name a run of align or benchmark"
+                f"run {run}: it measured {len(read)} models, expected one; name a run of align, benchmark or judge"
             )
         (digest,) = read
         made = [r for name in ("train", "reward_model") if (r := records.find(store, step=name, fingerprint=digest))]
@@ -252,43 +274,66 @@ def find_measured(
     return Measured(reference, source.fingerprint, source=source)
 
 
+def find_asked(record: Record, *, store: Store) -> str | None:
+    """Return the fingerprint of the model that an evaluation by benchmark, reward model or judge is about; None where it is about no one."""
+    if "answers" in record.inputs:
+        return records.resolve(store, f"generate/{record.inputs['answers']}").inputs["policy"]
+    return record.inputs.get("model")
+
+
 def choose_alike(found: list[Measured], *, store: Store) -> None:
     """Choose of everything on record what was measured of all models in the same way, newest first.
 
     What only some have is left to each of them, for the comparison to say so.
     """
-    evaluations = list(records.iterate(store, "evaluate"))
+    kinds = ("prompt_set", "questions", "generate", "evaluate", "score_rewards", "judge")
+    measured = sorted((r for kind in kinds for r in records.iterate(store, kind)), key=lambda r: r.created)
+    known = {record.fingerprint: record for record in measured if record.step in kinds[:3]}
     pools: dict[str, list[list[Record]]] = {}
-    for place, one in enumerate(found):
-        for record in sorted(evaluations, key=lambda r: r.created):
-            if record.inputs["model"] == one.fingerprint and one.counts(record):
-                name = f"eval_{record.identity['config']['name']}"
+    for record in measured:
+        name, model = name_measure(record, known)
+        for place, one in enumerate(found):
+            if name and model == one.fingerprint and one.counts(record):
                 pools.setdefault(name, [[] for _ in found])[place].append(record)
-    sets = {  # of prompts: what is answered there says nothing of held-out rows
-        record.fingerprint for kind in ("questions", "prompt_set") for record in records.iterate(store, kind)
-    }
-    heldout = [record for record in records.iterate(store, "generate") if record.inputs["rows"] not in sets]
-    answers = [[r for r in heldout if r.inputs["policy"] == one.fingerprint and one.counts(r)] for one in found]
-    if any(answers):
-        pools["answers"] = answers
-    for name, pool in pools.items():
-        without = "policy" if name == "answers" else "model"
-        for one, chosen in zip(found, choose_one(name, pool, found, without=without), strict=True):
+    for name, pool in sorted(pools.items()):  # answers before rewards
+        if name == "rewards":
+            of = [one.chosen["answers"].fingerprint if "answers" in one.chosen else "" for one in found]
+            pool = [[r for r in own if r.inputs["rows"] == which] for own, which in zip(pool, of, strict=True)]
+        for one, chosen in zip(found, choose_one(name, pool, found, known=known), strict=True):
             if chosen:
                 one.chosen[name] = chosen
-    scored = list(records.iterate(store, "score_rewards"))
-    of = [
-        [r for r in scored if "answers" in one.chosen and r.inputs["rows"] == one.chosen["answers"].fingerprint]
-        for one in found
-    ]
-    for one, chosen in zip(found, choose_one("rewards", of, found, without="rows"), strict=True):
-        if chosen:
-            one.chosen["rewards"] = chosen
+            if chosen and name.startswith(("set_", "judge_")):
+                one.answered[name] = known[chosen.inputs.get("answers") or chosen.inputs["rows"]]
 
 
-def choose_one(name: str, pool: list[list[Record]], found: list[Measured], *, without: str) -> list[Record | None]:
+def name_measure(record: Record, known: Mapping[str, Record]) -> tuple[str, str]:
+    """Return what a record measures, as `Measured.chosen` names it, and the fingerprint of the model; ("", "") where it measures none.
+
+    `known` are the answers of all models and the sets that they may be to, by fingerprint.
+    """
+    if record.step == "evaluate":
+        return f"eval_{record.identity['config']['name']}", record.inputs["model"]
+    given = record.inputs.get("answers" if record.step == "judge" else "rows", "")
+    answers = record if record.step == "generate" else known.get(given)
+    if answers is None or answers.step != "generate":
+        return "", ""
+    asked, policy = known.get(answers.inputs["rows"]), answers.inputs["policy"]
+    if record.step == "judge":
+        config = record.identity["config"]
+        return f"judge_{EvalSetConfig(name=config['benchmark'], limit=config['limit']).title}", policy
+    if asked is None:  # held-out rows
+        return "answers" if record.step == "generate" else "rewards", policy
+    if asked.step == "prompt_set" and record.step == "score_rewards":
+        config = asked.identity["config"]
+        return f"set_{EvalSetConfig(name=config['name'], limit=config['limit']).title}", policy
+    return "", ""
+
+
+def choose_one(
+    name: str, pool: list[list[Record]], found: list[Measured], *, known: Mapping[str, Record]
+) -> list[Record | None]:
     """Return one record of each model, all of one identity but for the model; the newest of each where not all have any."""
-    keys = [{measure_key(record, without=without): record for record in own} for own in pool]
+    keys = [{fingerprint(strip(record, known)): record for record in own} for own in pool]
     if not all(keys):
         return [own[-1] if own else None for own in pool]
     common = [key for key in keys[0] if all(key in own for own in keys[1:])]
@@ -296,21 +341,21 @@ def choose_one(name: str, pool: list[list[Record]], found: list[Measured], *, wi
         return [own[common[-1]] for own in keys]
     place = next((place for place, held in enumerate(keys) if not keys[0].keys() & held.keys()), len(keys) - 1)
     first, other, whose = pool[0][-1], pool[place][-1], found[place].name
-    fields = "; ".join(diff_identities(*(strip(record, without=without) for record in (first, other)))[:5])
+    fields = "; ".join(diff_identities(*(strip(record, known) for record in (first, other)))[:5])
     raise ValueError(
-        f"{name.removeprefix('eval_')}: scores of different profiles are never compared; {found[0].name} -> {whose}: {fields}; "
-        "measure both in the same way first (`varflow benchmark`, or one run of the same recipe)"
+        f"{MEASURE.sub('', name)}: scores of different profiles are never compared; {found[0].name} -> {whose}: {fields}; "
+        "measure both in the same way first (`varflow benchmark`, `varflow judge`, or one run of the same recipe)"
     )
 
 
-def measure_key(record: Record, *, without: str) -> str:
-    """Return what two measurements must share, as one text."""
-    return fingerprint(strip(record, without=without))
-
-
-def strip(record: Record, *, without: str) -> dict[str, Any]:
-    """Return a record's identity without the model it is about, on disk or served."""
-    inputs = {name: given for name, given in record.identity["inputs"].items() if name != without}
+def strip(record: Record, known: Mapping[str, Record]) -> dict[str, Any]:
+    """Return a record's identity without the model it is about, on disk or served. In place of the fingerprint of answers, which
+    would name the model, stands their identity, and of the set that they are to."""
+    inputs = {
+        name: strip(known[given], known) if given in known else given
+        for name, given in record.identity["inputs"].items()
+        if name not in ("model", "policy")
+    }
     config = {name: value for name, value in record.identity["config"].items() if name != "endpoint"}
     return record.identity | {"inputs": inputs, "config": config}
 
@@ -331,8 +376,9 @@ def describe_subject(one: Measured, *, store: Store) -> SubjectConfig:
             data = flatten({name: value for name, value in rows.summary.items() if name != "metrics"})
         cost = dict(lineage.wall_seconds)
     for name, record in one.chosen.items():
-        cost[f"measuring: {name.removeprefix('eval_')}"] = record.cost.get("wall_seconds", 0.0)
-    total = total_costs(record.cost for record in (*made, *one.chosen.values()))
+        seconds = (r.cost.get("wall_seconds", 0.0) for r in (record, one.answered.get(name)) if r)
+        cost[f"measuring: {MEASURE.sub('', name)}"] = sum(seconds)
+    total = total_costs(record.cost for record in (*made, *one.chosen.values(), *one.answered.values()))
     if total.usd is not None:
         cost |= {"all of it, USD": total.usd, "without a price, seconds": total.unpriced_seconds}
     return SubjectConfig(name=shorten(one), ref=one.ref, settings=settings, data=data, cost=cost)

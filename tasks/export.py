@@ -3,14 +3,16 @@
 import re
 import shutil
 import uuid
+from collections.abc import Container, Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from evaluation.alignment import AlignmentResult
 from evaluation.gate.verdict import OlderVerdictError, Verdict
 from evaluation.harness.result import read_result
-from evaluation.pages.card import Card, CardScore, CardSource, CardStep, render_card
-from evaluation.statistics import score_interval
+from evaluation.pages.card import Card, CardRewards, CardScore, CardSource, CardStep, CardWinRate, render_card
+from evaluation.statistics import score_interval, t_quantile
 from infra import records, registry
 from infra.fingerprint import visible_files
 from infra.records import Given, Record
@@ -63,6 +65,7 @@ def describe_model(store: Store, record: Record, *, files: list[StoredFile], set
     rows, reward = lineage.find("ingest"), lineage.find("reward_model")
     verdict, verdict_ref = newest_verdict(store, record)
     ref = f"{record.step}/{record.fingerprint}"
+    answers = {r.fingerprint for r in records.iterate(store, "generate") if r.inputs["policy"] == record.fingerprint}
     return Card(
         title=f"{base.name if base else record.step} aligned, {record.fingerprint[:12]}",
         ref=ref,
@@ -76,6 +79,8 @@ def describe_model(store: Store, record: Record, *, files: list[StoredFile], set
         reward=describe_reward(lineage),
         reward_figures=figures_of(reward) if reward else {},
         scores=tuple(describe_score(store, done, settings=settings) for done in list_evaluations(store, record)),
+        rewards=tuple(list_rewards(store, answers, settings=settings)),
+        win_rates=tuple(list_win_rates(store, answers)),
         verdict=verdict,
         verdict_ref=verdict_ref,
         promoted=describe_promotion(store, ref),
@@ -180,3 +185,48 @@ def describe_score(store: Store, record: Record, *, settings: Settings) -> CardS
         benchmark=result.benchmark, metric=row.metric, filter=row.filter, value=row.value, low=low, high=high, n=row.n,
         num_fewshot=row.num_fewshot, harness_version=row.harness_version,
     )  # fmt: skip
+
+
+def list_rewards(store: Store, answers: Container[str], *, settings: Settings) -> Iterator[CardRewards]:
+    """Yield the newest rewards of a model's answers on each prompt set by each reward model, alone or against a baseline."""
+    newest: dict[tuple[str, str, str | None], Record] = {}
+    for record in sorted(records.iterate(store, "alignment"), key=lambda record: record.created):
+        if record.inputs["answers"] in answers:
+            scorer = name_input(store, "score_rewards", record.inputs["rewards"], "scorer")
+            against = record.inputs.get("baseline_answers")
+            baseline = name_input(store, "generate", against, "policy") if against else None
+            newest[str(record.summary["benchmark"]), scorer, baseline] = record
+    for (_, scorer, baseline), record in sorted(newest.items(), key=lambda item: (*item[0][:2], item[0][2] or "")):
+        folder = fetch_artifact(store, record, home=settings.home)
+        result = AlignmentResult.model_validate_json((folder / "alignment.json").read_text())
+        mean, stderr = result.model.reward, result.model.stderr
+        reach = None if stderr is None else t_quantile(0.975, result.n - 1) * stderr
+        interval = None if reach is None else (mean - reach, mean + reach)
+        yield CardRewards(result=result, interval=interval, scorer=scorer, baseline=baseline)
+
+
+def list_win_rates(store: Store, answers: Container[str]) -> Iterator[CardWinRate]:
+    """Yield the newest win rate of a model's answers by each judge against each other's: a baseline's, or those of a champion of then."""
+    newest: dict[tuple[str, str, str], Record] = {}
+    for record in sorted(records.iterate(store, "judge"), key=lambda record: record.created):
+        given = record.inputs
+        if given.get("answers", given.get("challenger_answers")) in answers:
+            held = "champion_answers" in given
+            against = (
+                name_input(store, "generate", given["champion_answers"], "policy")
+                if held
+                else str(record.identity["config"]["baseline"])
+            )
+            newest[str(record.summary["benchmark"]), against, str(record.summary["judge"])] = record
+    for (benchmark, against, judge), record in sorted(newest.items()):
+        told = record.summary
+        yield CardWinRate(
+            benchmark=benchmark, judge=judge, against=against, value=told["value"], low=told["low"], high=told["high"], n=told["items"],
+            flag=told["flag"],
+        )  # fmt: skip
+
+
+def name_input(store: Store, step: str, fingerprint: str, name: str) -> str:
+    """Return what a step's input was called; of a record that is gone, that it is."""
+    found = records.read_record(store, step=step, fingerprint=fingerprint)
+    return found[0].given[name].name if found else "on record no more"

@@ -1,7 +1,7 @@
 """The verdict on a challenger."""
 
 import filecmp
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from evaluation.config import GateConfig
 from infra import looks
 from infra.fingerprint import digest_file
 from infra.store import Store
+from tasks.contamination import read_training_texts, write_contamination
 from tasks.noise import read_noise
 from tasks.step import Attempt, Metrics, Planned, step
 from training.job import write_json
@@ -23,8 +24,6 @@ CHALLENGER, CHAMPION, NOISE = "challenger", "champion", "noise"
 WEIGHED = (
     "scores.json", "samples.jsonl", "profile.json", "scores.parquet", "responses.parquet", "rows.parquet", "noise.json",
 )  # fmt: skip
-CONTAMINATION = "contamination.json"
-ROWS_AT_ONCE = 1024
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
@@ -40,7 +39,7 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
     inputs = attempt.inputs
     challenger, champion = read_evidence(inputs, CHALLENGER), read_evidence(inputs, CHAMPION)
     contamination = measure_contamination(challenger.results, champion.results, read_training_texts(inputs["rows"]))
-    write_json(attempt.output / CONTAMINATION, [found.model_dump(mode="json") for found in contamination])
+    write_contamination(contamination, attempt.output)
     verdict = decide(
         config.policy,
         challenger=challenger,
@@ -104,17 +103,6 @@ def digest_inputs(attempt: Attempt) -> dict[str, str]:
         if (folder / file).is_file()
     }
     return {who: attempt.fingerprints[who] for who in (CHALLENGER, CHAMPION)} | files
-
-
-def read_training_texts(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield (row id, text) of every turn and response of the train split, a few rows in memory at a time."""
-    columns = ["row_id", "split", "prompt", "responses"]
-    for batch in pq.ParquetFile(folder / "rows.parquet").iter_batches(ROWS_AT_ONCE, columns=columns):
-        for row in batch.to_pylist():
-            if row["split"] == "train":
-                yield from (
-                    (row["row_id"], text) for text in (*(turn["content"] for turn in row["prompt"]), *row["responses"])
-                )
 
 
 def read_lengths(folder: Path) -> dict[str, float]:

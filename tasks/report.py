@@ -10,14 +10,14 @@ from prefect.artifacts import create_markdown_artifact
 
 from infra import provenance
 from infra.tracking import Run
+from tasks.contamination import read_contamination
 from tasks.cost import list_prices, show_total, total_costs
 from tasks.execute import Execution, StepAttempt
-from tasks.gate import CHALLENGER, CHAMPION, CONTAMINATION, read_rewards
+from tasks.gate import CHALLENGER, CHAMPION, read_rewards
 from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
 from training.config import Config
 
 if TYPE_CHECKING:
-    from evaluation.harness.contamination import Contamination
     from evaluation.harness.result import ScoreRow
     from evaluation.pages.report import SampleAnswer, StepRow, TrainingAnswer
 
@@ -110,13 +110,6 @@ def read_scores(inputs: Any, who: str) -> "tuple[ScoreRow, ...]":
     return tuple(
         ScoreRow.model_validate(row) for folder in folders for row in json.loads((folder / "scores.json").read_text())
     )
-
-
-def read_contamination(folder: Path) -> "tuple[Contamination, ...]":
-    """Return what the gate found of the benchmarks in the training rows."""
-    from evaluation.harness.contamination import Contamination
-
-    return tuple(Contamination.model_validate(found) for found in json.loads((folder / CONTAMINATION).read_text()))
 
 
 def read_results(inputs: Mapping[str, Path], step: str, kind: type[AnyResult]) -> tuple[AnyResult, ...]:

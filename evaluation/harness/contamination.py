@@ -50,7 +50,8 @@ class Level(Config):
 
 
 class Contamination(Config):
-    """What of one benchmark the training rows hold, and both models' scores with and without it."""
+    """What of one benchmark the training rows hold, and the scores with and without it: of the challenger, the model that was trained
+    on them, and of the champion where there is one."""
 
     benchmark: str
     n: int  # words of an n-gram
@@ -58,7 +59,7 @@ class Contamination(Config):
     short: int  # items with fewer than n words, of which nothing can be said
     hits: int
     challenger: Level
-    champion: Level
+    champion: Level | None
     challenger_clean: Level | None  # without the hits; None where nothing is left
     champion_clean: Level | None
     samples: tuple[Hit, ...]
@@ -143,21 +144,24 @@ def has_unknown(ids_W: NDArray[np.int64], *, n: int) -> NDArray[np.bool_]:
 
 
 def measure_contamination(
-    challenger: Sequence[BenchmarkResult], champion: Sequence[BenchmarkResult], texts: Iterable[Text]
+    challenger: Sequence[BenchmarkResult], champion: Sequence[BenchmarkResult] | None, texts: Iterable[Text]
 ) -> list[Contamination]:
     """Return what of each benchmark the training texts hold. They are read once; memory does not grow with their number.
 
     Benchmarks whose items are not the same for both models, which the gate refuses to compare, are left out.
     """
-    others = {result.benchmark: result for result in champion}
-    challenger = [
-        one for one in challenger if one.benchmark in others and others[one.benchmark].items.keys() == one.items.keys()
-    ]
+    others = {result.benchmark: result for result in champion or ()}
+    if champion is not None:
+        challenger = [
+            one
+            for one in challenger
+            if one.benchmark in others and others[one.benchmark].items.keys() == one.items.keys()
+        ]
     vocabulary: dict[str, int] = {}
     indices = {result.benchmark: Index(result.questions, vocabulary) for result in challenger}
     hits = find_hits(indices, vocabulary, texts)
     return [
-        compare_levels(result, others[result.benchmark], indices[result.benchmark], hits[result.benchmark])
+        compare_levels(result, others.get(result.benchmark), indices[result.benchmark], hits[result.benchmark])
         for result in challenger
     ]
 
@@ -198,10 +202,10 @@ def batch_words(texts: Iterable[Text]) -> Iterator[tuple[list[str], list[int], l
 
 
 def compare_levels(
-    challenger: BenchmarkResult, champion: BenchmarkResult, index: Index, hits: Mapping[int, Hit]
+    challenger: BenchmarkResult, champion: BenchmarkResult | None, index: Index, hits: Mapping[int, Hit]
 ) -> Contamination:
-    """Return a benchmark's hits with both models' scores over all items and over those that are no hits."""
-    clean = challenger.items.keys() - {index.keys[item] for item in hits}
+    """Return a benchmark's hits with the models' scores over all items and over those that are no hits."""
+    clean = sorted(challenger.items.keys() - {index.keys[item] for item in hits})
     return Contamination(
         benchmark=challenger.benchmark,
         n=index.n,
@@ -209,9 +213,9 @@ def compare_levels(
         short=index.short,
         hits=len(hits),
         challenger=average(list(challenger.items.values())),
-        champion=average(list(champion.items.values())),
-        challenger_clean=average([challenger.items[key] for key in sorted(clean)]) if clean else None,
-        champion_clean=average([champion.items[key] for key in sorted(clean)]) if clean else None,
+        champion=average(list(champion.items.values())) if champion else None,
+        challenger_clean=average([challenger.items[key] for key in clean]) if clean else None,
+        champion_clean=average([champion.items[key] for key in clean]) if champion and clean else None,
         samples=tuple(hits[item] for item in sorted(hits)[:SAMPLES]),
     )
 
@@ -231,7 +235,7 @@ def flag_contamination(found: Contamination) -> list[str]:
     without = f"without them {show(clean)} on {clean.items}" if clean else "no item is left without them"
     return [
         f"{found.benchmark}: {found.hits} of {found.items} items ({found.share:.1%}) share {found.n} words in a row with the training data "
-        f"(first: {first.task}, document {first.doc_id}, in row {first.row_id[:12]}: {first.ngram!r}); the challenger scores "
+        f"(first: {first.task}, document {first.doc_id}, in row {first.row_id[:12]}: {first.ngram!r}); the {'challenger' if found.champion else 'model'} scores "
         f"{show(found.challenger)} points on all, {without}"
     ]
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -93,13 +93,7 @@ def pair_items(
     """Return both models' scores (n,) over the same items in the same order; refuse unlike profiles and unlike items."""
     assert challenger.benchmark == champion.benchmark, f"{challenger.benchmark} against {champion.benchmark}"
     name = challenger.benchmark
-    ours, theirs = ({k: v for k, v in r.profile.items() if k != MODEL_FIELD} for r in (challenger, champion))
-    unlike = [f"{field} is {a} and {b}" for field, a, b in diff_fields(ours, theirs)]
-    if unlike:
-        raise ValueError(
-            f"{name}: scores of different profiles are never compared; of challenger and champion, {', '.join(unlike)}; "
-            f"evaluate the champion again under the challenger's profile"
-        )
+    check_profiles(name, challenger.profile, champion.profile)
     if challenger.items.keys() != champion.items.keys():
         only_challenger = sorted(challenger.items.keys() - champion.items.keys())
         only_champion = sorted(champion.items.keys() - challenger.items.keys())
@@ -111,6 +105,23 @@ def pair_items(
         )
     ours_N, theirs_N = (np.array([*map(side.items.__getitem__, champion.keys)]) for side in (challenger, champion))
     return ours_N, theirs_N
+
+
+def check_profiles(
+    name: str,
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    *,
+    who: tuple[str, str] = ("the challenger", "the champion"),
+) -> None:
+    """Raise ValueError, naming the fields, where two scores were not measured alike."""
+    ours, theirs = ({k: v for k, v in profile.items() if k != MODEL_FIELD} for profile in (ours, theirs))
+    unlike = [f"{field} is {a} and {b}" for field, a, b in diff_fields(ours, theirs)]
+    if unlike:
+        raise ValueError(
+            f"{name}: scores of different profiles are never compared; of {who[0]} and {who[1]}, {', '.join(unlike)}; "
+            f"evaluate {who[1]} again under {who[0]}'s profile"
+        )
 
 
 def diff_fields(ours: Any, theirs: Any, *, path: str = "") -> Iterator[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from pydantic import Field
 
+from evaluation.alignment import AlignmentResult
 from evaluation.gate.verdict import Verdict
 from training.config import Config
 
@@ -21,6 +22,28 @@ class CardScore(Config):
     n: int
     num_fewshot: int | None
     harness_version: str
+
+
+class CardRewards(Config):
+    """What a reward model says of the answers to a prompt set, with 95 % intervals."""
+
+    result: AlignmentResult
+    interval: tuple[float, float] | None  # of the mean reward; None of a single prompt
+    scorer: str
+    baseline: str | None  # None where the answers were held against nobody's
+
+
+class CardWinRate(Config):
+    """How often a judge prefers the answers to somebody else's, from 0 to 1, with its 95 % interval."""
+
+    benchmark: str
+    judge: str
+    against: str
+    value: float
+    low: float
+    high: float
+    n: int
+    flag: str | None
 
 
 class CardSource(Config):
@@ -56,6 +79,8 @@ class Card(Config):
     reward: str | None = None  # what scored the responses
     reward_figures: dict[str, Any] = Field({})
     scores: tuple[CardScore, ...] = ()
+    rewards: tuple[CardRewards, ...] = ()
+    win_rates: tuple[CardWinRate, ...] = ()
     verdict: Verdict | None = None
     verdict_ref: str = ""
     promoted: str | None = None  # by which entry of whose history
@@ -65,6 +90,12 @@ class Card(Config):
     adapter: bool = False
     commit: str = ""
     versions: dict[str, str] = Field({})
+
+    @property
+    def flags(self) -> list[str]:
+        """Why rewards and win rates may not say what they seem to."""
+        of_rewards = [f"{each.result.name}: {each.result.flag}" for each in self.rewards if each.result.flag]
+        return of_rewards + [f"{each.benchmark}: {each.flag}" for each in self.win_rates if each.flag]
 
 
 def render_card(card: Card) -> str:

@@ -16,11 +16,10 @@ FLIPS_SHOWN = 12  # a benchmark and direction; comparison.json has all
 def render_comparison(comparison: Comparison, subjects: tuple[Subject, ...], *, links: dict[str, str]) -> str:
     """Return the page. Equal data give the equal page."""
     environment = make_environment()
-    environment.filters |= {"figure": show_figure, "tone": name_tone, "nats": show_nats}
+    environment.filters |= {"figure": show_figure, "tone": name_tone, "nats": show_nats, "name": show_name}
     return environment.get_template("comparison.html.j2").render(
         comparison=comparison,
         charts=draw_charts(comparison, subjects),
-        measures=[*comparison.benchmarks, *(m for m in (comparison.reward, comparison.length) if m)],
         flips=group_flips(comparison.flips),
         links=links,
         strengths=STRENGTHS,
@@ -52,13 +51,14 @@ def show_nats(logp: float, *, sign: bool = False) -> str:
 def draw_charts(comparison: Comparison, subjects: tuple[Subject, ...]) -> dict[str, report_plots.Figure]:
     """Return the charts for which there is data, by name."""
     charts: dict[str, report_plots.Figure] = {}
-    if comparison.benchmarks:
-        reference = comparison.subjects[0]
-        rows = [row for measure in comparison.benchmarks for row in forest_rows(measure, scale=100)]
+    reference = comparison.subjects[0]
+    if scores := [*comparison.benchmarks, *comparison.judges]:
+        rows = [row for measure in scores for row in forest_rows(measure, scale=100)]
         charts["benchmarks"] = report_plots.plot_forest(rows, x=f"difference to {reference}, points")
+    if rewards := [*comparison.alignment, *([comparison.reward] if comparison.reward else [])]:
+        rows = [row for measure in rewards for row in forest_rows(measure, scale=1)]
+        charts["reward"] = report_plots.plot_forest(rows, x=f"difference to {reference}, reward")
     if comparison.reward:
-        rows = forest_rows(comparison.reward, scale=1)
-        charts["reward"] = report_plots.plot_forest(rows, x=f"difference to {comparison.subjects[0]}, reward")
         values = {subject.name: list(subject.rewards.values()) for subject in subjects}
         charts["rewards"] = report_plots.plot_distributions(values, x="held-out reward")
     if comparison.length:
@@ -69,8 +69,17 @@ def draw_charts(comparison: Comparison, subjects: tuple[Subject, ...]) -> dict[s
 
 def forest_rows(measure: Measure, *, scale: float) -> list[tuple[str, str, float, float, float]]:
     """Return one row a difference."""
-    name = measure.what.replace("heldout", "held-out").replace("_", " ") if measure.unit == "prompts" else measure.what
-    return [(name, d.subject, scale * d.difference, scale * d.low, scale * d.high) for d in measure.differences]
+    return [
+        (show_name(measure), d.subject, scale * d.difference, scale * d.low, scale * d.high)
+        for d in measure.differences
+    ]
+
+
+def show_name(measure: Measure) -> str:
+    """Return what was measured: a set, a benchmark and a judge's by the name that it has anywhere, the rest in words."""
+    return {"heldout_reward": "held-out reward", "answer_characters": "answer characters"}.get(
+        measure.what, measure.what
+    )
 
 
 def group_flips(flips: tuple[Flip, ...]) -> list[tuple[str, str, bool, int, list[Flip]]]:

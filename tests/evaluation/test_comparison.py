@@ -4,11 +4,14 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from evaluation import statistics
-from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, colour, compare
+from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, Verdicts, colour, compare, rate_verdicts
 from evaluation.harness.result import BenchmarkResult, ScoreRow
+from evaluation.judges.judge import Judgement, Pair, Reply
+from evaluation.judges.scores import STRONG_WEIGHT, gather, win_rate
 from evaluation.pages.comparison_page import name_tone, render_comparison
 from evaluation.statistics import adjust_holm
 
@@ -84,12 +87,103 @@ def test_scores_of_different_profiles_are_an_error_that_names_the_field(changes:
 
 
 def test_other_prompts_are_an_error_and_other_benchmarks_are_named() -> None:
-    with pytest.raises(ValueError, match=r"the held-out prompts must be the same; 1 are of only one of a and b"):
+    with pytest.raises(ValueError, match=r"heldout_reward: the prompts must be the same; 1 are of only one of a and b"):
         compare([subject("a", "01", (1.0, 2.0)), subject("b", "01", (1.0, 2.0, 3.0))])
     lone = replace(subject("b", "01"), results={"bbh": replace(result("01"), benchmark="bbh")})
     found = compare([subject("a", "01"), lone])
     assert found.benchmarks == ()
     assert found.not_compared[:2] == ("mmlu: only of a, so not compared", "bbh: only of b, so not compared")
+
+
+def judged(name: str, margins: dict[str, tuple[int, ...]], **profile: Any) -> Subject:
+    """Return a model with what a judge said of its answers, by question."""
+    verdicts = Verdicts("win rate against base, judge j@1", {"prompt": "p"} | profile, margins)
+    return subject(name, "01", verdicts={"arena_hard": verdicts})
+
+
+def test_win_rates_are_paired_by_question_and_weighed_as_arena_hard_does() -> None:
+    """By hand: a (3 + 1 + 0 + 0) / 6 and b (1 + 1 + 1 + 0) / 6 over x (a: >>, >; b: >, >) and y (a: <, <; b: >, <<)."""
+    a = judged("a", {"x": (2, 1), "y": (-1, -1), "only_a": (2, 2)})
+    b = judged("b", {"y": (1, -2), "x": (1, 1), "only_b": (1, 1)})
+    (measure,) = compare([a, b]).judges
+    assert (measure.what, measure.unit, measure.n) == ("arena_hard", "questions", 2)
+    assert [level.value for level in measure.levels] == pytest.approx([4 / 6, 3 / 6])
+    (difference,) = measure.differences
+    assert difference.difference == pytest.approx(-1 / 6)
+    assert (difference.won, difference.lost, difference.n) == (1, 0, 2), "on x both have all, on y b has a quarter"
+    assert measure.detail == "win rate against base, judge j@1; without 2 that lack a verdict on some model"
+
+
+def draw_verdicts(n: int, seed: int, chance: tuple[float, ...]) -> list[tuple[int, int]]:
+    drawn = np.random.default_rng(seed).choice([-2, -1, 0, 1, 2], size=(n, 2), p=chance)
+    return [(int(first), int(second)) for first, second in drawn]
+
+
+def test_a_level_is_the_judges_own_and_a_difference_has_the_spread_of_a_paired_bootstrap() -> None:
+    n = 300
+    ours, theirs = draw_verdicts(n, 1, (0.1, 0.2, 0.2, 0.3, 0.2)), draw_verdicts(n, 2, (0.2, 0.3, 0.1, 0.3, 0.1))
+    ids = [f"q{k:04d}" for k in range(n)]
+    (measure,) = compare(
+        [judged("a", dict(zip(ids, theirs, strict=True))), judged("b", dict(zip(ids, ours, strict=True)))]
+    ).judges
+    reply = Reply("", "stop", "j", 1, 1)
+    made = [
+        Judgement(Pair(name, "g", name, "?", "", ""), order, 0, [], margin, [reply])
+        for name, both in zip(ids, ours, strict=True)
+        for order, margin in zip(("ours_first", "theirs_first"), both, strict=True)
+    ]
+    own = win_rate(gather(made), strong_weight=STRONG_WEIGHT)
+    level, (difference,) = measure.levels[1], measure.differences
+    assert (level.value, level.low, level.high) == pytest.approx((own.value, own.low, own.high))
+    assert difference.difference == pytest.approx(level.value - measure.levels[0].value)
+
+    def rates(drawn: Any) -> float:
+        return rate(ours, drawn) - rate(theirs, drawn)
+
+    def rate(margins: list[tuple[int, int]], drawn: Any) -> float:
+        margin = np.array(margins)[drawn]
+        weight = np.where(np.abs(margin) == 2, STRONG_WEIGHT, 1)
+        return float((weight * (np.sign(margin) + 1) / 2).sum() / weight.sum())
+
+    draw = np.random.default_rng(0)
+    resampled = [rates(draw.integers(n, size=n)) for _ in range(2000)]
+    assert (difference.low, difference.high) == pytest.approx(np.quantile(resampled, [0.025, 0.975]), abs=0.01)
+
+
+def test_equal_weights_leave_scores_as_they_are() -> None:
+    _, score_Q, linear_Q = rate_verdicts([(2, 2), (-2, -2), (2, -2)])
+    assert score_Q.tolist() == linear_Q.tolist() == [1.0, 0.0, 0.5]
+
+
+def test_verdicts_of_another_judge_or_on_no_question_in_common_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"arena_hard: scores of different profiles .* of b and a, prompt is .q. and .p."
+    ):
+        compare([judged("a", {"x": (1, 1)}), judged("b", {"x": (1, 1)}, prompt="q")])
+    with pytest.raises(ValueError, match="arena_hard: none of 2 questions has verdicts of every model"):
+        compare([judged("a", {"x": (1, 1)}), judged("b", {"y": (1, 1)})])
+
+
+def test_rewards_of_prompt_sets_stand_beside_the_held_out_and_share_the_adjustment() -> None:
+    gains = {"row0": 0.5, "row1": 1.5, "row2": 1.0}
+    models = [subject("a", "0011", (0.0, 1.0)), subject("b", "1111", (1.0, 2.5))]
+    models[0] = replace(models[0], sets={"hha_helpful": dict.fromkeys(gains, 0.0), "offsetbias": {"row0": 1.0}})
+    models[1] = replace(models[1], sets={"hha_helpful": gains})
+    found = compare(models)
+    (measure,) = found.alignment
+    test = statistics.paired_t([*gains.values()], alpha=0.025)
+    assert (measure.what, measure.unit, measure.n, measure.levels[1].value) == ("hha_helpful", "prompts", 3, 1.0)
+    (difference,) = measure.differences
+    assert (difference.low, difference.high, difference.p_value) == pytest.approx(
+        (test.low, test.high, 2 * test.p_value)
+    )
+    shown = [difference for measure in found.measures for difference in measure.differences]
+    assert [d.what for d in shown] == ["mmlu", "hha_helpful", "heldout_reward", "answer_characters"]
+    assert [d.p_adjusted for d in shown] == pytest.approx(list(adjust_holm([d.p_value for d in shown])))
+    assert "offsetbias: only of a, so not compared" in found.not_compared
+    page = render_comparison(found, tuple(models), links={})
+    charts = json.loads(page.split('<script type="application/json" id="charts">')[1].split("</script>")[0])
+    assert charts["reward"]["layout"]["yaxis"]["ticktext"] == ["hha_helpful", "held-out reward"]
 
 
 def test_settings_that_differ_data_and_cost_stand_beside_each_other() -> None:

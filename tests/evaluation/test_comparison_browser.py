@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, compare
+from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, Verdicts, compare
 from evaluation.harness.result import BenchmarkResult, ScoreRow
 from evaluation.pages.comparison_page import render_comparison
 from tests.browser.pages import SCREENSHOTS, list_charts, show_file
@@ -19,6 +19,7 @@ ANSWERS = (
     "Knead the dough for five minutes and let it rest until it doubles.",
     "I would rather not say.",
 )
+JUDGED = ((0.2, 0.3, 0.1, 0.3, 0.1), (0.1, 0.2, 0.1, 0.4, 0.2), (0.3, 0.3, 0.1, 0.2, 0.1))
 NAMES = ("champion", "train/3f2a91c07d4e", "embedded:smollm2-135m-instruct")
 
 
@@ -37,6 +38,8 @@ def make_subject(place: int) -> Subject:
         texts[name] = {key: ItemText(f"Question {key[1]}\nAnswer:", f"{ANSWERS[place]} {ATTACK}", "B") for key in items}
     gains = np.random.default_rng(7).normal(0, 1, 60) + 0.6 * (place == 1)
     rows = [f"row{k}" for k in range(60)]
+    scattered = gains + np.random.default_rng(place).normal(0.3 * place, 0.8, 60)
+    margins = np.random.default_rng(place).choice([-2, -1, 0, 1, 2], size=(150, 2), p=JUDGED[place]).tolist()
     return Subject(
         name=NAMES[place],
         ref=f"train/{place}" * 8,
@@ -49,6 +52,15 @@ def make_subject(place: int) -> Subject:
         rewards={
             row: float(gain)
             for row, gain in zip(rows, gains + np.random.default_rng(place).normal(0, 0.4, 60), strict=True)
+        },
+        sets={
+            name: {f"{name}{k}": float(gain) for k, gain in enumerate(scattered)}
+            for name in ("hha_helpful", "hha_harmless", "offsetbias")[: 3 - place // 2]
+        },
+        verdicts={
+            "arena_hard": Verdicts(
+                "win rate against gpt-4-0314, judge judge@2026", {}, {f"q{k}": own for k, own in enumerate(margins)}
+            )
         },
         tokens={
             row: TokenAnswers(*map(score_words, (ANSWERS[k // 59], ANSWERS[(1 + k // 59) % 3])))
@@ -94,6 +106,9 @@ def test_the_comparison_draws_offline_and_runs_nothing_foreign(
         assert page.title() == " · ".join(NAMES)
         assert any("rather not say" in text for text in page.locator("#samples mark").all_inner_texts())
         page.screenshot(path=SCREENSHOTS / f"comparison-{scheme}-{width}.png")
+        page.locator("#scores").screenshot(path=SCREENSHOTS / f"comparison-scores-{scheme}-{width}.png")
+        shown = page.locator("#scores tbody th").all_inner_texts()
+        assert any("150 questions" in name for name in shown) and any(name.startswith("hha_helpful") for name in shown)
         page.locator("#flips").scroll_into_view_if_needed()
         page.locator("#flips summary").nth(1).click()
         assert page.locator("#flips .sample").first.get_by_text("onerror").first.is_visible(), "shown as text"

@@ -44,6 +44,16 @@ def test_n_is_the_fifth_percentile_of_the_lengths_between_8_and_13() -> None:
     assert split_words("Don't STOP,\n2.5 apples!") == ["don", "t", "stop", "2", "5", "apples"]
 
 
+def test_of_one_model_alone_every_benchmark_is_told() -> None:
+    one = result([FOX, SEA], [1.0, 0.0])
+    (found,) = measure_contamination([one], None, [("row 0", FOX)])
+    assert (found.hits, found.challenger.value, found.champion, found.champion_clean) == (1, 0.5, None, None)
+    assert found.challenger_clean and (found.challenger_clean.items, found.challenger_clean.value) == (1, 0.0)
+    (flag,) = flag_contamination(found)
+    assert "the model scores 50.0" in flag
+    assert measure_contamination([one], [], [("row 0", FOX)]) == [], "a champion without that benchmark"
+
+
 def test_case_punctuation_and_what_stands_around_do_not_hide_an_item() -> None:
     found = measure(
         [FOX, SEA],

@@ -92,6 +92,22 @@ def test_a_part_of_one_model_alone(varflow: Command, files: Path) -> None:
     assert {step["step"] for step in asked["steps"] if not step["cached"]} == {"score_rewards", "alignment"}
 
 
+def test_two_models_side_by_side_by_their_rewards(varflow: Command, files: Path, done: dict[str, Any]) -> None:
+    trained = next(f"train/{step['fingerprint']}" for step in done["steps"] if step["step"] == "train")
+    asked = ("--reward", "demo:tiny-reward-model", "--files", str(files), "--profile", "hha", "--limit", "5")
+    told = [varflow.ask("benchmark", model, *asked, *words_of(ANSWERS)) for model in ("demo:tiny-policy", trained)]
+    runs = [each["mlflow_run"].partition("/runs/")[2].partition("?")[0] for each in told]
+    found = varflow.ask("compare", *runs, "--no-tokens")["comparison"]
+    measured = {measure["what"]: measure for measure in found["alignment"]}
+    assert measured.keys() == {"hha_helpful_part", "hha_harmless_part"} and found["benchmarks"] == []
+    for name, measure in measured.items():
+        levels = [each["scores"][f"eval/{name}/reward"] for each in told]
+        assert [level["value"] for level in measure["levels"]] == pytest.approx(levels)
+        assert measure["differences"][0]["difference"] == pytest.approx(levels[1] - levels[0])
+    shown = varflow.run("compare", *runs, "--no-tokens")
+    assert shown.returncode == 0 and "hha_helpful_part (5)" in shown.stdout
+
+
 def test_a_reward_model_is_tested_and_keeps_its_name(
     varflow: Command, store: Store, stack: Settings, files: Path
 ) -> None:

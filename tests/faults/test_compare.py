@@ -61,6 +61,26 @@ def test_what_was_measured_otherwise_is_refused_by_field(varflow: Command, train
     assert "at least 2 items" in varflow.refuse("compare", trained)
 
 
+def test_a_model_of_the_store_is_looked_at_for_items_that_it_was_trained_on(
+    varflow: Command, stack: Settings, trained: str
+) -> None:
+    words = words_of({"suite.benchmarks": [BENCHMARK], "runtime.threads": 1})
+    told = varflow.ask("benchmark", trained, "--profile", "smoke", *words)
+    assert [(step["step"], step["cached"]) for step in told["steps"]] == [
+        ("mirror", True),
+        ("evaluate", True),
+        ("contamination", False),
+    ]
+    (found,) = told["contamination"]
+    assert (found["benchmark"], found["items"], found["hits"], found["champion"]) == ("mmlu_part", 2, 0, None)
+    assert found["challenger"] == found["challenger_clean"] and "mmlu_part" not in told["flags"]
+    run = told["mlflow_run"].partition("/runs/")[2].partition("?")[0]
+    shown = MlflowClient(tracking_uri=stack.mlflow_tracking_uri).get_run(run).data.metrics
+    assert shown["eval/mmlu_part/in_training_data"] == 0
+    outside = varflow.ask("benchmark", "demo:tiny-policy", "--profile", "smoke", *words)
+    assert outside["contamination"] == [] and all(step["step"] != "contamination" for step in outside["steps"])
+
+
 def test_a_model_leaves_the_store(varflow: Command, trained: str, tmp_path: Path) -> None:
     told = varflow.ask("export", trained, str(tmp_path / "model"))
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(told["files"])

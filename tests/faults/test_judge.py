@@ -78,8 +78,21 @@ def test_a_model_on_arena_hard(varflow: Command, done: dict[str, Any], tmp_path:
     assert scores["eval/arena_hard_part/win_rate_low"] <= scores["eval/arena_hard_part/win_rate"] == found["value"]
     assert (found["items"], found["mean_other_answer_chars"]) == (2, 10) and "unavailable" in found["style_control"]
     trained = next(f"train/{step['fingerprint']}" for step in done["steps"] if step["step"] == "train")
-    compared = varflow.ask("compare", "demo:tiny-policy", trained)["comparison"]
+    other = ("judge", "arena_hard", trained, *words[3:], "--limit", "2")
+    with ChatServer(prefer_longer) as server:
+        judged = varflow.ask(*other, **with_key(server))
+    compared = varflow.ask("compare", "demo:tiny-policy", trained, "--no-tokens")["comparison"]
     assert compared["length"]["n"] == 4, "answers to a judge's questions are no held-out answers"
+    (wins,) = compared["judges"]
+    assert (wins["what"], wins["n"], wins["unit"]) == ("arena_hard_part", 2, "questions")
+    for level, of in zip(wins["levels"], (told, judged), strict=True):
+        said = (of["scores"][f"eval/arena_hard_part/{name}"] for name in ("win_rate", "win_rate_low", "win_rate_high"))
+        assert (level["value"], level["low"], level["high"]) == pytest.approx(tuple(said))
+    with ChatServer(prefer_longer) as server:
+        varflow.ask(*other[:-1], "1", **with_key(server))
+    run = judged["mlflow_run"].partition("/runs/")[2].partition("?")[0]
+    (of_the_run,) = varflow.ask("compare", "demo:tiny-policy", run, "--no-tokens")["comparison"]["judges"]
+    assert of_the_run["levels"] == wins["levels"], "not those of a smaller part that was judged later"
 
 
 def test_two_models_held_out_answers(varflow: Command, done: dict[str, Any]) -> None:

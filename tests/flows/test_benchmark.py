@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from evaluation.gate.verdict import Noise
+from evaluation.harness.contamination import Contamination, Hit, Level
 from evaluation.suites import limit_suite, paper
 from flows.benchmark import collect
 from flows.cli import show_outcome
@@ -19,7 +20,7 @@ def summary(name: str, value: float, *, flag: str | None = None) -> dict[str, An
 def test_a_whole_profile_has_its_mean_under_its_name() -> None:
     names = [b.name for b in paper().benchmarks]
     found = collect(
-        paper(), [summary(name, value) for name, value in zip(names, (0.2, 0.4, 0.6, 0.8), strict=True)], {}
+        paper(), [summary(name, value) for name, value in zip(names, (0.2, 0.4, 0.6, 0.8), strict=True)], {}, ()
     )
     assert found["scores"]["eval/paper/mean"] == pytest.approx(0.5)
     assert found["flags"] == {} and found["benchmarks"]["mmlu"]["value"] == 0.2
@@ -31,6 +32,7 @@ def test_a_part_of_it_has_none_and_its_flags_are_printed(capsys: pytest.CaptureF
         suite,
         [summary(b.name, 0.0, flag="zero: none of 4 answers is right") for b in suite.benchmarks],
         {"gsm8k_part": [Noise(varied="batch size", runs=2, flip_rate=0.25, max_difference=0.125)]},
+        (),
     )
     assert not any("paper" in name or name.split("/")[1] in {"mmlu", "bbh"} for name in found["scores"])
     show_outcome(BenchmarkFlowConfig(model="m", suite=suite), found)
@@ -40,3 +42,34 @@ def test_a_part_of_it_has_none_and_its_flags_are_printed(capsys: pytest.CaptureF
     assert (
         "noise floor: gsm8k_part: 2 runs of the model alone that vary batch size differ by up to 12.5 points" in printed
     )
+
+
+def test_items_that_the_model_was_trained_on_flag_a_score_beside_what_else_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    suite = limit_suite(paper(), 4)
+    hit = Hit(task="gsm8k", doc_id="2", ngram="how many apples", row_id="a" * 32)
+    levels = {
+        "challenger": Level(items=4, value=0.5, stderr=0.25),
+        "challenger_clean": Level(items=3, value=0.25, stderr=None),
+    }
+    seen = Contamination(
+        benchmark="gsm8k_part",
+        n=8,
+        items=4,
+        short=0,
+        hits=1,
+        champion=None,
+        champion_clean=None,
+        samples=(hit,),
+        **levels,
+    )
+    names = [benchmark.name for benchmark in suite.benchmarks]
+    summaries = [summary(name, 0.5, flag="empty: 2 of 4" if name == "gsm8k_part" else None) for name in names]
+    clean = seen.model_copy(update={"benchmark": "mmlu_part", "hits": 0})
+    found = collect(suite, summaries, {}, (clean, seen))
+    assert [each["hits"] for each in found["contamination"]] == [0, 1] and found["flags"].keys() == {"gsm8k_part"}
+    show_outcome(BenchmarkFlowConfig(model="m", suite=suite), found)
+    printed = capsys.readouterr().out
+    assert "flagged: gsm8k_part: empty: 2 of 4; gsm8k_part: 1 of 4 items (25.0%) share 8 words" in printed
+    assert "the model scores 50.0 ± 25.0 points on all, without them 25.0 on 3" in printed

@@ -32,6 +32,7 @@ ENTRIES = {
     "noise": "evaluation/gate/decide.py",
     "gate": "evaluation/gate/decide.py",
     "report": "evaluation/pages/report.py",
+    "contamination": "evaluation/harness/contamination.py",
     "compare": "evaluation/pages/comparison_page.py",
     "prompt_set": "evaluation/eval_sets.py",
     "pair_set": "evaluation/eval_sets.py",
@@ -45,6 +46,7 @@ def read_steps() -> dict[str, int]:
     """Return the version of every step."""
     import tasks.alignment
     import tasks.compare
+    import tasks.contamination
     import tasks.evaluate
     import tasks.gate
     import tasks.generate
@@ -58,8 +60,8 @@ def read_steps() -> dict[str, int]:
     from tasks.step import Step
 
     modules = (
-        tasks.alignment, tasks.compare, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.judge, tasks.noise, tasks.report,
-        tasks.reward_model, tasks.score, tasks.train,
+        tasks.alignment, tasks.compare, tasks.contamination, tasks.evaluate, tasks.gate, tasks.generate, tasks.ingest, tasks.judge,
+        tasks.noise, tasks.report, tasks.reward_model, tasks.score, tasks.train,
     )  # fmt: skip
     found = [value for module in modules for value in vars(module).values() if isinstance(value, Step)]
     return {step.name: step.version for step in found}

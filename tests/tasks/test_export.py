@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from evaluation.alignment import Answers, measure
 from evaluation.statistics import score_interval
 from infra import records
 from infra.records import Given, Record
@@ -88,6 +89,67 @@ def test_the_card_says_what_the_model_is(store: Store, model: Record, s3: Settin
     assert f"| model.safetensors | `{weights.sha256}` |" in card
     assert "served_part" not in card
     assert "\n\n\n" not in card and "undefined" not in card.lower()
+
+
+def answer(values: list[float]) -> Answers:
+    """Return answers of four characters to as many prompts, none cut or empty."""
+    rows = [f"row{n}" for n in range(len(values))]
+    rewards = {row: [value] for row, value in zip(rows, values, strict=True)}
+    return Answers(rewards, {row: [4] for row in rows}, truncated_share=0.5, empty_share=0.0, dropped=0)
+
+
+def test_the_card_shows_rewards_and_win_rates_that_are_on_record(
+    store: Store, model: Record, s3: Settings, tmp_path: Path
+) -> None:
+    (tmp_path / "said").mkdir()
+    maker = Maker(store, tmp_path / "said")
+    base = Given(name="demo:tiny-policy", digest="ba5e" * 16)
+    ours, theirs, foreign = (
+        maker.make("generate", {"policy": policy}, {"responses.parquet": ""}, config={"seed": seed})
+        for seed, policy in enumerate((model, base, base))
+    )
+    scorer = Given(name="demo:tiny-reward-model", digest="5c0e" * 16)
+    rewards = maker.make("score_rewards", {"rows": ours, "scorer": scorer}, {"scores.parquet": ""})
+    given = {"answers": ours, "rewards": rewards, "baseline_answers": theirs}
+    for seen, inputs, when in (
+        ([0.0, 1.0, 2.0, 3.0], given, 3),
+        ([7.0, 7.0], given, 2),
+        ([9.0, 9.0], given | {"answers": foreign}, 4),
+    ):
+        found = measure("hha_helpful", answer(seen), answer([0.0] * len(seen)))
+        files = {"alignment.json": found.model_dump_json()}
+        told = {"benchmark": "hha_helpful", "flag": found.flag}
+        maker.make(
+            "alignment", inputs, files, summary=told, created=f"2026-01-0{when}T00:00:00+00:00", config={"n": when}
+        )
+    told = {
+        "benchmark": "arena_hard",
+        "judge": "j@1",
+        "value": 0.25,
+        "low": 0.125,
+        "high": 0.5,
+        "items": 9,
+        "flag": None,
+    }
+    maker.make("judge", {"answers": ours}, {"scores.json": ""}, config={"baseline": "gpt-4-0314"}, summary=told)
+    held = {"challenger_answers": ours, "champion_answers": theirs}
+    maker.make("judge", held, {"scores.json": ""}, summary=told | {"benchmark": "heldout", "flag": "position: 40%"})
+    maker.make("judge", {"answers": foreign}, {"scores.json": ""}, summary=told | {"value": 0.9})
+    export(store, model, tmp_path / "out", settings=s3)
+    card = (tmp_path / "out" / "README.md").read_text()
+    gain = measure("x", answer([0.0, 1.0, 2.0, 3.0]), answer([0.0] * 4)).win_rate
+    assert gain
+    for words in (
+        # 1.5 with a standard error of sqrt(5/3 / 4) and Student's 3.182 on 3 degrees of freedom
+        "| hha_helpful | 4 | 1.500 | -0.554 to 3.554 | demo:tiny-reward-model | demo:tiny-policy | +1.500 [-0.554, +3.554] | 87.5 [",
+        f"[{100 * gain.low:.1f}, {100 * gain.high:.1f}] |",
+        "| arena_hard | gpt-4-0314 | j@1 | 25.0 | 12.5 to 50.0 | 9 |",
+        "| heldout | demo:tiny-policy | j@1 | 25.0 |",
+        "Before you believe these:\n\n- hha_helpful: limit: 50% of the model's answers",
+        "- heldout: position: 40%",
+    ):
+        assert words in card, words
+    assert card.count("| hha_helpful |") == 1 and "| 90.0 |" not in card and "\n\n\n" not in card
 
 
 def test_the_card_takes_a_verdict_by_its_seal_alone(store: Store, model: Record, s3: Settings, tmp_path: Path) -> None:
