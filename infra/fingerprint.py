@@ -95,15 +95,27 @@ class Digests:
         return fingerprint([[name, self._of_file(path / name)] for name in names])
 
     def _of_file(self, path: Path) -> str:
-        stat = path.stat()
-        state = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+        state = describe_state(path)
         found = self._memory.execute("select digest from digests where state = ?", (state,)).fetchone()
         if found:
             return str(found[0])
         digest = digest_file(path)
+        self._remember(state, digest)
+        return digest
+
+    def remember(self, path: Path, digest: str) -> None:
+        """Keep the digest of a file, whole, that was taken a moment ago: of one fetched and checked, or sent."""
+        self._remember(describe_state(path), digest)
+
+    def _remember(self, state: str, digest: str) -> None:
         with suppress(sqlite3.OperationalError):  # a full disk
             self._memory.execute("insert or replace into digests values (?, ?)", (state, digest))
-        return digest
+
+
+def describe_state(path: Path) -> str:
+    """Return what changes whenever a file's bytes do, or another file takes its place."""
+    stat = path.stat()
+    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 def visible_files(folder: Path) -> Iterable[str]:
