@@ -100,16 +100,17 @@ class Digests:
         if found:
             return str(found[0])
         digest = digest_file(path)
-        self._remember(state, digest)
+        self._keep([(state, digest)])
         return digest
 
-    def remember(self, path: Path, digest: str) -> None:
-        """Keep the digest of a file, whole, that was taken a moment ago: of one fetched and checked, or sent."""
-        self._remember(describe_state(path), digest)
+    def remember(self, taken: Mapping[Path, str]) -> None:
+        """Keep the digests of whole files that were taken a moment ago: of those fetched and checked, or sent."""
+        self._keep([(describe_state(path), digest) for path, digest in taken.items()])
 
-    def _remember(self, state: str, digest: str) -> None:
-        with suppress(sqlite3.OperationalError):  # a full disk
-            self._memory.execute("insert or replace into digests values (?, ?)", (state, digest))
+    def _keep(self, rows: list[tuple[str, str]]) -> None:
+        with suppress(sqlite3.OperationalError), self._memory:  # a full disk
+            self._memory.execute("begin")  # one transaction: each waits for the disk
+            self._memory.executemany("insert or replace into digests values (?, ?)", rows)
 
 
 def describe_state(path: Path) -> str:

@@ -68,8 +68,7 @@ def fetch_artifact(store: Store, record: Record, *, home: Path) -> Path:
 
 def remember_files(folder: Path, files: Sequence[StoredFile], *, digests: Digests) -> None:
     """Keep the digests of files that the store has just taken or given."""
-    for file in files:
-        digests.remember(folder / file.name, file.sha256)
+    digests.remember({folder / file.name: file.sha256 for file in files})
 
 
 def count_bytes(folder: Path) -> int:

@@ -61,7 +61,7 @@ def test_a_remembered_digest_counts_until_the_file_changes(tmp_path: Path) -> No
     digests = Digests(tmp_path / "memory.sqlite")
     file = tmp_path / "fetched"
     file.write_bytes(b"aaaa")
-    digests.remember(file, "as it was checked")
+    digests.remember({file: "as it was checked"})
     assert digests.of(file) == "as it was checked"
     file.write_bytes(b"longer")
     assert digests.of(file) == digest_file(file)
