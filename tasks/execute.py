@@ -193,8 +193,12 @@ class Execution:
             for needed in planned.inputs.values():
                 if isinstance(needed, Planned):
                     self.ref(needed).commit.result()  # done before this began; raises if it failed
+            digests = open_digests(self.settings)
             with self._keeping_nothing(planned, output):
-                given = {name: self._describe_input(planned, name, path) for name, path in made.inputs.items()}
+                given = {
+                    name: self._describe_input(planned, name, path, digest=digests.of(path))
+                    for name, path in made.inputs.items()
+                }
             prefix, summary = self.store.name_of(run.artifact_uri), read_summary(output)
             usd_per_hour = self.settings.usd_per_hour
             cost, facts = price_step(made.hardware, summary, seconds=made.seconds, usd_per_hour=usd_per_hour)
@@ -215,7 +219,7 @@ class Execution:
                 mlflow_run=run.id,
                 prefect_run=self.prefect_run,
             )
-            remember_files(output, record.files, digests=open_digests(self.settings))
+            remember_files(output, record.files, digests=digests)
             winner = records.commit(self.store, record)
         if not records.is_same_attempt(winner, record):
             self._surplus.append(output)  # what reads it now may go on: both are of one fingerprint
@@ -229,25 +233,24 @@ class Execution:
         self._mirror(planned, winner, computed=True)
         return winner
 
-    def _describe_input(self, planned: Planned, name: str, path: Path) -> records.Given:
+    def _describe_input(self, planned: Planned, name: str, path: Path, *, digest: str) -> records.Given:
         """Return name and digest of what a step read at `path`: of this flow's own files, even where another's were recorded.
 
-        Files that did not change since their digest was taken are not read again. Raises InputChanged where the plan, or the
-        input's record, says another digest.
+        Raises InputChanged where the plan, or the input's record, says another digest than the files there have now.
         """
-        given, got = planned.inputs[name], open_digests(self.settings).of(path)
+        given = planned.inputs[name]
         if isinstance(given, Source):
             source, expected = given.name, given.content or given.digest
         else:
             ref = self.ref(given)
-            source, expected = ref.name, records.digest_files(ref.record) if path.name == ref.record.attempt else got
-        if got != expected:
+            source, expected = ref.name, records.digest_files(ref.record) if path.name == ref.record.attempt else digest
+        if digest != expected:
             raise InputChanged(
-                f"{planned.title}: its input {name}, {source} at {path}, has digest {got[:12]}, expected {expected[:12]}: it was "
+                f"{planned.title}: its input {name}, {source} at {path}, has digest {digest[:12]}, expected {expected[:12]}: it was "
                 "changed after the plan was made, and what was computed of it is dropped; put it back, or leave it as it is, and run "
                 "the same again"
             )
-        return records.Given(name=source, digest=got)
+        return records.Given(name=source, digest=digest)
 
     def _work_folder(self, planned: Planned) -> Path:
         return self.settings.home / "work" / planned.step.name / planned.fingerprint
@@ -260,6 +263,7 @@ class Execution:
         except InputChanged:
             shutil.rmtree(output, ignore_errors=True)
             shutil.rmtree(self._work_folder(planned), ignore_errors=True)
+            discard_checkpoints(self.store, planned)
             raise
 
     @contextmanager
