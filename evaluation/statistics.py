@@ -160,7 +160,7 @@ class WeightedMean:
     value: float
     low: float
     high: float
-    stderr: float
+    stderr: float | None  # None where the resamples have no spread
 
 
 def bootstrap_weighted_mean(
@@ -260,11 +260,13 @@ def level_test(successes: float, *, n: int, level: float) -> float:
     return (successes - n * level) / math.sqrt(n * level * (1 - level))
 
 
-def wilson_interval(successes: int, *, n: int, confidence: float) -> tuple[float, float]:
+def wilson_interval(successes: float, *, n: int, confidence: float) -> tuple[float, float]:
     """Return the levels that `level_test` does not reject. Source: Wilson, JASA 22 (1927) 209."""
     _check_counts(successes, 0, n=n)
-    found = stats.binomtest(successes, n).proportion_ci(confidence_level=confidence, method="wilson")
-    return float(found.low), float(found.high)
+    z, rate = normal_quantile((1 + confidence) / 2), successes / n
+    middle = (n * rate + z**2 / 2) / (n + z**2)
+    reach = z / (n + z**2) * math.sqrt(n * rate * (1 - rate) + z**2 / 4)
+    return 0.0 if successes == 0 else middle - reach, 1.0 if successes == n else middle + reach
 
 
 def score_interval(items: ArrayLike, *, confidence: float = 0.95) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
 from flows.judge import take_judge
-from infra.registry import read_standing
+from infra.registry import find_refusal, read_history, read_standing
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
 from tasks.evaluate import MirrorConfig, evaluate, mirror
@@ -205,19 +205,24 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.steps(*filter(None, [plan.judge]))
         page = run.step(plan.report)
         refused = ask_person(config, run, page=page, verdict=verdict)
-        promoted = refused or promote(run, model=config.model_name, challenger=challenger, verdict=verdict)
+        promoted = promote(run, model=config.model_name, challenger=challenger, verdict=verdict, refused=refused)
         return publish(run, page, verdict=verdict, promoted=promoted)
 
 
 def ask_person(config: AlignConfig, run: Execution, *, page: ArtifactRef, verdict: ArtifactRef) -> str:
-    """Ask for approval where the config wants it and the gate says PROMOTE; return '' for a yes, else one sentence."""
+    """Ask for approval where the config wants it and the gate says PROMOTE; return '' for a yes, else what is kept of the no.
+
+    A verdict that was refused before is not asked about again: it promotes nothing, as the promotion will say.
+    """
     summary = verdict.record.summary
     if not config.approval or summary["verdict"] != "PROMOTE":
+        return ""
+    if find_refusal(read_history(run.store, config.model_name), verdict=verdict.name):
         return ""
     approval = ask_approval(
         model=config.model_name, reasons=summary["reasons"], report=report_url(run, page), page=run.prefect_url
     )
-    return "" if approval.promote else describe_refusal(approval, model=config.model_name)
+    return "" if approval.promote else describe_refusal(approval)
 
 
 def check_benchmarks(suite: SuiteConfig, *, source: str, folder: Path) -> None:

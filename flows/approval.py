@@ -14,10 +14,12 @@ POLL_SECONDS = 3
 
 
 class Approval(RunInput):
-    """What is asked. Resumed without an answer, nothing is promoted."""
+    """What is asked. Resumed without an answer, nothing is promoted: that is a no."""
 
     promote: bool = Field(
-        False, title="Promote", description="On: the challenger becomes champion. Off: the champion stays."
+        False,
+        title="Promote",
+        description="On: the challenger becomes champion. Off: the champion stays, and this verdict is refused.",
     )
     note: str = Field("", max_length=1000, title="Note", description="Who decides, and why; at most 1,000 characters.")
 
@@ -35,7 +37,6 @@ def ask_approval(*, model: str, reasons: Sequence[str], report: str, page: str) 
     return pause_flow_run(wait_for_input=asked, timeout=int(PATIENCE.total_seconds()), poll_interval=POLL_SECONDS)
 
 
-def describe_refusal(approval: Approval, *, model: str) -> str:
-    """Return the sentence on a promotion that a person did not want."""
-    note = f": {approval.note}" if approval.note else ""
-    return f"PROMOTE, and not approved{note}: the champion of {model!r} stays"
+def describe_refusal(approval: Approval) -> str:
+    """Return what the history keeps of a no."""
+    return f"not approved: {approval.note or 'no note'}"

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 Reference = Annotated[
-    str, typer.Argument(metavar="REF", help="champion, STEP/FINGERPRINT or the start of one, or a run's id or page.")
+    str,
+    typer.Argument(
+        metavar="REF",
+        help="champion, STEP/FINGERPRINT or the start of one (gate/… for what it is about), or a run's id or page.",
+    ),
 ]
 Model = Annotated[
     str | None, typer.Option("--model", help="Registered model; may be left out while there is only one.")
@@ -34,18 +38,18 @@ def promote_model(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """Make a model champion: by the verdict PROMOTE that the gate gave it, or by a reason that you give."""
+    """Make a model champion: by the gate's newest verdict on it over the champion, by a verdict that REF names, or by a reason that you give."""
     settings = connect()
     from infra.store import open_store
     from infra.tracking import Tracking
-    from tasks.candidate import choose_model, find_model, promote_by_hand
+    from tasks.candidate import choose_model, find_candidate, promote_by_hand
 
     store = open_store(settings)
     store.probe()
-    record = find_model(store, reference, tracking=Tracking(settings.mlflow_tracking_uri), model=model)
+    record, verdict = find_candidate(store, reference, tracking=Tracking(settings.mlflow_tracking_uri), model=model)
     with progress("checking that it is what was evaluated"):
         name = model or choose_model(store, None)
-        _, moved = promote_by_hand(store, name, record, without_gate=without_gate)
+        _, moved = promote_by_hand(store, name, record, without_gate=without_gate, verdict=verdict)
     show_standing(store, name, settings=settings, moved=moved, as_json=as_json)
 
 
@@ -74,7 +78,7 @@ def roll_back_model(
 
 @app.command("history")
 def show_history(model: Model = None, as_json: Json = False) -> None:
-    """Show every promotion, rollback and verdict of a model, and who is champion."""
+    """Show every promotion, refusal, rollback and verdict of a model, and who is champion."""
     settings = connect()
     from infra.registry import read_history, read_standing
     from infra.store import open_store

@@ -4,6 +4,7 @@ from typing import Any
 
 from prefect import flow
 
+from evaluation.eval_sets import check_limit
 from evaluation.judges.config import AnyJudge, EndpointJudge
 from flows.config import JudgeFlowConfig
 from infra.settings import Settings, read_settings
@@ -57,6 +58,9 @@ def judge(config: JudgeFlowConfig) -> dict[str, Any]:
     settings = read_settings()
     steps = plan_judge(config, store=open_store(settings), settings=settings)
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
+        if config.judging.benchmark == "arena_hard" and config.judging.limit is not None:
+            asked = run.step(steps[0]).record.summary["rows"]  # before a policy answers them all
+            check_limit(config.judging.limit, asked, what="arena_hard: questions")
         run.steps(*steps)
         summary = dict(run.ref(steps[-1]).record.summary)
         scores = summary.pop("metrics")

@@ -95,15 +95,28 @@ class Digests:
         return fingerprint([[name, self._of_file(path / name)] for name in names])
 
     def _of_file(self, path: Path) -> str:
-        stat = path.stat()
-        state = f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
+        state = describe_state(path)
         found = self._memory.execute("select digest from digests where state = ?", (state,)).fetchone()
         if found:
             return str(found[0])
         digest = digest_file(path)
-        with suppress(sqlite3.OperationalError):  # a full disk
-            self._memory.execute("insert or replace into digests values (?, ?)", (state, digest))
+        self._keep([(state, digest)])
         return digest
+
+    def remember(self, taken: Mapping[Path, str]) -> None:
+        """Keep the digests of whole files that were taken a moment ago: of those fetched and checked, or sent."""
+        self._keep([(describe_state(path), digest) for path, digest in taken.items()])
+
+    def _keep(self, rows: list[tuple[str, str]]) -> None:
+        with suppress(sqlite3.OperationalError), self._memory:  # a full disk
+            self._memory.execute("begin")  # one transaction: each waits for the disk
+            self._memory.executemany("insert or replace into digests values (?, ?)", rows)
+
+
+def describe_state(path: Path) -> str:
+    """Return what changes whenever a file's bytes do, or another file takes its place."""
+    stat = path.stat()
+    return f"{stat.st_dev}:{stat.st_ino}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}"
 
 
 def visible_files(folder: Path) -> Iterable[str]:

@@ -28,6 +28,7 @@ class Move(StrEnum):
     """What an entry of the history says happened."""
 
     measured = "measured"  # a gate looked at a challenger, and the champion stayed
+    refused = "refused"  # the gate said PROMOTE and a person said no, so the champion stayed
     promoted = "promoted"
     rolled_back = "rolled_back"
 
@@ -42,7 +43,7 @@ class Candidate(BaseModel):
     over: str  # fingerprint of what it was measured against; of the champion it replaces where no gate decided
     verdict: str = ""  # step/fingerprint of the gate's artifact; empty where no gate decided
     decision: str = ""  # PROMOTE, HOLD or REJECT
-    reason: str = ""  # given by hand
+    reason: str = ""  # given by hand, and why nothing was promoted
     source: str  # s3:// folder of its files
     mlflow_run: str
     by: str  # who asked: a Prefect run, or user@host
@@ -80,7 +81,7 @@ class ChampionMoved(Exception):  # noqa: N818 - an event
 
 
 class VerdictUsed(Exception):  # noqa: N818 - a state
-    """The verdict made this model champion before, and somebody or something ended that."""
+    """The verdict made this model champion before, and somebody or something ended that; or a person refused it."""
 
 
 def pointer_name(model: str) -> str:
@@ -123,11 +124,27 @@ def measure(store: Store, model: str, candidate: Candidate) -> Standing:
     return _append(store, model, decide)
 
 
+def refuse(store: Store, model: str, candidate: Candidate) -> Standing:
+    """Keep that a person wants no promotion by this verdict, and why, as the candidate's `reason`: from now on it promotes nothing."""
+
+    def decide(standing: Standing) -> Entry | None:
+        if find_refusal(read_history(store, model), verdict=candidate.verdict):
+            return None
+        return _entry(candidate, Move.refused, standing)
+
+    return _append(store, model, decide)
+
+
+def find_refusal(history: list[Entry], *, verdict: str) -> Entry | None:
+    """Return the entry by which a person refused a verdict, `step/fingerprint`; None where nobody did."""
+    return next((entry for entry in history if entry.move is Move.refused and entry.verdict == verdict), None)
+
+
 def promote(store: Store, model: str, candidate: Candidate) -> Standing:
     """Make a model champion where the one it was measured against is, or where there is none. Again, it changes nothing.
 
-    Raises ChampionMoved when the champion is another by now, VerdictUsed for a verdict that promoted the model once already:
-    a schedule must not bring back what was rolled back.
+    Raises ChampionMoved when the champion is another by now, VerdictUsed for a verdict that a person refused or that promoted
+    the model once already: a schedule must not bring back what was rolled back.
     """
 
     def decide(standing: Standing) -> Entry | None:
@@ -140,6 +157,7 @@ def promote(store: Store, model: str, candidate: Candidate) -> Standing:
                 f"{candidate.over[:16]}…, which {candidate.ref} was measured against; run the pipeline again with "
                 "champion=current, or see `varflow history`"
             )
+        assert candidate.verdict or candidate.reason, f"{candidate.ref}: neither a verdict nor a reason promotes it"
         if candidate.verdict:
             _check_unused(candidate, read_history(store, model), model=model)
         previous = champion.number if champion else None
@@ -253,6 +271,11 @@ def _entry(
 
 
 def _check_unused(candidate: Candidate, history: list[Entry], *, model: str) -> None:
+    if refusal := find_refusal(history, verdict=candidate.verdict):
+        raise VerdictUsed(
+            f"{candidate.ref}: its verdict {candidate.verdict[:21]}… was refused by a person (entry {refusal.number}, {refusal.at}: "
+            f"{refusal.reason}); measure the model anew, or promote it with --without-gate REASON"
+        )
     used = [e for e in history if e.move is Move.promoted and (e.verdict, e.ref) == (candidate.verdict, candidate.ref)]
     if not used:
         return
@@ -281,7 +304,7 @@ def _find_target(store: Store, model: str, standing: Standing, *, to: int | None
         entry = read_entry(store, model, entry.restores)
     if entry.move is not Move.promoted:
         raise ValueError(
-            f"history of {model!r}: entry {to} says that {entry.ref} was measured; it was never champion: expected an entry that "
+            f"history of {model!r}: entry {to} says that {entry.ref} was {entry.move}; it was never champion: expected an entry that "
             "promoted a model"
         )
     return entry
@@ -317,7 +340,7 @@ def _read(store: Store, model: str) -> tuple[Standing, bool]:
 def _advance(store: Store, model: str, standing: Standing, entry: Entry) -> Standing:
     """Return what the history comes to with one more entry."""
     changed: dict[str, object] = {"number": entry.number}
-    if entry.move is Move.measured:
+    if entry.move in (Move.measured, Move.refused):
         is_champion = standing.champion is not None and entry.ref == standing.champion.ref
         changed |= {"challenger": None if is_champion else entry}
     elif entry.move is Move.promoted:

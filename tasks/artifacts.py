@@ -4,15 +4,17 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from infra.fingerprint import Digests
-from infra.records import Record
+from infra.records import Record, digest_files
 from infra.settings import Settings
-from infra.store import Store
+from infra.store import Store, StoredFile
+
+DIGESTS_FILE = "digests.sqlite"
 
 
 @contextmanager
@@ -46,12 +48,27 @@ def place_output(work_folder: Path, *, home: Path) -> Path:
 
 
 def fetch_artifact(store: Store, record: Record, *, home: Path) -> Path:
-    """Return the local folder of an artifact, fetched and checked by digest the first time."""
-    folder = home / "artifacts" / record.attempt
+    """Return the local folder of an artifact, fetched the first time, and each time held to its record by digest.
+
+    Files that did not change since their digest was taken are not read again. Raises ValueError for a copy that was changed.
+    """
+    folder, digests = home / "artifacts" / record.attempt, Digests(home / DIGESTS_FILE)
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         store.download_folder(record.prefix, list(record.files), folder)
+        remember_files(folder, record.files, digests=digests)
+    got, expected = digests.of(folder), digest_files(record)
+    if got != expected:
+        raise ValueError(
+            f"{record.step}/{record.fingerprint[:12]}: its copy {folder} has digest {got[:12]}, expected {expected[:12]}, that of its "
+            "record: it was changed on this machine; remove that folder, and the same command fetches it again"
+        )
     return folder
+
+
+def remember_files(folder: Path, files: Sequence[StoredFile], *, digests: Digests) -> None:
+    """Keep the digests of files that the store has just taken or given."""
+    digests.remember({folder / file.name: file.sha256 for file in files})
 
 
 def count_bytes(folder: Path) -> int:
@@ -67,4 +84,4 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 def open_digests(settings: Settings) -> Digests:
     """Return the memory of digests in the home."""
-    return Digests(settings.home / "digests.sqlite")
+    return Digests(settings.home / DIGESTS_FILE)

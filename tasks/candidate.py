@@ -12,6 +12,7 @@ from infra.store import Store, digest_bytes
 from infra.tracking import Tracking
 from tasks.gate import CHALLENGER, CHAMPION
 
+REMEDY = "run the pipeline until the gate says PROMOTE, or promote it with --without-gate REASON"
 RUN_ID = re.compile(r"[0-9a-f]{32}|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # of MLflow, of Prefect
 
 
@@ -33,28 +34,35 @@ def find_model(store: Store, reference: str, *, tracking: Tracking, model: str |
     `champion` or `champion:MODEL`; an artifact as STEP/FINGERPRINT or the start of one; a verdict, for the challenger it is about; a run by its
     Prefect or MLflow id or page, for what it trained. Raises ValueError for anything else, and for what is no model.
     """
+    return find_candidate(store, reference, tracking=tracking, model=model)[0]
+
+
+def find_candidate(
+    store: Store, reference: str, *, tracking: Tracking, model: str | None = None
+) -> tuple[Record, Record | None]:
+    """Return the record of the model that a reference means, as `find_model`, and that of the verdict where it names one."""
     if reference == "champion" or reference.startswith("champion:"):
         name = choose_model(store, reference.partition(":")[2] or model)
         champion = registry.read_standing(store, name).champion
         if champion is None:
             raise ValueError(f"champion of {name!r}: nothing was promoted yet; expected a reference to a model")
-        return records.resolve(store, champion.ref)
+        return records.resolve(store, champion.ref), None
     run = name_run(reference)
     tags = tracking.find_tags(run) if run else {}
     if tags:
         if "step.train" not in tags:
             raise ValueError(f"run {run}: it trained nothing; expected a run of align, or a model as STEP/FINGERPRINT")
         reference = tags["step.train"].split()[1]  # computed|cached STEP/FINGERPRINT run ID
-    record = records.resolve(store, reference)
+    record, verdict = records.resolve(store, reference), None
     if record.step == "gate":
-        record = records.resolve(store, record.inputs[CHALLENGER])
+        record, verdict = records.resolve(store, record.inputs[CHALLENGER]), record
     names = {file.name for file in record.files}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
             f"{record.step}/{record.fingerprint}: got {', '.join(sorted(names)[:4])}, expected a model: config.json and "
             "*.safetensors, as train/FINGERPRINT has them"
         )
-    return record
+    return record, verdict
 
 
 def name_run(reference: str) -> str | None:
@@ -72,41 +80,42 @@ def list_verdicts(store: Store, model: Record) -> list[Record]:
 
 
 def choose_verdict(store: Store, model: Record, *, standing: Standing) -> Record:
-    """Return the verdict by which a model may be promoted: PROMOTE, over the present champion if there is one.
+    """Return the verdict by which a model may be promoted: the newest over the present champion (the newest of all where there is
+    none, or where no verdict is over it, which the registry then refuses), if that says PROMOTE.
 
-    Raises ValueError saying what verdicts there are instead.
+    An older one under other margins or rules has been overtaken. Raises ValueError saying what the newest says instead.
     """
     verdicts = list_verdicts(store, model)
-    promoting = [verdict for verdict in verdicts if verdict.summary["verdict"] == "PROMOTE"]
-    champion = standing.champion.fingerprint if standing.champion else None
-    over = [verdict for verdict in promoting if champion in (None, verdict.inputs[CHAMPION])]
-    if promoting:
-        return (over or promoting)[0]
     ref = f"{model.step}/{model.fingerprint}"
-    remedy = "run the pipeline until the gate says PROMOTE, or promote it with --without-gate REASON"
     if not verdicts:
-        raise ValueError(f"{ref}: the gate has said nothing about it, expected a verdict PROMOTE; {remedy}")
-    newest = verdicts[0]
-    reason = str(next(iter(newest.summary["reasons"]), ""))
-    raise ValueError(
-        f"{ref}: the gate says {newest.summary['verdict']} (gate/{newest.fingerprint[:12]}: {reason}), expected PROMOTE; {remedy}"
-    )
+        raise ValueError(f"{ref}: the gate has said nothing about it, expected a verdict PROMOTE; {REMEDY}")
+    champion = standing.champion.fingerprint if standing.champion else None
+    over = [verdict for verdict in verdicts if champion in (None, verdict.inputs[CHAMPION])]
+    newest = (over or verdicts)[0]
+    if newest.summary["verdict"] != "PROMOTE":
+        reason = str(next(iter(newest.summary["reasons"]), ""))
+        raise ValueError(
+            f"{ref}: the gate says {newest.summary['verdict']} (gate/{newest.fingerprint[:12]}: {reason}), expected PROMOTE; {REMEDY}"
+        )
+    return newest
 
 
-def promote_by_hand(store: Store, model: str, record: Record, *, without_gate: str) -> tuple[Standing, bool]:
-    """Make a model champion by a verdict, or, with a reason in place of one, by the caller's own word.
+def promote_by_hand(
+    store: Store, model: str, record: Record, *, without_gate: str, verdict: Record | None = None
+) -> tuple[Standing, bool]:
+    """Make a model champion by a verdict, the named one or else `choose_verdict`'s, or, with a reason in place of one, by the caller's own word.
 
     Returns (standing, whether it moved). Raises ValueError without a verdict or where bytes changed, ChampionMoved when
-    another promotion came first.
+    another promotion came first, VerdictUsed for a verdict that may promote nothing any more.
     """
     before = registry.read_standing(store, model)
-    if before.champion and before.champion.ref == f"{record.step}/{record.fingerprint}":
-        without_gate, verdict = before.champion.reason, None  # again: nothing is to be decided
+    held = before.champion
+    if held and (held.ref, held.digest) == (f"{record.step}/{record.fingerprint}", records.digest_files(record)):
+        without_gate, verdict = held.reason, None  # again, and of the same bytes: nothing is to be decided
     elif without_gate:
         verdict = None
     else:
-        verdict = choose_verdict(store, record, standing=before)
-    if verdict:
+        verdict = verdict or choose_verdict(store, record, standing=before)
         check_evaluated(store, record, verdict=verdict)
     store.check_files(record.prefix, record.files)
     candidate = make_candidate(store, record, verdict=verdict, by=name_user(), reason=without_gate, standing=before)

@@ -33,6 +33,10 @@ class UserError(StepFailed, ValueError):
     """The step refused its config or its inputs."""
 
 
+class InputChanged(StepFailed):
+    """An input was not what the plan says, or is no more: nothing that was made of it may be kept."""
+
+
 @dataclass(frozen=True)
 class ChildJob:
     """What a child is to do; see training.job for the file it becomes."""

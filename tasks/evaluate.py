@@ -22,7 +22,7 @@ def mirror(config: MirrorConfig, attempt: Attempt) -> Metrics:
 @step(version=3)
 def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
     """Run one benchmark on one model. Inputs: `model`, or the config and tokenizer of a served one, and `mirror`."""
-    attempt.run_child("evaluation", "benchmark")
+    run_benchmark(attempt)
     rows = json.loads((attempt.output / "scores.json").read_text())
     metrics: Metrics = {}
     for row in rows:
@@ -40,5 +40,13 @@ def evaluate_varied(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
 
     Inputs: `model`, `mirror`.
     """
-    attempt.run_child("evaluation", "benchmark")
+    run_benchmark(attempt)
     return {}
+
+
+def run_benchmark(attempt: Attempt) -> None:
+    """Run a benchmark, and see to it that the weights it read are the model's; which ones a server holds nobody knows."""
+    attempt.run_child("evaluation", "benchmark")
+    read = json.loads((attempt.output / "profile.json").read_text())["model"]["weights_sha256"]
+    if read is not None:
+        attempt.check_weights("model", read)

@@ -25,15 +25,24 @@ from infra.records import Record
 from infra.settings import Settings, child_environment
 from infra.store import open_store
 from infra.tracking import Run, Tracking
-from tasks.artifacts import count_bytes, fetch_artifact, lock_folder, open_digests, place_output, read_summary
+from tasks.artifacts import (
+    count_bytes,
+    fetch_artifact,
+    lock_folder,
+    open_digests,
+    place_output,
+    read_summary,
+    remember_files,
+)
 from tasks.checkpoints import StoredCheckpoints, discard_checkpoints
-from tasks.child import ChildJob, run_child
+from tasks.child import ChildJob, InputChanged, run_child
 from tasks.cost import price_step, total_costs
 from tasks.mirror import MetricsMirror, Notes, give_way, listener
 from tasks.samples import SamplesMirror
 from tasks.step import ArtifactRef, Metrics, Planned, Source, found
 from training.config import Config
 from training.job import CPU, HARDWARE_FILE
+from training.weights import digest_weights
 
 COMMIT_BESIDE_BYTES = 32 << 20  # a larger artifact is on its way to the store while the next step computes
 
@@ -152,7 +161,7 @@ class Execution:
         return fetch_artifact(self.store, record, home=self.settings.home)
 
     def _compute(self, planned: Planned) -> ArtifactRef:
-        work_folder = self.settings.home / "work" / planned.step.name / planned.fingerprint
+        work_folder = self._work_folder(planned)
         with ExitStack() as held:
             lock = held.enter_context(lock_folder(work_folder))
             record = self.find(planned)  # another flow of this machine may have finished it while this one waited
@@ -167,8 +176,9 @@ class Execution:
                 attempt = StepAttempt(planned, self, run, work_folder, output, lock, self.input_folders(planned))
                 params = flatten(planned.config.model_dump(mode="json"))
                 self._notes.tell(f"the config of {planned.title}", partial(self.tracking.log, run.id, params=params))
-                metrics = planned.step.work(planned.config, attempt)
-            made = Made(output, metrics, time.monotonic() - started, attempt.hardware)
+                with self._keeping_nothing(planned, output):
+                    metrics = planned.step.work(planned.config, attempt)
+            made = Made(output, metrics, time.monotonic() - started, attempt.hardware, attempt.inputs)
             commit = self._committer.submit(self._commit, planned, run, made)
             commit.add_done_callback(partial(self._release, held.pop_all(), run))
         if count_bytes(output) <= COMMIT_BESIDE_BYTES:
@@ -180,9 +190,15 @@ class Execution:
         """Upload the files to the run's own place and put the record; then let go of the work folder."""
         output, metrics = made.output, made.metrics
         with self._closing(run):
-            for given in planned.inputs.values():
-                if isinstance(given, Planned):
-                    self.ref(given).commit.result()  # done before this began; raises if it failed
+            for needed in planned.inputs.values():
+                if isinstance(needed, Planned):
+                    self.ref(needed).commit.result()  # done before this began; raises if it failed
+            digests = open_digests(self.settings)
+            with self._keeping_nothing(planned, output):
+                given = {
+                    name: self._describe_input(planned, name, path, digest=digests.of(path))
+                    for name, path in made.inputs.items()
+                }
             prefix, summary = self.store.name_of(run.artifact_uri), read_summary(output)
             usd_per_hour = self.settings.usd_per_hour
             cost, facts = price_step(made.hardware, summary, seconds=made.seconds, usd_per_hour=usd_per_hour)
@@ -192,7 +208,7 @@ class Execution:
                 fingerprint=planned.fingerprint,
                 identity=planned.identity,
                 inputs=planned.identity["inputs"],
-                given={name: self._describe_input(given) for name, given in planned.inputs.items()},
+                given=given,
                 attempt=output.name,
                 prefix=prefix,
                 files=tuple(self.store.upload_folder(output, prefix)),
@@ -203,10 +219,11 @@ class Execution:
                 mlflow_run=run.id,
                 prefect_run=self.prefect_run,
             )
+            remember_files(output, record.files, digests=digests)
             winner = records.commit(self.store, record)
         if not records.is_same_attempt(winner, record):
             self._surplus.append(output)  # what reads it now may go on: both are of one fingerprint
-        shutil.rmtree(self.settings.home / "work" / planned.step.name / planned.fingerprint, ignore_errors=True)
+        shutil.rmtree(self._work_folder(planned), ignore_errors=True)
         discard_checkpoints(self.store, planned)
         tags = {"varflow.record": f"{winner.step}/{winner.fingerprint}"}
         paid = {"cost/usd": cost["usd"]} if "usd" in cost else {}
@@ -216,14 +233,38 @@ class Execution:
         self._mirror(planned, winner, computed=True)
         return winner
 
-    def _describe_input(self, given: Planned | Source) -> records.Given:
-        """Return name and digest of what a step read: of this flow's own files, even where another's were recorded."""
+    def _describe_input(self, planned: Planned, name: str, path: Path, *, digest: str) -> records.Given:
+        """Return name and digest of what a step read at `path`: of this flow's own files, even where another's were recorded.
+
+        Raises InputChanged where the plan, or the input's record, says another digest than the files there have now.
+        """
+        given = planned.inputs[name]
         if isinstance(given, Source):
-            return records.Given(name=given.name, digest=given.content or given.digest)
-        ref, output = self.ref(given), self._outputs.get(given.fingerprint)
-        if output is None or output.name == ref.record.attempt:
-            return records.Given(name=ref.name, digest=records.digest_files(ref.record))
-        return records.Given(name=ref.name, digest=open_digests(self.settings).of(output))
+            source, expected = given.name, given.content or given.digest
+        else:
+            ref = self.ref(given)
+            source, expected = ref.name, records.digest_files(ref.record) if path.name == ref.record.attempt else digest
+        if digest != expected:
+            raise InputChanged(
+                f"{planned.title}: its input {name}, {source} at {path}, has digest {digest[:12]}, expected {expected[:12]}: it was "
+                "changed after the plan was made, and what was computed of it is dropped; put it back, or leave it as it is, and run "
+                "the same again"
+            )
+        return records.Given(name=source, digest=digest)
+
+    def _work_folder(self, planned: Planned) -> Path:
+        return self.settings.home / "work" / planned.step.name / planned.fingerprint
+
+    @contextmanager
+    def _keeping_nothing(self, planned: Planned, output: Path) -> Iterator[None]:
+        """Remove what a step made of a changed input: the same run again would take it up."""
+        try:
+            yield
+        except InputChanged:
+            shutil.rmtree(output, ignore_errors=True)
+            shutil.rmtree(self._work_folder(planned), ignore_errors=True)
+            discard_checkpoints(self.store, planned)
+            raise
 
     @contextmanager
     def _closing(self, run: Run) -> Iterator[None]:
@@ -308,12 +349,13 @@ class Execution:
 
 @dataclass(frozen=True)
 class Made:
-    """What an attempt left to commit: its files and figures, how long it computed, and on what."""
+    """What an attempt left to commit: its files and figures, how long it computed, on what device, and of which folders."""
 
     output: Path
     metrics: Metrics
     seconds: float
     hardware: Mapping[str, Any]
+    inputs: Mapping[str, Path]
 
 
 @dataclass
@@ -370,6 +412,19 @@ class StepAttempt:
         if noted.exists():
             self.hardware = json.loads(noted.read_text())
         return read_summary(self.output)
+
+    def check_weights(self, name: str, read: str) -> None:
+        """Raise InputChanged unless the weights that the child read, by its digest of them, are those of the input `name`.
+
+        Those are the files that lie there now, which the commit holds to the plan: a folder that was exchanged and put back is seen here.
+        """
+        folder = self.inputs[name]
+        there = digest_weights(folder, digest=open_digests(self.execution.settings).of)
+        if read != there:
+            raise InputChanged(
+                f"{self.planned.title}: its input {name}, {folder}: weights with digest {read[:12]} were read, expected {there[:12]}, "
+                "which are there now: they were exchanged meanwhile, and what was computed is dropped; run the same again"
+            )
 
 
 def tell_endpoint(config: Config, *, settings: Settings) -> str:

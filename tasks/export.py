@@ -153,7 +153,7 @@ def describe_promotion(store: Store, ref: str) -> str | None:
     """Return when and why the model became champion, None where it never was."""
     for model in registry.list_models(store):
         for entry in reversed(registry.read_history(store, model)):
-            if entry.ref == ref and entry.move is not registry.Move.measured:
+            if entry.ref == ref and entry.move in (registry.Move.promoted, registry.Move.rolled_back):
                 by_hand = "" if entry.verdict else f", without the gate: {entry.reason}"
                 what = "Promoted to" if entry.move is registry.Move.promoted else "Rolled back to as"
                 return f"{what} champion of {model} at {entry.at} by {entry.by} (entry {entry.number}){by_hand}."

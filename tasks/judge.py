@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any, cast
 
-from evaluation.judges.config import JudgeConfig
+from evaluation.judges.config import JudgeConfig, LocalJudge
 from infra import records
 from infra.records import Record
 from tasks.execute import StepAttempt
@@ -34,11 +34,15 @@ def questions(config: QuestionsConfig, attempt: Attempt) -> Metrics:
     return {"data/arena_hard": float(count)}
 
 
-@step(version=1)
+@step(version=2)
 def judge(config: JudgeConfig, attempt: Attempt) -> Metrics:
     """Have a judge say which of two answers is better. Inputs: `benchmark`, its files, and what evaluation.judges.judging lists."""
     take_over(config, cast(StepAttempt, attempt))  # the only one that needs the store
-    return describe(attempt.run_child("evaluation", "judge"), config=config)
+    summary = attempt.run_child("evaluation", "judge")
+    if isinstance(config.judge, LocalJudge):
+        read = json.loads((attempt.output / "profile.json").read_text())["judge"]["weights_sha256"]
+        attempt.check_weights("judge", read)
+    return describe(summary, config=config)
 
 
 def describe(summary: dict[str, Any], *, config: JudgeConfig) -> Metrics:

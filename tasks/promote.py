@@ -12,10 +12,13 @@ from tasks.execute import Execution
 from tasks.step import ArtifactRef
 
 
-def promote(execution: Execution, *, model: str, challenger: ArtifactRef, verdict: ArtifactRef) -> str:
+def promote(
+    execution: Execution, *, model: str, challenger: ArtifactRef, verdict: ArtifactRef, refused: str = ""
+) -> str:
     """Make the challenger champion when the verdict says PROMOTE; return one sentence on what happened.
 
-    Any other verdict is kept in the history as a look at this challenger. Doing it again changes nothing.
+    Any other verdict is kept in the history as a look at this challenger, and one that a person refused as that, with their words
+    (`refused`). Doing it again changes nothing.
     """
     store = execution.store
 
@@ -24,7 +27,10 @@ def promote(execution: Execution, *, model: str, challenger: ArtifactRef, verdic
         candidate = make_candidate(
             store, challenger.record, verdict=verdict.record, by=f"Prefect run {execution.prefect_run}"
         )
-        if decision != "PROMOTE":
+        if refused:
+            registry.refuse(store, model, candidate.model_copy(update={"reason": refused}))
+            said = f"{decision}, and {refused}: the champion of {model!r} stays"
+        elif decision != "PROMOTE":
             registry.measure(store, model, candidate)
             said = f"{decision}: the champion of {model!r} stays"
         else:
@@ -35,8 +41,8 @@ def promote(execution: Execution, *, model: str, challenger: ArtifactRef, verdic
             try:
                 registry.promote(store, model, candidate)
                 said = f"PROMOTE: {challenger_name[:24]}… is champion of {model!r}"
-            except (ChampionMoved, VerdictUsed) as refused:
-                said = f"not promoted: {refused}"
+            except (ChampionMoved, VerdictUsed) as gone:
+                said = f"not promoted: {gone}"
                 registry.measure(store, model, candidate.model_copy(update={"reason": said}))
         try:
             versions = registry.mirror(store, model, tracking_uri=execution.tracking.uri)

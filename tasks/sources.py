@@ -43,7 +43,8 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
         if champion is None:
             raise ValueError(
                 f"source {reference!r}: nothing was promoted to champion of {rest!r} yet; expected one of "
-                f"{', '.join(registry.list_models(store)) or '(no model has a history)'}, or another source"
+                f"{', '.join(registry.list_models(store)) or '(no model has a history)'}, or another source; let a run promote one, or "
+                f"`varflow promote REF --model {rest}`"
             )
         return resolve_source(champion.ref, store=store, settings=settings)
     if separator and kind in resolvers:

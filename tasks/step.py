@@ -44,6 +44,9 @@ class Attempt(Protocol):
     def run_child(self, package: str, job: str) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary."""
 
+    def check_weights(self, name: str, read: str) -> None:
+        """Raise InputChanged unless the weights that the child read, by its digest of them, are those of the input `name`."""
+
 
 Metrics = dict[str, float]
 Work = Callable[[Any, Attempt], Metrics]

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 from training.config import Device, Precision, Runtime
+from training.weights import digest_weights
 
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -153,15 +154,6 @@ def digest_model(folder: Path, tokenizer: Any) -> ModelDigests:
     """Return the digests of a model folder: of its safetensors files by name, and of its tokenizer's chat template."""
     template = hashlib.sha256(tokenizer.get_chat_template().encode())
     return ModelDigests(weights_sha256=digest_weights(folder), template_sha256=template.hexdigest())
-
-
-def digest_weights(folder: Path) -> str:
-    """Return 64 hex digits of SHA-256 over a model folder's safetensors files, by name."""
-    total = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as weights:
-            total.update(f"{path.name}\0{hashlib.file_digest(weights, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> None:

@@ -52,7 +52,8 @@ from evaluation.harness.workers import Copies, WorkerPool
 from evaluation.responses import Responses
 from training.config import Runtime
 from training.job import Interrupted, write_json
-from training.model import DTYPES, check_model_folder, digest_weights, resolve_device
+from training.model import DTYPES, check_model_folder, resolve_device
+from training.weights import digest_weights
 
 STOCK_FOLDERS = (
     "mmlu/default",

@@ -35,6 +35,8 @@ class Pair:
     question: str
     ours: str
     theirs: str
+    ours_cut: bool = False  # ended by the token limit of whoever answered, where that is known
+    theirs_cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,9 +205,12 @@ def in_order(pair: Pair, order: Order) -> tuple[str, str]:
 
 
 def take(judgement: Judgement, reply: Reply, *, prompt: JudgePrompt) -> None:
-    """Take a reply into a judgement: its verdict, or the conversation that asks for one."""
+    """Take a reply into a judgement: its verdict, or the conversation that asks for one.
+
+    A reply that the cap ended gives none: a label in it may be one that its reasons were about to leave.
+    """
     judgement.replies.append(reply)
-    ahead = None if reply.finish == "refused" else prompt.read(reply.text)
+    ahead = prompt.read(reply.text) if reply.finish == "stop" else None
     if ahead is None:
         judgement.conversation = prompt.ask_again(judgement.conversation, reply.text)
     else:

@@ -5,11 +5,13 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from evaluation.eval_sets import check_limit
 from evaluation.judges import arena_hard
 from evaluation.judges.config import EndpointJudge, JudgeConfig, JudgeRuntime
 from evaluation.judges.endpoint import JudgeEndpoint
@@ -32,13 +34,23 @@ from training.job import Job, write_json
 from training.metrics import MetricsWriter
 
 CALLS_FILE = "calls.jsonl"  # every answer of the judge, by the digest of what was asked
-PROTOCOL = "varflow judge 1"
+PROTOCOL = "varflow judge 2"
 JUDGE_SETS = {"evalbiasbench": read_evalbiasbench, "llmbar": read_llmbar}
 SAMPLES_SHOWN, SHOWN_CHARS, ANSWER_CHARS = 5, 200, 2000
-MOST_LOST, MOST_POSITION_BIAS, MOST_EMPTY = 0.05, 0.2, 0.2  # shares, above which a score is flagged
+MOST_LOST, MOST_POSITION_BIAS, MOST_EMPTY, MOST_CUT = 0.05, 0.2, 0.2, 0.2  # shares, above which a score is flagged
+FEW_QUESTIONS = 30  # below which a win rate is flagged
 STYLE_CONTROL = "unavailable: the score is not adjusted for length or markdown"
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A row that a policy answered: its prompt as text, the answers, and which of them the token limit ended."""
+
+    prompt: str
+    texts: list[str]
+    cut: list[bool]
 
 
 def run(job: Job) -> None:
@@ -105,7 +117,14 @@ def read_pairs(config: JudgeConfig, inputs: dict[str, Path]) -> tuple[list[Pair]
     if config.benchmark == "heldout":
         return pair_heldout(inputs["challenger_answers"], inputs["champion_answers"], config=config), PAIRWISE
     items = JUDGE_SETS[config.benchmark](inputs["benchmark"])
+    check_items(config, max(Counter(item.group for item in items).values()), "items of a group")
     return [pair_item(item) for item in first_of_each_group(items, config.limit)], PAIRWISE
+
+
+def check_items(config: JudgeConfig, available: int, what: str) -> None:
+    """Raise ValueError for an item limit beyond the data."""
+    if config.limit is not None:
+        check_limit(config.limit, available, what=f"{config.benchmark}: {what}")
 
 
 def first_of_each_group(items: list[JudgeItem], limit: int | None) -> list[JudgeItem]:
@@ -127,17 +146,21 @@ def pair_item(item: JudgeItem) -> Pair:
 def pair_arena_hard(folder: Path, answers: Path, *, config: JudgeConfig) -> list[Pair]:
     """Return Arena-Hard's questions with a model's answer and the baseline's. Each question has both, or nothing is judged."""
     questions = arena_hard.read_questions(folder)
+    check_items(config, len(questions), "questions")
     asked = list(questions)[: config.limit]
     baseline = arena_hard.read_stored_answers(folder, config.baseline)
-    given = {uid: texts[0] for uid, (_, texts) in read_answers(answers).items()}
-    for whose, found in ((f"baseline {config.baseline}", baseline), ("model", given)):
+    given = read_answers(answers)
+    for whose, found in ((f"baseline {config.baseline}", baseline.keys()), ("model", given.keys())):
         missing = [uid for uid in asked if uid not in found]
         if missing:
             raise ValueError(
                 f"arena_hard: {len(missing)} of {len(asked)} questions have no answer of the {whose} (first: {missing[0]}); a score of "
                 "the rest would be another benchmark's; give every question an answer, by a larger answers.max_prompt_tokens"
             )
-    return [Pair(uid, "arena_hard", uid, questions[uid], ours=given[uid], theirs=baseline[uid]) for uid in asked]
+    return [
+        Pair(uid, "arena_hard", uid, questions[uid], given[uid].texts[0], baseline[uid], ours_cut=given[uid].cut[0])
+        for uid in asked
+    ]
 
 
 def pair_heldout(challenger: Path, champion: Path, *, config: JudgeConfig) -> list[Pair]:
@@ -149,17 +172,41 @@ def pair_heldout(challenger: Path, champion: Path, *, config: JudgeConfig) -> li
             f"heldout: {len(unlike)} prompts have an answer of one model only (first: row {unlike[0]}); expected the same prompts; "
             "generate both from the same rows with the same settings"
         )
-    return [
-        Pair(f"{row_id}/{sample}", "heldout", row_id, ours[row_id][0], ours=mine, theirs=other)
-        for row_id in sorted(ours)[: config.limit]
-        for sample, (mine, other) in enumerate(zip(ours[row_id][1], theirs[row_id][1], strict=True))
-    ]
+    check_items(config, len(ours), "prompts")
+    pairs = []
+    for row_id in sorted(ours)[: config.limit]:
+        mine, other = ours[row_id], theirs[row_id]
+        check_alike(row_id, mine, other)
+        pairs += [
+            Pair(f"{row_id}/{k}", "heldout", row_id, mine.prompt, text, other.texts[k], mine.cut[k], other.cut[k])
+            for k, text in enumerate(mine.texts)
+        ]
+    return pairs
 
 
-def read_answers(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """Return (prompt as text, answers) of each row that a policy answered."""
-    table = pq.read_table(find_rows_file(folder), columns=["row_id", "prompt", "responses"])
-    return {row["row_id"]: (show_prompt(row["prompt"]), row["responses"]) for row in table.to_pylist()}
+def check_alike(row_id: str, mine: Answered, other: Answered) -> None:
+    """Raise ValueError unless both models were asked the same as often."""
+    if mine.prompt != other.prompt:
+        raise ValueError(
+            f"heldout: row {row_id} is {mine.prompt[:80]!r} for the challenger and {other.prompt[:80]!r} for the champion; expected "
+            "one prompt; generate both from the same rows"
+        )
+    if len(mine.texts) != len(other.texts):
+        raise ValueError(
+            f"heldout: row {row_id} has {len(mine.texts)} answers of the challenger and {len(other.texts)} of the champion; expected "
+            "as many; generate both with the same samples_per_prompt"
+        )
+
+
+def read_answers(folder: Path) -> dict[str, Answered]:
+    """Return each row that a policy answered, by row id; where nobody said whether an answer was cut, it was not."""
+    table = pq.read_table(find_rows_file(folder), columns=["row_id", "prompt", "responses", "truncated"])
+    return {
+        row["row_id"]: Answered(
+            show_prompt(row["prompt"]), row["responses"], row["truncated"] or [False] * len(row["responses"])
+        )
+        for row in table.to_pylist()
+    }
 
 
 def show_prompt(turns: Sequence[dict[str, str]]) -> str:
@@ -207,6 +254,7 @@ def summarise(
         "high": deciding["high"],
         "stderr": deciding["stderr"],
         "items": deciding["n"],
+        "questions": len({item.pair.cluster for item in judged.counted}),
         "served_as": ", ".join(sorted(served)),
         "calls": len(caller.used),
         "calls_now": caller.asked,
@@ -218,15 +266,14 @@ def summarise(
         summary["consistent_accuracy"] = deciding["consistent"]
     else:
         summary["style_control"] = STYLE_CONTROL
-    summary["flag"] = (
-        "; ".join(find_flags(summary, models=len(served), tests_judge=config.benchmark in JUDGE_SETS)) or None
-    )
+    flags = [*find_flags(summary, tests_judge=config.benchmark in JUDGE_SETS), *find_cut_flags(summary, config)]
+    summary["flag"] = "; ".join([*flags, *find_name_flags(list(served), config)]) or None
     for number, text in enumerate(show_lost(judged)[:SAMPLES_SHOWN], start=1):
         summary[f"flag_sample_{number}"] = f"no verdict: {text[-SHOWN_CHARS:]!r}"
     return summary
 
 
-def find_flags(summary: Row, *, models: int, tests_judge: bool) -> Iterator[str]:
+def find_flags(summary: Row, *, tests_judge: bool) -> Iterator[str]:
     """Yield why a score may not say what it seems to."""
     if summary["unparseable_pairs"] > MOST_LOST * summary["pairs"]:
         yield f"verdicts: {summary['unparseable_pairs']} of {summary['pairs']} pairs have none in some order and are left out"
@@ -234,10 +281,33 @@ def find_flags(summary: Row, *, models: int, tests_judge: bool) -> Iterator[str]
         yield f"position: in {summary['position_bias']:.0%} of the pairs the verdict follows the place of the answer"
     if summary["empty_answers"] > MOST_EMPTY * summary["items"]:
         yield f"empty: {summary['empty_answers']} of {summary['items']} answers have no text"
-    if models > 1:
-        yield f"judge: {models} models answered under its name: {summary['served_as']}"
     if tests_judge and summary["low"] <= 0.5:
         yield f"chance: {summary['value']:.4f} is not shown to be above guessing, 0.5"
+    if not tests_judge and summary["questions"] < FEW_QUESTIONS:
+        yield f"few: {summary['questions']} questions say little; expected {FEW_QUESTIONS} or more"
+
+
+def find_cut_flags(summary: Row, config: JudgeConfig) -> Iterator[str]:
+    """Yield whose answers the judge has mostly not seen whole: their verdicts may be on the limit."""
+    ours, theirs = ("challenger", "champion") if config.benchmark == "heldout" else ("model", "other side")
+    for who, cut in ((ours, summary["cut_answers"]), (theirs, summary["cut_other_answers"])):
+        if cut > MOST_CUT * summary["items"]:
+            yield f"limit: {cut} of {summary['items']} answers of the {who} were ended by the token limit (max_new_tokens)"
+
+
+def find_name_flags(served: Sequence[str], config: JudgeConfig) -> Iterator[str]:
+    """Yield what speaks against it that an endpoint's judge answered, by the names that it gave; a local one is known by its weights.
+
+    Expected are the judge's name, its revision, or one after the other, as in gpt-4o-2024-08-06.
+    """
+    if not isinstance(config.judge, EndpointJudge):
+        return
+    name, revision = config.judge.model, config.judge.revision
+    shown = ", ".join(sorted(served))
+    if len(served) > 1:
+        yield f"judge: {len(served)} models answered under its name: {shown}"
+    elif set(served) - {name, revision, *(f"{name}{between}{revision}" for between in "-@:")}:
+        yield f"judge: {shown} answered, by its own word, asked was {name}, revision {revision}"
 
 
 def write_samples(judged: Judged, path: Path) -> None:

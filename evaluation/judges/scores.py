@@ -16,6 +16,7 @@ from evaluation.statistics import WeightedMean, bootstrap_weighted_mean, score_i
 
 CONFIDENCE = 0.95
 BOOTSTRAP_SEED = 0
+NO_WIDTH = 1e-9
 STRONG_WEIGHT = 3  # of a ">>" in Arena-Hard's score
 
 Row = dict[str, Any]
@@ -79,6 +80,9 @@ def win_rate(judged: Judged, *, strong_weight: int = 1) -> WeightedMean:
 
     A strong verdict counts `strong_weight` times. Against one baseline this is the win probability of a Bradley-Terry model of
     the same verdicts: its likelihood is that of one coin.
+
+    Where all questions say the same, all won say, resamples do too, and of the spread nothing is known: the interval is then
+    Wilson's of as many questions at that rate, since no scores from 0 to 1 spread further than a coin's, and there is no `stderr`.
     """
     rows = [
         (to_score(margin), strong_weight if abs(margin) == 2 else 1, pair.pair.cluster)
@@ -86,7 +90,12 @@ def win_rate(judged: Judged, *, strong_weight: int = 1) -> WeightedMean:
         for margin in pair.margins or ()
     ]
     scores, weights, clusters = zip(*rows, strict=True)
-    return bootstrap_weighted_mean(scores, weights, clusters, confidence=CONFIDENCE, seed=BOOTSTRAP_SEED)
+    rate = bootstrap_weighted_mean(scores, weights, clusters, confidence=CONFIDENCE, seed=BOOTSTRAP_SEED)
+    if rate.high - rate.low > NO_WIDTH:
+        return rate
+    n = len(set(clusters))
+    low, high = wilson_interval(rate.value * n, n=n, confidence=CONFIDENCE)
+    return WeightedMean(rate.value, low, high, stderr=None)
 
 
 def accuracies(judged: Judged) -> dict[str, Row]:
@@ -160,7 +169,7 @@ def agree_over_repeats(judged: Judged) -> float:
 
 
 def describe_lengths(judged: Judged) -> Row:
-    """Return how long the answers are, in characters, and how often the judge takes the longer of two."""
+    """Return how long the answers are, in characters, how many are empty or cut, and how often the judge takes the longer of two."""
     ours = [len(pair.pair.ours) for pair in judged.counted]
     theirs = [len(pair.pair.theirs) for pair in judged.counted]
     unlike = [pair for pair in judged.counted if len(pair.pair.ours) != len(pair.pair.theirs)]
@@ -170,6 +179,8 @@ def describe_lengths(judged: Judged) -> Row:
         "mean_other_answer_chars": sum(theirs) / len(theirs),
         "longer_wins": sum(longer) / len(longer) if longer else None,
         "empty_answers": sum(not pair.pair.ours.strip() for pair in judged.counted),
+        "cut_answers": sum(pair.pair.ours_cut for pair in judged.counted),
+        "cut_other_answers": sum(pair.pair.theirs_cut for pair in judged.counted),
     }
 
 

@@ -34,14 +34,17 @@ def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[ChatServer]:
         yield server
 
 
-def write_answers(folder: Path, questions: dict[str, str], answer: Callable[[str], str]) -> Path:
-    """Write a policy's answers as the generate step leaves them."""
+def write_answers(
+    folder: Path, questions: dict[str, str], answer: Callable[[str], str], *, samples: int = 1, cut: bool | None = None
+) -> Path:
+    """Write a policy's answers as the generate step leaves them; `cut` says whether the token limit ended them."""
     folder.mkdir()
     with RowsWriter(folder / "responses.parquet", SCHEMA) as out:
         for line, (uid, question) in enumerate(questions.items(), start=1):
             row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
             prompt = [{"role": "user", "content": question}]
-            row |= {"row_id": uid, "split": "heldout", "prompt": prompt, "responses": [answer(uid)], "source": "policy"}
+            row |= {"row_id": uid, "split": "heldout", "prompt": prompt, "source": "policy"}
+            row |= {"responses": [answer(uid)] * samples, "truncated": None if cut is None else [cut] * samples}
             out.write([row | {"line": line}])
     return folder
 
@@ -55,7 +58,8 @@ def make_job(folder: Path, *, files: Path, answers: Path, **config: Any) -> Job:
             mode="json"
         ),
         "runtime": JudgeRuntime(patience_seconds=5).model_dump(mode="json"),
-        "inputs": {"benchmark": str(files), "answers": str(answers)},
+        "inputs": {"benchmark": str(files), "answers": str(answers)}
+        | {f"{who}_answers": str(answers / who) for who in ("challenger", "champion")},
         "output": str(folder / "output"),
         "work": str(folder / "work"),
     }
@@ -89,6 +93,60 @@ def test_a_part_is_named_as_one(arena: Path, endpoint: ChatServer, tmp_path: Pat
     run(job)
     assert (read_summary(job)["benchmark"], read_summary(job)["items"]) == ("arena_hard_part", 2)
     assert sorted({messages[1]["content"][16:26] for messages in endpoint.answered}) == ["Question 1", "Question 2"]
+
+
+def test_a_limit_beyond_the_questions_names_no_part(arena: Path, endpoint: ChatServer, tmp_path: Path) -> None:
+    answers = write_answers(tmp_path / "answers", read_questions(arena), str)
+    with pytest.raises(ValueError, match=r"arena_hard: questions: got the limit 4, there are 3; lower it, or leave it"):
+        run(make_job(tmp_path / "job", files=arena, answers=answers, limit=4))
+    assert not endpoint.asked
+
+
+def test_all_won_is_no_certainty_and_three_questions_are_few(arena: Path, endpoint: ChatServer, tmp_path: Path) -> None:
+    answers = write_answers(tmp_path / "answers", read_questions(arena), lambda _: "the longest answer", cut=True)
+    job = make_job(tmp_path / "job", files=arena, answers=answers)
+    run(job)
+    found = read_summary(job)
+    assert (found["value"], found["stderr"], found["high"]) == (1.0, None, 1.0)
+    assert found["low"] == pytest.approx(0.43850, abs=1e-5), "Wilson's of 3 of 3"
+    assert (found["cut_answers"], found["cut_other_answers"]) == (3, 0)
+    assert found["flag"] == (
+        "few: 3 questions say little; expected 30 or more; "
+        "limit: 3 of 3 answers of the model were ended by the token limit (max_new_tokens)"
+    )
+
+
+def test_two_models_held_out_answers_sample_by_sample(endpoint: ChatServer, tmp_path: Path) -> None:
+    asked = {f"{n:032x}": f"Question {n}" for n in range(4)}
+    (tmp_path / "answers").mkdir()
+    write_answers(tmp_path / "answers" / "challenger", asked, lambda _: "longer", samples=2, cut=False)
+    write_answers(tmp_path / "answers" / "champion", asked, lambda _: "short", samples=2, cut=True)
+    job = make_job(tmp_path / "job", files=tmp_path, answers=tmp_path / "answers", benchmark="heldout", limit=3)
+    run(job)
+    found = read_summary(job)
+    assert (found["value"], found["items"], found["questions"], found["cut_other_answers"]) == (1.0, 6, 3, 6)
+    assert "6 of 6 answers of the champion were ended by the token limit" in found["flag"]
+
+
+def test_held_out_answers_that_are_not_to_the_same_are_refused_in_words(endpoint: ChatServer, tmp_path: Path) -> None:
+    asked = {f"{n:032x}": f"Question {n}" for n in range(2)}
+    for name, theirs, samples, told in (
+        ("often", asked, 1, r"row 0{32} has 2 answers of the challenger and 1 of the champion; expected as many; gen"),
+        ("other", asked | {f"{1:032x}": "Other"}, 2, r"row 0{31}1 is 'Question 1' for the challenger and 'Other' for"),
+    ):
+        answers = tmp_path / name
+        answers.mkdir()
+        write_answers(answers / "challenger", asked, str, samples=2)
+        write_answers(answers / "champion", theirs, str, samples=samples)
+        with pytest.raises(ValueError, match=told):
+            run(make_job(tmp_path / f"job {name}", files=tmp_path, answers=answers, benchmark="heldout"))
+    write_answers(tmp_path / "beyond", asked, str)
+    (tmp_path / "both").mkdir()
+    for who in ("challenger", "champion"):
+        (tmp_path / "both" / who).symlink_to(tmp_path / "beyond")
+    with pytest.raises(ValueError, match=r"heldout: prompts: got the limit 3, there are 2"):
+        run(make_job(tmp_path / "job", files=tmp_path, answers=tmp_path / "both", benchmark="heldout", limit=3))
+    assert not endpoint.asked
 
 
 def test_a_question_without_answer_is_no_smaller_benchmark(arena: Path, endpoint: ChatServer, tmp_path: Path) -> None:

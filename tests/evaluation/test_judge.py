@@ -1,6 +1,7 @@
 """Judging against a real chat server: both orders, each call once, patience, budget, refusals, and what survives an end."""
 
 import io
+import itertools
 import json
 import os
 import re
@@ -177,6 +178,62 @@ def test_an_answer_out_of_format_is_asked_again_and_then_counted(
     assert found["flag_sample_1"] == "no verdict: 'I like both of them.'"
     again = next(messages for messages in server.answered if len(messages) == 4)
     assert "[[A>B]], [[A=B]], [[B>A]]" in again[3]["content"]
+
+
+def completion(text: str, *, finish: str = "stop", model: str = "judge") -> bytes:
+    """Return a chat completion as an endpoint sends it."""
+    choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
+    return json.dumps({"model": model, "choices": [choice], "usage": {}}).encode()
+
+
+def test_a_label_in_reasons_that_the_cap_cut_is_no_verdict_and_is_asked_for_again(
+    serve: Callable[[Rule], ChatServer], make_job: JobMaker
+) -> None:
+    def ramble(messages: Messages) -> str | bytes:
+        """Name the shorter answer on the way, and the longer one in the end."""
+        if len(messages) > 2:
+            return prefer_longer(messages)
+        first, second = map(len, answers_of(messages))
+        return completion(f"At first sight [[{'A>B' if first < second else 'B>A'}]], but then", finish="length")
+
+    server, job = serve(ramble), make_job(items=4)
+    run(job)
+    found = summary_of(job)
+    assert (found["value"], found["cut_replies"], found["asked_again"]) == (0.75, 8, 8)
+    assert len(server.answered) == 16
+    serve(ramble)
+    with pytest.raises(ValueError, match=r"none of 4 pairs has a verdict.*a larger max_answer_tokens"):
+        run(make_job(items=4, format_retries=0, folder="once"))
+
+
+@pytest.mark.parametrize(
+    ("names", "flag"),
+    [
+        (("judge",), None),
+        (("judge-2026",), None),
+        (("2026",), None),
+        (("judge-mini",), "judge: judge-mini answered, by its own word, asked was judge, revision 2026"),
+        (("judge", "judge-mini"), "judge: 2 models answered under its name: judge, judge-mini"),
+    ],
+)
+def test_another_model_that_answers_under_the_judges_name_is_flagged(
+    serve: Callable[[Rule], ChatServer], make_job: JobMaker, names: tuple[str, ...], flag: str | None
+) -> None:
+    drawn = itertools.cycle(names)
+    serve(lambda messages: completion(prefer_longer(messages), model=next(drawn)))
+    job = make_job(items=20, runtime={"concurrency": 1})
+    run(job)
+    found = summary_of(job)
+    assert (found["served_as"], found["flag"]) == (", ".join(names), flag)
+
+
+def test_a_limit_beyond_the_data_is_refused_before_anybody_is_asked(
+    serve: Callable[[Rule], ChatServer], make_job: JobMaker
+) -> None:
+    server = serve(prefer_longer)
+    with pytest.raises(ValueError, match=r"evalbiasbench: items of a group: got the limit 3, there are 2; lower it"):
+        run(make_job(items=4, limit=3))
+    assert not server.asked
 
 
 def test_a_judge_that_never_gives_a_verdict_is_no_score(

@@ -16,7 +16,7 @@ from evaluation.judges.scores import (
     gather,
     win_rate,
 )
-from evaluation.statistics import bootstrap_weighted_mean, score_interval
+from evaluation.statistics import bootstrap_weighted_mean, score_interval, wilson_interval
 
 Margins = Sequence[tuple[int | None, int | None]]
 
@@ -40,6 +40,23 @@ def test_arena_hards_score_by_hand() -> None:
     judged = gather(judge([(2, 1), (0, -1), (-2, 1)]))
     assert win_rate(judged, strong_weight=STRONG_WEIGHT).value == pytest.approx(5.5 / 10)
     assert win_rate(judged).value == pytest.approx((1 + 1 + 0.5 + 0 + 0 + 1) / 6)
+
+
+@pytest.mark.parametrize("margin", [2, 1, -1])
+def test_a_rate_that_no_question_disagrees_with_has_the_interval_of_a_coin_and_no_spread(margin: int) -> None:
+    rate = win_rate(gather(judge([(margin, margin)] * 8)), strong_weight=STRONG_WEIGHT)
+    won = 8 if margin > 0 else 0
+    assert rate.value == won / 8 and rate.stderr is None
+    assert (rate.low, rate.high) == pytest.approx(wilson_interval(won, n=8, confidence=0.95))
+    assert 0.3 < rate.high - rate.low < 0.4
+
+
+def test_ties_alone_are_no_certainty_of_one_half() -> None:
+    rate = win_rate(gather(judge([(0, 0)] * 4)))
+    assert rate.value == 0.5 and rate.low + rate.high == pytest.approx(1)
+    assert (rate.low, rate.high) == pytest.approx(wilson_interval(2, n=4, confidence=0.95))
+    one = win_rate(gather(judge([(1, -1)])))
+    assert one.low < 0.15 and one.high > 0.85, "one question says next to nothing"
 
 
 def draw_margins(n: int, *, seed: int) -> list[tuple[int, int]]:

@@ -24,7 +24,7 @@ REPORT = "http://127.0.0.1:5000/#/experiments/1/runs/2/artifacts/report.html"
 def waits() -> dict[str, Any]:
     """Ask, and say what came of it, as align does."""
     approval = ask_approval(model="policy", reasons=["mmlu: not worse"], report=REPORT, page="http://prefect/run")
-    return {"promote": approval.promote, "said": describe_refusal(approval, model="policy")}
+    return {"promote": approval.promote, "said": describe_refusal(approval)}
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def test_the_run_pauses_with_the_report_linked_and_goes_by_the_answer(
         assert '"promote"' in schema and '"note"' in schema and "becomes champion" in schema
         client.resume_flow_run(run.id, run_input=answer)
     assert outcome["promote"] is expected
-    assert outcome["said"] == f"PROMOTE, and not approved: {answer['note']}: the champion of 'policy' stays"
+    assert outcome["said"] == f"not approved: {answer['note']}"
 
 
 def test_a_verdict_that_promotes_nothing_asks_nobody(varflow: Command, done: dict[str, Any]) -> None:

@@ -73,6 +73,7 @@ def test_a_model_on_arena_hard(varflow: Command, done: dict[str, Any], tmp_path:
     with ChatServer(prefer_longer) as server:
         told = varflow.ask(*words, "--limit", "2", **with_key(server))
         assert 2 <= len(server.answered) <= 4
+        assert "got the limit 5000, there are 3" in varflow.refuse(*words, "--limit", "5000", **with_key(server))
     assert [step["step"] for step in told["steps"]] == ["questions", "generate", "judge"]
     scores, found = told["scores"], told["benchmarks"]["arena_hard_part"]
     assert scores["eval/arena_hard_part/win_rate_low"] <= scores["eval/arena_hard_part/win_rate"] == found["value"]

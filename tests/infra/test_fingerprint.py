@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from infra.fingerprint import Digests, canonical_json, diff_identities, fingerprint
+from infra.fingerprint import Digests, canonical_json, diff_identities, digest_file, fingerprint
 
 
 class Colour(StrEnum):
@@ -55,6 +55,16 @@ def test_other_weights_at_the_same_path_with_the_same_size_and_time_are_seen(tmp
     file.write_bytes(b"bbbb")
     os.utime(file, ns=times)
     assert digests.of(file) != before
+
+
+def test_a_remembered_digest_counts_until_the_file_changes(tmp_path: Path) -> None:
+    digests = Digests(tmp_path / "memory.sqlite")
+    file = tmp_path / "fetched"
+    file.write_bytes(b"aaaa")
+    digests.remember({file: "as it was checked"})
+    assert digests.of(file) == "as it was checked"
+    file.write_bytes(b"longer")
+    assert digests.of(file) == digest_file(file)
 
 
 def test_nothing_there_and_nothing_inside_are_errors(tmp_path: Path) -> None:

@@ -120,6 +120,24 @@ def test_a_verdict_promotes_once_so_that_no_schedule_brings_back_what_was_rolled
     assert refs(store)[:2] == ("train/b", "train/a")
 
 
+def test_nothing_is_promoted_by_nobodys_word(store: Store) -> None:
+    registry.promote(store, "m", candidate("a"))
+    with pytest.raises(AssertionError, match="train/b: neither a verdict nor a reason"):
+        registry.promote(store, "m", candidate("b", over="a", verdict=""))
+    assert len(registry.read_history(store, "m")) == 1
+
+
+def test_of_a_look_and_a_refusal_by_one_verdict_both_are_kept_and_neither_can_be_gone_back_to(store: Store) -> None:
+    registry.promote(store, "m", candidate("a"))
+    registry.measure(store, "m", candidate("b", over="a"))
+    registry.refuse(store, "m", candidate("b", over="a", reason="not approved: no note"))
+    registry.measure(store, "m", candidate("b", over="a"))
+    assert [entry.move for entry in registry.read_history(store, "m")] == [Move.promoted, Move.measured, Move.refused]
+    assert refs(store) == ("train/a", None, "train/b")
+    with pytest.raises(ValueError, match=r"entry 3 says that train/b was refused; it was never champion"):
+        registry.roll_back(store, "m", to=3, reason="", by="me")
+
+
 def test_what_a_killed_call_left_undone_is_read_as_done_and_finished_by_the_next(store: Store) -> None:
     registry.promote(store, "m", candidate("a"))
     behind = store.get(registry.pointer_name("m"))

@@ -10,11 +10,18 @@ import pytest
 from evaluation.gate.verdict import OlderVerdictError, compute_seal
 from infra import records, registry
 from infra.records import Record
-from infra.registry import ChampionMoved
+from infra.registry import ChampionMoved, Move, VerdictUsed
 from infra.settings import Settings
 from infra.store import Store, StoreError, open_store
 from infra.tracking import Tracking
-from tasks.candidate import check_evaluated, choose_verdict, find_model, make_candidate, promote_by_hand
+from tasks.candidate import (
+    check_evaluated,
+    choose_verdict,
+    find_candidate,
+    find_model,
+    make_candidate,
+    promote_by_hand,
+)
 from tests.tasks.maker import Maker, decide_as
 
 
@@ -68,6 +75,64 @@ def test_a_model_whose_bytes_are_not_those_evaluated_is_refused(store: Store, ma
     with pytest.raises(ValueError, match=r"evaluate/\w+ read \w+.*what would be promoted is not what was evaluated"):
         promote_by_hand(store, "m", other, without_gate="")
     assert registry.read_standing(store, "m").champion is None
+
+
+def test_a_champion_made_again_with_other_bytes_needs_a_verdict_or_a_reason_like_any_other(
+    store: Store, maker: Maker
+) -> None:
+    model = maker.model(1)
+    maker.judge(model)
+    promote_by_hand(store, "m", model, without_gate="")
+    store.delete(f"{model.prefix}/config.json")  # lost, and computed anew: a GPU gives other bytes
+    other = maker.model(1, weights="other weights")
+    with pytest.raises(ValueError, match=r"what would be promoted is not what was evaluated"):
+        promote_by_hand(store, "m", other, without_gate="")
+    assert len(registry.read_history(store, "m")) == 1
+    standing, moved = promote_by_hand(store, "m", other, without_gate="the weights were lost")
+    assert moved and standing.champion
+    assert (standing.champion.digest, standing.champion.reason) == (
+        records.digest_files(other),
+        "the weights were lost",
+    )
+
+
+def test_the_newest_verdict_over_the_champion_decides_and_a_named_one_is_meant(
+    store: Store, maker: Maker, stack: Settings
+) -> None:
+    first, second = maker.model(1), maker.model(2)
+    promote_by_hand(store, "m", first, without_gate="the first")
+    loose = maker.judge(second, over=first, config={"margin": 0.4}, created="2026-02-01T00:00:00+00:00")
+    strict = maker.judge(
+        second, over=first, decision="HOLD", config={"margin": 0.1}, created="2026-02-02T00:00:00+00:00"
+    )
+    tracking = Tracking(stack.mlflow_tracking_uri)
+    with pytest.raises(ValueError, match=rf"the gate says HOLD \(gate/{strict.fingerprint[:12]}: because\)"):
+        promote_by_hand(store, "m", second, without_gate="")
+    named = find_candidate(store, f"gate/{strict.fingerprint}", tracking=tracking)
+    assert named == (second, strict)
+    with pytest.raises(ValueError, match=r"verdict\.json: says HOLD, expected PROMOTE"):
+        promote_by_hand(store, "m", second, without_gate="", verdict=strict)
+    assert len(registry.read_history(store, "m")) == 1
+    standing, moved = promote_by_hand(store, "m", second, without_gate="", verdict=loose)
+    assert moved and standing.champion and standing.champion.verdict == f"gate/{loose.fingerprint}"
+
+
+def test_a_verdict_that_a_person_refused_promotes_nothing_any_more(store: Store, maker: Maker) -> None:
+    model = maker.model(1)
+    verdict = maker.judge(model)
+    no = make_candidate(store, model, verdict=verdict, by="a test", reason="not approved: odd samples")
+    for _ in range(2):
+        standing = registry.refuse(store, "m", no)
+    assert standing.champion is None and standing.challenger and standing.challenger.fingerprint == model.fingerprint
+    (entry,) = registry.read_history(store, "m")
+    assert (entry.move, entry.decision, entry.reason) == (Move.refused, "PROMOTE", "not approved: odd samples")
+    for named in (None, verdict):
+        with pytest.raises(
+            VerdictUsed, match=r"refused by a person \(entry 1, .*: not approved: odd samples\); measure"
+        ):
+            promote_by_hand(store, "m", model, without_gate="", verdict=named)
+    standing, moved = promote_by_hand(store, "m", model, without_gate="they were fine")
+    assert moved and standing.champion and standing.champion.reason == "they were fine"
 
 
 def test_a_record_of_a_version_that_kept_no_digests_stands_in_no_way(store: Store, maker: Maker) -> None:

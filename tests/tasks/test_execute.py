@@ -1,5 +1,6 @@
 """Committing beside the next step: what is read before it is up, what is recorded first, what a failure leaves."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from infra import records
 from infra.settings import Settings
 from infra.store import Store, open_store
 from tasks import execute
-from tasks.artifacts import place_output
+from tasks.artifacts import open_digests, place_output
+from tasks.child import InputChanged
 from tasks.execute import Execution
-from tasks.step import Attempt, Metrics, Planned, Step, Work
+from tasks.step import Attempt, Metrics, Planned, Source, Step, Work
 from tests.faults.command import prefect_at
 from tests.faults.held_store import HeldStore
 from training.config import Config, Runtime
+from training.weights import digest_weights
 
 
 class Named(Config):
@@ -174,6 +177,83 @@ def test_whoever_stops_a_run_does_not_wait_for_its_upload(servers: Settings) -> 
     assert {run.info.status for run in read_runs(servers, "stopped").values()} == {"KILLED"}
     kept = servers.home / "work" / first.step.name / first.fingerprint
     assert (place_output(kept, home=servers.home) / "weights.bin").stat().st_size == 1 << 30, "a rerun may take it"
+
+
+def test_a_source_exchanged_between_plan_and_step_is_an_error_and_what_was_made_of_it_is_dropped(
+    servers: Settings, tmp_path: Path
+) -> None:
+    digests, model = open_digests(servers), make_model(tmp_path / "model", b"planned")
+    made = []
+
+    def measure(config: Named, attempt: Attempt) -> Metrics:
+        made.append((attempt.inputs["model"] / "model.safetensors").read_bytes())
+        attempt.check_weights("model", digest_weights(attempt.inputs["model"]))
+        (attempt.output / "summary.json").write_text("{}")
+        return {}
+
+    planned = plan_on(measure, Source("a folder", model, digests.of(model)))
+    make_model(model, b"swapped out")
+    with pytest.raises(
+        InputChanged, match=r"measure: its input model, a folder at /.*, has digest \w+, expected \w+: it was changed"
+    ):
+        run(servers, "swapped", planned)
+    store = open_store(servers)
+    assert store.stat(records.record_name("measure", planned.fingerprint)) is None
+    assert not list((servers.home / "work").glob("*/*/")) and not list((servers.home / "artifacts").glob("*"))
+    make_model(model, b"planned")
+    ended = run(servers, "swapped", planned)
+    assert made == [b"swapped out", b"planned"]
+    assert ended.ref(planned).record.given["model"].digest == digests.of(model) == planned.inputs["model"].fingerprint
+
+
+def test_a_folder_exchanged_while_it_was_read_and_put_back_is_seen_by_what_the_child_read(
+    servers: Settings, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "model", b"planned")
+
+    def measure(config: Named, attempt: Attempt) -> Metrics:
+        model.rename(tmp_path / "aside")
+        read = digest_weights(make_model(model, b"other"))
+        (attempt.output / "summary.json").write_text("{}")
+        shutil.rmtree(model)
+        (tmp_path / "aside").rename(model)
+        attempt.check_weights("model", read)
+        return {}
+
+    planned = plan_on(measure, Source("a folder", model, open_digests(servers).of(model)))
+    with pytest.raises(InputChanged, match=r"weights with digest \w+ were read, expected \w+, which are there now"):
+        run(servers, "put back", planned)
+    assert open_store(servers).stat(records.record_name("measure", planned.fingerprint)) is None
+    assert not list((servers.home / "work").glob("*/*/"))
+
+
+def test_an_artifact_edited_on_this_machine_is_read_by_no_step(servers: Settings) -> None:
+    first = plan("edited", weights)
+    run(servers, "edited", first)
+    (copy,) = (servers.home / "artifacts").glob("*")
+    (copy / "weights.txt").write_text("EDITED")
+
+    def reader(config: Named, attempt: Attempt) -> Metrics:
+        return {}
+
+    second = plan("edited", reader, first)
+    with pytest.raises(ValueError, match=r"weights/\w+: its copy /.* has digest \w+, expected \w+, that of its record"):
+        run(servers, "edited", first, second)
+    shutil.rmtree(copy)
+    ended = run(servers, "edited", first, second)
+    assert (ended.folder(ended.ref(first)) / "weights.txt").read_text() == "edited"
+
+
+def plan_on(work: Work, model: Source) -> Planned:
+    """Plan a step of its own on a model."""
+    return Step(work.__name__, 1, work, "")(Named(name=str(model.path)), {"model": model}, runtime=Runtime())
+
+
+def make_model(folder: Path, data: bytes) -> Path:
+    """Write a folder with weights, over what is there."""
+    folder.mkdir(exist_ok=True)
+    (folder / "model.safetensors").write_bytes(data)
+    return folder
 
 
 def weights_of_a_gigabyte(config: Named, attempt: Attempt) -> Metrics:

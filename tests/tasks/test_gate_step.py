@@ -33,6 +33,9 @@ class Folders:
     def run_child(self, package: str, job: str) -> dict[str, Any]:
         raise AssertionError("the gate computes in its own process")
 
+    def check_weights(self, name: str, read: str) -> None:
+        raise AssertionError("the gate loads no weights")
+
 
 def write_model(folder: Path, weights: bytes) -> None:
     (folder / "model.safetensors").write_bytes(weights)
