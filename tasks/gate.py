@@ -28,12 +28,13 @@ ROWS_AT_ONCE = 1024
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-@step(version=3)
+@step(version=4)
 def gate(config: GateConfig, attempt: Attempt) -> Metrics:
     """Weigh the challenger against the champion. Inputs: `challenger`, `champion` (models), for both of them
     `<who>_rewards`, `<who>_answers` and `<who>_eval_<benchmark>`, `rows`, whose train split the challenger was trained on, and
     the champion's noise floor as `noise` where it was measured."""
     # SciPy takes a second, which a run that finds its verdict need not spend
+    from evaluation.answers import read_prompt_ids
     from evaluation.gate.decide import decide, write_verdict
     from evaluation.harness.contamination import flag_contamination, measure_contamination
 
@@ -46,6 +47,7 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
         challenger=challenger,
         champion=champion,
         same_model=same_weights(inputs[CHALLENGER], inputs[CHAMPION]),
+        prompts=read_prompt_ids(inputs[f"{CHALLENGER}_answers"]),
         noise=read_noise(inputs[NOISE]) if NOISE in inputs else None,
         contamination=contamination,
         looks_spent=config.looks_spent,
@@ -82,6 +84,7 @@ def spend_look(planned: Planned, *, store: Store, model: str) -> None:
 
 def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
     """Return what was measured of one model."""
+    from evaluation.answers import read_lengths
     from evaluation.gate.decide import Evidence
     from evaluation.harness.result import read_result
 
@@ -115,14 +118,6 @@ def read_training_texts(folder: Path) -> Iterator[tuple[str, str]]:
                 yield from (
                     (row["row_id"], text) for text in (*(turn["content"] for turn in row["prompt"]), *row["responses"])
                 )
-
-
-def read_lengths(folder: Path) -> dict[str, float]:
-    """Return the mean length of each row's answers in characters, by row id."""
-    table = pq.read_table(folder / "responses.parquet", columns=["row_id", "responses"]).to_pydict()
-    return {
-        row: sum(map(len, texts)) / len(texts) for row, texts in zip(table["row_id"], table["responses"], strict=True)
-    }
 
 
 def read_rewards(folder: Path) -> dict[str, float]:

@@ -34,7 +34,7 @@ def questions(config: QuestionsConfig, attempt: Attempt) -> Metrics:
     return {"data/arena_hard": float(count)}
 
 
-@step(version=1)
+@step(version=2)
 def judge(config: JudgeConfig, attempt: Attempt) -> Metrics:
     """Have a judge say which of two answers is better. Inputs: `benchmark`, its files, and what evaluation.judges.judging lists."""
     take_over(config, cast(StepAttempt, attempt))  # the only one that needs the store

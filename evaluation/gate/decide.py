@@ -309,7 +309,15 @@ def _pair_heldout(challenger: Evidence, champion: Evidence, *, prompts: Mapping[
     rows = sorted(challenger.rewards)
     if len(rows) < 2:
         raise ValueError(f"gate: at least 2 held-out prompts are needed for an interval; got {len(rows)}")
+    unnamed = [row for row in rows if prompts is not None and row not in prompts]
+    if unnamed:
+        raise ValueError(
+            f"gate: {len(unnamed)} of {len(rows)} rows have a reward and no prompt (first: {unnamed[0]}); generate and score both from "
+            "the same rows"
+        )
     names = [prompts[row] for row in rows] if prompts is not None else rows
+    if len(set(names)) < 2:
+        raise ValueError(f"gate: at least 2 held-out prompts are needed for an interval; got 1 in {len(rows)} rows")
 
     def average(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Pairs:
         sides = (statistics.average_clusters([side[row] for row in rows], names) for side in (ours, theirs))

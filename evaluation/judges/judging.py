@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from evaluation.answers import read_prompt_ids
 from evaluation.judges import arena_hard
 from evaluation.judges.config import EndpointJudge, JudgeConfig, JudgeRuntime
 from evaluation.judges.endpoint import JudgeEndpoint
@@ -142,7 +143,7 @@ def pair_arena_hard(folder: Path, answers: Path, *, config: JudgeConfig) -> list
 
 def pair_heldout(challenger: Path, champion: Path, *, config: JudgeConfig) -> list[Pair]:
     """Return the held-out prompts that both models answered, sample by sample."""
-    ours, theirs = read_answers(challenger), read_answers(champion)
+    ours, theirs, prompts = read_answers(challenger), read_answers(champion), read_prompt_ids(challenger)
     unlike = sorted(ours.keys() ^ theirs.keys())
     if unlike:
         raise ValueError(
@@ -150,7 +151,7 @@ def pair_heldout(challenger: Path, champion: Path, *, config: JudgeConfig) -> li
             "generate both from the same rows with the same settings"
         )
     return [
-        Pair(f"{row_id}/{sample}", "heldout", row_id, ours[row_id][0], ours=mine, theirs=other)
+        Pair(f"{row_id}/{sample}", "heldout", prompts[row_id], ours[row_id][0], ours=mine, theirs=other)
         for row_id in sorted(ours)[: config.limit]
         for sample, (mine, other) in enumerate(zip(ours[row_id][1], theirs[row_id][1], strict=True))
     ]

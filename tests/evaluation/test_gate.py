@@ -217,6 +217,12 @@ def test_rows_of_one_prompt_count_once() -> None:
     )
     assert copied.n == once.n == 40
     assert copied.p_value == pytest.approx(once.p_value)
+    for named, message in (
+        ({"other": "p"}, "40 of 40 rows have a reward and no prompt"),
+        (dict.fromkeys(ours, "p"), "got 1 in 40"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weigh(GatePolicy(margins={}), rewards_challenger=ours, rewards_champion=theirs, prompts=named)
 
 
 def test_flags_margins_that_n_cannot_hold_and_zero_scores() -> None:

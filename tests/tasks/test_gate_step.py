@@ -11,10 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from evaluation.answers import read_prompt_ids
 from evaluation.config import GateConfig, GatePolicy, NoiseConfig
 from evaluation.gate.verdict import check_inputs, read_verdict
-from tasks.gate import digest_inputs, gate, same_weights
+from tasks.gate import digest_inputs, gate, read_rewards, same_weights
 from tasks.noise import noise, read_noise
+from tasks.report import pair_rewards
 
 ROWS = [f"{i:032x}" for i in range(40)]
 
@@ -58,6 +60,15 @@ def write_rows(folder: Path, file: str, **columns: list[Any]) -> None:
     pq.write_table(pa.table({"row_id": ROWS, **columns}), folder / file)
 
 
+def write_answers(folder: Path, *, prompts: int = len(ROWS), cut: float = 0.0) -> None:
+    """Write two answers a row, the rows spread over so many prompts."""
+    asked = [[{"role": "user", "content": f"Question {i % prompts}?"}] for i in range(len(ROWS))]
+    ended = [[i < cut * len(ROWS)] * 2 for i in range(len(ROWS))]
+    write_rows(
+        folder, "responses.parquet", prompt=asked, responses=[["four", "eight ch"] for _ in ROWS], truncated=ended
+    )
+
+
 def write_training_rows(folder: Path, *, train: str = "Good day.", heldout: str = "") -> None:
     turns = [[{"role": "user", "content": "Hello!"}], [{"role": "user", "content": heldout}]]
     columns = {
@@ -83,7 +94,7 @@ def attempt(tmp_path: Path) -> Folders:
     for who, gain in (("challenger", 1.0), ("champion", 0.0)):
         write_model(inputs[who], who.encode())
         write_rows(inputs[f"{who}_rewards"], "scores.parquet", reward=[[i % 3 * gain + gain, gain] for i in range(40)])
-        write_rows(inputs[f"{who}_answers"], "responses.parquet", responses=[["four", "eight ch"] for _ in ROWS])
+        write_answers(inputs[f"{who}_answers"])
         write_benchmark(inputs[f"{who}_eval_gsm8k_part"], [True, False] * 30)
     write_training_rows(inputs["rows"], heldout="Item 3: what is 3 plus 3, written out in " + "full " * 8)
     floor = {"varied": "batch size", "runs": 2, "flip_rate": 0.1, "max_difference": 0.05}
@@ -123,6 +134,25 @@ def test_the_verdict_rests_on_every_file_that_was_weighed(attempt: Folders) -> N
     read.write_text(read.read_text().replace("1.0", "0.0", 1))
     with pytest.raises(ValueError, match=r"not what it weighed: challenger_eval_gsm8k_part/samples\.jsonl"):
         check_inputs(verdict, digest_inputs(attempt))
+
+
+def test_rows_of_one_prompt_are_one_observation(attempt: Folders) -> None:
+    """Pairs data have several rows for one prompt, each with an id of its own; greedy answers to them are the same answer."""
+    for who in ("challenger", "champion"):
+        write_answers(attempt.inputs[f"{who}_answers"], prompts=5)
+    gains = [[0.5 * (i % 5 > 1) - 0.1] * 2 for i in range(40)]  # -0.1, -0.1, 0.4, 0.4, 0.4 by prompt
+    write_rows(attempt.inputs["challenger_rewards"], "scores.parquet", reward=gains)
+    write_rows(attempt.inputs["champion_rewards"], "scores.parquet", reward=[[0.0, 0.0] for _ in ROWS])
+    run_gate(attempt)
+    verdict = read_verdict((attempt.output / "verdict.json").read_text())
+    (target,), (length,) = verdict.targets, verdict.growths
+    assert (target.n, length.n) == (5, 5) and target.gain == pytest.approx(0.2)
+    assert target.p_value > 0.05 and verdict.decision == "HOLD"  # forty rows would show it: p < 0.0001
+    assert len(pair_rewards(rewards_of(attempt), prompts=read_prompt_ids(attempt.inputs["champion_answers"]))) == 5
+
+
+def rewards_of(attempt: Folders) -> dict[str, dict[str, float]]:
+    return {who: read_rewards(attempt.inputs[f"{who}_rewards"]) for who in ("challenger", "champion")}
 
 
 def test_the_noise_floor_of_the_champion_stands_in_the_verdict(attempt: Folders) -> None:
