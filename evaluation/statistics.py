@@ -324,11 +324,6 @@ def measure_noise(scores: ArrayLike) -> NoiseFloor:
     return NoiseFloor(runs, n, math.fsum(flips) / len(flips), float(mean_R.max() - mean_R.min()))
 
 
-def chance_of_a_false_promotion(alpha: float, *, looks: int) -> float:
-    """Return how likely at least one of several independent looks promotes falsely: 93 % for 52 at 5 %."""
-    return -math.expm1(looks * math.log1p(-alpha))
-
-
 def detectable_mean(n: int, *, sd: float, alpha: float, power: float = PLANNED_POWER) -> float:
     """Return the true mean that a one-sided paired t test over `n` differences of spread `sd` shows with `power`."""
     assert n >= 2, f"{n} differences have no spread"

@@ -22,7 +22,7 @@ from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
 from tasks.evaluate import MirrorConfig, evaluate, mirror
 from tasks.execute import Execution
-from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, plan_look, spend_look
+from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, take_look
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.judge import judge
@@ -66,6 +66,10 @@ class AlignPlan:
         )  # fmt: skip
         yield from (step for step in story if isinstance(step, Planned))
 
+    def at_look(self, gate: Planned) -> "AlignPlan":
+        """Return the plan with the gate as one look of a year, which is known only when it is taken: others may be taken before."""
+        return replace(self, gate=gate, report=replace(self.report, inputs={**self.report.inputs, "gate": gate}))
+
 
 def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> AlignPlan:
     """Resolve the sources by content and lay out every step. Reads, but computes and writes nothing in the store."""
@@ -90,7 +94,6 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     )  # fmt: skip
     answered = {f"{who}_answers": step for who, step in answers.items()}
     verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
-    verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     shown |= {f"{step.step.name}_{step.label}": step for step in aligned.results}
@@ -200,7 +203,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
         run.steps(*plan.answers.values(), *plan.varied, *plan.judged.values(), *plan.alignment.steps())
-        spend_look(plan.gate, store=run.store, model=config.model_name)
+        plan = plan.at_look(take_look(plan.gate, store=run.store, model=config.model_name))
         verdict = run.step(plan.gate)
         run.steps(*filter(None, [plan.judge]))
         page = run.step(plan.report)

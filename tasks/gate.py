@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
-from evaluation.config import GateConfig
+from evaluation.config import GateConfig, GatePolicy, Look
+from evaluation.gate.verdict import count_looks
 from infra import looks
 from infra.fingerprint import digest_file
 from infra.store import Store
@@ -50,7 +51,7 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
         prompts=read_prompt_ids(inputs[f"{CHALLENGER}_answers"]),
         noise=read_noise(inputs[NOISE]) if NOISE in inputs else None,
         contamination=contamination,
-        looks_spent=config.looks_spent,
+        looks=config.looks,
         inputs=digest_inputs(attempt),
     )
     write_verdict(verdict, attempt.output / "verdict.json")
@@ -63,23 +64,44 @@ def gate(config: GateConfig, attempt: Attempt) -> Metrics:
 
 
 def plan_look(planned: Planned, *, store: Store, model: str) -> Planned:
-    """Return the gate step as the look that it is of this year; as it was where the policy plans no looks. Reads the store alone."""
-    config = planned.config
-    assert isinstance(config, GateConfig)
-    if config.policy.planned_looks is None:
-        return planned
-    before = looks.count_before(store, model=model, evidence=planned.fingerprint, year=looks.this_year())
-    return replace(planned, config=config.model_copy(update={"looks_spent": before}))
+    """Return the gate step as the look of the year that it is, or would be the next. Reads the store alone."""
+    evidence = planned.fingerprint
+    return _at_look(
+        planned, _read_looks(planned, store, model, year=looks.year_of(store, model=model, evidence=evidence))
+    )
 
 
-def spend_look(planned: Planned, *, store: Store, model: str) -> None:
-    """Put a planned look into the year's list before it is taken; one for which nothing is left of the year is not taken at all."""
+def take_look(planned: Planned, *, store: Store, model: str) -> Planned:
+    """Put the gate step's look on record before it is taken, and return the step as that look.
+
+    One for which nothing is left of the year is not put there: it holds whatever is weighed.
+    """
+    policy, evidence = _policy(planned), planned.fingerprint
+    year = looks.year_of(store, model=model, evidence=evidence)
+    while True:
+        before = _read_looks(planned, store, model, year=year)
+        if count_looks(policy, before).exhausted or looks.take(
+            store, model=model, evidence=evidence, before=len(before), year=year,
+            alpha=policy.alpha_of_a_look, planned=policy.planned_looks is not None,
+        ):  # fmt: skip
+            return _at_look(planned, before)
+
+
+def _policy(planned: Planned) -> GatePolicy:
     config = planned.config
-    assert isinstance(config, GateConfig)
-    if config.policy.planned_looks is None or config.looks_spent >= config.policy.planned_looks:
-        return
-    evidence = replace(planned, config=config.model_copy(update={"looks_spent": 0})).fingerprint
-    looks.spend(store, model=model, evidence=evidence, before=config.looks_spent, year=looks.this_year())
+    assert isinstance(config, GateConfig) and not config.looks, "evidence is named by the step at no look"
+    return config.policy
+
+
+def _read_looks(planned: Planned, store: Store, model: str, *, year: int) -> list[Look]:
+    """Return the looks before this one; those that do not say their error are taken to have been planned as this one is."""
+    default = {"alpha": _policy(planned).alpha_of_a_look, "planned": True}
+    found = looks.read_before(store, model=model, evidence=planned.fingerprint, year=year)
+    return [Look.model_validate({name: look.get(name, default[name]) for name in default}) for look in found]
+
+
+def _at_look(planned: Planned, before: list[Look]) -> Planned:
+    return replace(planned, config=planned.config.model_copy(update={"looks": tuple(before)}))
 
 
 def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":

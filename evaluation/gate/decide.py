@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import statistics
-from evaluation.config import HELDOUT_REWARD, GatePolicy
+from evaluation.config import HELDOUT_REWARD, GatePolicy, Look
 from evaluation.gate import weigh
 from evaluation.gate.explain import explain_noise
 from evaluation.gate.verdict import (
@@ -29,6 +29,7 @@ from evaluation.gate.verdict import (
     Noise,
     TargetVerdict,
     Verdict,
+    count_looks,
     seal,
 )
 from evaluation.gate.weigh import ITEMS, PROMPTS, TANGO, Pairs, pair_scores
@@ -72,14 +73,14 @@ def decide(
     prompts: Mapping[str, str] | None = None,
     noise: Mapping[str, Sequence[Noise]] | None = None,
     contamination: Sequence[Contamination] = (),
-    looks_spent: int = 0,
+    looks: Sequence[Look] = (),
     inputs: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Return the sealed verdict on two models' results over the same items and the same held-out prompts.
 
     `prompts` names the prompt of each row where several rows may share one; their rewards are averaged first, since answers to
     one prompt are not independent. `noise` is the champion's by benchmark, `contamination` what the challenger's training data hold
-    of each, `looks_spent` how often this gate was asked this year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
+    of each, `looks` when this gate was asked before this year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
     """
     alpha = policy.alpha_of_a_look
     pairs = _pair_benchmarks(challenger.results, champion.results)
@@ -94,9 +95,9 @@ def decide(
     targets = tuple(weigh.add_promotable_gain(target, guards, targets=len(targets), alpha=alpha) for target in targets)
     floors = tuple(_compare_floor(name, floor, deciding, judged, alpha=alpha) for name, floor in policy.floors.items())
     growths = _compare_growths(policy, judged, challenger, champion)
-    looks = Looks(spent=looks_spent, planned=policy.planned_looks, alpha_of_a_look=alpha, alpha_of_a_year=policy.alpha)
+    spent = count_looks(policy, looks)
     decision, reasons = conclude(
-        guards, targets=targets, floors=floors, growths=growths, looks=looks, same_model=same_model
+        guards, targets=targets, floors=floors, growths=growths, looks=spent, same_model=same_model
     )
     floor = {name: tuple(found) for name, found in (noise or {}).items()}
     whole = pairs.keys() >= PAPER and all(
@@ -106,7 +107,7 @@ def decide(
         decision=decision,
         reasons=reasons,
         flags=(
-            *_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=looks),
+            *_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=spent),
             *flag_noise(floor, guards, targets),
             *(flag for found in contamination for flag in flag_contamination(found)),
         ),
@@ -119,7 +120,7 @@ def decide(
         else None,
         noise=floor,
         audit=_audit(guards, targets, audited, apart, alpha=alpha),
-        looks=looks,
+        looks=spent,
         same_model=same_model,
         policy=policy,
         inputs=dict(inputs or {}),
@@ -139,10 +140,10 @@ def conclude(
     """Return the decision and the reasons that made it."""
     if same_model:
         return Decision.hold, ("challenger and champion are the same model: there is nothing to promote",)
-    if looks.planned is not None and looks.spent >= looks.planned:
+    if looks.exhausted:
         return Decision.hold, (
-            f"the year's {looks.planned} planned looks are spent, and with them its error of {looks.alpha_of_a_year:g}; plan more looks "
-            "for the next year, or wait for it",
+            f"planned looks of this year have spent {looks.alpha_spent:.3g} of its error of {looks.alpha_of_a_year:g}, and one of "
+            f"{looks.planned} would take {looks.alpha_of_a_look:.3g} more; plan more looks for the next year, or wait for it",
         )
     bad = [guard.reason for guard in guards if guard.state is GuardState.inferior]
     bad += [floor.reason for floor in floors if floor.state is BoundState.broken]
@@ -255,11 +256,11 @@ def _flag(
     if limits:
         cut = ", ".join(f"{name} ({limit} items per task)" for name, limit in limits.items())
         flags.append(f"limited, and so no full score: {cut}")
-    if looks.planned is None and looks.spent > 0:
-        chance = statistics.chance_of_a_false_promotion(policy.alpha, looks=looks.spent + 1)
+    if not looks.exhausted and looks.chance is not None and looks.chance > looks.alpha_of_a_year * (1 + 1e-9):
         flags.append(
-            f"this is look {looks.spent + 1} of the year and none was planned: with {policy.alpha:g} at each, the chance that at least one "
-            f"of them promotes a model that is no better is up to {chance:.0%}"
+            f"this is look {looks.spent + 1} of the year, at {looks.alpha_of_a_look:.3g}: by what is on record, the chance that at least one "
+            f"of them promotes a model that is no better is up to {100 * looks.chance:.3g} %, and not {100 * looks.alpha_of_a_year:g} %; plan the looks of a "
+            "year beforehand"
         )
     return flags
 

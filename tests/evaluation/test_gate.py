@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from evaluation import statistics
-from evaluation.config import BenchmarkConfig, GatePolicy, SuiteConfig
+from evaluation.config import BenchmarkConfig, GatePolicy, Look, SuiteConfig
 from evaluation.gate.decide import Evidence, conclude, decide, measure_noise, write_verdict
 from evaluation.gate.policy import check_names, count_items, flag_policy
 from evaluation.gate.verdict import (
@@ -476,10 +476,35 @@ def test_looks_share_the_years_error_and_end_with_it() -> None:
     assert first.alpha == pytest.approx(0.005) and first.guards[0].confidence == pytest.approx(0.99)
     assert "at 99%" in first.guards[0].reason
     assert (first.guards[0].low, first.guards[0].high) == statistics.tango_interval(22, 20, n=1000, confidence=0.99)
-    assert judge(guard, policy=plan, looks_spent=9).decision is Decision.promote
-    spent = judge(guard, policy=plan, looks_spent=10)
-    assert spent.decision is Decision.hold and "the year's 10 planned looks are spent" in spent.reasons[0]
-    assert any("look 52 of the year" in flag and "93%" in flag for flag in judge(guard, looks_spent=51).flags)
+    planned = Look(alpha=0.005, planned=True)
+    last, spent = (judge(guard, policy=plan, looks=[planned] * before) for before in (9, 10))
+    assert (
+        last.decision is Decision.promote and last.flags == () and last.looks.chance == pytest.approx(0.0489, abs=1e-4)
+    )
+    assert spent.decision is Decision.hold and spent.flags == ()
+    assert spent.reasons[0].startswith(
+        "planned looks of this year have spent 0.05 of its error of 0.05, and one of 10 would take 0.005"
+    )
+
+
+def test_a_year_that_is_planned_anew_has_no_more_error_than_it_had() -> None:
+    guard, whole = flip(1000, right=500, won=22, lost=20), Look(alpha=0.05, planned=True)
+    assert judge(guard, policy={"planned_looks": 12}, looks=[whole]).decision is Decision.hold
+    fewer = [Look(alpha=0.05 / 12, planned=True)] * 4  # a third of the year; two of four more are two thirds
+    four = [
+        judge(guard, policy={"planned_looks": 4}, looks=[*fewer, *more])
+        for more in ([], [Look(alpha=0.0125, planned=True)] * 3)
+    ]
+    assert [verdict.decision for verdict in four] == [Decision.promote, Decision.hold]
+
+
+def test_looks_that_nobody_planned_are_flagged_with_what_they_come_to() -> None:
+    guard, unplanned = flip(1000, right=500, won=22, lost=20), Look(alpha=0.05, planned=False)
+    assert judge(guard).flags == ()
+    (flag,) = judge(guard, looks=[unplanned] * 51).flags
+    assert "look 52 of the year" in flag and "up to 93.1 %" in flag
+    after = judge(guard, policy={"planned_looks": 10}, looks=[unplanned])  # of no plan, and so not of the planned error
+    assert after.decision is Decision.promote and "up to 5.48 %, and not 5 %" in after.flags[0]
 
 
 def test_the_audit_split_never_decides_and_is_reported() -> None:

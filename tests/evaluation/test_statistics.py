@@ -278,11 +278,6 @@ def test_noise_floor_by_hand() -> None:
         statistics.measure_noise(runs[:1])
 
 
-def test_looks_add_up() -> None:
-    assert statistics.chance_of_a_false_promotion(0.05, looks=52) == pytest.approx(0.93, abs=0.005)
-    assert statistics.chance_of_a_false_promotion(0.05 / 52, looks=52) < 0.05
-
-
 def test_detectable_difference_has_its_power_by_enumeration() -> None:
     n, psi, alpha = 400, 0.1, 0.05
     delta = statistics.detectable_difference(n, discordance=psi, alpha=alpha)

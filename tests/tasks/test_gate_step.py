@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.answers import read_prompt_ids
-from evaluation.config import GateConfig, GatePolicy, NoiseConfig
+from evaluation.config import GateConfig, GatePolicy, Look, NoiseConfig
 from evaluation.gate.verdict import check_inputs, read_verdict
 from tasks.gate import digest_inputs, gate, read_rewards, same_weights
 from tasks.noise import noise, read_noise
@@ -103,7 +103,8 @@ def attempt(tmp_path: Path) -> Folders:
 
 
 def run_gate(attempt: Folders, **policy: Any) -> dict[str, float]:
-    return gate.work(GateConfig(policy=GatePolicy(margins={"gsm8k_part": 0.2}, **policy), looks_spent=3), attempt)
+    looks = (Look(alpha=0.05, planned=False),) * 3
+    return gate.work(GateConfig(policy=GatePolicy(margins={"gsm8k_part": 0.2}, **policy), looks=looks), attempt)
 
 
 def test_the_verdict_rests_on_every_file_that_was_weighed(attempt: Folders) -> None:
@@ -115,7 +116,7 @@ def test_the_verdict_rests_on_every_file_that_was_weighed(attempt: Folders) -> N
         == verdict.targets[0].gain
         == pytest.approx(sum((i % 3 + 2) / 2 for i in range(40)) / 40)
     )
-    assert verdict.looks.spent == 3
+    assert verdict.looks.spent == 3 and any("look 4 of the year" in flag and "18.5 %" in flag for flag in verdict.flags)
     (length,) = verdict.growths
     assert (length.champion, length.challenger) == (6.0, 6.0)  # characters, the mean over a row's answers
     summary = json.loads((attempt.output / "summary.json").read_text())
