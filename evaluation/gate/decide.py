@@ -218,7 +218,7 @@ def flag_noise(
 
 def flag_target(target: TargetVerdict) -> list[str]:
     """Return what a reader should know before believing the target."""
-    if target.sd == 0:
+    if target.sd == 0 and (target.discordance is None or target.gain == 0):
         return [
             f"{target.name}: the gain is {target.gain:+.4f} on every one of {target.n} {target.unit}; without spread nothing can be shown"
         ]

@@ -104,7 +104,8 @@ class TargetVerdict(Config):
     promotable_gain: float | None = (
         None  # true gain at which this gate promotes with power 0.8 if no guard moves; None: at none
     )
-    more_to_decide: int | None  # prompts or items
+    statistic: float | None = None  # of the gain beyond min_gain, in standard errors; None in verdicts of version 3
+    more_to_decide: int | None  # prompts or items, at what Holm asks of one target more
     reason: str
 
 

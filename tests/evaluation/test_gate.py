@@ -13,7 +13,7 @@ from scipy import stats
 
 from evaluation import statistics
 from evaluation.config import BenchmarkConfig, GatePolicy, Look, SuiteConfig
-from evaluation.gate.decide import Evidence, conclude, decide, measure_noise, write_verdict
+from evaluation.gate.decide import Evidence, conclude, decide, flag_target, measure_noise, write_verdict
 from evaluation.gate.policy import check_names, count_items, flag_policy
 from evaluation.gate.verdict import (
     BoundState,
@@ -25,7 +25,7 @@ from evaluation.gate.verdict import (
     compute_seal,
     read_verdict,
 )
-from evaluation.gate.weigh import Pairs, compare_guard, pair_scores
+from evaluation.gate.weigh import Pairs, adjust_targets, compare_benchmark, compare_guard, pair_scores
 from evaluation.harness.result import BenchmarkResult, ScoreRow, diff_fields, read_result
 from flows.recipes import read_recipe
 
@@ -337,7 +337,41 @@ def test_any_of_several_targets_is_adjusted_by_holm() -> None:
     )
     assert weaker.targets[1].p_value <= 0.05 < weaker.targets[1].p_adjusted
     assert weaker.decision is Decision.hold
+    z = statistics.score_statistic(68, 48, n=1000, difference=0.0)
+    more = weaker.targets[1].more_to_decide
+    assert more == statistics.items_to_decide(z, n=1000, alpha=0.025) and more is not None and more > 1000
+    assert f"about {more} items at these rates would show it" in weaker.targets[1].reason
+    assert weaker.targets[0].more_to_decide == statistics.items_to_decide(
+        weaker.targets[0].statistic or 0.0, n=60, alpha=0.025, student=True
+    )
     assert {target.reason for target in weaker.targets} <= set(weaker.reasons)
+
+
+def test_a_target_without_spread_makes_no_other_one_easier() -> None:
+    """Holm would ask half as much of the second if the first, of which nothing can be estimated, were taken to be shown."""
+    ours = {f"{i:032x}": float(i % 5) + 1.0 for i in range(60)}
+    challenger, champion = flip(1000, right=500, won=68, lost=48)
+    verdict = weigh(
+        GatePolicy(margins={}, targets={"heldout_reward": 0.0, "mmlu": 0.0}),
+        challenger=(result("mmlu", challenger),),
+        champion=(result("mmlu", champion),),
+        rewards_challenger=ours,
+        rewards_champion={row: value - 1.0 for row, value in ours.items()},
+    )
+    reward, score = verdict.targets
+    assert reward.p_value == 1 and score.p_adjusted == pytest.approx(2 * score.p_value) and not score.superior
+
+
+def test_a_task_that_is_all_won_beside_one_that_is_all_alike_is_a_gain() -> None:
+    challenger, champion = [1.0] * 20 + [0.0] * 20, [0.0] * 40
+    strata = np.repeat([0, 1], 20)
+    target = compare_benchmark(
+        "mmlu", Pairs(np.array(challenger), np.array(champion), strata), alpha=0.05, min_gain=0.0
+    )
+    (target,) = adjust_targets([target], alpha=0.05)
+    assert target.superior and target.p_value == statistics.mcnemar_midp(20, 0) and flag_target(target) == []
+    alike = compare_benchmark("mmlu", pair_scores(np.array(champion), np.array(champion)), alpha=0.05, min_gain=0.0)
+    assert not alike.superior and "without spread nothing can be shown" in flag_target(alike)[0]
 
 
 def test_the_gain_that_would_be_promoted_reckons_with_the_guards() -> None:

@@ -333,6 +333,16 @@ def test_items_to_decide_do_decide() -> None:
     assert statistics.items_to_decide(0.0, n=n, alpha=0.05) is None
 
 
+@pytest.mark.parametrize(("t", "n"), [(4.0, 2), (1.5, 5), (1.0, 20), (0.4, 60)])
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+def test_as_many_items_decide_by_the_t_test_that_was_taken(t: float, n: int, alpha: float) -> None:
+    assert stats.t.sf(t, n - 1) > alpha, "not decided yet"
+    needed = statistics.items_to_decide(t, n=n, alpha=alpha, student=True)
+    assert needed is not None and needed > n
+    power = stats.nct.sf(stats.t.ppf(1 - alpha, needed - 1), needed - 1, t * math.sqrt(needed / n))
+    assert power > 0.72 and (power < 0.88 or needed == n + 1)
+
+
 def passing_rate(n: int, *, margin: float, difference: float, discordance: float) -> float:
     """Return how often a guard passes, by adding up every outcome."""
     p_won, p_lost = (discordance + difference) / 2, (discordance - difference) / 2
