@@ -20,6 +20,7 @@ from flows.judge import take_judge
 from infra.registry import read_standing
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
+from tasks.candidate import read_sealed
 from tasks.evaluate import MirrorConfig, evaluate, mirror
 from tasks.execute import Execution
 from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, take_look
@@ -214,11 +215,15 @@ def align(config: AlignConfig) -> dict[str, Any]:
 
 def ask_person(config: AlignConfig, run: Execution, *, page: ArtifactRef, verdict: ArtifactRef) -> str:
     """Ask for approval where the config wants it and the gate says PROMOTE; return '' for a yes, else one sentence."""
-    summary = verdict.record.summary
-    if not config.approval or summary["verdict"] != "PROMOTE":
+    if not config.approval or verdict.record.summary["verdict"] != "PROMOTE":
         return ""
+    sealed = read_sealed(run.store, verdict.record)
     approval = ask_approval(
-        model=config.model_name, reasons=summary["reasons"], report=report_url(run, page), page=run.prefect_url
+        model=config.model_name,
+        reasons=sealed.reasons,
+        flags=sealed.flags,
+        report=report_url(run, page),
+        page=run.prefect_url,
     )
     return "" if approval.promote else describe_refusal(approval, model=config.model_name)
 

@@ -106,7 +106,7 @@ def _at_look(planned: Planned, before: list[Look]) -> Planned:
 
 def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
     """Return what was measured of one model."""
-    from evaluation.answers import read_lengths
+    from evaluation.answers import read_cut_share, read_lengths
     from evaluation.gate.decide import Evidence
     from evaluation.harness.result import read_result
 
@@ -115,6 +115,7 @@ def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
         rewards=read_rewards(inputs[f"{who}_rewards"]),
         lengths=read_lengths(inputs[f"{who}_answers"]),
         weight_bytes=sum(path.stat().st_size for kind in WEIGHTS for path in inputs[who].glob(kind)),
+        cut_share=read_cut_share(inputs[f"{who}_answers"]),
     )
 
 

@@ -43,6 +43,7 @@ PAPER = frozenset(
     {"mmlu", "gsm8k", "humaneval", "bbh"}
 )  # whose unweighted mean the paper gives; a part has another name
 GIGABYTE = 1e9
+MOST_CUT = 0.2  # share of held-out answers, as evaluation.harness flags it of a benchmark's
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Evidence:
     rewards: Mapping[str, float] = field(default_factory=dict)
     lengths: Mapping[str, float] = field(default_factory=dict)  # characters of the held-out answer
     weight_bytes: int = 0
+    cut_share: float = 0.0  # of the held-out answers: those that the token cap ended
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ def decide(
         reasons=reasons,
         flags=(
             *_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=spent),
+            *(
+                flag
+                for who, side in (("champion", champion), ("challenger", challenger))
+                for flag in flag_evidence(who, side)
+            ),
             *flag_noise(floor, guards, targets),
             *(flag for found in contamination for flag in flag_contamination(found)),
         ),
@@ -230,6 +237,17 @@ def flag_target(target: TargetVerdict) -> list[str]:
             f"{target.bootstrap_high:+.4f}] disagree about a gain above {target.min_gain:g}; the t interval decides"
         ]
     return []
+
+
+def flag_evidence(who: str, evidence: Evidence) -> list[str]:
+    """Return what the measurements of one model say against themselves."""
+    flags = [f"{row.benchmark}, {who}: {row.flag}" for result in evidence.results for row in result.scores if row.flag]
+    if evidence.cut_share > MOST_CUT:
+        flags.append(
+            f"held-out answers, {who}: {evidence.cut_share:.0%} were ended by the token cap, so their lengths are the cap's, which the "
+            "bound on length cannot see beyond, and their rewards are of unfinished texts; raise heldout.max_new_tokens"
+        )
+    return flags
 
 
 def write_verdict(verdict: Verdict, path: Path) -> None:

@@ -156,6 +156,25 @@ def rewards_of(attempt: Folders) -> dict[str, dict[str, float]]:
     return {who: read_rewards(attempt.inputs[f"{who}_rewards"]) for who in ("challenger", "champion")}
 
 
+def test_what_a_score_and_the_answers_say_against_themselves_stands_in_the_verdict(attempt: Folders) -> None:
+    run_gate(attempt)
+    assert not any("champion:" in flag or "token cap" in flag for flag in read_flags(attempt))
+    scores = attempt.inputs["champion_eval_gsm8k_part"] / "scores.json"
+    scores.write_text(
+        json.dumps([row | {"flag": "format: 30% of the answers"} for row in json.loads(scores.read_text())])
+    )
+    write_answers(attempt.inputs["challenger_answers"], cut=0.25)
+    run_gate(attempt)
+    flags = read_flags(attempt)
+    assert "gsm8k_part, champion: format: 30% of the answers" in flags
+    (cut,) = [flag for flag in flags if "token cap" in flag]
+    assert cut.startswith("held-out answers, challenger: 25% were ended by the token cap")
+
+
+def read_flags(attempt: Folders) -> tuple[str, ...]:
+    return read_verdict((attempt.output / "verdict.json").read_text()).flags
+
+
 def test_the_noise_floor_of_the_champion_stands_in_the_verdict(attempt: Folders) -> None:
     run_gate(attempt)
     (floor,) = read_verdict((attempt.output / "verdict.json").read_text()).noise["gsm8k_part"]
