@@ -249,7 +249,7 @@ class GatePolicy(Config):
         None,
         ge=0,
         title="Growth of cost",
-        description="How much more an answer may cost on the mean, as bytes of weights times characters written; 0.2 is a fifth more. Empty: not bounded.",
+        description="How much more an answer may cost on the mean, as parameters times characters written; 0.2 is a fifth more. Empty: not bounded.",
     )
     alpha: float = Field(
         0.05,

@@ -1,6 +1,5 @@
 """The verdict on a challenger."""
 
-import filecmp
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from infra.fingerprint import digest_file
 from infra.store import Store
 from tasks.noise import read_noise
 from tasks.step import Attempt, Metrics, Planned, step
+from tasks.weights import count_parameters, same_weights
 from training.job import write_json
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ WEIGHED = (
 )  # fmt: skip
 CONTAMINATION = "contamination.json"
 ROWS_AT_ONCE = 1024
-WEIGHTS = ("*.safetensors", "*.bin")
 
 
 @step(version=4)
@@ -114,7 +113,7 @@ def read_evidence(inputs: Mapping[str, Path], who: str) -> "Evidence":
         results=[read_result(inputs[name]) for name in sorted(inputs) if name.startswith(f"{who}_eval_")],
         rewards=read_rewards(inputs[f"{who}_rewards"]),
         lengths=read_lengths(inputs[f"{who}_answers"]),
-        weight_bytes=sum(path.stat().st_size for kind in WEIGHTS for path in inputs[who].glob(kind)),
+        parameters=count_parameters(inputs[who]),
         cut_share=read_cut_share(inputs[f"{who}_answers"]),
     )
 
@@ -147,11 +146,3 @@ def read_rewards(folder: Path) -> dict[str, float]:
     """Return the mean reward of each row's responses, by row id."""
     table = pq.read_table(folder / "scores.parquet", columns=["row_id", "reward"]).to_pydict()
     return {row: sum(values) / len(values) for row, values in zip(table["row_id"], table["reward"], strict=True)}
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    """Tell whether two model folders hold the same weights, byte for byte."""
-    ours, theirs = (sorted(path.name for kind in WEIGHTS for path in folder.glob(kind)) for folder in (one, other))
-    if not ours or ours != theirs:
-        return False
-    return all(filecmp.cmp(one / name, other / name, shallow=False) for name in ours)

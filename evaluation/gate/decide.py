@@ -42,7 +42,7 @@ FEW_ITEMS = 50  # by enumeration, the score test's error rate at alpha 0.05 is 0
 PAPER = frozenset(
     {"mmlu", "gsm8k", "humaneval", "bbh"}
 )  # whose unweighted mean the paper gives; a part has another name
-GIGABYTE = 1e9
+BILLION = 1e9
 MOST_CUT = 0.2  # share of held-out answers, as evaluation.harness flags it of a benchmark's
 
 
@@ -53,7 +53,7 @@ class Evidence:
     results: Sequence[BenchmarkResult] = ()
     rewards: Mapping[str, float] = field(default_factory=dict)
     lengths: Mapping[str, float] = field(default_factory=dict)  # characters of the held-out answer
-    weight_bytes: int = 0
+    parameters: int = 0
     cut_share: float = 0.0  # of the held-out answers: those that the token cap ended
 
 
@@ -87,7 +87,7 @@ def decide(
     alpha = policy.alpha_of_a_look
     pairs = _pair_benchmarks(challenger.results, champion.results)
     heldout = _pair_heldout(challenger, champion, prompts=prompts)
-    _check_measured(policy, pairs, heldout, weighed=bool(challenger.weight_bytes and champion.weight_bytes))
+    _check_measured(policy, pairs, heldout, weighed=bool(challenger.parameters and champion.parameters))
     deciding, audited = _split_items(pairs, challenger.results, share=policy.audit_share)
     judged, apart = _split_prompts(heldout, share=policy.audit_share)
     guards = tuple(
@@ -369,7 +369,7 @@ def _check_measured(policy: GatePolicy, pairs: Mapping[str, Pairs], heldout: Hel
         )
     if policy.max_cost_growth is not None and not weighed:
         raise ValueError(
-            "gate: the policy bounds the cost, and the size of the models' weights was not given; give it, or leave max_cost_growth empty"
+            "gate: the policy bounds the cost, and the number of the models' parameters was not given; give it, or leave max_cost_growth empty"
         )
 
 
@@ -450,10 +450,10 @@ def _compare_growths(
         min_gain = policy.targets[HELDOUT_REWARD]
         found.append(weigh.weigh_length(growth, gain_N, growth_N, min_gain=min_gain, alpha=alpha))
     if policy.max_cost_growth is not None:
-        ours, theirs = challenger.weight_bytes / GIGABYTE, champion.weight_bytes / GIGABYTE
+        ours, theirs = challenger.parameters / BILLION, champion.parameters / BILLION
         cost = weigh.compare_growth(
             weigh.COST, lengths.challenger_N * ours, lengths.champion_N * theirs,
-            bound=policy.max_cost_growth, unit="GB of weights x characters", alpha=alpha,
+            bound=policy.max_cost_growth, unit="billions of parameters x characters", alpha=alpha,
         )  # fmt: skip
         found.append(cost)
     return tuple(found)

@@ -89,8 +89,8 @@ def weigh(
     ours, theirs = lengths or equal
     return decide(
         policy,
-        challenger=Evidence(challenger, rewards_challenger, ours, weight_bytes=10**9),
-        champion=Evidence(champion, rewards_champion, theirs, weight_bytes=10**9),
+        challenger=Evidence(challenger, rewards_challenger, ours, parameters=10**9),
+        champion=Evidence(champion, rewards_champion, theirs, parameters=10**9),
         same_model=same_model,
         **more,
     )
@@ -480,14 +480,14 @@ def test_a_champion_that_answers_nothing_is_no_error_and_no_growth(after: float,
     assert "the champion's are all empty" in length.reason
 
 
-def test_cost_is_bounded_by_weights_times_characters() -> None:
+def test_cost_is_bounded_by_parameters_times_characters() -> None:
     ours, theirs = rewards(0.5)
     lengths = {row: 80.0 + i % 9 for i, row in enumerate(ours)}
     verdicts = [
         decide(
             GatePolicy(margins={}, max_cost_growth=0.2),
-            challenger=Evidence(rewards=ours, lengths=lengths, weight_bytes=size),
-            champion=Evidence(rewards=theirs, lengths=lengths, weight_bytes=10**9),
+            challenger=Evidence(rewards=ours, lengths=lengths, parameters=size),
+            champion=Evidence(rewards=theirs, lengths=lengths, parameters=10**9),
             same_model=False,
         )
         for size in (10**9, 2 * 10**9)
@@ -495,7 +495,7 @@ def test_cost_is_bounded_by_weights_times_characters() -> None:
     assert [verdict.decision for verdict in verdicts] == [Decision.promote, Decision.hold]
     assert verdicts[1].growths[1].growth == pytest.approx(1.0)
     assert "cost: shown to grow by more than 20 %" in verdicts[1].reasons[0]
-    with pytest.raises(ValueError, match="size of the models' weights was not given"):
+    with pytest.raises(ValueError, match="number of the models' parameters was not given"):
         decide(
             GatePolicy(margins={}, max_cost_growth=0.2),
             challenger=Evidence(rewards=ours, lengths=lengths),

@@ -7,16 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from evaluation.answers import read_prompt_ids
 from evaluation.config import GateConfig, GatePolicy, Look, NoiseConfig
 from evaluation.gate.verdict import check_inputs, read_verdict
-from tasks.gate import digest_inputs, gate, read_rewards, same_weights
+from tasks.gate import digest_inputs, gate, read_rewards
 from tasks.noise import noise, read_noise
 from tasks.report import pair_rewards
+from tasks.weights import count_parameters, same_weights
 
 ROWS = [f"{i:032x}" for i in range(40)]
 
@@ -36,8 +39,8 @@ class Folders:
         raise AssertionError("the gate computes in its own process")
 
 
-def write_model(folder: Path, weights: bytes) -> None:
-    (folder / "model.safetensors").write_bytes(weights)
+def write_model(folder: Path, *, value: float = 0.0, size: int = 8, name: str = "model.safetensors") -> None:
+    save_file({"a.weight": np.full(size, value, np.float32)}, folder / name)
 
 
 def write_benchmark(folder: Path, correct: list[bool]) -> None:
@@ -92,7 +95,7 @@ def attempt(tmp_path: Path) -> Folders:
     for folder in (*inputs.values(), tmp_path / "output"):
         folder.mkdir()
     for who, gain in (("challenger", 1.0), ("champion", 0.0)):
-        write_model(inputs[who], who.encode())
+        write_model(inputs[who], value=gain)
         write_rows(inputs[f"{who}_rewards"], "scores.parquet", reward=[[i % 3 * gain + gain, gain] for i in range(40)])
         write_answers(inputs[f"{who}_answers"])
         write_benchmark(inputs[f"{who}_eval_gsm8k_part"], [True, False] * 30)
@@ -196,19 +199,33 @@ def test_what_is_varied_is_compared_kind_by_kind_with_the_run_as_it_is(attempt: 
     assert floors.keys() == {"few-shot seed", "batch size"} and floors["few-shot seed"].runs == 3
 
 
-def test_weights_are_the_same_by_their_bytes_whatever_they_are_called_beside(attempt: Folders) -> None:
-    write_model(attempt.inputs["challenger"], b"champion")
-    (attempt.inputs["challenger"] / "README.md").write_text("another model card")
+def test_weights_are_the_same_by_their_bytes_in_whatever_files_they_lie(attempt: Folders) -> None:
+    ours, theirs = attempt.inputs["challenger"], attempt.inputs["champion"]
+    two = {name: np.arange(6, dtype=np.float32) + start for start, name in enumerate(("a.weight", "b.weight"))}
+    save_file(two, theirs / "model.safetensors")
+    (theirs / "pytorch_model.bin").write_bytes(b"the same once more, as pickles")
+    (ours / "model.safetensors").unlink()
+    files = {name: f"model-0000{number}-of-00002.safetensors" for number, name in enumerate(two, start=1)}
+    for name, file in files.items():
+        save_file({name: two[name]}, ours / file, metadata={"format": "pt"})
+    (ours / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    (ours / "consolidated.safetensors").write_bytes((theirs / "model.safetensors").read_bytes())
+    assert count_parameters(ours) == count_parameters(theirs) == 12
     run_gate(attempt)
     verdict = read_verdict((attempt.output / "verdict.json").read_text())
     assert verdict.decision == "HOLD" and "the same model" in verdict.reasons[0]
-    for who in ("challenger", "champion"):
-        (attempt.inputs[who] / "model.safetensors").unlink()
-    assert not same_weights(attempt.inputs["challenger"], attempt.inputs["champion"])  # of none nothing can be said
+    save_file({"b.weight": two["a.weight"]}, ours / files["b.weight"])
+    assert not same_weights(ours, theirs)
+    save_file({"b.weight": two["b.weight"].astype(np.float64)}, ours / files["b.weight"])
+    assert not same_weights(ours, theirs) and count_parameters(ours) == 12
+    for path in [*ours.glob("*.safetensors"), *theirs.glob("*.safetensors"), ours / "model.safetensors.index.json"]:
+        path.unlink()
+    assert not same_weights(ours, theirs)  # of none nothing can be said
 
 
-def test_a_cost_bound_weighs_the_bytes_of_the_weights(attempt: Folders) -> None:
-    write_model(attempt.inputs["challenger"], b"x" * 80)
+def test_a_cost_bound_weighs_parameters_and_not_the_files_they_lie_in(attempt: Folders) -> None:
+    write_model(attempt.inputs["challenger"], value=1.0, size=80)
+    (attempt.inputs["champion"] / "pytorch_model.bin").write_bytes(b"x" * 4000)
     run_gate(attempt, max_cost_growth=0.5)
     verdict = read_verdict((attempt.output / "verdict.json").read_text())
     assert verdict.decision == "HOLD" and verdict.growths[1].growth == pytest.approx(9.0)
