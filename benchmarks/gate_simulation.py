@@ -9,21 +9,26 @@ Keys, each with `rate`, `runs`, and the 95 % Clopper-Pearson interval `low`, `hi
 the figure itself is the worst of them.
 `power_at_mde`: promotions when the target gains what the verdict prints as the gain that would be promoted 4 times in 5, and no guard
 moves (`guard_differences`).
+`false_promotion_clustered`: equal models, each held-out prompt there in six rows with one answer, as greedy answers to pairs data are.
+`false_promotion_any_of_two`: equal models, the held-out reward or MMLU is to be better, by Holm.
+`false_promotion_in_a_year`: equal models, asked 52 times as planned; years in which at least one look promotes, of a quarter as many runs. No
+benchmark is guarded, which could only hold.
 """
 
 import argparse
 import json
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from evaluation.config import GatePolicy
+from evaluation.config import HELDOUT_REWARD, GatePolicy, Look
 from evaluation.gate import weigh
 from evaluation.gate.decide import Evidence, decide
 from evaluation.gate.policy import TASK_SIZES
@@ -35,6 +40,8 @@ from flows.recipes import read_recipe
 BENCHMARKS = {"mmlu": "mmlu", "gsm8k": "gsm8k", "humaneval": "humaneval", "bbh": "bbh_cot_fewshot"}
 DISCORDANCE = 0.1
 PROMPTS, REWARD_SD = 200, 1.0
+ROWS_OF_A_PROMPT = 6
+LOOKS_OF_A_YEAR = 52
 CHARACTERS, CHARACTERS_SD = 300.0, 60.0
 FAR_ABOVE = 1.0  # in standard deviations of the gain: shown in every run
 SEED = 20_261_125
@@ -47,7 +54,7 @@ class World:
     policy: GatePolicy
     keys: Mapping[str, tuple[ItemKey, ...]]
     champion: Evidence
-    rows: tuple[str, ...]
+    prompts: Mapping[str, str]  # of each row
 
     def draw(self, rng: np.random.Generator, *, losses: Mapping[str, float], gain: float) -> Evidence:
         """Return a challenger whose true score is lower by `losses` and whose true reward is higher by `gain`."""
@@ -55,11 +62,24 @@ class World:
             BenchmarkResult(result.benchmark, (), self._answer(rng, result, losses.get(result.benchmark, 0.0)), {})
             for result in self.champion.results
         ]
-        reward_P = rng.normal(gain, REWARD_SD, PROMPTS).tolist()
-        length_P = rng.normal(CHARACTERS, CHARACTERS_SD, PROMPTS).tolist()
-        return Evidence(
-            results, dict(zip(self.rows, reward_P, strict=True)), dict(zip(self.rows, length_P, strict=True))
+        names = dict.fromkeys(self.prompts.values())
+        rewards, lengths = (
+            dict(zip(names, rng.normal(mean, sd, PROMPTS).tolist(), strict=True))
+            for mean, sd in ((gain, REWARD_SD), (CHARACTERS, CHARACTERS_SD))
         )
+        rows = self.prompts.items()
+        return Evidence(results, {row: rewards[name] for row, name in rows}, {row: lengths[name] for row, name in rows})
+
+    def decide(self, challenger: Evidence, *, looks: Sequence[Look] = ()) -> Decision:
+        """Return what the gate says."""
+        return decide(
+            self.policy,
+            challenger=challenger,
+            champion=self.champion,
+            same_model=False,
+            prompts=self.prompts,
+            looks=looks,
+        ).decision
 
     def _answer(self, rng: np.random.Generator, result: BenchmarkResult, loss: float) -> dict[ItemKey, float]:
         """Return the challenger's items: half of the champion's are right, so that a flip goes either way by that half's rate."""
@@ -73,29 +93,41 @@ class World:
         return items
 
 
-def make_world() -> World:
-    """Return a champion that has half of each benchmark right."""
+def make_world(*, benchmarks: Mapping[str, str] = BENCHMARKS, rows_of_a_prompt: int = 1, **policy: Any) -> World:
+    """Return a champion that has half of each benchmark right; `policy` is what differs from the recipe's."""
     keys, results = {}, []
-    for name, task in BENCHMARKS.items():
+    for name, task in benchmarks.items():
         tasks, items = TASK_SIZES[task]
         keys[name] = tuple(sorted((f"{task}_{i % tasks:02d}", f"{i:05d}") for i in range(items)))
         right = {key: float(i % 2) for i, key in enumerate(keys[name])}
         results.append(BenchmarkResult(name, (), right, {}))
-    rows = tuple(f"{i:032x}" for i in range(PROMPTS))
-    champion = Evidence(results, dict.fromkeys(rows, 0.0), dict.fromkeys(rows, CHARACTERS))
-    return World(read_recipe("hh_rlhf").gate, keys, champion, rows)
+    prompts = {f"{i:032x}/{k}": f"{i:032x}" for i in range(PROMPTS) for k in range(rows_of_a_prompt)}
+    champion = Evidence(results, dict.fromkeys(prompts, 0.0), dict.fromkeys(prompts, CHARACTERS))
+    return World(read_recipe("hh_rlhf").gate.model_copy(update=policy), keys, champion, prompts)
 
 
-def count_promotions(
-    world: World, *, runs: int, losses: Mapping[str, float], gain: float, stream: Sequence[int]
-) -> dict[str, Any]:
-    """Return how often the gate promotes, with the interval of that rate."""
+def draw_promotions(world: World, *, losses: Mapping[str, float], gain: float, stream: Sequence[int]) -> Iterator[bool]:
+    """Yield whether the gate promotes, challenger by challenger."""
     rng = np.random.default_rng([SEED, *stream])
-    promoted = 0
-    for _ in range(runs):
-        challenger = world.draw(rng, losses=losses, gain=gain)
-        verdict = decide(world.policy, challenger=challenger, champion=world.champion, same_model=False)
-        promoted += verdict.decision is Decision.promote
+    while True:
+        yield world.decide(world.draw(rng, losses=losses, gain=gain)) is Decision.promote
+
+
+def draw_years(world: World, *, stream: Sequence[int]) -> Iterator[bool]:
+    """Yield whether the gate promotes at least one of a year's equal models, year by year."""
+    rng = np.random.default_rng([SEED, *stream])
+    look = Look(alpha=world.policy.alpha_of_a_look, planned=True)
+    while True:
+        said = [
+            world.decide(world.draw(rng, losses={}, gain=0.0), looks=[look] * before)
+            for before in range(LOOKS_OF_A_YEAR)
+        ]
+        yield Decision.promote in said
+
+
+def count(promotions: Iterator[bool], *, runs: int) -> dict[str, Any]:
+    """Return how often a promotion was drawn, with the interval of that rate."""
+    promoted = sum(islice(promotions, runs))
     interval = stats.binomtest(promoted, runs).proportion_ci(confidence_level=0.95, method="exact")
     return {
         "rate": promoted / runs,
@@ -103,6 +135,28 @@ def count_promotions(
         "low": round(float(interval.low), 5),
         "high": round(float(interval.high), 5),
     }
+
+
+def count_promotions(
+    world: World, *, runs: int, losses: Mapping[str, float], gain: float, stream: Sequence[int]
+) -> dict[str, Any]:
+    """Return how often the gate promotes, with the interval of that rate."""
+    return count(draw_promotions(world, losses=losses, gain=gain, stream=stream), runs=runs)
+
+
+def make_clustered() -> World:
+    """Return a world in which several rows have one prompt, and one answer."""
+    return make_world(benchmarks={}, rows_of_a_prompt=ROWS_OF_A_PROMPT, margins={})
+
+
+def make_either() -> World:
+    """Return a world in which one of two targets is enough."""
+    return make_world(targets={HELDOUT_REWARD: 0.0, "mmlu": 0.0})
+
+
+def make_year() -> World:
+    """Return a world whose gate is asked as often as it was planned."""
+    return make_world(benchmarks={}, margins={}, planned_looks=LOOKS_OF_A_YEAR)
 
 
 def find_gain(world: World) -> float:
@@ -118,7 +172,7 @@ def find_gain(world: World) -> float:
 
 
 def simulate(runs: int) -> dict[str, Any]:
-    """Return the three figures."""
+    """Return the figures."""
     world = make_world()
     margins = world.policy.margins
     by_guard = {
@@ -132,6 +186,9 @@ def simulate(runs: int) -> dict[str, Any]:
         "false_promotion_rate": count_promotions(world, runs=runs, losses={}, gain=0.0, stream=(0,)),
         "false_promotion_at_margin": worst | {"by_guard": by_guard},
         "power_at_mde": power | {"gain": gain, "guard_differences": dict.fromkeys(margins, 0.0)},
+        "false_promotion_clustered": count_promotions(make_clustered(), runs=runs, losses={}, gain=0.0, stream=(3,)),
+        "false_promotion_any_of_two": count_promotions(make_either(), runs=runs, losses={}, gain=0.0, stream=(4,)),
+        "false_promotion_in_a_year": count(draw_years(make_year(), stream=(5,)), runs=max(1, runs // 4)),
     }
 
 
@@ -144,8 +201,7 @@ def main() -> None:
     started = time.monotonic()
     figures = simulate(options.runs)
     if not options.json:
-        for name in ("false_promotion_rate", "false_promotion_at_margin", "power_at_mde"):
-            figure = figures[name]
+        for name, figure in figures.items():
             print(f"{name:28}{figure['rate']:.4f} [{figure['low']:.4f}, {figure['high']:.4f}] of {figure['runs']}")
     setup = {
         "policy": read_recipe("hh_rlhf").gate.model_dump(mode="json"),

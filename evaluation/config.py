@@ -249,7 +249,7 @@ class GatePolicy(Config):
         None,
         ge=0,
         title="Growth of cost",
-        description="How much more an answer may cost on the mean, as bytes of weights times characters written; 0.2 is a fifth more. Empty: not bounded.",
+        description="How much more an answer may cost on the mean, as parameters times characters written; 0.2 is a fifth more. Empty: not bounded.",
     )
     alpha: float = Field(
         0.05,
@@ -262,7 +262,7 @@ class GatePolicy(Config):
         None,
         ge=1,
         title="Planned looks",
-        description="How often a year this gate will be asked, at least 1: each look has alpha divided by it, and none is left after them. Empty: each look has all of alpha.",
+        description="How often a year this gate will be asked, at least 1: each look has alpha divided by it, and none is left once planned looks have spent alpha. Empty: each look has all of alpha, and is flagged from the second on.",
     )
     planned_discordance: float = Field(
         0.1,
@@ -317,10 +317,15 @@ class GatePolicy(Config):
         return floors
 
 
+class Look(Config):
+    """One time that the gate was asked."""
+
+    alpha: float = Field(gt=0, lt=0.5, title="Alpha", description="One-sided error rate of each of its tests.")
+    planned: bool = Field(title="Planned", description="Whether its policy planned looks.")
+
+
 class GateConfig(Config):
     """A policy at one look."""
 
     policy: GatePolicy
-    looks_spent: int = Field(
-        0, ge=0, title="Looks spent", description="Looks of this year before this one, at least 0."
-    )
+    looks: tuple[Look, ...] = Field((), title="Looks", description="Those of this year before this one.")

@@ -326,11 +326,6 @@ def measure_noise(scores: ArrayLike) -> NoiseFloor:
     return NoiseFloor(runs, n, math.fsum(flips) / len(flips), float(mean_R.max() - mean_R.min()))
 
 
-def chance_of_a_false_promotion(alpha: float, *, looks: int) -> float:
-    """Return how likely at least one of several independent looks promotes falsely: 93 % for 52 at 5 %."""
-    return -math.expm1(looks * math.log1p(-alpha))
-
-
 def detectable_mean(n: int, *, sd: float, alpha: float, power: float = PLANNED_POWER) -> float:
     """Return the true mean that a one-sided paired t test over `n` differences of spread `sd` shows with `power`."""
     assert n >= 2, f"{n} differences have no spread"
@@ -366,15 +361,20 @@ def round_up(value: float, *, digits: int = 2) -> float:
     return round(math.ceil(round(value * 10**places, 9)) / 10**places, max(places, 0))
 
 
-def items_to_decide(statistic: float, *, n: int, alpha: float, power: float = PLANNED_POWER) -> int | None:
-    """Return how many items would decide with `power` if the observed rates were the true ones; None where no number would.
+def items_to_decide(
+    statistic: float, *, n: int, alpha: float, student: bool = False, power: float = PLANNED_POWER
+) -> int | None:
+    """Return how many items, more than the `n` there are, would decide with `power` if the observed rates were the true ones; None
+    where no number would.
 
-    A score statistic at fixed rates grows with the root of the number of items, exactly.
+    A statistic at fixed rates grows with the root of the number of items. A score statistic is normal; where `student`, a t test needs
+    z_alpha^2 / 2 more. Source: Guenther, The American Statistician 35 (1981) 243.
     """
     if abs(statistic) < 1e-9:
         return None
-    needed = normal_quantile(1 - alpha) + normal_quantile(power)
-    return math.ceil(n * (needed / statistic) ** 2)
+    z_alpha = normal_quantile(1 - alpha)
+    needed = n * ((z_alpha + normal_quantile(power)) / statistic) ** 2 + (z_alpha**2 / 2 if student else 0.0)
+    return max(math.ceil(needed), n + 1)
 
 
 def _check_counts(won: float, lost: float, *, n: int) -> None:

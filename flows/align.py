@@ -20,9 +20,10 @@ from flows.judge import take_judge
 from infra.registry import find_refusal, read_history, read_standing
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
+from tasks.candidate import read_sealed
 from tasks.evaluate import MirrorConfig, evaluate, mirror
 from tasks.execute import Execution
-from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, plan_look, spend_look
+from tasks.gate import CHALLENGER, CHAMPION, NOISE, gate, take_look
 from tasks.generate import generate
 from tasks.ingest import ingest
 from tasks.judge import judge
@@ -66,6 +67,10 @@ class AlignPlan:
         )  # fmt: skip
         yield from (step for step in story if isinstance(step, Planned))
 
+    def at_look(self, gate: Planned) -> "AlignPlan":
+        """Return the plan with the gate as one look of a year, which is known only when it is taken: others may be taken before."""
+        return replace(self, gate=gate, report=replace(self.report, inputs={**self.report.inputs, "gate": gate}))
+
 
 def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> AlignPlan:
     """Resolve the sources by content and lay out every step. Reads, but computes and writes nothing in the store."""
@@ -90,7 +95,6 @@ def plan_align(config: AlignConfig, *, store: Store, settings: Settings) -> Alig
     )  # fmt: skip
     answered = {f"{who}_answers": step for who, step in answers.items()}
     verdict = plan(gate, GateConfig(policy=config.gate), models | answered | judged | {"rows": rows})
-    verdict = plan_look(verdict, store=store, model=config.model_name)
     shown = answered | columns | judged
     shown |= {"rows": rows, "scorer": scorer, "challenger": challenger, "gate": verdict}
     shown |= {f"{step.step.name}_{step.label}": step for step in aligned.results}
@@ -200,7 +204,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.steps(plan.scorer, *plan.columns.values())
         challenger = run.step(plan.challenger)
         run.steps(*plan.answers.values(), *plan.varied, *plan.judged.values(), *plan.alignment.steps())
-        spend_look(plan.gate, store=run.store, model=config.model_name)
+        plan = plan.at_look(take_look(plan.gate, store=run.store, model=config.model_name))
         verdict = run.step(plan.gate)
         run.steps(*filter(None, [plan.judge]))
         page = run.step(plan.report)
@@ -219,8 +223,13 @@ def ask_person(config: AlignConfig, run: Execution, *, page: ArtifactRef, verdic
         return ""
     if find_refusal(read_history(run.store, config.model_name), verdict=verdict.name):
         return ""
+    sealed = read_sealed(run.store, verdict.record)
     approval = ask_approval(
-        model=config.model_name, reasons=summary["reasons"], report=report_url(run, page), page=run.prefect_url
+        model=config.model_name,
+        reasons=sealed.reasons,
+        flags=sealed.flags,
+        report=report_url(run, page),
+        page=run.prefect_url,
     )
     return "" if approval.promote else describe_refusal(approval)
 

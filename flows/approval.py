@@ -24,7 +24,7 @@ class Approval(RunInput):
     note: str = Field("", max_length=1000, title="Note", description="Who decides, and why; at most 1,000 characters.")
 
 
-def ask_approval(*, model: str, reasons: Sequence[str], report: str, page: str) -> Approval:
+def ask_approval(*, model: str, reasons: Sequence[str], flags: Sequence[str], report: str, page: str) -> Approval:
     """Pause the flow run on `page` until it is resumed with an answer, and return that. Raises FlowPauseTimeout after a week."""
     listening = listener.get()
     if listening:
@@ -32,6 +32,7 @@ def ask_approval(*, model: str, reasons: Sequence[str], report: str, page: str) 
     text = "\n".join([
         f"The gate says **PROMOTE** for `{model}`. Read [the report]({report}) before you answer.", "",
         *(f"- {reason}" for reason in reasons),
+        *(["", "Before you believe it:", "", *(f"- {flag}" for flag in flags)] if flags else []),
     ])  # fmt: skip
     asked = Approval.with_initial_data(description=text)
     return pause_flow_run(wait_for_input=asked, timeout=int(PATIENCE.total_seconds()), poll_interval=POLL_SECONDS)

@@ -78,7 +78,8 @@ def table() -> tuple[Entry, ...]:
         ),
         Entry(
             retrain,
-            "Train on every batch that was pushed, when there is news and no other run is on it.",
+            "Train on every batch that was pushed, when there is news and no other run is on it. What starts by itself should plan how often "
+            "a year its gate is asked: recipe.gate.planned_looks.",
             {"config": retraining.model_dump(mode="json")},
             (DeploymentScheduleCreate(schedule=CronSchedule(cron="0 3 * * *", timezone="UTC"), active=False),),
             (landed,),

@@ -28,6 +28,7 @@ from infra.settings import Settings
 from infra.stack.health import probe
 from infra.store import Store, open_store
 from infra.tracking import Tracking
+from tasks.gate import plan_look
 from tasks.mirror import listener
 from training.config import Config
 
@@ -46,7 +47,9 @@ def plan_recipe(config: AlignConfig, *, settings: Settings) -> list[dict[str, An
     """Return every step of a recipe with its fingerprint, whether it is cached, and what changed."""
     store = open_store(settings)
     store.probe()
-    return preview(plan_align(config, store=store, settings=settings).steps(), store=store)
+    plan = plan_align(config, store=store, settings=settings)
+    plan = plan.at_look(plan_look(plan.gate, store=store, model=config.model_name))
+    return preview(plan.steps(), store=store)
 
 
 def run_here(flow: Flow[Any, Any], config: Config, *, settings: Settings, console: Console) -> dict[str, Any]:

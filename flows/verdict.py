@@ -103,8 +103,11 @@ def draw_verdict(found: FoundVerdict, console: Console) -> None:
         )
         console.print(f"held-out answers took: {'; '.join(told)}", highlight=False)
     looks = verdict.looks
-    shared = f", look {looks.spent + 1} of {looks.planned} of the year" if looks.planned else ""
-    console.print(f"\nalpha {looks.alpha_of_a_look:.4g} one-sided at each test{shared}", highlight=False)
+    planned = f", of {looks.planned} planned at {looks.alpha_of_a_year:g} together" if looks.planned else ""
+    console.print(
+        f"\nalpha {looks.alpha_of_a_look:.4g} one-sided at each test; look {looks.spent + 1} of the year{planned}",
+        highlight=False,
+    )
     checked = f", {found.inputs_checked} of {len(verdict.inputs)} inputs as on record" if found.record else ""
     console.print(f"seal {verdict.seal[:16]} holds{checked}", highlight=False)
 

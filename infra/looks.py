@@ -1,6 +1,6 @@
-"""How often a model's gate was asked in a year: an append-only list in the store, moved by compare-and-swap.
+"""How often a model's gate was asked in a year, and at what error: an append-only list in the store, moved by compare-and-swap.
 
-Every look at new evidence spends a part of the year's error, whatever it says; the same evidence again is the same look.
+Every look at new evidence is an entry, whatever it says; the same evidence again is the same look.
 """
 
 import json
@@ -16,36 +16,40 @@ def list_name(model: str, year: int) -> str:
 
 
 def this_year() -> int:
-    """Return the year that a look counts in, UTC."""
+    """Return the present year, UTC."""
     return datetime.now(UTC).year
 
 
-def count_before(store: Store, *, model: str, evidence: str, year: int) -> int:
-    """Return how many looks of the year came before the one at this evidence, which may have been taken or not."""
-    seen = [look["evidence"] for look in _read(store, model, year)[0]]
-    return seen.index(evidence) if evidence in seen else len(seen)
+def year_of(store: Store, *, model: str, evidence: str) -> int:
+    """Return the year that the look at this evidence counts in: last year where it was taken then, else the present one."""
+    year = this_year()
+    taken = any(look["evidence"] == evidence for look in _read(store, model, year - 1)[0])
+    return year - 1 if taken else year
 
 
-def spend(store: Store, *, model: str, evidence: str, before: int, year: int) -> None:
-    """Put a look into the list as the one after `before` others; doing it again changes nothing.
+def read_before(store: Store, *, model: str, evidence: str, year: int) -> list[dict[str, Any]]:
+    """Return the looks of the year before the one at this evidence, which may have been taken or not.
 
-    Raises ValueError when other evidence was looked at since `before` was counted: alpha would be spent twice.
+    `alpha` and `planned` are absent of those that a version wrote which kept neither, and knew planned looks alone.
     """
+    found = _read(store, model, year)[0]
+    seen = [look["evidence"] for look in found]
+    return found[: seen.index(evidence)] if evidence in seen else found
+
+
+def take(store: Store, *, model: str, evidence: str, before: int, year: int, alpha: float, planned: bool) -> bool:
+    """Put a look into the list as the one after `before` others and tell whether it is there; False where others came first."""
     looks, etag = _read(store, model, year)
     seen = [look["evidence"] for look in looks]
-    if evidence in seen:
-        return
-    if len(seen) != before:
-        raise ValueError(
-            f"gate of {model!r}: {len(seen)} looks of {year} are spent, and {before} were when this run was planned; run the same again, "
-            "which then is the look after those"
-        )
-    looks.append({"evidence": evidence, "at": datetime.now(UTC).isoformat(timespec="seconds")})
-    data = json.dumps({"looks": looks}, indent=1).encode()
+    if evidence in seen or len(seen) != before:
+        return evidence in seen and seen.index(evidence) == before
+    entry = {"evidence": evidence, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+    data = json.dumps({"looks": [*looks, entry | {"alpha": alpha, "planned": planned}]}, indent=1).encode()
     try:
         store.put(list_name(model, year), data, create=etag is None, replace=etag)
-    except PreconditionFailed:
-        spend(store, model=model, evidence=evidence, before=before, year=year)
+    except PreconditionFailed:  # by another look, or by this one if the answer to it was lost
+        return take(store, model=model, evidence=evidence, before=before, year=year, alpha=alpha, planned=planned)
+    return True
 
 
 def _read(store: Store, model: str, year: int) -> tuple[list[dict[str, Any]], str | None]:

@@ -19,7 +19,7 @@ from training.config import Config
 
 if TYPE_CHECKING:
     from evaluation.harness.result import ScoreRow
-    from evaluation.pages.report import SampleAnswer, StepRow, TrainingAnswer
+    from evaluation.pages.report import RewardPair, SampleAnswer, StepRow, TrainingAnswer
 
 SAMPLES_SHOWN = 8
 AnyResult = TypeVar("AnyResult", bound=Config)
@@ -31,12 +31,13 @@ class ReportConfig(Config):
     recipe: str
 
 
-@step(version=4)
+@step(version=5)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.alignment import AlignmentResult
+    from evaluation.answers import read_prompt_ids
     from evaluation.gate.verdict import read_verdict
-    from evaluation.pages.report import ReportData, RewardPair, render_report  # Plotly: only where a page is written
+    from evaluation.pages.report import ReportData, render_report  # Plotly: only where a page is written
     from evaluation.reward_bias import RewardBias
 
     attempt = cast(StepAttempt, attempt)  # the page tells of the run it is made in: its steps, costs and links
@@ -52,10 +53,7 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             contamination=read_contamination(inputs["gate"]),
             champion_scores=read_scores(inputs, CHAMPION),
             challenger_scores=read_scores(inputs, CHALLENGER),
-            rewards=tuple(
-                RewardPair(champion=rewards[CHAMPION][row], challenger=rewards[CHALLENGER][row])
-                for row in sorted(rewards[CHAMPION])
-            ),
+            rewards=pair_rewards(rewards, prompts=read_prompt_ids(inputs[f"{CHALLENGER}_answers"])),
             samples=read_samples(inputs, rewards),
             metrics=existing(trained / "metrics.jsonl"),
             weights=existing(trained / "weights.parquet"),
@@ -116,6 +114,19 @@ def read_results(inputs: Mapping[str, Path], step: str, kind: type[AnyResult]) -
     """Return the figures of every set that a kind of step measured; none where the recipe asks for none."""
     folders = [folder for name, folder in inputs.items() if name.startswith(f"{step}_")]
     return tuple(kind.model_validate_json((folder / f"{step}.json").read_text()) for folder in folders)
+
+
+def pair_rewards(rewards: Mapping[str, Mapping[str, float]], *, prompts: Mapping[str, str]) -> "tuple[RewardPair, ...]":
+    """Return both models' mean rewards of each prompt, as the gate tests them."""
+    from evaluation.pages.report import RewardPair
+    from evaluation.statistics import average_clusters
+
+    rows = sorted(rewards[CHAMPION])
+    names = [prompts[row] for row in rows]
+    champion, challenger = (
+        average_clusters([rewards[who][row] for row in rows], names).tolist() for who in (CHAMPION, CHALLENGER)
+    )
+    return tuple(RewardPair(champion=old, challenger=new) for old, new in zip(champion, challenger, strict=True))
 
 
 def read_samples(inputs: Any, rewards: dict[str, dict[str, float]]) -> "tuple[SampleAnswer, ...]":

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import statistics
-from evaluation.config import HELDOUT_REWARD, GatePolicy
+from evaluation.config import HELDOUT_REWARD, GatePolicy, Look
 from evaluation.gate import weigh
 from evaluation.gate.explain import explain_noise
 from evaluation.gate.verdict import (
@@ -29,6 +29,7 @@ from evaluation.gate.verdict import (
     Noise,
     TargetVerdict,
     Verdict,
+    count_looks,
     seal,
 )
 from evaluation.gate.weigh import ITEMS, PROMPTS, TANGO, Pairs, pair_scores
@@ -41,7 +42,8 @@ FEW_ITEMS = 50  # by enumeration, the score test's error rate at alpha 0.05 is 0
 PAPER = frozenset(
     {"mmlu", "gsm8k", "humaneval", "bbh"}
 )  # whose unweighted mean the paper gives; a part has another name
-GIGABYTE = 1e9
+BILLION = 1e9
+MOST_CUT = 0.2  # share of held-out answers, as evaluation.harness flags it of a benchmark's
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Evidence:
     results: Sequence[BenchmarkResult] = ()
     rewards: Mapping[str, float] = field(default_factory=dict)
     lengths: Mapping[str, float] = field(default_factory=dict)  # characters of the held-out answer
-    weight_bytes: int = 0
+    parameters: int = 0
+    cut_share: float = 0.0  # of the held-out answers: those that the token cap ended
 
 
 @dataclass(frozen=True)
@@ -72,19 +75,19 @@ def decide(
     prompts: Mapping[str, str] | None = None,
     noise: Mapping[str, Sequence[Noise]] | None = None,
     contamination: Sequence[Contamination] = (),
-    looks_spent: int = 0,
+    looks: Sequence[Look] = (),
     inputs: Mapping[str, str] | None = None,
 ) -> Verdict:
     """Return the sealed verdict on two models' results over the same items and the same held-out prompts.
 
     `prompts` names the prompt of each row where several rows may share one; their rewards are averaged first, since answers to
     one prompt are not independent. `noise` is the champion's by benchmark, `contamination` what the challenger's training data hold
-    of each, `looks_spent` how often this gate was asked this year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
+    of each, `looks` when this gate was asked before this year on other evidence, `inputs` the digest of each thing weighed. ValueError for results that cannot be compared.
     """
     alpha = policy.alpha_of_a_look
     pairs = _pair_benchmarks(challenger.results, champion.results)
     heldout = _pair_heldout(challenger, champion, prompts=prompts)
-    _check_measured(policy, pairs, heldout, weighed=bool(challenger.weight_bytes and champion.weight_bytes))
+    _check_measured(policy, pairs, heldout, weighed=bool(challenger.parameters and champion.parameters))
     deciding, audited = _split_items(pairs, challenger.results, share=policy.audit_share)
     judged, apart = _split_prompts(heldout, share=policy.audit_share)
     guards = tuple(
@@ -94,9 +97,9 @@ def decide(
     targets = tuple(weigh.add_promotable_gain(target, guards, targets=len(targets), alpha=alpha) for target in targets)
     floors = tuple(_compare_floor(name, floor, deciding, judged, alpha=alpha) for name, floor in policy.floors.items())
     growths = _compare_growths(policy, judged, challenger, champion)
-    looks = Looks(spent=looks_spent, planned=policy.planned_looks, alpha_of_a_look=alpha, alpha_of_a_year=policy.alpha)
+    spent = count_looks(policy, looks)
     decision, reasons = conclude(
-        guards, targets=targets, floors=floors, growths=growths, looks=looks, same_model=same_model
+        guards, targets=targets, floors=floors, growths=growths, looks=spent, same_model=same_model
     )
     floor = {name: tuple(found) for name, found in (noise or {}).items()}
     whole = pairs.keys() >= PAPER and all(
@@ -106,7 +109,12 @@ def decide(
         decision=decision,
         reasons=reasons,
         flags=(
-            *_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=looks),
+            *_flag(policy, guards, targets, measured=pairs.keys(), results=challenger.results, looks=spent),
+            *(
+                flag
+                for who, side in (("champion", champion), ("challenger", challenger))
+                for flag in flag_evidence(who, side)
+            ),
             *flag_noise(floor, guards, targets),
             *(flag for found in contamination for flag in flag_contamination(found)),
         ),
@@ -119,7 +127,7 @@ def decide(
         else None,
         noise=floor,
         audit=_audit(guards, targets, audited, apart, alpha=alpha),
-        looks=looks,
+        looks=spent,
         same_model=same_model,
         policy=policy,
         inputs=dict(inputs or {}),
@@ -139,10 +147,10 @@ def conclude(
     """Return the decision and the reasons that made it."""
     if same_model:
         return Decision.hold, ("challenger and champion are the same model: there is nothing to promote",)
-    if looks.planned is not None and looks.spent >= looks.planned:
+    if looks.exhausted:
         return Decision.hold, (
-            f"the year's {looks.planned} planned looks are spent, and with them its error of {looks.alpha_of_a_year:g}; plan more looks "
-            "for the next year, or wait for it",
+            f"planned looks of this year have spent {looks.alpha_spent:.3g} of its error of {looks.alpha_of_a_year:g}, and one of "
+            f"{looks.planned} would take {looks.alpha_of_a_look:.3g} more; plan more looks for the next year, or wait for it",
         )
     bad = [guard.reason for guard in guards if guard.state is GuardState.inferior]
     bad += [floor.reason for floor in floors if floor.state is BoundState.broken]
@@ -217,7 +225,7 @@ def flag_noise(
 
 def flag_target(target: TargetVerdict) -> list[str]:
     """Return what a reader should know before believing the target."""
-    if target.sd == 0:
+    if target.sd == 0 and (target.discordance is None or target.gain == 0):
         return [
             f"{target.name}: the gain is {target.gain:+.4f} on every one of {target.n} {target.unit}; without spread nothing can be shown"
         ]
@@ -229,6 +237,17 @@ def flag_target(target: TargetVerdict) -> list[str]:
             f"{target.bootstrap_high:+.4f}] disagree about a gain above {target.min_gain:g}; the t interval decides"
         ]
     return []
+
+
+def flag_evidence(who: str, evidence: Evidence) -> list[str]:
+    """Return what the measurements of one model say against themselves."""
+    flags = [f"{row.benchmark}, {who}: {row.flag}" for result in evidence.results for row in result.scores if row.flag]
+    if evidence.cut_share > MOST_CUT:
+        flags.append(
+            f"held-out answers, {who}: {evidence.cut_share:.0%} were ended by the token cap, so their lengths are the cap's, which the "
+            "bound on length cannot see beyond, and their rewards are of unfinished texts; raise heldout.max_new_tokens"
+        )
+    return flags
 
 
 def write_verdict(verdict: Verdict, path: Path) -> None:
@@ -255,11 +274,11 @@ def _flag(
     if limits:
         cut = ", ".join(f"{name} ({limit} items per task)" for name, limit in limits.items())
         flags.append(f"limited, and so no full score: {cut}")
-    if looks.planned is None and looks.spent > 0:
-        chance = statistics.chance_of_a_false_promotion(policy.alpha, looks=looks.spent + 1)
+    if not looks.exhausted and looks.chance is not None and looks.chance > looks.alpha_of_a_year * (1 + 1e-9):
         flags.append(
-            f"this is look {looks.spent + 1} of the year and none was planned: with {policy.alpha:g} at each, the chance that at least one "
-            f"of them promotes a model that is no better is up to {chance:.0%}"
+            f"this is look {looks.spent + 1} of the year, at {looks.alpha_of_a_look:.3g}: by what is on record, the chance that at least one "
+            f"of them promotes a model that is no better is up to {100 * looks.chance:.3g} %, and not {100 * looks.alpha_of_a_year:g} %; plan the looks of a "
+            "year beforehand"
         )
     return flags
 
@@ -309,7 +328,15 @@ def _pair_heldout(challenger: Evidence, champion: Evidence, *, prompts: Mapping[
     rows = sorted(challenger.rewards)
     if len(rows) < 2:
         raise ValueError(f"gate: at least 2 held-out prompts are needed for an interval; got {len(rows)}")
+    unnamed = [row for row in rows if prompts is not None and row not in prompts]
+    if unnamed:
+        raise ValueError(
+            f"gate: {len(unnamed)} of {len(rows)} rows have a reward and no prompt (first: {unnamed[0]}); generate and score both from "
+            "the same rows"
+        )
     names = [prompts[row] for row in rows] if prompts is not None else rows
+    if len(set(names)) < 2:
+        raise ValueError(f"gate: at least 2 held-out prompts are needed for an interval; got 1 in {len(rows)} rows")
 
     def average(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Pairs:
         sides = (statistics.average_clusters([side[row] for row in rows], names) for side in (ours, theirs))
@@ -342,7 +369,7 @@ def _check_measured(policy: GatePolicy, pairs: Mapping[str, Pairs], heldout: Hel
         )
     if policy.max_cost_growth is not None and not weighed:
         raise ValueError(
-            "gate: the policy bounds the cost, and the size of the models' weights was not given; give it, or leave max_cost_growth empty"
+            "gate: the policy bounds the cost, and the number of the models' parameters was not given; give it, or leave max_cost_growth empty"
         )
 
 
@@ -423,10 +450,10 @@ def _compare_growths(
         min_gain = policy.targets[HELDOUT_REWARD]
         found.append(weigh.weigh_length(growth, gain_N, growth_N, min_gain=min_gain, alpha=alpha))
     if policy.max_cost_growth is not None:
-        ours, theirs = challenger.weight_bytes / GIGABYTE, champion.weight_bytes / GIGABYTE
+        ours, theirs = challenger.parameters / BILLION, champion.parameters / BILLION
         cost = weigh.compare_growth(
             weigh.COST, lengths.challenger_N * ours, lengths.champion_N * theirs,
-            bound=policy.max_cost_growth, unit="GB of weights x characters", alpha=alpha,
+            bound=policy.max_cost_growth, unit="billions of parameters x characters", alpha=alpha,
         )  # fmt: skip
         found.append(cost)
     return tuple(found)

@@ -3,13 +3,14 @@ and nothing else."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
 from pydantic import Field, ValidationError
 
-from evaluation.config import GatePolicy
+from evaluation.config import GatePolicy, Look
 from training.config import Config
 
 
@@ -103,7 +104,8 @@ class TargetVerdict(Config):
     promotable_gain: float | None = (
         None  # true gain at which this gate promotes with power 0.8 if no guard moves; None: at none
     )
-    more_to_decide: int | None  # prompts or items
+    statistic: float | None = None  # of the gain beyond min_gain, in standard errors; None in verdicts of version 3
+    more_to_decide: int | None  # prompts or items, at what Holm asks of one target more
     reason: str
 
 
@@ -171,12 +173,32 @@ class AuditRow(Config):
 
 
 class Looks(Config):
-    """What this look may spend of the year's error."""
+    """What this look may spend of the year's error, and what was spent before it."""
 
-    spent: int  # before this one
+    spent: int  # looks before this one
     planned: int | None
     alpha_of_a_look: float
     alpha_of_a_year: float
+    alpha_spent: float | None = None  # by the planned ones before this one; None in verdicts of version 3
+    chance: float | None = (
+        None  # that this look or one before it promotes falsely, if each is of equal models; likewise
+    )
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether this look would take planned looks beyond the year's error."""
+        together = (self.alpha_spent or 0.0) + self.alpha_of_a_look
+        return self.planned is not None and together > self.alpha_of_a_year * (1 + 1e-9)
+
+
+def count_looks(policy: GatePolicy, before: Sequence[Look]) -> Looks:
+    """Return a look under this policy as the one after others of its year."""
+    alpha = policy.alpha_of_a_look
+    return Looks(
+        spent=len(before), planned=policy.planned_looks, alpha_of_a_look=alpha, alpha_of_a_year=policy.alpha,
+        alpha_spent=math.fsum(look.alpha for look in before if look.planned),
+        chance=-math.expm1(math.fsum(math.log1p(-each) for each in (*(look.alpha for look in before), alpha))),
+    )  # fmt: skip
 
 
 class Verdict(Config):

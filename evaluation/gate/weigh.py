@@ -84,7 +84,9 @@ def compare_guard(benchmark: str, pairs: Pairs, *, margin: float, alpha: float) 
     state = GuardState.undecided
     if abs(statistic) >= critical:
         state = GuardState.non_inferior if statistic > 0 else GuardState.inferior
-    more = statistics.items_to_decide(statistic, n=n, alpha=alpha) if state is GuardState.undecided else None
+    more = None
+    if state is GuardState.undecided:
+        more = statistics.items_to_decide(statistic, n=n, alpha=alpha, student=not pairs.binary)
     guard = GuardVerdict(
         benchmark=benchmark,
         state=state,
@@ -118,7 +120,7 @@ def compare_target(
     detectable = statistics.detectable_mean(test.n, sd=test.sd, alpha=alpha)
     return _describe_target(
         name, test, gain_N, levels=levels, alpha=alpha, min_gain=min_gain, unit=PROMPTS, method=PAIRED_T,
-        interval=(test.low, test.high), p_value=test.p_value, statistic=statistic, detectable=detectable,
+        interval=(test.low, test.high), p_value=_believe(test), statistic=statistic, detectable=detectable,
     )  # fmt: skip
 
 
@@ -128,18 +130,20 @@ def compare_benchmark(name: str, pairs: Pairs, *, alpha: float, min_gain: float)
     gain_N = pairs.challenger_N - pairs.champion_N
     if len(gain_N) < 2:
         raise ValueError(f"gate: {name} needs at least 2 items to be a target; got {len(gain_N)}")
-    test = statistics.stratified_t(gain_N, pairs.stratum_N, alpha=alpha, minimum=min_gain)
     n, won, lost = pairs.counts()
     discordance = max(won + lost, 1) / n if pairs.binary else None
     if discordance is not None:
+        # Not within tasks: where one is all won and another all alike, no score is without a spread.
+        test = statistics.paired_t(gain_N, alpha=alpha)
         statistic = statistics.score_statistic(won, lost, n=n, difference=min_gain)
         p_value = statistics.mcnemar_midp(won, lost) if min_gain == 0 else float(special.ndtr(-statistic))
         interval = statistics.tango_interval(won, lost, n=n, confidence=1 - 2 * alpha)
         detectable = statistics.detectable_difference(n, discordance=discordance, alpha=alpha)
         method = MCNEMAR if min_gain == 0 else SCORE_TEST
     else:
+        test = statistics.stratified_t(gain_N, pairs.stratum_N, alpha=alpha, minimum=min_gain)
         statistic = _standardise(test.mean - min_gain, test) if test.sd > 0 else 0.0
-        p_value, interval, method = test.p_value, (test.low, test.high), STRATIFIED_T
+        p_value, interval, method = _believe(test), (test.low, test.high), STRATIFIED_T
         detectable = statistics.detectable_mean(n, sd=test.sd, alpha=alpha)
     return _describe_target(
         name, test, gain_N, levels=(float(pairs.challenger_N.mean()), float(pairs.champion_N.mean())), alpha=alpha,
@@ -155,12 +159,9 @@ def _describe_target(
 ) -> TargetVerdict:  # fmt: skip
     confidence = 1 - 2 * alpha
     low, high = statistics.bootstrap_interval(gain_N, np.arange(test.n), confidence=confidence, seed=BOOTSTRAP_SEED)
-    superior = bool(test.sd > 0 and p_value <= alpha)
-    # A loss is not shown to be a gain by any number of prompts.
-    more = statistics.items_to_decide(statistic, n=test.n, alpha=alpha) if statistic > 0 and not superior else None
-    target = TargetVerdict(
+    return TargetVerdict(
         name=name,
-        superior=superior,
+        superior=p_value <= alpha,
         unit=unit,
         method=method,
         n=test.n,
@@ -178,20 +179,24 @@ def _describe_target(
         bootstrap_low=low,
         bootstrap_high=high,
         detectable_gain=detectable,
-        more_to_decide=more,
+        statistic=statistic,
+        more_to_decide=None,
         reason="",
     )
-    return target.model_copy(update={"reason": explain.explain_target(target)})
 
 
 def adjust_targets(targets: Sequence[TargetVerdict], *, alpha: float) -> tuple[TargetVerdict, ...]:
-    """Return the targets as any one of them decides: with Holm's adjustment where they are several."""
-    if len(targets) < 2:
-        return tuple(targets)
+    """Return the targets as any one of them decides: with Holm's adjustment where they are several, and what would show each."""
     p_adjusted = statistics.adjust_holm([target.p_value for target in targets]).tolist()
+    shown = sum(p <= alpha for p in p_adjusted)
     adjusted = []
     for target, p in zip(targets, p_adjusted, strict=True):
-        changed = target.model_copy(update={"p_adjusted": p, "superior": target.sd > 0 and p <= alpha})
+        more = None
+        # A loss is not shown to be a gain by any number of prompts. Were one target more shown, Holm would have asked this much of it.
+        if p > alpha and target.statistic is not None and target.statistic > 0:
+            level, student = alpha / (len(targets) - shown), target.discordance is None
+            more = statistics.items_to_decide(target.statistic, n=target.n, alpha=level, student=student)
+        changed = target.model_copy(update={"p_adjusted": p, "superior": p <= alpha, "more_to_decide": more})
         adjusted.append(changed.model_copy(update={"reason": explain.explain_target(changed)}))
     return tuple(adjusted)
 
@@ -233,7 +238,8 @@ def add_promotable_gain(
 def compare_floor(name: str, level_N: Scores, *, floor: float, unit: str, alpha: float) -> FloorVerdict:
     """Test the challenger's own level over items or prompts (n,) against a floor: Wilson's score test where each is 0 or 1."""
     n, confidence = len(level_N), 1 - 2 * alpha
-    if unit == ITEMS and np.isin(level_N, (0, 1)).all():
+    student = unit != ITEMS or not np.isin(level_N, (0, 1)).all()
+    if not student:
         statistic = statistics.level_test(float(level_N.sum()), n=n, level=floor)
         critical = statistics.normal_quantile(1 - alpha)
         low, high = statistics.wilson_interval(int(level_N.sum()), n=n, confidence=confidence)
@@ -242,7 +248,9 @@ def compare_floor(name: str, level_N: Scores, *, floor: float, unit: str, alpha:
         statistic, critical = _standardise(test.mean - floor, test), statistics.t_quantile(1 - alpha, n - 1)
         low, high = test.low, test.high
     state = _state_of(statistic, critical)
-    more = statistics.items_to_decide(statistic, n=n, alpha=alpha) if state is BoundState.undecided else None
+    more = None
+    if state is BoundState.undecided:
+        more = statistics.items_to_decide(statistic, n=n, alpha=alpha, student=student)
     verdict = FloorVerdict(
         name=name, state=state, unit=unit, n=n, level=float(level_N.mean()), low=low, high=high, confidence=confidence,
         floor=floor, more_to_decide=more, reason="",
@@ -260,7 +268,9 @@ def compare_growth(
     test = statistics.paired_t(challenger_N - (1 + bound) * champion_N, alpha=alpha)
     statistic, critical = _standardise(-test.mean, test), statistics.t_quantile(1 - alpha, test.n - 1)
     state = BoundState.kept if test.sd == 0 and test.mean == 0 else _state_of(statistic, critical)
-    more = statistics.items_to_decide(statistic, n=test.n, alpha=alpha) if state is BoundState.undecided else None
+    more = None
+    if state is BoundState.undecided:
+        more = statistics.items_to_decide(statistic, n=test.n, alpha=alpha, student=True)
     champion, challenger = float(champion_N.mean()), float(challenger_N.mean())
     verdict = GrowthVerdict(
         name=name, state=state, unit=unit, n=test.n, champion=champion, challenger=challenger, bound=bound,
@@ -329,6 +339,11 @@ def _standardise(excess: float, test: statistics.MeanTest) -> float:
     if test.sd == 0:
         return math.copysign(math.inf, excess) if excess else 0.0
     return excess * math.sqrt(test.n) / test.sd
+
+
+def _believe(test: statistics.MeanTest) -> float:
+    """Return the p of a gain. One without spread shows nothing, and must not count as shown when several targets are adjusted."""
+    return test.p_value if test.sd > 0 else 1.0
 
 
 def _state_of(statistic: float, critical: float) -> BoundState:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from evaluation.answers import read_prompt_ids
 from evaluation.eval_sets import check_limit
 from evaluation.judges import arena_hard
 from evaluation.judges.config import EndpointJudge, JudgeConfig, JudgeRuntime
@@ -165,7 +166,7 @@ def pair_arena_hard(folder: Path, answers: Path, *, config: JudgeConfig) -> list
 
 def pair_heldout(challenger: Path, champion: Path, *, config: JudgeConfig) -> list[Pair]:
     """Return the held-out prompts that both models answered, sample by sample."""
-    ours, theirs = read_answers(challenger), read_answers(champion)
+    ours, theirs, prompts = read_answers(challenger), read_answers(champion), read_prompt_ids(challenger)
     unlike = sorted(ours.keys() ^ theirs.keys())
     if unlike:
         raise ValueError(
@@ -178,7 +179,16 @@ def pair_heldout(challenger: Path, champion: Path, *, config: JudgeConfig) -> li
         mine, other = ours[row_id], theirs[row_id]
         check_alike(row_id, mine, other)
         pairs += [
-            Pair(f"{row_id}/{k}", "heldout", row_id, mine.prompt, text, other.texts[k], mine.cut[k], other.cut[k])
+            Pair(
+                f"{row_id}/{k}",
+                "heldout",
+                prompts[row_id],
+                mine.prompt,
+                text,
+                other.texts[k],
+                mine.cut[k],
+                other.cut[k],
+            )
             for k, text in enumerate(mine.texts)
         ]
     return pairs

@@ -20,6 +20,7 @@ def test_a_promotion_is_approved_on_the_runs_page(page: Any, keep: Keep, stack: 
         page.get_by_text("The gate says PROMOTE for policy.").wait_for()
         assert page.get_by_role("link", name="the report", exact=True).get_attribute("href") == REPORT
         page.get_by_text("mmlu: not worse", exact=True).wait_for()
+        page.get_by_text("mmlu, champion: chance", exact=True).wait_for()
         form = page.locator("[role=dialog], .p-modal").filter(has_text="Resume Flow Run").last
         form.locator("textarea").fill("read it")
         form.get_by_role("switch").click()

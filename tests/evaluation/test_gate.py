@@ -12,8 +12,8 @@ import pytest
 from scipy import stats
 
 from evaluation import statistics
-from evaluation.config import BenchmarkConfig, GatePolicy, SuiteConfig
-from evaluation.gate.decide import Evidence, conclude, decide, measure_noise, write_verdict
+from evaluation.config import BenchmarkConfig, GatePolicy, Look, SuiteConfig
+from evaluation.gate.decide import Evidence, conclude, decide, flag_target, measure_noise, write_verdict
 from evaluation.gate.policy import check_names, count_items, flag_policy
 from evaluation.gate.verdict import (
     BoundState,
@@ -25,7 +25,7 @@ from evaluation.gate.verdict import (
     compute_seal,
     read_verdict,
 )
-from evaluation.gate.weigh import Pairs, compare_guard, pair_scores
+from evaluation.gate.weigh import Pairs, adjust_targets, compare_benchmark, compare_guard, pair_scores
 from evaluation.harness.result import BenchmarkResult, ScoreRow, diff_fields, read_result
 from flows.recipes import read_recipe
 
@@ -89,8 +89,8 @@ def weigh(
     ours, theirs = lengths or equal
     return decide(
         policy,
-        challenger=Evidence(challenger, rewards_challenger, ours, weight_bytes=10**9),
-        champion=Evidence(champion, rewards_champion, theirs, weight_bytes=10**9),
+        challenger=Evidence(challenger, rewards_challenger, ours, parameters=10**9),
+        champion=Evidence(champion, rewards_champion, theirs, parameters=10**9),
         same_model=same_model,
         **more,
     )
@@ -217,6 +217,12 @@ def test_rows_of_one_prompt_count_once() -> None:
     )
     assert copied.n == once.n == 40
     assert copied.p_value == pytest.approx(once.p_value)
+    for named, message in (
+        ({"other": "p"}, "40 of 40 rows have a reward and no prompt"),
+        (dict.fromkeys(ours, "p"), "got 1 in 40"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            weigh(GatePolicy(margins={}), rewards_challenger=ours, rewards_champion=theirs, prompts=named)
 
 
 def test_flags_margins_that_n_cannot_hold_and_zero_scores() -> None:
@@ -331,7 +337,41 @@ def test_any_of_several_targets_is_adjusted_by_holm() -> None:
     )
     assert weaker.targets[1].p_value <= 0.05 < weaker.targets[1].p_adjusted
     assert weaker.decision is Decision.hold
+    z = statistics.score_statistic(68, 48, n=1000, difference=0.0)
+    more = weaker.targets[1].more_to_decide
+    assert more == statistics.items_to_decide(z, n=1000, alpha=0.025) and more is not None and more > 1000
+    assert f"about {more} items at these rates would show it" in weaker.targets[1].reason
+    assert weaker.targets[0].more_to_decide == statistics.items_to_decide(
+        weaker.targets[0].statistic or 0.0, n=60, alpha=0.025, student=True
+    )
     assert {target.reason for target in weaker.targets} <= set(weaker.reasons)
+
+
+def test_a_target_without_spread_makes_no_other_one_easier() -> None:
+    """Holm would ask half as much of the second if the first, of which nothing can be estimated, were taken to be shown."""
+    ours = {f"{i:032x}": float(i % 5) + 1.0 for i in range(60)}
+    challenger, champion = flip(1000, right=500, won=68, lost=48)
+    verdict = weigh(
+        GatePolicy(margins={}, targets={"heldout_reward": 0.0, "mmlu": 0.0}),
+        challenger=(result("mmlu", challenger),),
+        champion=(result("mmlu", champion),),
+        rewards_challenger=ours,
+        rewards_champion={row: value - 1.0 for row, value in ours.items()},
+    )
+    reward, score = verdict.targets
+    assert reward.p_value == 1 and score.p_adjusted == pytest.approx(2 * score.p_value) and not score.superior
+
+
+def test_a_task_that_is_all_won_beside_one_that_is_all_alike_is_a_gain() -> None:
+    challenger, champion = [1.0] * 20 + [0.0] * 20, [0.0] * 40
+    strata = np.repeat([0, 1], 20)
+    target = compare_benchmark(
+        "mmlu", Pairs(np.array(challenger), np.array(champion), strata), alpha=0.05, min_gain=0.0
+    )
+    (target,) = adjust_targets([target], alpha=0.05)
+    assert target.superior and target.p_value == statistics.mcnemar_midp(20, 0) and flag_target(target) == []
+    alike = compare_benchmark("mmlu", pair_scores(np.array(champion), np.array(champion)), alpha=0.05, min_gain=0.0)
+    assert not alike.superior and "without spread nothing can be shown" in flag_target(alike)[0]
 
 
 def test_the_gain_that_would_be_promoted_reckons_with_the_guards() -> None:
@@ -440,14 +480,14 @@ def test_a_champion_that_answers_nothing_is_no_error_and_no_growth(after: float,
     assert "the champion's are all empty" in length.reason
 
 
-def test_cost_is_bounded_by_weights_times_characters() -> None:
+def test_cost_is_bounded_by_parameters_times_characters() -> None:
     ours, theirs = rewards(0.5)
     lengths = {row: 80.0 + i % 9 for i, row in enumerate(ours)}
     verdicts = [
         decide(
             GatePolicy(margins={}, max_cost_growth=0.2),
-            challenger=Evidence(rewards=ours, lengths=lengths, weight_bytes=size),
-            champion=Evidence(rewards=theirs, lengths=lengths, weight_bytes=10**9),
+            challenger=Evidence(rewards=ours, lengths=lengths, parameters=size),
+            champion=Evidence(rewards=theirs, lengths=lengths, parameters=10**9),
             same_model=False,
         )
         for size in (10**9, 2 * 10**9)
@@ -455,7 +495,7 @@ def test_cost_is_bounded_by_weights_times_characters() -> None:
     assert [verdict.decision for verdict in verdicts] == [Decision.promote, Decision.hold]
     assert verdicts[1].growths[1].growth == pytest.approx(1.0)
     assert "cost: shown to grow by more than 20 %" in verdicts[1].reasons[0]
-    with pytest.raises(ValueError, match="size of the models' weights was not given"):
+    with pytest.raises(ValueError, match="number of the models' parameters was not given"):
         decide(
             GatePolicy(margins={}, max_cost_growth=0.2),
             challenger=Evidence(rewards=ours, lengths=lengths),
@@ -470,10 +510,35 @@ def test_looks_share_the_years_error_and_end_with_it() -> None:
     assert first.alpha == pytest.approx(0.005) and first.guards[0].confidence == pytest.approx(0.99)
     assert "at 99%" in first.guards[0].reason
     assert (first.guards[0].low, first.guards[0].high) == statistics.tango_interval(22, 20, n=1000, confidence=0.99)
-    assert judge(guard, policy=plan, looks_spent=9).decision is Decision.promote
-    spent = judge(guard, policy=plan, looks_spent=10)
-    assert spent.decision is Decision.hold and "the year's 10 planned looks are spent" in spent.reasons[0]
-    assert any("look 52 of the year" in flag and "93%" in flag for flag in judge(guard, looks_spent=51).flags)
+    planned = Look(alpha=0.005, planned=True)
+    last, spent = (judge(guard, policy=plan, looks=[planned] * before) for before in (9, 10))
+    assert (
+        last.decision is Decision.promote and last.flags == () and last.looks.chance == pytest.approx(0.0489, abs=1e-4)
+    )
+    assert spent.decision is Decision.hold and spent.flags == ()
+    assert spent.reasons[0].startswith(
+        "planned looks of this year have spent 0.05 of its error of 0.05, and one of 10 would take 0.005"
+    )
+
+
+def test_a_year_that_is_planned_anew_has_no_more_error_than_it_had() -> None:
+    guard, whole = flip(1000, right=500, won=22, lost=20), Look(alpha=0.05, planned=True)
+    assert judge(guard, policy={"planned_looks": 12}, looks=[whole]).decision is Decision.hold
+    fewer = [Look(alpha=0.05 / 12, planned=True)] * 4  # a third of the year; two of four more are two thirds
+    four = [
+        judge(guard, policy={"planned_looks": 4}, looks=[*fewer, *more])
+        for more in ([], [Look(alpha=0.0125, planned=True)] * 3)
+    ]
+    assert [verdict.decision for verdict in four] == [Decision.promote, Decision.hold]
+
+
+def test_looks_that_nobody_planned_are_flagged_with_what_they_come_to() -> None:
+    guard, unplanned = flip(1000, right=500, won=22, lost=20), Look(alpha=0.05, planned=False)
+    assert judge(guard).flags == ()
+    (flag,) = judge(guard, looks=[unplanned] * 51).flags
+    assert "look 52 of the year" in flag and "up to 93.1 %" in flag
+    after = judge(guard, policy={"planned_looks": 10}, looks=[unplanned])  # of no plan, and so not of the planned error
+    assert after.decision is Decision.promote and "up to 5.48 %, and not 5 %" in after.flags[0]
 
 
 def test_the_audit_split_never_decides_and_is_reported() -> None:

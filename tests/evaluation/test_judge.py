@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from evaluation.harness.result import read_result
 from evaluation.judges.config import JudgeConfig, JudgeRuntime
-from evaluation.judges.judging import run
+from evaluation.judges.judging import pair_heldout, run
 from evaluation.judges.prompt import PAIRWISE
 from tasks.child import hand_over
 from tests.evaluation.chat_server import (
@@ -464,3 +466,17 @@ def test_a_verdict_is_the_last_label(said: str, margin: int | None) -> None:
 def test_no_text_of_an_answer_becomes_a_part_of_the_template() -> None:
     asked = PAIRWISE.ask("{ANSWER_A} {QUESTION}", "{ANSWER_B}", "two")[1]["content"]
     assert re.findall(r"\{\w+\}", asked) == ["{ANSWER_A}", "{QUESTION}", "{ANSWER_B}"] and asked.count("two") == 1
+
+
+def test_answers_to_one_prompt_are_one_cluster(tmp_path: Path) -> None:
+    for who in ("ours", "theirs"):
+        (tmp_path / who).mkdir()
+        rows = [
+            {"row_id": f"{n:032x}", "prompt": [{"role": "user", "content": f"Question {n % 2}?"}]} for n in range(6)
+        ]
+        told = [row | {"responses": [f"{who} {n}", who]} for n, row in enumerate(rows)]
+        pq.write_table(pa.Table.from_pylist(told), tmp_path / who / "responses.parquet")
+    config = JudgeConfig.model_validate({"benchmark": "heldout", "judge": JUDGE})
+    pairs = pair_heldout(tmp_path / "ours", tmp_path / "theirs", config=config)
+    assert len({pair.id for pair in pairs}) == 12 and len({pair.cluster for pair in pairs}) == 2
+    assert {pair.question for pair in pairs if pair.cluster == pairs[0].cluster} == {"Question 0?"}

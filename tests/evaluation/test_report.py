@@ -273,7 +273,7 @@ def test_shows_what_else_the_policy_asks(tmp_path: Path) -> None:
     page = Page(render_report(make_report(tmp_path, verdict=verdict)))
     for part in (*verdict.targets, *verdict.floors, *verdict.growths):
         assert part.reason in page.text
-    assert "the year's 0.05 over 4 planned looks, of which 0 were spent before" in page.text
+    assert "the year's 0.05 over 4 planned looks; 0 looks were taken before it this year" in page.text
     assert (
         "Audit split, which decides nothing" in page.text
         and page.text.count("intervals meet") == len(verdict.audit) == 3

@@ -278,11 +278,6 @@ def test_noise_floor_by_hand() -> None:
         statistics.measure_noise(runs[:1])
 
 
-def test_looks_add_up() -> None:
-    assert statistics.chance_of_a_false_promotion(0.05, looks=52) == pytest.approx(0.93, abs=0.005)
-    assert statistics.chance_of_a_false_promotion(0.05 / 52, looks=52) < 0.05
-
-
 def test_detectable_difference_has_its_power_by_enumeration() -> None:
     n, psi, alpha = 400, 0.1, 0.05
     delta = statistics.detectable_difference(n, discordance=psi, alpha=alpha)
@@ -336,6 +331,16 @@ def test_items_to_decide_do_decide() -> None:
     times = math.ceil(needed / n)
     assert statistics.score_statistic(won * times, lost * times, n=n * times, difference=-margin) > stats.norm.ppf(0.95)
     assert statistics.items_to_decide(0.0, n=n, alpha=0.05) is None
+
+
+@pytest.mark.parametrize(("t", "n"), [(4.0, 2), (1.5, 5), (1.0, 20), (0.4, 60)])
+@pytest.mark.parametrize("alpha", [0.05, 0.01])
+def test_as_many_items_decide_by_the_t_test_that_was_taken(t: float, n: int, alpha: float) -> None:
+    assert stats.t.sf(t, n - 1) > alpha, "not decided yet"
+    needed = statistics.items_to_decide(t, n=n, alpha=alpha, student=True)
+    assert needed is not None and needed > n
+    power = stats.nct.sf(stats.t.ppf(1 - alpha, needed - 1), needed - 1, t * math.sqrt(needed / n))
+    assert power > 0.72 and (power < 0.88 or needed == n + 1)
 
 
 def passing_rate(n: int, *, margin: float, difference: float, discordance: float) -> float:

@@ -23,7 +23,13 @@ REPORT = "http://127.0.0.1:5000/#/experiments/1/runs/2/artifacts/report.html"
 @flow(name="approval-test", persist_result=False)
 def waits() -> dict[str, Any]:
     """Ask, and say what came of it, as align does."""
-    approval = ask_approval(model="policy", reasons=["mmlu: not worse"], report=REPORT, page="http://prefect/run")
+    approval = ask_approval(
+        model="policy",
+        reasons=["mmlu: not worse"],
+        flags=["mmlu, champion: chance"],
+        report=REPORT,
+        page="http://prefect/run",
+    )
     return {"promote": approval.promote, "said": describe_refusal(approval)}
 
 
@@ -69,7 +75,8 @@ def test_the_run_pauses_with_the_report_linked_and_goes_by_the_answer(
 
             return str(wait_until(f"the {key} of what is asked", look))
 
-        assert REPORT in read("description") and "mmlu: not worse" in read("description")
+        asked = read("description")
+        assert REPORT in asked and "- mmlu: not worse" in asked and "- mmlu, champion: chance" in asked
         schema = read("schema")
         assert '"promote"' in schema and '"note"' in schema and "becomes champion" in schema
         client.resume_flow_run(run.id, run_input=answer)

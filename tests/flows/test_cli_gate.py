@@ -40,7 +40,7 @@ def test_explains_every_part_with_test_interval_margin_and_what_would_decide(tmp
         assert any(line.startswith(part) for line in lines), part
     for reason in verdict.reasons:
         assert reason.split(":")[0] in done.stdout
-    assert "look 1 of 4 of the year" in done.stdout and f"seal {verdict.seal[:16]} holds" in done.stdout
+    assert "look 1 of the year, of 4 planned" in done.stdout and f"seal {verdict.seal[:16]} holds" in done.stdout
 
 
 def test_as_json_it_is_the_verdict_and_what_was_checked(tmp_path: Path, verdict: Verdict) -> None:
