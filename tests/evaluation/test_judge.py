@@ -474,7 +474,7 @@ def test_answers_to_one_prompt_are_one_cluster(tmp_path: Path) -> None:
         rows = [
             {"row_id": f"{n:032x}", "prompt": [{"role": "user", "content": f"Question {n % 2}?"}]} for n in range(6)
         ]
-        told = [row | {"responses": [f"{who} {n}", who]} for n, row in enumerate(rows)]
+        told = [row | {"responses": [f"{who} {n}", who], "truncated": [False, False]} for n, row in enumerate(rows)]
         pq.write_table(pa.Table.from_pylist(told), tmp_path / who / "responses.parquet")
     config = JudgeConfig.model_validate({"benchmark": "heldout", "judge": JUDGE})
     pairs = pair_heldout(tmp_path / "ours", tmp_path / "theirs", config=config)
