@@ -111,6 +111,8 @@ class Difference(Config):
         float | None
     )  # a true difference this many show with 80 % power, one-sided at 5 %; None where nothing differs
     method: str
+    stratified_low: float | None = None  # of the same difference by Student's within tasks; None where there is one
+    stratified_high: float | None = None
 
 
 class Measure(Config):
@@ -243,8 +245,9 @@ def measure_benchmark(name: str, subjects: Sequence[Subject]) -> Measure:
     """Return all models' scores on one benchmark, paired by item."""
     results = [subject.results[name] for subject in subjects]
     row = next(row for row in results[0].scores if row.decides)
+    tasks = [task for task, _ in results[0].keys]
     differences = [
-        describe_difference(name, subject.name, *pair_items(result, results[0]))
+        describe_difference(name, subject.name, *pair_items(result, results[0]), strata=tasks)
         for subject, result in zip(subjects[1:], results[1:], strict=True)
     ]
     levels = [
@@ -336,7 +339,7 @@ def mean_characters(answer: Answer) -> float:
 def measure_prompts(
     what: str, detail: str, values: Sequence[Mapping[str, float]], subjects: Sequence[Subject]
 ) -> Measure:
-    """Return the means over the same prompts, with intervals clustered by prompt; refuse unlike prompts."""
+    """Return the means over the same prompts, rows of one prompt averaged first; refuse unlike prompts."""
     rows = sorted(values[0])
     for subject, own in zip(subjects, values, strict=True):
         if own.keys() != values[0].keys():
@@ -345,7 +348,9 @@ def measure_prompts(
                 f"{what}: the prompts must be the same; {unlike} are of only one of {subjects[0].name} and {subject.name}; generate and "
                 "score both from the same rows, with answers.max_prompt_tokens that no prompt is too long for"
             )
-    table = [np.array([own[row] for row in rows]) for own in values]
+    answers = subjects[0].answers  # a prompt set has each prompt once
+    prompts = [answers[row].prompt if row in answers else row for row in rows]
+    table = [statistics.average_clusters([own[row] for row in rows], prompts) for own in values]
     differences = [
         describe_difference(what, subject.name, own, table[0])
         for subject, own in zip(subjects[1:], table[1:], strict=True)
@@ -354,7 +359,7 @@ def measure_prompts(
         what=what,
         detail=detail,
         unit="prompts",
-        n=len(rows),
+        n=len(table[0]),
         levels=tuple(map(mean_level, table)),
         differences=tuple(differences),
     )
@@ -368,10 +373,16 @@ def mean_level(values_N: Scores) -> Level:
     return Level(value=test.mean, low=test.low, high=test.high)
 
 
-def describe_difference(what: str, subject: str, own_N: Scores, reference_N: Scores) -> Difference:
-    """Return own minus reference: Tango's interval and mid-p McNemar where all scores are 0 or 1, else paired t."""
+def describe_difference(
+    what: str, subject: str, own_N: Scores, reference_N: Scores, *, strata: Sequence[str] = ()
+) -> Difference:
+    """Return own minus reference: Tango's interval and mid-p McNemar where all scores are 0 or 1, else paired t; within `strata`
+    (n,), such as a benchmark's tasks, where there are several: beside Tango's, which knows none."""
     d_N = own_N - reference_N
     n, won, lost = len(d_N), int((d_N > 0).sum()), int((d_N < 0).sum())
+    alpha, within = (1 - CONFIDENCE) / 2, None
+    if len(set(strata)) > 1:
+        within = statistics.stratified_t(d_N, strata, alpha=alpha)
     if np.isin(own_N, (0, 1)).all() and np.isin(reference_N, (0, 1)).all():
         low, high = statistics.tango_interval(won, lost, n=n, confidence=CONFIDENCE)
         one_sided = statistics.mcnemar_midp(won, lost)
@@ -380,14 +391,15 @@ def describe_difference(what: str, subject: str, own_N: Scores, reference_N: Sco
     else:
         if n < 2:
             raise ValueError(f"{what}: got {n} pair, expected at least 2 for an interval; measure more")
-        test = statistics.paired_t(d_N, alpha=(1 - CONFIDENCE) / 2)
-        low, high, one_sided, method = test.low, test.high, test.p_value, "paired t"
+        test = within or statistics.paired_t(d_N, alpha=alpha)
+        low, high, one_sided, method = test.low, test.high, test.p_value, "t within tasks" if within else "paired t"
         detectable = statistics.detectable_mean(n, sd=test.sd, alpha=0.05) if test.sd > 0 else None
         if test.sd == 0:
             one_sided = 0.5  # without spread nothing is estimated
     return Difference(
         what=what, subject=subject, n=n, difference=float(d_N.mean()), low=low, high=high, won=won, lost=lost,
         p_value=min(1.0, 2 * min(one_sided, 1 - one_sided)), p_adjusted=1.0, detectable=detectable, method=method,
+        stratified_low=within.low if within else None, stratified_high=within.high if within else None,
     )  # fmt: skip
 
 

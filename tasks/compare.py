@@ -74,7 +74,7 @@ class Measured:
         return self.only is None or f"{record.step}/{record.fingerprint}" in self.only
 
 
-@step(version=3)
+@step(version=4)
 def compare(config: ComparisonConfig, attempt: Attempt) -> Metrics:
     """Lay models side by side. Inputs: of the model at place N `N_eval_<benchmark>`, `N_answers`, `N_rewards`, `N_set_<prompt set>`
     (its rewards), `N_judge_<benchmark>`, `N_rows`, and `N_tokens` of its answers and the first model's."""
@@ -339,8 +339,10 @@ def choose_one(
     common = [key for key in keys[0] if all(key in own for own in keys[1:])]
     if common:
         return [own[common[-1]] for own in keys]
-    place = next((place for place, held in enumerate(keys) if not keys[0].keys() & held.keys()), len(keys) - 1)
-    first, other, whose = pool[0][-1], pool[place][-1], found[place].name
+    newest = pool[0][-1]
+    key = fingerprint(strip(newest, known))
+    place = next(place for place, held in enumerate(keys) if key not in held)
+    first, other, whose = newest, pool[place][-1], found[place].name
     fields = "; ".join(diff_identities(*(strip(record, known) for record in (first, other)))[:5])
     raise ValueError(
         f"{MEASURE.sub('', name)}: scores of different profiles are never compared; {found[0].name} -> {whose}: {fields}; "

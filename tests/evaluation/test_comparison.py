@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from evaluation import statistics
-from evaluation.comparison import Answer, ItemText, Subject, TokenAnswers, Verdicts, colour, compare, rate_verdicts
+from evaluation.comparison import (
+    Answer,
+    Difference,
+    ItemText,
+    Subject,
+    TokenAnswers,
+    Verdicts,
+    colour,
+    compare,
+    rate_verdicts,
+)
 from evaluation.harness.result import BenchmarkResult, ScoreRow
 from evaluation.judges.judge import Judgement, Pair, Reply
 from evaluation.judges.scores import STRONG_WEIGHT, gather, win_rate
@@ -31,7 +41,7 @@ def result(scores: str, **profile: Any) -> BenchmarkResult:
 def subject(name: str, scores: str, rewards: tuple[float, ...] = (), **more: Any) -> Subject:
     found = result(scores)
     texts = {key: ItemText(f"{key[1]}?", f"{name} says {key[1]}", "right") for key in found.items}
-    answers = {f"row{n}": Answer("user: hello", (f"{name} answers {n}",), (n == 0,)) for n in range(len(rewards))}
+    answers = {f"row{n}": Answer(f"user: hello {n}", (f"{name} answers {n}",), (n == 0,)) for n in range(len(rewards))}
     return Subject(
         name=name, ref=f"train/{name}", results={"mmlu": found}, texts={"mmlu": texts}, answers=answers,
         rewards={f"row{n}": reward for n, reward in enumerate(rewards)}, **more,
@@ -70,6 +80,43 @@ def test_rewards_are_paired_by_prompt_and_p_values_adjusted_over_all_that_is_sho
     assert [d.p_adjusted for d in shown] == pytest.approx(list(adjust_holm([d.p_value for d in shown])))
     assert found.truncated == pytest.approx((1 / 3, 1 / 3, 1 / 3))
     assert found.samples[-1].rewards == (0.0, 1.0, 0.0)
+
+
+def test_rows_of_one_prompt_count_once() -> None:
+    rewards = ((0.0, 0.0, 0.0, 1.0, 1.0, 2.0), (1.0, 1.0, 1.0, 1.5, 1.5, 2.0))
+    models = [subject(name, "01", own) for name, own in zip("ab", rewards, strict=True)]
+    asked = ("one", "one", "one", "two", "two", "three")
+    for model in models:
+        assert isinstance(model.answers, dict)
+        for answer, (row, prompt) in zip(
+            [*model.answers.values()], zip(model.answers, asked, strict=True), strict=True
+        ):
+            model.answers[row] = replace(answer, prompt=prompt)
+    found = compare(models)
+    assert found.reward and found.reward.n == 3
+    (gain,) = found.reward.differences
+    test = statistics.paired_t([1.0, 0.5, 0.0], alpha=0.025)
+    assert (gain.n, gain.difference, gain.low, gain.high) == pytest.approx((3, 0.5, test.low, test.high))
+
+
+def test_tasks_of_a_benchmark_are_strata() -> None:
+    def scored(scores: tuple[float, ...]) -> Subject:
+        items = {(f"task{n // 3}", str(n)): score for n, score in enumerate(scores)}
+        texts = {key: ItemText("?", "a", "b") for key in items}
+        found = {"mmlu": replace(result("0"), items=items)}
+        return Subject(name=str(scores), ref="train/a", results=found, texts={"mmlu": texts})
+
+    def compared(first: tuple[float, ...], second: tuple[float, ...]) -> Difference:
+        (measure,) = compare([scored(first), scored(second)]).benchmarks
+        return measure.differences[0]
+
+    # a gain of 1 on every item of one task and none on the other's: no spread within tasks
+    whole = compared((0.0, 0.0, 0.0, 1.0, 1.0, 1.0), (1.0,) * 6)
+    assert (whole.stratified_low, whole.stratified_high) == (0.5, 0.5)
+    assert (whole.low, whole.high) == statistics.tango_interval(3, 0, n=6, confidence=0.95)
+    part = compared((0.0, 0.2, 0.4, 0.0, 0.0, 0.0), (1.0, 1.0, 1.0, 0.1, 0.0, 0.2))
+    test = statistics.stratified_t([1.0, 0.8, 0.6, 0.1, 0.0, 0.2], [0, 0, 0, 1, 1, 1], alpha=0.025)
+    assert part.method == "t within tasks" and (part.low, part.high) == (test.low, test.high)
 
 
 @pytest.mark.parametrize(

@@ -142,3 +142,12 @@ def test_judges_with_another_baseline_are_refused_and_a_whole_set_is_no_part_of_
     judge_answers(maker, models[1], {"q1": 1}, baseline="gpt-4-0613")
     with pytest.raises(ValueError, match=r"arena_hard_part: .* config\.baseline: .*gpt-4-0314.* -> .*gpt-4-0613"):
         plan(store, s3, *models)
+
+
+def test_three_models_alike_by_two_alone_are_refused_by_a_field(store: Store, maker: Maker, s3: Settings) -> None:
+    models = [maker.model(n) for n in (1, 2, 3)]
+    for model, limits in zip(models, ((3, 4), (3,), (4,)), strict=True):
+        for limit in limits:
+            score_set(maker, model, [0.0, 1.0], limit=limit)
+    with pytest.raises(ValueError, match=r"inputs\.rows\.inputs\.rows\.config\.limit: (3 -> 4|4 -> 3)"):
+        plan(store, s3, *models)
