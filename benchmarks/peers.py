@@ -19,7 +19,7 @@ from training.data.rows import read_rows
 from training.render import Renderer, UnusableRow
 
 GRPO_MICROBATCH = 16  # responses
-DPO_MICROBATCH = 4  # pairs; one of those that `--only dpo` sweeps
+DPO_MICROBATCH = 2  # pairs: the best of those that `--only dpo` sweeps
 NO_END = 100_000  # steps: the callback stops
 GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}  # by the column `length`
 

@@ -7,10 +7,10 @@ scorers are given, as the paper's is: their own training is in nobody's time, an
 **GRPO**: both methods train on the same prompts against the first reward model, and are looked at on the same held-out prompts, by the same
 sampled noise, when their own time passes the next of FIRST_LOOK_SECONDS * LOOK_RATIO^n; looking is in nobody's time, VAR's sampling and
 scoring is in its own. The target is set before anything trains: base + `target_gain` standard deviations of the reward within a prompt.
-Each method has three learning rates and counts by its best; GRPO's are tried for PILOT_SHARE of CENSORED_AT times VAR's time, then the best
+Both methods have the same three learning rates and count by their best; GRPO's are tried for PILOT_SHARE of CENSORED_AT times VAR's time, then the best
 has the whole of it from the start. A reward model and no rule-made reward, since such a one (length, say) moves with one token's probability.
 
-**DPO**: both have the same rows, batch and seconds (VAR's include its rewards and reference log-probabilities), four trials each on held-out prompts of
+**DPO**: both have the same rows, batch and seconds (VAR's include its rewards and reference log-probabilities), six trials each, of the same learning rates, on held-out prompts of
 their own, then three other seeds of the best, answered greedily and scored by the second reward model. The interval of the ratio is
 Fieller's, with the covariances of a bootstrap over prompts and seeds; where DPO's gain is not significant, there is no ratio.
 """
@@ -52,11 +52,13 @@ class Sizes:
     final_prompts: int = 96
     answer_tokens: int = 48
     seeds: int = 3
-    grpo_rates: Sequence[float] = (2e-5, 5e-6, 5e-5)  # TRL's default of 1e-6 is for larger models
-    var_rates: Sequence[float] = (1e-4, 3e-5, 3e-4)
+    rates: Sequence[float] = (1e-4, 3e-5, 3e-4)  # of both; TRL's default of 1e-6 is for larger models
     var_lambda: float = 0.5  # standard deviations of the reward within a prompt
-    dpo_trials: Sequence[Sequence[float]] = ((5e-6, 0.1), (5e-6, 0.3), (2e-5, 0.1), (2e-5, 0.3))  # learning rate, beta
-    var_trials: Sequence[Sequence[float]] = ((2e-5, 0.5), (2e-5, 1.0), (1e-4, 0.5), (1e-4, 1.0))  # and lambda
+    # Learning rate, and beta or lambda: the same rates for both.
+    dpo_trials: Sequence[Sequence[float]] = tuple((rate, beta) for rate in (5e-6, 2e-5, 1e-4) for beta in (0.1, 0.3))
+    var_trials: Sequence[Sequence[float]] = tuple(
+        (rate, lambda_) for rate in (5e-6, 2e-5, 1e-4) for lambda_ in (0.5, 1.0)
+    )
 
 
 def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
@@ -82,7 +84,7 @@ def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
     common = trained | {"target": target}
     ours = {
         rate: bench.measure("var_curve", learning_rate=rate, lambda_=sizes.var_lambda, epochs=sizes.var_epochs, samples=samples, **common)
-        for rate in sizes.var_rates
+        for rate in sizes.rates
     }  # fmt: skip
     told["grpo_var_curves"] = {rate: found["curve"] for rate, found in ours.items()}
     arrived = [found["seconds"] for found in ours.values() if found["arrived"]]
@@ -93,7 +95,7 @@ def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
 
 def race_grpo(bench: "Bench", *, var_seconds: float, common: dict[str, Any]) -> dict[str, Any]:
     """Give GRPO's learning rates their pilots and the best of them the whole time, and return the ratio."""
-    rates, limit = bench.sizes.grpo_rates, CENSORED_AT * var_seconds
+    rates, limit = bench.sizes.rates, CENSORED_AT * var_seconds
     best, pilots = limit * (PILOT_SHARE if len(rates) > 1 else 1), {}
     for rate in rates:
         pilots[rate] = bench.measure("grpo", learning_rate=rate, limit=round(best, 3), **common)

@@ -45,7 +45,7 @@ def bench(tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path) -> Bench:
     sizes = Sizes(
         reward_epochs=1, longest_pair=900, heldout_prompts=4, new_tokens=6, prompts=4, responses=2, batch_prompts=2, target_gain=-1e6,
         var_epochs=1, pairs=16, gain_seconds=0.5, tuning_prompts=2, final_prompts=4, answer_tokens=6, seeds=1,
-        grpo_rates=(1e-3,), var_rates=(1e-3,), dpo_trials=((1e-3, 0.1),), var_trials=((1e-3, 0.5),),
+        rates=(1e-3,), dpo_trials=((1e-3, 0.1),), var_trials=((1e-3, 0.5),),
     )  # fmt: skip
     paths = {"model": str(tiny_policy), "encoder": str(tiny_reward_model), "data": str(data)}
     return Bench(SHARED | paths | {"steps": 1}, tmp_path / "scratch", talk=False, sizes=sizes)
