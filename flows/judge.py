@@ -1,16 +1,18 @@
 """A judge on pairs of answers: a model on Arena-Hard, two models' held-out answers, or the judge itself on sets that test it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
 
-from evaluation.judges.config import AnyJudge, EndpointJudge
+from evaluation.gate.verdict import Noise
+from evaluation.judges.config import AnyJudge, EndpointJudge, JudgeConfig
 from flows.config import JudgeFlowConfig
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
 from tasks.execute import Execution
 from tasks.generate import generate
-from tasks.judge import QuestionsConfig, questions
+from tasks.judge import NOISE, QuestionsConfig, questions
 from tasks.judge import judge as judge_step
 from tasks.report import list_steps
 from tasks.sources import resolve_source
@@ -51,6 +53,12 @@ def plan_judge(config: JudgeFlowConfig, *, store: Store, settings: Settings) -> 
     return [*steps, judge_step(judging, inputs, runtime=runtime, label=judging.name)]
 
 
+def read_draws(summary: Mapping[str, Any], judging: JudgeConfig) -> dict[str, Any]:
+    """Return the noise floor of a judge that was asked several times."""
+    figures = {name: summary[name] for name in NOISE}
+    return Noise(varied="the judge's draw", runs=judging.repeats, **figures).model_dump(mode="json")
+
+
 @flow(name="judge", persist_result=False, validate_parameters=True)
 def judge(config: JudgeFlowConfig) -> dict[str, Any]:
     """Have a judge compare answers, each pair in both orders. A call that was answered is never made again."""
@@ -59,7 +67,12 @@ def judge(config: JudgeFlowConfig) -> dict[str, Any]:
     with Execution(settings, experiment=config.name, config=config.model_dump(mode="json")) as run:
         run.steps(*steps)
         summary = dict(run.ref(steps[-1]).record.summary)
-        scores = summary.pop("metrics")
+        scores = {figure: value for figure, value in summary.pop("metrics").items() if figure.startswith("eval/")}
         name = config.judging.name
-        flags = {name: summary["flag"]} if summary["flag"] else {}
-        return {"scores": scores, "flags": flags, "benchmarks": {name: summary}, "steps": list_steps(run)} | run.links
+        return {
+            "scores": scores,
+            "flags": {name: summary["flag"]} if summary["flag"] else {},
+            "benchmarks": {name: summary},
+            "noise": {name: [read_draws(summary, config.judging)]} if config.judging.repeats > 1 else {},
+            "steps": list_steps(run),
+        } | run.links

@@ -17,6 +17,7 @@ TOLD = (
     "position_bias", "order_agreement", "repeat_agreement", "tie_share", "longer_wins", "mean_answer_chars", "unparseable_pairs", "calls",
     "tokens",
 )  # fmt: skip
+NOISE = ("flip_rate", "max_difference")  # of a judge that draws, over its repeats
 EARLIER = 8  # evaluations whose calls are looked through
 
 
@@ -34,7 +35,7 @@ def questions(config: QuestionsConfig, attempt: Attempt) -> Metrics:
     return {"data/arena_hard": float(count)}
 
 
-@step(version=1)
+@step(version=2)
 def judge(config: JudgeConfig, attempt: Attempt) -> Metrics:
     """Have a judge say which of two answers is better. Inputs: `benchmark`, its files, and what evaluation.judges.judging lists."""
     take_over(config, cast(StepAttempt, attempt))  # the only one that needs the store
@@ -48,6 +49,7 @@ def describe(summary: dict[str, Any], *, config: JudgeConfig) -> Metrics:
     figures = {score: summary["value"], f"{score}_stderr": summary["stderr"], f"{start}/n": summary["items"]}
     figures |= {f"{score}_low": summary["low"], f"{score}_high": summary["high"]}
     figures |= {f"{start}/judge_{name}": summary.get(name) for name in TOLD}
+    figures |= {f"noise/{config.name}/judge_{name}": summary.get(name) for name in NOISE}
     for name, value in summary.items():
         group = name.removeprefix("accuracy_")
         if group != name:

@@ -20,6 +20,7 @@ from evaluation.judges.config import JudgeConfig, JudgeRuntime
 from evaluation.judges.judging import run
 from evaluation.judges.prompt import PAIRWISE
 from tasks.child import hand_over
+from tasks.judge import describe
 from tests.evaluation.chat_server import (
     ChatServer,
     Hang,
@@ -344,12 +345,15 @@ def test_a_request_to_stop_ends_it_with_what_is_under_way(
 
 
 def test_repeats_are_asked_of_a_judge_that_draws(serve: Callable[[Rule], ChatServer], make_job: JobMaker) -> None:
-    drawn = iter(["[[A>B]]", "[[B>A]]"] * 2 + ["[[A>B]]"] * 4)
+    drawn = iter(["[[A>B]]", "[[B>A]]", "[[B>A]]", "[[A>B]]"] + ["[[A>B]]"] * 4)  # ours twice, then theirs; the place
     server = serve(lambda _: next(drawn))
     job = make_job(items=2, repeats=2, judge=JUDGE | {"temperature": 1.0}, runtime={"concurrency": 1})
     run(job)
     found = summary_of(job)
     assert len(server.answered) == 8 and found["repeat_agreement"] == 0.5
+    assert (found["value"], found["flip_rate"], found["max_difference"]) == (0.5, 0.5, 0.5)
+    told = describe(found, config=JudgeConfig.model_validate(job.config))
+    assert (told["noise/evalbiasbench/judge_flip_rate"], told["noise/evalbiasbench/judge_max_difference"]) == (0.5, 0.5)
     with pytest.raises(ValueError, match="repeats: got 2 of a judge that does not draw"):
         make_job(repeats=2)
 

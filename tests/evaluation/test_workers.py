@@ -14,11 +14,12 @@ from typing import Any
 import psutil
 import pytest
 
-from evaluation.config import BenchmarkConfig
+from evaluation.config import BenchmarkConfig, VariedConfig
+from evaluation.harness.benchmark import run as run_job
 from evaluation.harness.run import evaluate
 from evaluation.harness.workers import WorkerDied
 from training.config import Device, Runtime
-from training.job import Interrupted
+from training.job import Interrupted, Job
 
 ONE = Runtime(device=Device.cpu, threads=1, microbatch_tokens=512)  # batches of two
 TWO = ONE.model_copy(update={"workers": 2, "threads": 2})
@@ -64,6 +65,38 @@ def test_two_workers_give_the_numbers_of_one_process(
     assert one == two, "log-probabilities, texts and the profile, to the last digit"
     assert len(one["answers"]) == (6 if config is GSM8K else 40)
     assert multiprocessing.active_children() == [], "no worker is left"
+
+
+class CountWorkers(threading.Event):
+    """A stop request that never comes; looked at, it counts the processes that work."""
+
+    most = 0
+
+    def is_set(self) -> bool:
+        self.most = max(self.most, len(multiprocessing.active_children()))
+        return False
+
+
+def test_a_run_that_varies_workers_has_as_many_and_the_numbers_of_one(
+    tiny_policy: Path, mirror: Path, tmp_path: Path
+) -> None:
+    one = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "one", runtime=ONE)
+    varied = VariedConfig.model_validate(GSM8K.model_dump() | {"workers": 2})
+    folders = {"output": tmp_path / "two" / "output", "work": tmp_path / "two" / "work"}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    job = Job(
+        name="benchmark",
+        config=varied.model_dump(mode="json"),
+        runtime=ONE.model_dump(mode="json"),
+        inputs={"model": tiny_policy, "mirror": mirror},
+        stop=(stop := CountWorkers()),
+        **folders,
+    )
+    run_job(job)
+    assert stop.most == 2
+    assert (folders["output"] / "samples.jsonl").read_text() == one["samples"]
+    assert json.loads((folders["output"] / "profile.json").read_text()) == one["profile"]
 
 
 class KillOne(threading.Event):
