@@ -149,11 +149,11 @@ class EvalSetConfig(Config):
 
 
 class PromptSetConfig(EvalSetConfig):
-    """Prompts that policies answer and a reward model scores."""
+    """Prompts that policies answer and a reward model scores, or a judge."""
 
-    name: Literal["hha_helpful", "hha_harmless", "offsetbias"] = Field(
+    name: Literal["hha_helpful", "hha_harmless", "offsetbias", "arena_hard"] = Field(
         title="Prompt set",
-        description="hha_helpful and hha_harmless: HH-RLHF's helpful-base and harmless-base test splits. offsetbias: the instructions of OffsetBias.",
+        description="hha_helpful and hha_harmless: HH-RLHF's helpful-base and harmless-base test splits. offsetbias: the instructions of OffsetBias. arena_hard: Arena-Hard's questions.",
     )
     limit: int | None = Field(
         None,

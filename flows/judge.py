@@ -5,21 +5,22 @@ from typing import Any
 
 from prefect import flow
 
+from evaluation.config import PromptSetConfig
+from evaluation.eval_sets import FOLDERS
 from evaluation.gate.verdict import Noise
 from evaluation.judges.config import AnyJudge, EndpointJudge, JudgeConfig
 from flows.config import JudgeFlowConfig
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
+from tasks.alignment import prompt_set
 from tasks.execute import Execution
 from tasks.generate import generate
-from tasks.judge import NOISE, QuestionsConfig, questions
+from tasks.judge import NOISE
 from tasks.judge import judge as judge_step
 from tasks.report import list_steps
 from tasks.sources import resolve_source
 from tasks.step import Given, Planned
 from training.config import Runtime
-
-FOLDERS = {"arena_hard": "arena-hard-v0.1", "evalbiasbench": "evalbiasbench", "llmbar": "llmbar"}
 
 
 def take_judge(judge: AnyJudge, model: str, *, store: Store, settings: Settings) -> dict[str, Given]:
@@ -45,7 +46,8 @@ def plan_judge(config: JudgeFlowConfig, *, store: Store, settings: Settings) -> 
         inputs["benchmark"] = source(f"{config.files}/{FOLDERS[judging.benchmark]}")
     if judging.benchmark == "arena_hard":
         plain = Runtime.model_validate(runtime.model_dump(include=set(Runtime.model_fields)))
-        rows = questions(QuestionsConfig(), {"benchmark": inputs["benchmark"]}, runtime=plain)
+        asked = PromptSetConfig(name="arena_hard")
+        rows = prompt_set(asked, {"raw": inputs["benchmark"]}, runtime=plain, label=asked.title)
         answers = config.answers.model_copy(update={"limit": judging.limit})
         policy = {"rows": rows, "policy": source(config.model)}
         steps = [rows, generate(answers, policy, runtime=plain, label=judging.name)]

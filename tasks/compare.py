@@ -264,9 +264,8 @@ def choose_alike(found: list[Measured], *, store: Store) -> None:
             if record.inputs["model"] == one.fingerprint and one.counts(record):
                 name = f"eval_{record.identity['config']['name']}"
                 pools.setdefault(name, [[] for _ in found])[place].append(record)
-    sets = {  # of prompts: what is answered there says nothing of held-out rows
-        record.fingerprint for kind in ("questions", "prompt_set") for record in records.iterate(store, kind)
-    }
+    # what is answered there says nothing of held-out rows
+    sets = {record.fingerprint for record in records.iterate(store, "prompt_set")}
     heldout = [record for record in records.iterate(store, "generate") if record.inputs["rows"] not in sets]
     answers = [[r for r in heldout if r.inputs["policy"] == one.fingerprint and one.counts(r)] for one in found]
     if any(answers):

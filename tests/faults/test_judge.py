@@ -89,7 +89,7 @@ def test_a_model_on_arena_hard(varflow: Command, done: dict[str, Any], tmp_path:
     with ChatServer(prefer_longer) as server:
         told = varflow.ask(*words, "--limit", "2", **with_key(server))
         assert 2 <= len(server.answered) <= 4
-    assert [step["step"] for step in told["steps"]] == ["questions", "generate", "judge"]
+    assert [step["step"] for step in told["steps"]] == ["prompt_set", "generate", "judge"]
     scores, found = told["scores"], told["benchmarks"]["arena_hard_part"]
     assert scores["eval/arena_hard_part/win_rate_low"] <= scores["eval/arena_hard_part/win_rate"] == found["value"]
     assert (found["items"], found["mean_other_answer_chars"]) == (2, 10) and "unavailable" in found["style_control"]
