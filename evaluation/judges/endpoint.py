@@ -18,7 +18,6 @@ POLL_SECONDS = 0.1
 DRAIN_SECONDS = 10.0  # what is under way may still be answered; below the time that the parent gives a child to end
 REFUSED = {400, 413, 422}  # this one request: too long for the model, or against the rules of whoever runs it
 REMEDIES = {  # of OpenAI's reasoning models: https://platform.openai.com/docs/api-reference/chat/create
-    "model": "check the judge's name",
     "temperature": "set judging.judge.temperature to one that it takes, such as 1",
     "max_tokens": "set runtime.cap_parameter to max_completion_tokens",
     "max_completion_tokens": "set runtime.cap_parameter to max_tokens",
@@ -123,9 +122,9 @@ class JudgeEndpoint:
 
     def _check_parameters(self, refusal: str) -> None:
         """Raise JudgeFailed where it is a parameter that is refused: it would be with every conversation."""
-        for parameter in self._request:
-            if f"'{parameter}'" in refusal and "unsupported" in refusal.lower():
-                raise JudgeFailed(f"{self._where} refuses {parameter}: {refusal}; {REMEDIES[parameter]}")
+        for parameter, remedy in REMEDIES.items():
+            if parameter in self._request and f"'{parameter}'" in refusal and "unsupported" in refusal.lower():
+                raise JudgeFailed(f"{self._where} refuses {parameter}: {refusal}; {remedy}")
 
     def close(self) -> None:
         """Close the connections."""
