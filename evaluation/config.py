@@ -123,6 +123,19 @@ class BenchmarkConfig(Config):
         return value
 
 
+class VariedConfig(BenchmarkConfig):
+    """A benchmark run again for the noise floor. Where processes are what is varied, their number is identity."""
+
+    workers: int | None = Field(
+        None, ge=1, title="Workers", description="In place of the runtime's, at least 1; empty keeps the runtime's."
+    )
+
+    @property
+    def benchmark(self) -> BenchmarkConfig:
+        """What was asked, without how."""
+        return BenchmarkConfig.model_validate(self.model_dump(exclude={"workers"}))
+
+
 class EvalSetConfig(Config):
     """A set that a reward model scores."""
 
@@ -136,11 +149,11 @@ class EvalSetConfig(Config):
 
 
 class PromptSetConfig(EvalSetConfig):
-    """Prompts that policies answer and a reward model scores."""
+    """Prompts that policies answer and a reward model scores, or a judge."""
 
-    name: Literal["hha_helpful", "hha_harmless", "offsetbias"] = Field(
+    name: Literal["hha_helpful", "hha_harmless", "offsetbias", "arena_hard"] = Field(
         title="Prompt set",
-        description="hha_helpful and hha_harmless: HH-RLHF's helpful-base and harmless-base test splits. offsetbias: the instructions of OffsetBias.",
+        description="hha_helpful and hha_harmless: HH-RLHF's helpful-base and harmless-base test splits. offsetbias: the instructions of OffsetBias. arena_hard: Arena-Hard's questions.",
     )
     limit: int | None = Field(
         None,
@@ -215,6 +228,9 @@ class NoiseConfig(Config):
     )
     batch_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (), title="Batch sizes", description="Other batch sizes, each at least 1, such as 1: every prompt alone."
+    )
+    workers: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), title="Workers", description="Other numbers of runtime.workers, each at least 1, such as 2."
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import PairSetConfig, PromptSetConfig
+from evaluation.judges.arena_hard import QUESTIONS_FILE, read_questions
 from evaluation.judges.sets import JudgeItem, read_evalbiasbench, read_llmbar
 from training.config import IngestConfig, ResponseRegime, SourceFormat
 from training.data.rows import RowsWriter
@@ -20,6 +21,7 @@ FOLDERS = {  # below the folder of benchmark files
     "hha_helpful": "hh-rlhf/helpful-base",
     "hha_harmless": "hh-rlhf/harmless-base",
     "offsetbias": "offsetbias",
+    "arena_hard": "arena-hard-v0.1",
     "evalbiasbench": "evalbiasbench",
     "llmbar": "llmbar",
 }
@@ -36,13 +38,12 @@ def write_prompts(folder: Path, config: PromptSetConfig, *, output: Path) -> dic
     """Write `rows.parquet`: each different prompt of the set once, without responses. Returns the counts.
 
     A row that ingestion would not take is left out and counted; more of them than ingestion allows is a ValueError, and so is a
-    limit beyond the prompts.
+    limit beyond the prompts. Rows of arena_hard keep the ids of its questions, by which a judge finds the other answers.
     """
-    file = find_file(folder, config.name)
+    file = folder / QUESTIONS_FILE if config.name == "arena_hard" else find_file(folder, config.name)
     rows: dict[str, Row] = {}
     counts = {"read": 0, "unusable": 0, "repeated": 0}
-    for prompt, line in read_prompts(file, config.name, counts=counts):
-        row_id = digest_row(prompt, [])
+    for row_id, prompt, line in read_prompts(file, config.name, counts=counts):
         counts["repeated"] += row_id in rows
         rows.setdefault(row_id, make_row(row_id, prompt, [], preferred=None, source=file.name, line=line))
     if counts["unusable"] > INGEST.max_invalid_fraction * counts["read"] or not rows:
@@ -98,8 +99,13 @@ def find_file(folder: Path, name: str) -> Path:
     raise ValueError(f"{name} {folder}: got {', '.join(p.name for p in files)}, expected {names}, perhaps as .gz")
 
 
-def read_prompts(file: Path, name: str, *, counts: dict[str, int]) -> Iterator[tuple[list[Message], int]]:
-    """Yield (prompt, line) of every usable row, counting all that are read and those left out."""
+def read_prompts(file: Path, name: str, *, counts: dict[str, int]) -> Iterator[tuple[str, list[Message], int]]:
+    """Yield (row id, prompt, line) of every usable row, counting all that are read and those left out."""
+    if name == "arena_hard":
+        for line, (uid, question) in enumerate(read_questions(file.parent).items(), start=1):
+            counts["read"] += 1
+            yield uid, [{"role": "user", "content": question}], line
+        return
     is_hh = name != "offsetbias"
     for row in read_source(file):
         counts["read"] += 1
@@ -111,7 +117,7 @@ def read_prompts(file: Path, name: str, *, counts: dict[str, int]) -> Iterator[t
         except UnusableRow:
             counts["unusable"] += 1
             continue
-        yield parsed.prompt, row.line
+        yield digest_row(parsed.prompt, []), parsed.prompt, row.line
 
 
 def as_responses(value: Any) -> Any:

@@ -47,12 +47,19 @@ class Server:
     """
 
     def __init__(self, url: str, *, key: str, connections: int, stop: Stop, halted: threading.Event) -> None:
+        try:
+            authorities = httpx.create_ssl_context()
+        except OSError as error:
+            raise ValueError(
+                f"SSL_CERT_FILE or SSL_CERT_DIR: {error}; expected certificates in PEM format; correct it, or unset it"
+            ) from None
         self._key, self._stop, self._halted = key, stop, halted
         self._client = httpx.Client(
             base_url=url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS, pool=None),
             limits=httpx.Limits(max_connections=connections),
+            verify=authorities,
             trust_env=False,  # a proxy would be another host
         )
 
@@ -80,6 +87,11 @@ class Server:
         try:
             response = self._client.request(method, path, **options)
         except httpx.RequestError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                raise ValueError(
+                    f"{self._client.base_url.host}: {self._show(str(error))}; set SSL_CERT_FILE to the certificate of the authority that "
+                    "signed the server's"
+                ) from None
             raise Unanswered(f"{type(error).__name__}: {self._show(str(error))}") from None
         status, said = response.status_code, self._show(response.text)
         if status in PASSING:

@@ -295,7 +295,8 @@ def run_benchmark(
         int | None, typer.Option("--limit", min=1, help="First items of each task or set; a part is named as one.")
     ] = None,
     noise: Annotated[
-        bool, typer.Option("--noise", help="Also vary few-shot seed and batch size: how far does each score move?")
+        bool,
+        typer.Option("--noise", help="Also vary few-shot seed, batch size and workers: how far does each score move?"),
     ] = False,
     backend: Annotated[
         str | None, typer.Option("--backend", help="transformers, vllm or openai; the last with --endpoint.")
@@ -316,18 +317,18 @@ def run_benchmark(
     as_json: Json = False,
 ) -> None:
     """Run a profile of benchmarks on a model; hha and alignment have its answers scored, reward_bias tests a reward model."""
-    from evaluation.config import NoiseConfig
     from evaluation.suites import limit_suite, place_suite, read_suite
     from flows.config import BenchmarkFlowConfig
     from flows.overrides import override
+    from tasks.noise import choose_noise
 
     suite = place_suite(read_suite(profile), backend=backend, endpoint=endpoint)
     suite = suite if limit is None else limit_suite(suite, limit)
-    varied = NoiseConfig(seeds=2, batch_sizes=(1,)) if noise else NoiseConfig()
-    config = BenchmarkFlowConfig(
-        model=model, benchmarks=files, suite=suite, noise=varied, reward=reward, baseline=baseline
-    )
+    config = BenchmarkFlowConfig(model=model, benchmarks=files, suite=suite, reward=reward, baseline=baseline)
     config = override(config, changes or [])
+    if noise:
+        varied = choose_noise(config.suite, config.runtime)  # how it is run is known now; what was set of it holds
+        config = override(config.model_copy(update={"noise": varied}), changes or [])
     launch("benchmark", config, on=on, as_json=as_json)
 
 

@@ -1,24 +1,26 @@
 """A judge on pairs of answers: a model on Arena-Hard, two models' held-out answers, or the judge itself on sets that test it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from prefect import flow
 
-from evaluation.eval_sets import check_limit
-from evaluation.judges.config import AnyJudge, EndpointJudge
+from evaluation.config import PromptSetConfig
+from evaluation.eval_sets import FOLDERS, check_limit
+from evaluation.gate.verdict import Noise
+from evaluation.judges.config import AnyJudge, EndpointJudge, JudgeConfig
 from flows.config import JudgeFlowConfig
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
+from tasks.alignment import prompt_set
 from tasks.execute import Execution
 from tasks.generate import generate
-from tasks.judge import QuestionsConfig, questions
+from tasks.judge import NOISE
 from tasks.judge import judge as judge_step
 from tasks.report import list_steps
 from tasks.sources import resolve_source
 from tasks.step import Given, Planned
 from training.config import Runtime
-
-FOLDERS = {"arena_hard": "arena-hard-v0.1", "evalbiasbench": "evalbiasbench", "llmbar": "llmbar"}
 
 
 def take_judge(judge: AnyJudge, model: str, *, store: Store, settings: Settings) -> dict[str, Given]:
@@ -44,12 +46,19 @@ def plan_judge(config: JudgeFlowConfig, *, store: Store, settings: Settings) -> 
         inputs["benchmark"] = source(f"{config.files}/{FOLDERS[judging.benchmark]}")
     if judging.benchmark == "arena_hard":
         plain = Runtime.model_validate(runtime.model_dump(include=set(Runtime.model_fields)))
-        rows = questions(QuestionsConfig(), {"benchmark": inputs["benchmark"]}, runtime=plain)
+        asked = PromptSetConfig(name="arena_hard")
+        rows = prompt_set(asked, {"raw": inputs["benchmark"]}, runtime=plain, label=asked.title)
         answers = config.answers.model_copy(update={"limit": judging.limit})
         policy = {"rows": rows, "policy": source(config.model)}
         steps = [rows, generate(answers, policy, runtime=plain, label=judging.name)]
         inputs["answers"] = steps[-1]
     return [*steps, judge_step(judging, inputs, runtime=runtime, label=judging.name)]
+
+
+def read_draws(summary: Mapping[str, Any], judging: JudgeConfig) -> dict[str, Any]:
+    """Return the noise floor of a judge that was asked several times."""
+    figures = {name: summary[name] for name in NOISE}
+    return Noise(varied="the judge's draw", runs=judging.repeats, **figures).model_dump(mode="json")
 
 
 @flow(name="judge", persist_result=False, validate_parameters=True)
@@ -63,7 +72,12 @@ def judge(config: JudgeFlowConfig) -> dict[str, Any]:
             check_limit(config.judging.limit, asked, what="arena_hard: questions")
         run.steps(*steps)
         summary = dict(run.ref(steps[-1]).record.summary)
-        scores = summary.pop("metrics")
+        scores = {figure: value for figure, value in summary.pop("metrics").items() if figure.startswith("eval/")}
         name = config.judging.name
-        flags = {name: summary["flag"]} if summary["flag"] else {}
-        return {"scores": scores, "flags": flags, "benchmarks": {name: summary}, "steps": list_steps(run)} | run.links
+        return {
+            "scores": scores,
+            "flags": {name: summary["flag"]} if summary["flag"] else {},
+            "benchmarks": {name: summary},
+            "noise": {name: [read_draws(summary, config.judging)]} if config.judging.repeats > 1 else {},
+            "steps": list_steps(run),
+        } | run.links

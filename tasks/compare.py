@@ -286,9 +286,9 @@ def choose_alike(found: list[Measured], *, store: Store) -> None:
 
     What only some have is left to each of them, for the comparison to say so.
     """
-    kinds = ("prompt_set", "questions", "generate", "evaluate", "score_rewards", "judge")
+    kinds = ("prompt_set", "generate", "evaluate", "score_rewards", "judge")
     measured = sorted((r for kind in kinds for r in records.iterate(store, kind)), key=lambda r: r.created)
-    known = {record.fingerprint: record for record in measured if record.step in kinds[:3]}
+    known = {record.fingerprint: record for record in measured if record.step in kinds[:2]}
     pools: dict[str, list[list[Record]]] = {}
     for record in measured:
         name, model = name_measure(record, known)

@@ -2,7 +2,7 @@
 
 import json
 
-from evaluation.config import BenchmarkConfig
+from evaluation.config import BenchmarkConfig, VariedConfig
 from evaluation.harness.mirror import build_mirror
 from tasks.step import Attempt, Metrics, step
 from training.config import Config
@@ -35,8 +35,9 @@ def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
 
 
 @step(version=1)
-def evaluate_varied(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
-    """Run one benchmark on one model under another few-shot seed or batch size, for the noise floor: no score to compare models by.
+def evaluate_varied(config: VariedConfig, attempt: Attempt) -> Metrics:
+    """Run one benchmark on one model under another few-shot seed, batch size or number of workers, for the noise floor: no score to
+    compare models by.
 
     Inputs: `model`, `mirror`.
     """

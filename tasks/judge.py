@@ -1,4 +1,4 @@
-"""Judging: Arena-Hard's questions as prompts, and a judge's verdicts on pairs of answers."""
+"""Judging: a judge's verdicts on pairs of answers."""
 
 import json
 import re
@@ -9,29 +9,14 @@ from infra import records
 from infra.records import Record
 from tasks.execute import StepAttempt
 from tasks.step import Attempt, Metrics, step
-from training.config import Config
-from training.job import write_json
 
 CALLS_FILE = "calls.jsonl"  # of evaluation.judges.judging, which needs SciPy
 TOLD = (
     "position_bias", "order_agreement", "repeat_agreement", "tie_share", "longer_wins", "mean_answer_chars", "unparseable_pairs", "calls",
     "tokens",
 )  # fmt: skip
+NOISE = ("flip_rate", "max_difference")  # of a judge that draws, over its repeats
 EARLIER = 8  # evaluations whose calls are looked through
-
-
-class QuestionsConfig(Config):
-    """Nothing to choose: the questions follow from their file."""
-
-
-@step(version=1)
-def questions(config: QuestionsConfig, attempt: Attempt) -> Metrics:
-    """Lay Arena-Hard's questions out as held-out rows without responses. Input: `benchmark`, the folder of its files."""
-    from evaluation.judges.arena_hard import write_questions
-
-    count = write_questions(attempt.inputs["benchmark"], attempt.output)
-    write_json(attempt.output / "summary.json", {"rows": count})
-    return {"data/arena_hard": float(count)}
 
 
 @step(version=2)
@@ -52,6 +37,7 @@ def describe(summary: dict[str, Any], *, config: JudgeConfig) -> Metrics:
     figures = {score: summary["value"], f"{score}_stderr": summary["stderr"], f"{start}/n": summary["items"]}
     figures |= {f"{score}_low": summary["low"], f"{score}_high": summary["high"]}
     figures |= {f"{start}/judge_{name}": summary.get(name) for name in TOLD}
+    figures |= {f"noise/{config.name}/judge_{name}": summary.get(name) for name in NOISE}
     for name, value in summary.items():
         group = name.removeprefix("accuracy_")
         if group != name:

@@ -5,24 +5,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from evaluation.config import BenchmarkConfig, NoiseConfig, SuiteConfig
+from evaluation.config import Backend, NoiseConfig, SuiteConfig, VariedConfig
 from evaluation.gate.verdict import Noise
 from tasks.evaluate import evaluate_varied
 from tasks.step import Attempt, Given, Metrics, Planned, step
-from training.config import Runtime
+from training.config import Device, Runtime
 from training.job import write_json
 
 if TYPE_CHECKING:
     from evaluation.harness.result import BenchmarkResult
 
-VARIED = {"seed": "few-shot seed", "batch": "batch size"}
+VARIED = {"seed": "few-shot seed", "batch": "batch size", "workers": "number of workers"}
 FILE = "noise.json"
 
 
 @step(version=1)
 def noise(config: NoiseConfig, attempt: Attempt) -> Metrics:
     """Compare runs of one model that vary one thing. Inputs: `eval_<benchmark>`, and the same varied as
-    `<kind>_<value>_eval_<benchmark>`, of the kinds seed and batch."""
+    `<kind>_<value>_eval_<benchmark>`, of the kinds seed, batch and workers."""
     from evaluation.gate.decide import measure_noise  # SciPy
     from evaluation.harness.result import read_result
 
@@ -58,7 +58,11 @@ def plan_noise(
     runtime: Runtime,
 ) -> tuple[list[Planned], Planned] | None:
     """Return the varied evaluations of a model and the step that compares them with those `measured` of it, by benchmark; None where
-    nothing is varied."""
+    nothing is varied. ValueError for a number of workers that the run as it is has, too."""
+    if runtime.workers in config.workers:
+        raise ValueError(
+            f"noise.workers: got {runtime.workers}, which is runtime.workers, so nothing would vary; expected other numbers; take it out"
+        )
     inputs: dict[str, Given] = {"model": model, "mirror": files}
     varied = {
         f"{kind}_{value}_eval_{benchmark.name}": evaluate_varied(
@@ -73,10 +77,23 @@ def plan_noise(
     return [*varied.values()], noise(config, as_it_is | varied, runtime=runtime)
 
 
-def vary(suite: SuiteConfig, config: NoiseConfig) -> Iterator[tuple[str, int, BenchmarkConfig]]:
-    """Yield (kind, value, benchmark) of each benchmark under each other few-shot seed, where it draws examples, and batch size."""
+def choose_noise(suite: SuiteConfig, runtime: Runtime) -> NoiseConfig:
+    """Return what `varflow benchmark --noise` varies: two more few-shot seeds, every prompt alone, and two worker processes, or one where
+    the runtime has more. No workers with vLLM, which spreads one model over them, nor on a single GPU, which two would not fit on."""
+    import torch  # seconds, of a command that takes minutes
+
+    backends = {benchmark.backend for benchmark in suite.benchmarks}
+    alone = Backend.transformers in backends and runtime.device != Device.cpu and torch.cuda.device_count() == 1
+    workers = () if alone or Backend.vllm in backends else (2 if runtime.workers == 1 else 1,)
+    return NoiseConfig(seeds=2, batch_sizes=(1,), workers=workers)
+
+
+def vary(suite: SuiteConfig, config: NoiseConfig) -> Iterator[tuple[str, int, VariedConfig]]:
+    """Yield (kind, value, benchmark) of each benchmark under each other few-shot seed, where it draws examples, batch size and number of
+    workers."""
     for benchmark in suite.benchmarks:
         changes = [("seed", "seed", benchmark.seed + n + 1) for n in range(config.seeds) if benchmark.num_fewshot]
         changes += [("batch", "batch_size", size) for size in config.batch_sizes]
+        changes += [("workers", "workers", workers) for workers in config.workers]
         for kind, field, value in changes:
-            yield kind, value, BenchmarkConfig.model_validate(benchmark.model_dump() | {field: value})
+            yield kind, value, VariedConfig.model_validate(benchmark.model_dump() | {field: value})

@@ -42,7 +42,7 @@ class BoundState(StrEnum):
 class Noise(Config):
     """How far one model's score moves between runs that vary one thing that should not matter."""
 
-    varied: str  # few-shot seed, or batch size
+    varied: str  # few-shot seed, batch size, number of workers, or the judge's draw
     runs: int
     flip_rate: float  # share of items whose score differs between two runs
     max_difference: float  # of the score between two runs

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evaluation.config import BenchmarkConfig
+from evaluation.config import VariedConfig
 from evaluation.harness.mirror import FILL, missing_data
 from training.config import Runtime
 from training.job import Job, write_json
@@ -27,8 +27,10 @@ def run(job: Job) -> None:
     A run that was stopped or killed goes on from the answers it has kept in `work`; its partial files are overwritten. The key of an
     endpoint, if it has one, is the first line of the standard input.
     """
-    config = BenchmarkConfig.model_validate(job.config)
-    runtime = Runtime.model_validate(job.runtime)
+    varied = VariedConfig.model_validate(job.config)
+    config, runtime = varied.benchmark, Runtime.model_validate(job.runtime)
+    if varied.workers:
+        runtime = runtime.model_copy(update={"workers": varied.workers})
     mirror = job.inputs["mirror"]
     missing = missing_data(mirror, [config])
     if missing:

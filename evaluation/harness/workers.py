@@ -104,8 +104,8 @@ def check_devices(copies: Copies) -> None:
     there = torch.cuda.device_count()
     if resolve_device(copies.device).type == "cuda" and copies.workers > there:
         raise ValueError(
-            f"runtime.workers: got {copies.workers}, but torch sees {there} GPUs here; expected a GPU for each worker; set it to "
-            f"{there} or less"
+            f"runtime.workers: got {copies.workers}, but torch sees {there} GPUs here; expected a GPU for each worker; set it, and "
+            f"noise.workers, to {there} or less"
         )
 
 

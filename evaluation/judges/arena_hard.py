@@ -7,14 +7,11 @@ Source: github lmarena/arena-hard-auto; arXiv 2406.11939.
 
 import re
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from evaluation.harness.mirror import find, parse, pick, read_jsonl, read_text
 from evaluation.judges.prompt import JudgePrompt
-from training.data.rows import RowsWriter
-from training.data.schema import SCHEMA
 
 QUESTIONS_FILE, CONFIG_FILE, SYSTEM_FILE = (
     "question.jsonl",
@@ -37,17 +34,6 @@ def read_questions(folder: Path) -> dict[str, str]:
             "repository's own file; fetch it again"
         )
     return dict(sorted(questions.items()))
-
-
-def write_questions(folder: Path, output: Path) -> int:
-    """Write the questions as the rows of a held-out split, which a policy answers like any other; return how many."""
-    questions = read_questions(folder)
-    with RowsWriter(output / "rows.parquet", SCHEMA) as out:
-        for line, (uid, prompt) in enumerate(questions.items(), start=1):
-            row: dict[str, Any] = dict.fromkeys(SCHEMA.names)
-            row |= {"row_id": uid, "split": "heldout", "prompt": [{"role": "user", "content": prompt}], "responses": []}
-            out.write([row | {"source": QUESTIONS_FILE, "line": line}])
-    return len(questions)
 
 
 def read_stored_answers(folder: Path, model: str) -> dict[str, str]:

@@ -104,6 +104,11 @@ class JudgeRuntime(Runtime):
         title="Concurrency",
         description="Calls to an endpoint that are under way at once, from 1 to 256.",
     )
+    cap_parameter: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens",
+        title="Parameter of the cap",
+        description="Under which name an endpoint takes the answer cap: max_completion_tokens for OpenAI's reasoning models, which count their reasoning in it.",
+    )
     patience_seconds: float = Field(
         120.0,
         gt=0,

@@ -17,6 +17,11 @@ from training.job import Interrupted
 POLL_SECONDS = 0.1
 DRAIN_SECONDS = 10.0  # what is under way may still be answered; below the time that the parent gives a child to end
 REFUSED = {400, 413, 422}  # this one request: too long for the model, or against the rules of whoever runs it
+REMEDIES = {  # of OpenAI's reasoning models: https://platform.openai.com/docs/api-reference/chat/create
+    "temperature": "set judging.judge.temperature to one that it takes, such as 1",
+    "max_tokens": "set runtime.cap_parameter to max_completion_tokens",
+    "max_completion_tokens": "set runtime.cap_parameter to max_tokens",
+}
 
 
 class JudgeEndpoint:
@@ -37,7 +42,7 @@ class JudgeEndpoint:
         self._request = {
             "model": judge.model,
             "temperature": judge.temperature,
-            "max_tokens": config.max_answer_tokens,
+            runtime.cap_parameter: config.max_answer_tokens,
         }
         self._runtime, self._check_stop, self._halted = runtime, check_stop, threading.Event()
         self._where = f"judge {self.name}: the endpoint {urlsplit(url).hostname}"
@@ -108,11 +113,18 @@ class JudgeEndpoint:
             raise JudgeFailed(f"{self._where} did not answer within {patience}: {error}") from None
         except Refused as refusal:
             if refusal.status in REFUSED:
+                self._check_parameters(str(refusal))
                 return Reply(str(refusal), "refused", "", 0, 0)
             raise JudgeFailed(
                 f"{self._where} refuses: {refusal}; check VARFLOW_JUDGE_URL, VARFLOW_JUDGE_API_KEY and the judge's name"
             ) from None
         return reply
+
+    def _check_parameters(self, refusal: str) -> None:
+        """Raise JudgeFailed where it is a parameter that is refused: it would be with every conversation."""
+        for parameter, remedy in REMEDIES.items():
+            if parameter in self._request and f"'{parameter}'" in refusal and "unsupported" in refusal.lower():
+                raise JudgeFailed(f"{self._where} refuses {parameter}: {refusal}; {remedy}")
 
     def close(self) -> None:
         """Close the connections."""

@@ -26,10 +26,12 @@ from evaluation.judges.scores import (
     describe_lengths,
     gather,
     show_lost,
+    take_repeats,
     win_rate,
 )
 from evaluation.judges.sets import JudgeItem, read_evalbiasbench, read_llmbar
 from evaluation.responses import Responses
+from evaluation.statistics import measure_noise
 from training.data.rows import find_rows_file
 from training.job import Job, write_json
 from training.metrics import MetricsWriter
@@ -75,6 +77,8 @@ def run(job: Job) -> None:
     judged = gather(judgements)
     rows = score_rows(judged, config=config, judge=backend.name, prompt=prompt)
     summary = summarise(judged, judgements, rows, config=config, caller=caller)
+    if config.repeats > 1:
+        summary |= measure_draws(judged, config=config, judge=backend.name, prompt=prompt)
     write_samples(judged, job.output / "samples.jsonl")
     write_json(
         job.output / "profile.json",
@@ -247,6 +251,16 @@ def score_rows(judged: Judged, *, config: JudgeConfig, judge: str, prompt: Judge
     against = f"against {config.baseline}" if config.benchmark == "arena_hard" else "challenger against champion"
     figures = {"value": rate.value, "stderr": rate.stderr, "low": rate.low, "high": rate.high, "n": len(judged.counted)}
     return [same | {"task": against, "metric": "win_rate", "decides": True} | figures]
+
+
+def measure_draws(judged: Judged, *, config: JudgeConfig, judge: str, prompt: JudgePrompt) -> Row:
+    """Return the noise floor of a judge that draws: how many pairs it judges otherwise, and how far the score moves, from one repeat to
+    another, each taken alone."""
+    repeats = take_repeats(judged)
+    floor = measure_noise([[pair.score for pair in repeat.counted] for repeat in repeats])
+    rows = (row for repeat in repeats for row in score_rows(repeat, config=config, judge=judge, prompt=prompt))
+    values = [row["value"] for row in rows if row["decides"]]
+    return {"flip_rate": floor.flip_rate, "max_difference": max(values) - min(values)}
 
 
 def summarise(

@@ -70,6 +70,12 @@ def gather(judgements: Sequence[Judgement]) -> Judged:
     return judged
 
 
+def take_repeats(judged: Judged) -> list[Judged]:
+    """Return the pairs that count as each repeat alone judged them."""
+    repeats = range(len(judged.counted[0].both))
+    return [Judged([JudgedPair(pair.pair, (pair.both[repeat],)) for pair in judged.counted]) for repeat in repeats]
+
+
 def to_score(margin: int) -> float:
     """Return 1 for a win, 1/2 for a tie, 0 for a loss."""
     return (np.sign(margin) + 1) / 2

@@ -3,10 +3,12 @@
 import itertools
 import json
 import re
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -66,7 +68,7 @@ class StandardInput:
 class ChatServer:
     """Answers `POST /v1/chat/completions` by its rule. `asked` are the requests that came, `answered` those it gave a verdict to."""
 
-    def __init__(self, rule: Rule) -> None:
+    def __init__(self, rule: Rule, *, certificate: Path | None = None) -> None:
         self.rule, self.model = rule, "judge-2026"
         self.asked: list[dict[str, Any]] = []
         self.answered: list[Messages] = []
@@ -90,7 +92,11 @@ class ChatServer:
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self._server.server_port}/v1"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     def _answer(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))

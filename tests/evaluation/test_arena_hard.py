@@ -8,7 +8,9 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from evaluation.judges.arena_hard import read_prompt, read_questions, read_stored_answers, write_questions
+from evaluation.config import PromptSetConfig
+from evaluation.eval_sets import write_prompts
+from evaluation.judges.arena_hard import read_prompt, read_questions, read_stored_answers
 from evaluation.judges.config import JudgeConfig, JudgeRuntime
 from evaluation.judges.judging import run
 from tests.evaluation.arena_files import write_arena
@@ -177,7 +179,8 @@ def test_the_real_files(real_data: Path, endpoint: ChatServer, tmp_path: Path) -
     questions = read_questions(folder)
     baseline, other = (read_stored_answers(folder, name) for name in ("gpt-4-0314", "gpt-3.5-turbo-0125"))
     assert len(questions) == 500 and questions.keys() == baseline.keys() == other.keys()
-    assert write_questions(folder, tmp_path) == 500
+    counts = write_prompts(folder, PromptSetConfig(name="arena_hard"), output=tmp_path)
+    assert counts == {"read": 500, "unusable": 0, "repeated": 0, "rows": 500}
     rows = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert [row["row_id"] for row in rows] == list(questions) and rows[0]["prompt"][0]["content"] == questions[
         rows[0]["row_id"]

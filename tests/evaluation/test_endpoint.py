@@ -1,10 +1,10 @@
 """The backend `openai` against a real HTTP server with a real model: the numbers of this process, and every way to fail."""
 
-import json
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,18 @@ from evaluation.gate.policy import check_proven
 from evaluation.harness.benchmark import summarise
 from evaluation.harness.endpoint import EndpointFailed, locate
 from evaluation.harness.result import pair_items, read_result
-from evaluation.harness.run import evaluate
 from evaluation.suites import find_profile, paper, place_suite
 from infra.settings import child_environment
 from tasks.child import ChildJob, UserError, run_child
 from tests.evaluation.completions_server import CompletionsServer
+from tests.evaluation.evaluated import GSM8K, MMLU, read_answers, run
 from training.config import Device, Runtime
-from training.job import write_json
 
 NAME = "tiny-llama"
 KEY = "sk-not-to-be-seen-anywhere"
 RUNTIME = Runtime(device=Device.cpu, threads=1, workers=3)
-MMLU = BenchmarkConfig(
-    name="mmlu_part", tasks=("mmlu_anatomy", "mmlu_virology"), num_fewshot=0, metric="acc", max_length=1024
-)
+ask = partial(run, runtime=RUNTIME)
 CHAT = MMLU.model_copy(update={"chat_template": True, "num_fewshot": 2, "system_prompt": "Be brief."})
-GSM8K = BenchmarkConfig(
-    name="gsm8k_part",
-    tasks=("gsm8k",),
-    num_fewshot=2,
-    metric="exact_match",
-    filter="strict-match",
-    max_gen_toks=12,
-    max_length=1024,
-)
 HUMANEVAL = BenchmarkConfig(
     name="humaneval_part", tasks=("humaneval",), metric="pass@1", filter="create_test", max_gen_toks=6, max_length=1024
 )
@@ -68,50 +56,32 @@ def behind(config: BenchmarkConfig, server: CompletionsServer, **endpoint: str) 
     return config.model_copy(update={"backend": Backend.openai, "endpoint": where})
 
 
-def run(model: Path, mirror: Path, config: BenchmarkConfig, *, folder: Path, **options: Any) -> dict[str, Any]:
-    (folder / "output").mkdir(parents=True, exist_ok=True)
-    options = {"stop": threading.Event(), "runtime": RUNTIME} | options
-    rows = evaluate(model, mirror, config, output=folder / "output", work=folder / "work", **options)
-    write_json(folder / "output" / "scores.json", rows)
-    samples = (folder / "output" / "samples.jsonl").read_text().splitlines()
-    return {
-        "rows": rows,
-        "samples": [json.loads(line) for line in samples],
-        "profile": json.loads((folder / "output" / "profile.json").read_text()),
-        "answers": dict(read_answers(folder)),
-    }
-
-
-def read_answers(folder: Path) -> list[Any]:
-    return [json.loads(line) for line in (folder / "work" / "responses.jsonl").read_text().splitlines()[1:]]
-
-
 @pytest.mark.parametrize("config", [MMLU, CHAT, GSM8K, HUMANEVAL], ids=["choices", "chat", "generation", "programs"])
 def test_an_endpoint_gives_the_numbers_of_this_process(
     tiny_policy: Path, card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer, config: BenchmarkConfig
 ) -> None:
-    here = run(tiny_policy, mirror, config, folder=tmp_path / "here", runtime=Runtime(device=Device.cpu))
-    there = run(card, mirror, behind(config, server), folder=tmp_path / "there")
-    assert there["samples"] == here["samples"] and there["rows"] == here["rows"]
-    assert there["answers"].keys() == here["answers"].keys()
-    for request, answer in here["answers"].items():
+    here = run(tiny_policy, mirror, config, folder=tmp_path / "here")
+    there = ask(card, mirror, behind(config, server), folder=tmp_path / "there")
+    assert there.samples == here.samples and there.rows == here.rows
+    assert there.answers.keys() == here.answers.keys()
+    for request, answer in here.answers.items():
         if isinstance(answer, dict):
-            assert there["answers"][request] == answer
+            assert there.answers[request] == answer
         else:
-            assert there["answers"][request] == [pytest.approx(answer[0], abs=1e-4), answer[1]]
+            assert there.answers[request] == [pytest.approx(answer[0], abs=1e-4), answer[1]]
     assert 1 < server.most_under_way <= RUNTIME.workers
     same = ("prompts_sha256", "data_sha256", "tokenizer_sha256", "template_sha256", "bos", "probe", "tasks")
-    assert {name: there["profile"][name] for name in same} == {name: here["profile"][name] for name in same}
+    assert {name: there.profile[name] for name in same} == {name: here.profile[name] for name in same}
 
 
 def test_what_is_served_is_told_and_not_proven(
     card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer
 ) -> None:
-    profile = run(card, mirror, behind(GSM8K, server, revision="step 40"), folder=tmp_path / "a")["profile"]
+    profile = ask(card, mirror, behind(GSM8K, server, revision="step 40"), folder=tmp_path / "a").profile
     assert (profile["backend"], profile["dtype"], profile["attention"]) == ("openai", None, None)
     named = {"url": server.url, "model": NAME, "revision": "step 40", "reported": f"{NAME}-0711"}
     assert profile["model"] == {"weights_sha256": None, "unverified": named}
-    run(card, mirror, behind(GSM8K, server, revision="step 50"), folder=tmp_path / "b")
+    ask(card, mirror, behind(GSM8K, server, revision="step 50"), folder=tmp_path / "b")
     ours, theirs = (read_result(tmp_path / name / "output") for name in ("a", "b"))
     assert len(pair_items(ours, theirs)[0]) == 6, "served models are comparable with each other"
 
@@ -120,7 +90,7 @@ def test_no_gate_decides_on_a_served_model(card: Path, mirror: Path, tmp_path: P
     from evaluation.config import GatePolicy
     from evaluation.gate.decide import Evidence, decide
 
-    run(card, mirror, behind(GSM8K, server), folder=tmp_path)
+    ask(card, mirror, behind(GSM8K, server), folder=tmp_path)
     evidence = Evidence(results=[read_result(tmp_path / "output")])
     policy = GatePolicy(margins={"gsm8k_part": 0.1}, targets={"gsm8k_part": 0.0})
     with pytest.raises(
@@ -137,23 +107,23 @@ def test_no_gate_decides_on_a_served_model(card: Path, mirror: Path, tmp_path: P
 def test_an_endpoint_that_dies_midway_is_told_and_what_it_answered_is_kept(
     card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer, config: BenchmarkConfig
 ) -> None:
-    whole = run(card, mirror, behind(config, server), folder=tmp_path / "whole")
+    whole = ask(card, mirror, behind(config, server), folder=tmp_path / "whole")
     needed = len(server.completions)
     server.completions.clear()
     server.lives = needed // 2
     with pytest.raises(
         EndpointFailed, match=r"POST /completions was asked 5 times without an answer.* to go on from the"
     ):
-        run(card, mirror, behind(config, server), folder=tmp_path / "cut")
+        ask(card, mirror, behind(config, server), folder=tmp_path / "cut")
     kept = read_answers(tmp_path / "cut")
-    assert 0 < len(kept) < len(whole["answers"])
+    assert 0 < len(kept) < len(whole.answers)
     for thread in threading.enumerate():  # requests that were under way end by themselves
         if thread.name.startswith("endpoint"):
             thread.join()
     server.lives = needed
     before = len(server.completions)
-    rest = run(card, mirror, behind(config, server), folder=tmp_path / "cut")
-    assert rest["samples"] == whole["samples"] and rest["rows"] == whole["rows"]
+    rest = ask(card, mirror, behind(config, server), folder=tmp_path / "cut")
+    assert rest.samples == whole.samples and rest.rows == whole.rows
     assert read_answers(tmp_path / "cut")[: len(kept)] == kept
     assert len(server.completions) - before == needed - len(kept), "nothing is asked twice"
 
@@ -165,20 +135,20 @@ def test_an_endpoint_without_log_probabilities_names_the_tasks(
     with pytest.raises(
         ValueError, match=r"gave 1 log-probabilities for a prompt of .*mmlu_anatomy, mmlu_virology need"
     ):
-        run(card, mirror, behind(MMLU, server), folder=tmp_path / "a")
-    assert run(card, mirror, behind(GSM8K, server), folder=tmp_path / "b")["rows"]
+        ask(card, mirror, behind(MMLU, server), folder=tmp_path / "a")
+    assert ask(card, mirror, behind(GSM8K, server), folder=tmp_path / "b").rows
 
 
 def test_a_busy_endpoint_is_asked_again(card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer) -> None:
     server.busy = 2
-    assert run(card, mirror, behind(GSM8K, server), folder=tmp_path)["rows"]
+    assert ask(card, mirror, behind(GSM8K, server), folder=tmp_path).rows
 
 
 def test_an_endpoint_that_writes_nothing_is_flagged(
     card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer
 ) -> None:
     server.silent = True
-    rows = run(card, mirror, behind(GSM8K, server), folder=tmp_path)["rows"]
+    rows = ask(card, mirror, behind(GSM8K, server), folder=tmp_path).rows
     flag = summarise(rows, output=tmp_path / "output", name="gsm8k_part")["flag"]
     assert flag.startswith("zero: none of 6 answers is right; empty: 100% of the answers have no text")
 
@@ -187,7 +157,7 @@ def test_a_name_that_is_not_served_is_refused_with_near_ones(
     card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer
 ) -> None:
     with pytest.raises(ValueError, match=rf"serves no model 'tiny-lama'; expected one of its 1, nearest: {NAME}"):
-        run(card, mirror, behind(GSM8K, server, model="tiny-lama"), folder=tmp_path)
+        ask(card, mirror, behind(GSM8K, server, model="tiny-lama"), folder=tmp_path)
 
 
 def test_a_key_is_asked_for_and_never_repeated(
@@ -195,7 +165,7 @@ def test_a_key_is_asked_for_and_never_repeated(
 ) -> None:
     server.key = "another"
     with pytest.raises(ValueError, match=r"status 401.*\[key\].*; set VARFLOW_ENDPOINT_KEY") as told:
-        run(card, mirror, behind(GSM8K, server), folder=tmp_path, key=KEY)
+        ask(card, mirror, behind(GSM8K, server), folder=tmp_path, key=KEY)
     assert KEY not in str(told.value)
 
 
@@ -205,7 +175,7 @@ def test_an_endpoint_that_is_not_there_is_named(
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     with pytest.raises(EndpointFailed, match=rf"endpoint http://127.0.0.1:{port}/v1: GET /models .* ConnectError"):
-        run(card, mirror, behind(GSM8K, server, url=f"http://127.0.0.1:{port}/v1"), folder=tmp_path)
+        ask(card, mirror, behind(GSM8K, server, url=f"http://127.0.0.1:{port}/v1"), folder=tmp_path)
 
 
 def test_the_key_reaches_the_child_and_no_file(

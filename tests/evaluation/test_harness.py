@@ -1,6 +1,5 @@
 """The harness on a tiny random policy and invented rows: what is sent, what is scored, what is refused."""
 
-import json
 import shutil
 import socket
 import sys
@@ -15,24 +14,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from evaluation.config import BenchmarkConfig
 from evaluation.harness.mirror import build_mirror
-from evaluation.harness.run import HARNESS_VERSION, evaluate
+from evaluation.harness.run import HARNESS_VERSION
 from evaluation.harness.sandbox import SandboxedCodeEval
+from tests.evaluation.evaluated import GSM8K, MMLU, run
 from training.config import Device, Precision, Runtime
 from training.job import Interrupted
 
-RUNTIME = Runtime(device=Device.cpu)
-MMLU = BenchmarkConfig(
-    name="mmlu_part", tasks=("mmlu_anatomy", "mmlu_virology"), num_fewshot=0, metric="acc", max_length=1024
-)
-GSM8K = BenchmarkConfig(
-    name="gsm8k_part",
-    tasks=("gsm8k",),
-    num_fewshot=2,
-    metric="exact_match",
-    filter="strict-match",
-    max_gen_toks=6,
-    max_length=1024,
-)
 HUMANEVAL = BenchmarkConfig(
     name="humaneval_part", tasks=("humaneval",), metric="pass@1", filter="create_test", max_gen_toks=3, max_length=1024
 )
@@ -44,22 +31,6 @@ BBH = BenchmarkConfig(
     max_gen_toks=4,
     max_length=1024,
 )
-
-
-class Result:
-    """One run's rows and files."""
-
-    def __init__(self, policy: Path, mirror: Path, config: BenchmarkConfig, *, folder: Path, **options: Any) -> None:
-        (folder / "output").mkdir(parents=True, exist_ok=True)
-        options = {"runtime": RUNTIME, "stop": threading.Event()} | options
-        self.rows = evaluate(policy, mirror, config, output=folder / "output", work=folder / "work", **options)
-        self.samples = [json.loads(s) for s in (folder / "output/samples.jsonl").read_text().splitlines()]
-        self.profile = json.loads((folder / "output/profile.json").read_text())
-        self.progress = [json.loads(s) for s in (folder / "output/metrics.jsonl").read_text().splitlines()]
-
-    def row(self, task: str, filter_name: str = "none") -> dict[str, Any]:
-        (row,) = (r for r in self.rows if (r["task"], r["filter"]) == (task, filter_name))
-        return row
 
 
 @pytest.fixture
@@ -80,7 +51,7 @@ def with_tokenizer(tiny_policy: Path, tmp_path: Path) -> Any:
 
 
 def test_multiple_choice_is_pooled_by_items(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
-    result = Result(tiny_policy, mirror, MMLU, folder=tmp_path)
+    result = run(tiny_policy, mirror, MMLU, folder=tmp_path)
     assert [s["task"] for s in result.samples] == ["mmlu_anatomy"] * 6 + ["mmlu_virology"] * 4
     correct = {task: [s["correct"] for s in result.samples if s["task"] == task] for task in MMLU.tasks}
     for task, values in correct.items():
@@ -116,7 +87,7 @@ def test_multiple_choice_is_pooled_by_items(tiny_policy: Path, mirror: Path, tmp
 def test_the_answer_is_the_choice_with_the_largest_log_probability(
     tiny_policy: Path, mirror: Path, tmp_path: Path
 ) -> None:
-    result = Result(tiny_policy, mirror, MMLU.model_copy(update={"limit": 2}), folder=tmp_path)
+    result = run(tiny_policy, mirror, MMLU.model_copy(update={"limit": 2}), folder=tmp_path)
     model = LlamaForCausalLM.from_pretrained(tiny_policy)
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
     letters = [tokenizer(f" {letter}")["input_ids"] for letter in "ABCD"]
@@ -135,27 +106,27 @@ def test_the_answer_is_the_choice_with_the_largest_log_probability(
 
 
 def test_both_filters_of_gsm8k_are_logged_and_one_decides(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
-    result = Result(tiny_policy, mirror, GSM8K, folder=tmp_path)
+    result = run(tiny_policy, mirror, GSM8K, folder=tmp_path)
     assert {(r["filter"], r["decides"]) for r in result.rows} == {("strict-match", True), ("flexible-extract", False)}
     assert all(r["n"] == 6 and r["num_fewshot"] == 2 for r in result.rows)
     assert len(result.samples) == 6
     assert all(s["prompt"].count("Question:") == 3 and s["choices"] is None for s in result.samples)
     assert all(s["target"].startswith("She has <<") for s in result.samples)
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
-    assert all(len(tokenizer(s["answer"])["input_ids"]) <= 2 * 6 for s in result.samples), "the answer cap"
-    assert result.profile["tasks"]["gsm8k"]["generation"]["max_gen_toks"] == 6
+    assert all(len(tokenizer(s["answer"])["input_ids"]) <= 2 * 12 for s in result.samples), "the answer cap"
+    assert result.profile["tasks"]["gsm8k"]["generation"]["max_gen_toks"] == 12
 
 
 def test_the_few_shot_seed_draws_the_examples(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
     def prompts(seed: int, folder: str) -> list[str]:
         config = GSM8K.model_copy(update={"seed": seed, "limit": 3})
-        return [s["prompt"] for s in Result(tiny_policy, mirror, config, folder=tmp_path / folder).samples]
+        return [s["prompt"] for s in run(tiny_policy, mirror, config, folder=tmp_path / folder).samples]
 
     assert prompts(1, "a") == prompts(1, "b") != prompts(2, "c")
 
 
 def test_humaneval_programs_pass_by_their_tests_alone(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
-    result = Result(tiny_policy, mirror, HUMANEVAL, folder=tmp_path)
+    result = run(tiny_policy, mirror, HUMANEVAL, folder=tmp_path)
     assert [s["correct"] for s in result.samples] == [1.0, 0.0]  # a comment's end passes, noise for a body does not
     (row,) = result.rows
     assert (row["metric"], row["filter"], row["value"], row["n"]) == ("pass@1", "create_test", 0.5, 2)
@@ -165,10 +136,10 @@ def test_humaneval_programs_pass_by_their_tests_alone(tiny_policy: Path, mirror:
 def test_a_metric_loaded_earlier_is_never_used(
     tiny_policy: Path, mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert Result(tiny_policy, mirror, HUMANEVAL, folder=tmp_path / "a").row("humaneval", "create_test")["value"] == 0.5
+    assert run(tiny_policy, mirror, HUMANEVAL, folder=tmp_path / "a").row("humaneval", "create_test")["value"] == 0.5
     kept = sys.modules["lm_eval.tasks.humaneval.utils"]
     monkeypatch.setattr(kept, "compute_", None)  # as another's, which would run programs in this process
-    assert Result(tiny_policy, mirror, HUMANEVAL, folder=tmp_path / "b").row("humaneval", "create_test")["value"] == 0.5
+    assert run(tiny_policy, mirror, HUMANEVAL, folder=tmp_path / "b").row("humaneval", "create_test")["value"] == 0.5
     assert sys.modules["lm_eval.tasks.humaneval.utils"] is not kept
 
 
@@ -181,7 +152,7 @@ def test_code_eval_is_the_sandbox() -> None:
 
 
 def test_bbh_keeps_its_own_shots_and_counts_cut_prompts(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
-    result = Result(tiny_policy, mirror, BBH, folder=tmp_path)
+    result = run(tiny_policy, mirror, BBH, folder=tmp_path)
     assert result.row("bbh_part", "get-answer")["n"] == 5
     assert result.row("bbh_part", "get-answer")["num_fewshot"] == 3
     assert all(not s["extracted"] for s in result.samples), "a random model never says 'the answer is'"
@@ -190,7 +161,7 @@ def test_bbh_keeps_its_own_shots_and_counts_cut_prompts(tiny_policy: Path, mirro
 
 def test_the_profile_holds_what_scores_must_share(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
     config = MMLU.model_copy(update={"chat_template": True, "system_prompt": "Be brief.", "limit": 1})
-    profile = Result(tiny_policy, mirror, config, folder=tmp_path).profile
+    profile = run(tiny_policy, mirror, config, folder=tmp_path).profile
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
     assert profile["config"] == config.model_dump(mode="json", exclude={"endpoint"})
     assert profile["dtype"] == "float32" and profile["batch_size"] is None
@@ -200,17 +171,21 @@ def test_the_profile_holds_what_scores_must_share(tiny_policy: Path, mirror: Pat
     sent = tokenizer.decode(profile["probe"]["first"])
     assert sent.startswith("<s><|im_start|>system\nBe brief.")
     assert profile["tasks"]["mmlu_anatomy"]["items"] == 1
-    plain = Result(
+    plain = run(
         tiny_policy, mirror, config.model_copy(update={"chat_template": False, "system_prompt": None}), folder=tmp_path
     )
     assert plain.profile["template_sha256"] is None
 
 
 def test_runtime_moves_no_number_and_no_profile(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
-    one = Result(
-        tiny_policy, mirror, GSM8K, folder=tmp_path / "a", runtime=RUNTIME.model_copy(update={"microbatch_tokens": 1})
+    one = run(
+        tiny_policy,
+        mirror,
+        GSM8K,
+        folder=tmp_path / "a",
+        runtime=Runtime(device=Device.cpu).model_copy(update={"microbatch_tokens": 1}),
     )
-    eight = Result(tiny_policy, mirror, GSM8K, folder=tmp_path / "b")
+    eight = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "b")
     assert one.rows == eight.rows
     assert one.profile == eight.profile
     assert [s["correct"] for s in one.samples] == [s["correct"] for s in eight.samples]
@@ -219,11 +194,11 @@ def test_runtime_moves_no_number_and_no_profile(tiny_policy: Path, mirror: Path,
 def test_changed_data_at_the_same_path_is_read_anew(
     tiny_policy: Path, raw_benchmarks: Path, mirror: Path, tmp_path: Path
 ) -> None:
-    first = Result(tiny_policy, mirror, GSM8K, folder=tmp_path)
+    first = run(tiny_policy, mirror, GSM8K, folder=tmp_path)
     path = raw_benchmarks / "gsm8k" / "test.jsonl"
     path.write_text(path.read_text().replace("Ann", "Eve"))
     build_mirror(raw_benchmarks, mirror)
-    second = Result(tiny_policy, mirror, GSM8K, folder=tmp_path)
+    second = run(tiny_policy, mirror, GSM8K, folder=tmp_path)
     assert "Ann has 3 and" in first.samples[0]["prompt"].rpartition("Question:")[2]
     assert "Eve has 3 and" in second.samples[0]["prompt"].rpartition("Question:")[2]
 
@@ -235,7 +210,7 @@ def test_no_socket_is_opened(tiny_policy: Path, mirror: Path, tmp_path: Path, mo
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     for config in (MMLU, GSM8K, HUMANEVAL):
-        assert Result(tiny_policy, mirror, config, folder=tmp_path / config.name).rows
+        assert run(tiny_policy, mirror, config, folder=tmp_path / config.name).rows
 
 
 def test_a_model_that_says_nothing_scores_zero(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
@@ -246,16 +221,16 @@ def test_a_model_that_says_nothing_scores_zero(tiny_policy: Path, mirror: Path, 
         model.model.norm.weight.zero_()  # all logits are equal, and greedy search takes id 0, which is no text
     model.save_pretrained(silent)
     for config in (GSM8K, HUMANEVAL, MMLU):
-        result = Result(silent, mirror, config, folder=tmp_path / config.name)
+        result = run(silent, mirror, config, folder=tmp_path / config.name)
         assert len(result.samples) > 0
-    assert {s["answer"] for s in Result(silent, mirror, GSM8K, folder=tmp_path / "again").samples} == {""}
+    assert {s["answer"] for s in run(silent, mirror, GSM8K, folder=tmp_path / "again").samples} == {""}
 
 
 def test_a_stop_request_ends_it_before_the_next_forward_pass(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
     with pytest.raises(Interrupted):
-        Result(tiny_policy, mirror, GSM8K, folder=tmp_path, stop=stop)
+        run(tiny_policy, mirror, GSM8K, folder=tmp_path, stop=stop)
     assert not (tmp_path / "output" / "samples.jsonl").exists()
 
 
@@ -275,16 +250,16 @@ class StopAfter(threading.Event):
 def test_a_stopped_benchmark_goes_on_from_the_last_batch(
     tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig
 ) -> None:
-    runtime = RUNTIME.model_copy(update={"microbatch_tokens": 512})  # batches of two
-    whole = Result(tiny_policy, mirror, config, folder=tmp_path / "whole", runtime=runtime)
+    runtime = Runtime(device=Device.cpu).model_copy(update={"microbatch_tokens": 512})  # batches of two
+    whole = run(tiny_policy, mirror, config, folder=tmp_path / "whole", runtime=runtime)
     passes = 1_000_000
     counted = StopAfter(passes)
-    Result(tiny_policy, mirror, config, folder=tmp_path / "counted", runtime=runtime, stop=counted)
+    run(tiny_policy, mirror, config, folder=tmp_path / "counted", runtime=runtime, stop=counted)
     passes -= counted.looks
     with pytest.raises(Interrupted):
-        Result(tiny_policy, mirror, config, folder=tmp_path / "cut", runtime=runtime, stop=StopAfter(passes // 2))
+        run(tiny_policy, mirror, config, folder=tmp_path / "cut", runtime=runtime, stop=StopAfter(passes // 2))
     rest = StopAfter(1_000_000)
-    resumed = Result(tiny_policy, mirror, config, folder=tmp_path / "cut", runtime=runtime, stop=rest)
+    resumed = run(tiny_policy, mirror, config, folder=tmp_path / "cut", runtime=runtime, stop=rest)
     assert 1_000_000 - rest.looks < passes, "what was answered is not computed again"
     assert resumed.rows == whole.rows and resumed.samples == whole.samples and resumed.profile == whole.profile
     assert resumed.progress[-1]["step"] == resumed.progress[-1]["total"]
@@ -293,12 +268,12 @@ def test_a_stopped_benchmark_goes_on_from_the_last_batch(
 def test_swapped_weights_at_the_same_path_are_evaluated_anew(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
     policy = tmp_path / "policy"
     shutil.copytree(tiny_policy, policy)
-    first = Result(policy, mirror, GSM8K, folder=tmp_path)
+    first = run(policy, mirror, GSM8K, folder=tmp_path)
     model = LlamaForCausalLM.from_pretrained(policy)
     with torch.no_grad():
         model.model.norm.weight.neg_()
     model.save_pretrained(policy)
-    second = Result(policy, mirror, GSM8K, folder=tmp_path)
+    second = run(policy, mirror, GSM8K, folder=tmp_path)
     assert [s["answer"] for s in first.samples] != [s["answer"] for s in second.samples]
     assert first.profile["model"] != second.profile["model"]
 
@@ -324,7 +299,7 @@ def test_settings_that_cannot_be_met_are_refused(
     tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        Result(tiny_policy, mirror, config, folder=tmp_path)
+        run(tiny_policy, mirror, config, folder=tmp_path)
 
 
 def test_a_chat_benchmark_needs_a_template(with_tokenizer: Any, mirror: Path, tmp_path: Path) -> None:
@@ -332,7 +307,7 @@ def test_a_chat_benchmark_needs_a_template(with_tokenizer: Any, mirror: Path, tm
         tokenizer.chat_template = None
 
     with pytest.raises(ValueError, match=r"asks for the chat template, but the tokenizer of .* has none"):
-        Result(with_tokenizer(forget), mirror, MMLU.model_copy(update={"chat_template": True}), folder=tmp_path)
+        run(with_tokenizer(forget), mirror, MMLU.model_copy(update={"chat_template": True}), folder=tmp_path)
 
 
 @pytest.mark.parametrize("config", [MMLU, GSM8K], ids=["choices", "generation"])
@@ -349,20 +324,20 @@ def test_a_doubled_bos_is_refused_by_the_ids_sent(
 
     doubled = with_tokenizer(add_bos(2))
     with pytest.raises(ValueError, match=r"begins with two BOS tokens \(id 0\): the first ids sent are \[0, 0, "):
-        Result(doubled, mirror, config, folder=tmp_path)
+        run(doubled, mirror, config, folder=tmp_path)
     shutil.rmtree(doubled)
-    assert Result(with_tokenizer(add_bos(1)), mirror, config, folder=tmp_path).profile["bos"]["count"] == 1
+    assert run(with_tokenizer(add_bos(1)), mirror, config, folder=tmp_path).profile["bos"]["count"] == 1
 
 
 def test_a_folder_without_weights_is_refused(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
     hollow = tmp_path / "hollow"
     shutil.copytree(tiny_policy, hollow, ignore=shutil.ignore_patterns("*.safetensors"))
     with pytest.raises(ValueError, match="no weights"):
-        Result(hollow, mirror, MMLU, folder=tmp_path)
+        run(hollow, mirror, MMLU, folder=tmp_path)
 
 
 def test_half_precision_makes_the_batch_part_of_the_profile(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
     config = MMLU.model_copy(update={"precision": Precision.bfloat16, "limit": 1})
-    profile = Result(tiny_policy, mirror, config, folder=tmp_path).profile
+    profile = run(tiny_policy, mirror, config, folder=tmp_path).profile
     assert (profile["dtype"], profile["batch_size"]) == ("bfloat16", 8)
     assert profile["prefix_sharing"] == [True, True]

@@ -23,6 +23,7 @@ from evaluation.judges.config import JudgeConfig, JudgeRuntime
 from evaluation.judges.judging import pair_heldout, run
 from evaluation.judges.prompt import PAIRWISE
 from tasks.child import hand_over
+from tasks.judge import describe
 from tests.evaluation.chat_server import (
     ChatServer,
     Hang,
@@ -303,6 +304,38 @@ def test_one_refused_request_is_left_out_and_all_refused_is_an_error(
     assert len(server.asked) < 20
 
 
+def test_a_reasoning_model_says_what_it_takes_and_gets_it(
+    serve: Callable[[Rule], ChatServer], make_job: JobMaker
+) -> None:
+    """What OpenAI's reasoning models refuse, in the words of its documentation and of those who met it."""
+
+    def reasoning(messages: Messages) -> str | Refuse:
+        body = server.asked[-1]
+        if "max_tokens" in body:
+            words = "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+            error = {"message": words, "param": "max_tokens", "code": "unsupported_parameter"}
+            return Refuse(400, json.dumps({"error": error}))
+        if body["temperature"] != 1:
+            words = "Unsupported value: 'temperature' does not support 0 with this model. Only the default (1) value is supported."
+            return Refuse(400, json.dumps({"error": {"message": words, "code": "unsupported_value"}}))
+        return prefer_longer(messages)
+
+    server, runtime = serve(reasoning), {"concurrency": 1, "cap_parameter": "max_completion_tokens"}
+    with pytest.raises(
+        Exception, match=r"127\.0\.0\.1 refuses max_tokens: status 400: .*; set runtime.cap_parameter to max_c"
+    ):
+        run(make_job(runtime={"concurrency": 1}))
+    with pytest.raises(Exception, match=r"refuses temperature: .*; set judging.judge.temperature to one that it takes"):
+        run(make_job(runtime=runtime))
+    assert len(server.asked) == 2, "what every request would be refused for is asked once"
+    drawing = JUDGE | {"temperature": 1.0}
+    run(make_job(runtime=runtime, judge=drawing))
+    assert server.asked[-1]["max_completion_tokens"] == 2048
+    job = make_job(judge=drawing)
+    run(job)
+    assert summary_of(job)["calls_now"] == 0, "by either name it is the same question"
+
+
 def test_a_dying_endpoint_leaves_what_it_said_and_a_rerun_goes_on(
     serve: Callable[[Rule], ChatServer], make_job: JobMaker
 ) -> None:
@@ -403,12 +436,15 @@ def test_a_request_to_stop_ends_it_with_what_is_under_way(
 
 
 def test_repeats_are_asked_of_a_judge_that_draws(serve: Callable[[Rule], ChatServer], make_job: JobMaker) -> None:
-    drawn = iter(["[[A>B]]", "[[B>A]]"] * 2 + ["[[A>B]]"] * 4)
+    drawn = iter(["[[A>B]]", "[[B>A]]", "[[B>A]]", "[[A>B]]"] + ["[[A>B]]"] * 4)  # ours twice, then theirs; the place
     server = serve(lambda _: next(drawn))
     job = make_job(items=2, repeats=2, judge=JUDGE | {"temperature": 1.0}, runtime={"concurrency": 1})
     run(job)
     found = summary_of(job)
     assert len(server.answered) == 8 and found["repeat_agreement"] == 0.5
+    assert (found["value"], found["flip_rate"], found["max_difference"]) == (0.5, 0.5, 0.5)
+    told = describe(found, config=JudgeConfig.model_validate(job.config))
+    assert (told["noise/evalbiasbench/judge_flip_rate"], told["noise/evalbiasbench/judge_max_difference"]) == (0.5, 0.5)
     with pytest.raises(ValueError, match="repeats: got 2 of a judge that does not draw"):
         make_job(repeats=2)
 

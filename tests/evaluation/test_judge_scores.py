@@ -2,12 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
+from evaluation.judges.config import EndpointJudge, JudgeConfig
 from evaluation.judges.judge import Judgement, Pair, Reply
+from evaluation.judges.judging import measure_draws
+from evaluation.judges.prompt import PAIRWISE
 from evaluation.judges.scores import (
     STRONG_WEIGHT,
     accuracies,
@@ -123,6 +127,18 @@ def test_what_is_said_of_the_judge_by_hand() -> None:
     assert found["order_agreement"] == pytest.approx(2 / 6)
     assert found["tie_share"] == pytest.approx(3 / 12)
     assert found["position_bias_low"] < 0.5 < found["position_bias_high"]
+
+
+def test_the_noise_of_a_drawing_judge_by_hand() -> None:
+    """Three pairs, judged twice: of the pairs' scores 1, 1/4, 1/2 and 1, 1/2, 1 two differ; the win rates are 5.5 / 10 and 7 / 8, or, of
+    the better answers of a set, the accuracies 1.75 / 3 and 2.5 / 3. A pair that lacks a verdict in one repeat counts in none."""
+    first, second = judge([(2, 1), (0, -1), (-2, 1), (1, 1)]), judge([(2, 1), (0, 0), (1, 1), (1, None)])
+    judged = gather([*first, *(replace(judgement, repeat=1) for judgement in second)])
+    asked = EndpointJudge(model="m", revision="1", temperature=1.0)
+    for benchmark, moved in (("arena_hard", 7 / 8 - 5.5 / 10), ("heldout", 0.75 / 3), ("llmbar", 0.75 / 3)):
+        config = JudgeConfig.model_validate({"benchmark": benchmark, "judge": asked, "repeats": 2})
+        found = measure_draws(judged, config=config, judge="m@1", prompt=PAIRWISE)
+        assert found == pytest.approx({"flip_rate": 2 / 3, "max_difference": moved})
 
 
 def test_accuracy_by_group_with_its_interval() -> None:

@@ -3,11 +3,13 @@
 import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from pathlib import Path
 
 import pytest
 
 from evaluation.harness.endpoint import ATTEMPTS, gives_up
 from evaluation.served import Server, Unanswered, read_wait
+from tests.evaluation.certificates import write_certificate
 from tests.evaluation.chat_server import ChatServer, Refuse, prefer_first
 from training.job import Interrupted
 
@@ -50,6 +52,19 @@ def test_no_proxy_of_the_environment_is_asked(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("NO_PROXY", "")
     with ChatServer(prefer_first) as served:
         assert open_server(served.url).ask("POST", "/chat/completions", json=BODY)["model"] == "judge-2026"
+
+
+def test_a_private_authority_is_trusted_where_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = write_certificate(tmp_path)
+    with ChatServer(prefer_first, certificate=certificate) as served:
+        with pytest.raises(ValueError, match=r"^127\.0\.0\.1: .*self-signed certificate.*; set SSL_CERT_FILE to the"):
+            open_server(served.url).ask("POST", "/chat/completions", json=BODY)
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        assert open_server(served.url).ask("POST", "/chat/completions", json=BODY)["model"] == "judge-2026"
+        assert len(served.asked) == 1
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    with pytest.raises(ValueError, match=r"^SSL_CERT_FILE or SSL_CERT_DIR: .*No such file.*; correct it, or unset it"):
+        open_server(served.url)
 
 
 @pytest.mark.parametrize(

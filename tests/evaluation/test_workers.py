@@ -9,50 +9,21 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
-from evaluation.config import BenchmarkConfig
-from evaluation.harness.run import evaluate
+from evaluation.config import BenchmarkConfig, VariedConfig
+from evaluation.harness.benchmark import run as run_job
 from evaluation.harness.workers import WorkerDied
+from tests.evaluation.evaluated import GSM8K, MMLU, read_answers, read_lines, run
 from training.config import Device, Runtime
-from training.job import Interrupted
+from training.job import Interrupted, Job
 
 ONE = Runtime(device=Device.cpu, threads=1, microbatch_tokens=512)  # batches of two
 TWO = ONE.model_copy(update={"workers": 2, "threads": 2})
-FIVE_SHOT = BenchmarkConfig(
-    name="mmlu_part", tasks=("mmlu_anatomy", "mmlu_virology"), num_fewshot=2, metric="acc", max_length=1024
-)
-GSM8K = BenchmarkConfig(
-    name="gsm8k_part",
-    tasks=("gsm8k",),
-    num_fewshot=2,
-    metric="exact_match",
-    filter="strict-match",
-    max_gen_toks=12,
-    max_length=1024,
-)
+FIVE_SHOT = MMLU.model_copy(update={"num_fewshot": 2})
 START_SECONDS, END_SECONDS = 600.0, 30.0  # until a child computes on a busy machine; until what ends has ended
-
-
-def run(policy: Path, mirror: Path, config: BenchmarkConfig, *, folder: Path, **options: Any) -> dict[str, Any]:
-    """Evaluate, and return rows, files and each answer by its request."""
-    (folder / "output").mkdir(parents=True, exist_ok=True)
-    options = {"stop": threading.Event()} | options
-    rows = evaluate(policy, mirror, config, output=folder / "output", work=folder / "work", **options)
-    return {
-        "rows": rows,
-        "samples": (folder / "output" / "samples.jsonl").read_text(),
-        "profile": json.loads((folder / "output" / "profile.json").read_text()),
-        "answers": dict(read_answers(folder)),
-    }
-
-
-def read_answers(folder: Path) -> list[Any]:
-    path = folder / "work" / "responses.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()[1:]] if path.is_file() else []
 
 
 @pytest.mark.parametrize("config", [FIVE_SHOT, GSM8K], ids=["choices", "generation"])
@@ -62,8 +33,40 @@ def test_two_workers_give_the_numbers_of_one_process(
     one = run(tiny_policy, mirror, config, folder=tmp_path / "one", runtime=ONE)
     two = run(tiny_policy, mirror, config, folder=tmp_path / "two", runtime=TWO)
     assert one == two, "log-probabilities, texts and the profile, to the last digit"
-    assert len(one["answers"]) == (6 if config is GSM8K else 40)
+    assert len(one.answers) == (6 if config is GSM8K else 40)
     assert multiprocessing.active_children() == [], "no worker is left"
+
+
+class CountWorkers(threading.Event):
+    """A stop request that never comes; looked at, it counts the processes that work."""
+
+    most = 0
+
+    def is_set(self) -> bool:
+        self.most = max(self.most, len(multiprocessing.active_children()))
+        return False
+
+
+def test_a_run_that_varies_workers_has_as_many_and_the_numbers_of_one(
+    tiny_policy: Path, mirror: Path, tmp_path: Path
+) -> None:
+    one = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "one", runtime=ONE)
+    varied = VariedConfig.model_validate(GSM8K.model_dump() | {"workers": 2})
+    folders = {"output": tmp_path / "two" / "output", "work": tmp_path / "two" / "work"}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    job = Job(
+        name="benchmark",
+        config=varied.model_dump(mode="json"),
+        runtime=ONE.model_dump(mode="json"),
+        inputs={"model": tiny_policy, "mirror": mirror},
+        stop=(stop := CountWorkers()),
+        **folders,
+    )
+    run_job(job)
+    assert stop.most == 2
+    assert read_lines(folders["output"] / "samples.jsonl") == one.samples
+    assert json.loads((folders["output"] / "profile.json").read_text()) == one.profile
 
 
 class KillOne(threading.Event):
@@ -120,7 +123,7 @@ def test_stopped_workers_end_and_two_go_on_from_what_one_process_left(
         assert answers <= len(read_answers(tmp_path / "cut")) < 40
         assert multiprocessing.active_children() == []
     rest = run(tiny_policy, mirror, FIVE_SHOT, folder=tmp_path / "cut", runtime=TWO)
-    assert rest["samples"] == whole["samples"] and rest["rows"] == whole["rows"]
+    assert rest.samples == whole.samples and rest.rows == whole.rows
 
 
 def test_workers_end_with_their_parent(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:

@@ -52,9 +52,10 @@ def test_a_run_against_its_base_and_again_for_nothing(
 def test_what_was_measured_otherwise_is_refused_by_field(varflow: Command, trained: str, done: dict[str, Any]) -> None:
     other = words_of({"suite.benchmarks": [BENCHMARK | {"limit": 1}], "runtime.threads": 1})
     measured = varflow.ask("benchmark", "demo:tiny-policy", "--profile", "smoke", "--noise", *other)
-    (floor,) = measured["noise"]["mmlu_part"]  # asked without worked examples, so that no seed draws any
-    assert (floor["varied"], floor["runs"], floor["flip_rate"], floor["max_difference"]) == ("batch size", 2, 0.0, 0.0)
-    assert [step["step"] for step in measured["steps"]] == ["mirror", "evaluate", "evaluate_varied", "noise"]
+    still = {"runs": 2, "flip_rate": 0.0, "max_difference": 0.0}
+    varied = ["batch size", "number of workers"]  # asked without worked examples, so that no seed draws any
+    assert measured["noise"] == {"mmlu_part": [{"varied": kind} | still for kind in varied]}
+    assert [step["step"] for step in measured["steps"]] == ["mirror", "evaluate", *["evaluate_varied"] * 2, "noise"]
     told = varflow.refuse("compare", trained, measured["mlflow_run"].partition("/runs/")[2].partition("?")[0])
     assert "mmlu_part: scores of different profiles are never compared" in told and "config.limit: 2 -> 1" in told
     assert "expected at least two models, each once" in varflow.refuse("compare", trained, trained)

@@ -66,6 +66,22 @@ def test_a_judge_is_tested_and_a_larger_part_asks_only_what_is_new(
     assert KEY not in again.stderr + again.stdout
 
 
+def test_a_judge_that_draws_has_a_noise_floor(varflow: Command, store: Store, tmp_path: Path) -> None:
+    words = ("judge", "evalbiasbench", *JUDGE, "--files", str(write_bias(tmp_path / "draws", items=2)))
+    drawn = iter(["[[A>B]]", "[[B>A]]", "[[B>A]]", "[[A>B]]"] + ["[[A>B]]"] * 4)  # right, then wrong; the place
+    often = words_of({"judging.repeats": 2, "judging.judge.temperature": 1.0, "runtime.concurrency": 1})
+    with ChatServer(lambda _: next(drawn)) as server:
+        told = varflow.ask(*words, *often, **with_key(server))
+        shown = varflow.run(*words, *often, **with_key(server)).stdout
+    floor = {"varied": "the judge's draw", "runs": 2, "flip_rate": 0.5, "max_difference": 0.5}
+    assert told["noise"] == {"evalbiasbench": [floor]}
+    metrics = record_of(store, told, "judge").summary["metrics"]
+    assert metrics["noise/evalbiasbench/judge_max_difference"] == 0.5
+    assert (
+        "noise floor: evalbiasbench: 2 runs of the model alone that vary the judge's draw differ by up to 50.0" in shown
+    )
+
+
 def test_a_model_on_arena_hard(varflow: Command, done: dict[str, Any], tmp_path: Path) -> None:
     write_arena(tmp_path / "files" / "arena-hard-v0.1")
     brief = words_of({"answers.max_new_tokens": 4, "answers.max_prompt_tokens": 200, "runtime.threads": 1})
@@ -74,7 +90,7 @@ def test_a_model_on_arena_hard(varflow: Command, done: dict[str, Any], tmp_path:
         told = varflow.ask(*words, "--limit", "2", **with_key(server))
         assert 2 <= len(server.answered) <= 4
         assert "got the limit 5000, there are 3" in varflow.refuse(*words, "--limit", "5000", **with_key(server))
-    assert [step["step"] for step in told["steps"]] == ["questions", "generate", "judge"]
+    assert [step["step"] for step in told["steps"]] == ["prompt_set", "generate", "judge"]
     scores, found = told["scores"], told["benchmarks"]["arena_hard_part"]
     assert scores["eval/arena_hard_part/win_rate_low"] <= scores["eval/arena_hard_part/win_rate"] == found["value"]
     assert (found["items"], found["mean_other_answer_chars"]) == (2, 10) and "unavailable" in found["style_control"]

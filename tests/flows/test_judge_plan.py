@@ -52,7 +52,7 @@ def test_what_a_change_recomputes(
     config: JudgeFlowConfig, settings: Settings, change: str, recomputed: set[str]
 ) -> None:
     before, after = fingerprints(config, settings), fingerprints(override(config, [change]), settings)
-    assert list(before) == ["questions", "generate · arena_hard", "judge · arena_hard"]
+    assert list(before) == ["prompt_set · arena_hard", "generate · arena_hard", "judge · arena_hard"]
     assert {title for title in before if before[title] != after[title]} == recomputed
 
 
@@ -88,7 +88,7 @@ def test_a_local_judge_is_its_content(
 def test_a_part_is_answered_and_named_as_one(config: JudgeFlowConfig, settings: Settings) -> None:
     rows, answers, _ = plan_judge(override(config, ["judging.limit=2"]), store=NOWHERE, settings=settings)
     assert (rows.title, answers.title, answers.config.model_dump()["limit"]) == (
-        "questions",
+        "prompt_set · arena_hard",
         "generate · arena_hard_part",
         2,
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from evaluation import suites
+from evaluation.suites import paper, place_suite
 from flows import recipes
 from flows.align import plan_align
 from flows.benchmark import plan_benchmark
@@ -16,8 +17,9 @@ from flows.overrides import override
 from flows.recipes import RECIPES, smoke
 from infra.settings import Settings, read_settings
 from infra.store import Store
+from tasks.noise import choose_noise
 from tasks.sources import DEMO
-from training.config import DpoConfig, SftConfig
+from training.config import Device, DpoConfig, Runtime, SftConfig
 
 NOWHERE = Store(bucket="nowhere", endpoint="http://127.0.0.1:9", access_key="none", secret_key="none")
 
@@ -173,13 +175,28 @@ def test_a_gate_that_names_what_the_suite_does_not_run_is_refused_when_it_is_loa
 
 
 def test_the_noise_floor_is_the_champion_under_other_seeds_where_examples_are_drawn(settings: Settings) -> None:
-    plan = fingerprints(override(smoke(), ["noise.seeds=2", "noise.batch_sizes=[1]"]), settings)
+    changes = ["noise.seeds=2", "noise.batch_sizes=[1]", "noise.workers=[2]"]
+    plan = fingerprints(override(smoke(), changes), settings)
     new = plan.keys() - fingerprints(smoke(), settings).keys()
     assert new == {
         "evaluate_varied · gsm8k_part seed 1235", "evaluate_varied · gsm8k_part seed 1236",  # MMLU is asked without examples
-        "evaluate_varied · mmlu_part batch 1", "evaluate_varied · gsm8k_part batch 1", "noise",
+        "evaluate_varied · mmlu_part batch 1", "evaluate_varied · gsm8k_part batch 1",
+        "evaluate_varied · mmlu_part workers 2", "evaluate_varied · gsm8k_part workers 2", "noise",
     }  # fmt: skip
     assert list(plan)[-2:] == ["gate", "report"]
+    varied = [plan[f"evaluate_varied · mmlu_part {how}"] for how in ("batch 1", "workers 2")]
+    assert len({*varied, plan["evaluate · mmlu_part champion"]}) == 3, "what is varied is identity"
+    assert fingerprints(override(smoke(), [*changes, "runtime.workers=4"]), settings) == plan, "the runtime is none"
+    with pytest.raises(ValueError, match=r"noise\.workers: got 2, which is runtime\.workers, so nothing would vary"):
+        fingerprints(override(smoke(), [*changes, "runtime.workers=2"]), settings)
+
+
+def test_the_command_varies_workers_where_they_are_processes() -> None:
+    one, four = Runtime(device=Device.cpu), Runtime(device=Device.cpu, workers=4)
+    served = place_suite(paper(), backend=None, endpoint="m@http://127.0.0.1:8000/v1")
+    fast = place_suite(paper(), backend="vllm", endpoint=None)
+    found = [choose_noise(suite, one).workers for suite in (paper(), served, fast)]
+    assert found == [(2,), (2,), ()] and choose_noise(paper(), four).workers == (1,)
 
 
 def test_weights_swapped_at_the_same_path_are_evaluated_anew_whatever_their_size_and_time(

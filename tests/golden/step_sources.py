@@ -27,7 +27,6 @@ ENTRIES = {
     "mirror": "evaluation/harness/mirror.py",
     "evaluate": "evaluation/harness/benchmark.py",
     "judge": "evaluation/judges/judging.py",
-    "questions": "evaluation/judges/arena_hard.py",
     "evaluate_varied": "evaluation/harness/benchmark.py",
     "noise": "evaluation/gate/decide.py",
     "gate": "evaluation/gate/decide.py",

@@ -56,7 +56,7 @@ def score_set(
 
 def judge_answers(maker: Maker, model: Record, margins: dict[str, int], *, baseline: str = "gpt-4-0314") -> Record:
     """Make a judge's verdicts on a model's answers to two questions, the same in both orders."""
-    asked = maker.make("questions", {"benchmark": FILES}, {"rows.parquet": ""})
+    asked = maker.make("prompt_set", {"raw": FILES}, {"rows.parquet": ""}, config={"name": "arena_hard", "limit": None})
     answers = maker.make("generate", {"rows": asked, "policy": model}, {"responses.parquet": ""}, config={"limit": 2})
     config = {"benchmark": "arena_hard", "limit": 2, "baseline": baseline, "judge": {"model": "j", "revision": "1"}}
     row = {"task": f"against {baseline}", "filter": "judge j@1", "metric": "win_rate", "decides": True}

@@ -189,7 +189,7 @@ def test_the_noise_floor_of_the_champion_stands_in_the_verdict(attempt: Folders)
 
 def test_what_is_varied_is_compared_kind_by_kind_with_the_run_as_it_is(attempt: Folders, tmp_path: Path) -> None:
     inputs = {"eval_gsm8k_part": attempt.inputs["champion_eval_gsm8k_part"]}
-    for name, wrong in (("seed_1235", 2), ("seed_1236", 4), ("batch_1", 0)):
+    for name, wrong in (("seed_1235", 2), ("seed_1236", 4), ("batch_1", 0), ("workers_2", 6)):
         inputs[f"{name}_eval_gsm8k_part"] = tmp_path / name
         (tmp_path / name).mkdir()
         write_benchmark(tmp_path / name, [i % 2 == 0 and i >= wrong for i in range(60)])
@@ -197,9 +197,11 @@ def test_what_is_varied_is_compared_kind_by_kind_with_the_run_as_it_is(attempt: 
     assert metrics == {
         "noise/gsm8k_part/seed_flip_rate": pytest.approx((1 + 2 + 1) / 3 / 60), "noise/gsm8k_part/batch_flip_rate": 0.0,
         "noise/gsm8k_part/seed_max_difference": pytest.approx(2 / 60), "noise/gsm8k_part/batch_max_difference": 0.0,
+        "noise/gsm8k_part/workers_flip_rate": pytest.approx(3 / 60),
+        "noise/gsm8k_part/workers_max_difference": pytest.approx(3 / 60),
     }  # fmt: skip
     floors = {floor.varied: floor for floor in read_noise(attempt.output)["gsm8k_part"]}
-    assert floors.keys() == {"few-shot seed", "batch size"} and floors["few-shot seed"].runs == 3
+    assert floors.keys() == {"few-shot seed", "batch size", "number of workers"} and floors["few-shot seed"].runs == 3
 
 
 def test_weights_are_the_same_by_their_bytes_in_whatever_files_they_lie(attempt: Folders) -> None:
