@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from evaluation import statistics
 from evaluation.harness.result import BenchmarkResult, ItemKey, check_profiles, pair_items
-from evaluation.judges.scores import BOOTSTRAP_SEED as VERDICTS_SEED
-from evaluation.judges.scores import STRONG_WEIGHT, to_score
+from evaluation.judges.scores import STRONG_WEIGHT, rate_questions, to_score
 from training.config import Config
 
 CONFIDENCE = 0.95
@@ -308,9 +307,7 @@ def rate_verdicts(margins: Sequence[Sequence[int]]) -> tuple[Level, Scores, Scor
     weight_Q = np.array([sum(own) for own in weights], dtype=np.float64)
     both = zip(margins, weights, strict=True)
     score_Q = np.array([np.dot([to_score(margin) for margin in own], weight) for own, weight in both]) / weight_Q
-    rate = statistics.bootstrap_weighted_mean(
-        score_Q, weight_Q, np.arange(len(score_Q)), confidence=CONFIDENCE, seed=VERDICTS_SEED
-    )
+    rate = rate_questions(score_Q, weight_Q, np.arange(len(score_Q)))
     share_Q = weight_Q / weight_Q.mean()
     level = Level(value=rate.value, low=rate.low, high=rate.high)
     return level, score_Q, share_Q * score_Q + (1 - share_Q) * rate.value

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from evaluation.judges.judge import Judgement, Pair
 from evaluation.statistics import WeightedMean, bootstrap_weighted_mean, score_interval, wilson_interval
@@ -86,20 +87,25 @@ def win_rate(judged: Judged, *, strong_weight: int = 1) -> WeightedMean:
 
     A strong verdict counts `strong_weight` times. Against one baseline this is the win probability of a Bradley-Terry model of
     the same verdicts: its likelihood is that of one coin.
-
-    Where all questions say the same, all won say, resamples do too, and of the spread nothing is known: the interval is then
-    Wilson's of as many questions at that rate, since no scores from 0 to 1 spread further than a coin's, and there is no `stderr`.
     """
     rows = [
         (to_score(margin), strong_weight if abs(margin) == 2 else 1, pair.pair.cluster)
         for pair in judged.counted
         for margin in pair.margins or ()
     ]
-    scores, weights, clusters = zip(*rows, strict=True)
+    return rate_questions(*zip(*rows, strict=True))
+
+
+def rate_questions(scores: ArrayLike, weights: ArrayLike, clusters: ArrayLike) -> WeightedMean:
+    """Return the weighted mean of scores from 0 to 1, with its interval by a bootstrap over questions, which `clusters` name.
+
+    Where all questions say the same, all won say, resamples do too, and of the spread nothing is known: the interval is then
+    Wilson's of as many questions at that rate, since no scores from 0 to 1 spread further than a coin's, and there is no `stderr`.
+    """
     rate = bootstrap_weighted_mean(scores, weights, clusters, confidence=CONFIDENCE, seed=BOOTSTRAP_SEED)
     if rate.high - rate.low > NO_WIDTH:
         return rate
-    n = len(set(clusters))
+    n = len(np.unique(np.asarray(clusters)))
     low, high = wilson_interval(rate.value * n, n=n, confidence=CONFIDENCE)
     return WeightedMean(rate.value, low, high, stderr=None)
 
