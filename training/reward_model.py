@@ -164,6 +164,8 @@ def draw_head(model: Any) -> dict[str, Tensor]:
 class RewardForward:
     """One value per sample: the reward."""
 
+    value = "reward"
+
     def identity(self, sample: RewardInput) -> bytes:
         """Return ids and segments."""
         return repr((sample.ids, sample.segments)).encode()
@@ -219,6 +221,7 @@ def load_pairs(rows: Path, renderer: RewardRenderer, *, split: str) -> Pairs:
                     places=tuple(places),
                     num_responses=len(responses),
                     num_tokens_K=np.array([len(sample.ids) for sample in samples]),
+                    preferred=0,
                 )
             )
             pairs.num_chars.append([len(text) for text in texts])

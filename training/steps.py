@@ -33,6 +33,8 @@ class Forwarded(NamedTuple):
 class Forward(Protocol):
     """How a model turns samples into one value each."""
 
+    value: str  # what that is, as figures name it: logp, in nats and summed over trained tokens, or reward
+
     def identity(self, sample: Any) -> bytes:
         """Return what a sample is, for the digest of the plan."""
         ...
@@ -57,6 +59,7 @@ class Batch(NamedTuple):
     weight_B: FloatArray
     columns_B: Columns
     columns: Columns  # of the global batch
+    members: list[int]  # where its responses are in there
 
 
 def gather_columns(examples: Sequence[Example]) -> Columns:
@@ -69,7 +72,27 @@ def gather_columns(examples: Sequence[Example]) -> Columns:
         reward_R=join_column([example.reward_K for example in examples]),
         logp_ref_R=join_column([example.logp_ref_K for example in examples]),
         logq_R=join_column([example.logq_K for example in examples]),
+        preferred_R=np.concatenate([mark_preferred(example) for example in examples]),
     )
+
+
+def mark_preferred(example: Example) -> FloatArray:
+    """Return preferred_K: 1 for the preferred response, 0 for the others, NaN where nobody said."""
+    if example.preferred is None:
+        return np.full(len(example.samples), np.nan)
+    return (np.arange(len(example.samples)) == example.preferred).astype(np.float64)
+
+
+def group_responses(columns: Columns) -> dict[str, np.ndarray]:
+    """Return which responses are chosen, rejected, and of the highest reward of their prompt, as far as that is known."""
+    kinds: dict[str, np.ndarray] = {}
+    if columns.preferred_R is not None:
+        kinds |= {"chosen": columns.preferred_R == 1, "rejected": columns.preferred_R == 0}
+    if columns.reward_R is not None:
+        highest_G = np.full(len(columns.row_ids), -np.inf)
+        np.maximum.at(highest_G, columns.group_R, columns.reward_R)
+        kinds["best"] = columns.reward_R == highest_G[columns.group_R]
+    return {name: kind_R for name, kind_R in kinds.items() if kind_R.any()}
 
 
 def join_column(parts: Sequence[FloatArray | None]) -> FloatArray | None:
@@ -149,7 +172,7 @@ class Steps:
         columns, samples = self.columns(step), self.samples(step)
         columns_B = columns.take(members)
         micro = self._forward.load([samples[index] for index in members], columns_B.group_R)
-        return Batch(micro, self._weights[step][list(members)], columns_B, columns)
+        return Batch(micro, self._weights[step][list(members)], columns_B, columns, list(members))
 
     def part(self, model: Any, batch: Batch) -> Part:
         """Run some responses of a step and return their share of its loss and figures."""
@@ -170,4 +193,6 @@ class Steps:
         if batch.columns_B.logp_ref_R is not None:
             ratio = (value_B - batch.columns_B.logp_ref_R).sum() / len(batch.columns.group_R)
             figures["logp_ratio"] = float(ratio)
+        for name, kind_R in group_responses(batch.columns).items():
+            figures[f"{self._forward.value}_{name}"] = float(value_B[kind_R[batch.members]].sum() / kind_R.sum())
         return figures

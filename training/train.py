@@ -239,6 +239,8 @@ class PolicyForward:
     """One value per sample: the log-probability of its trained tokens. Dropout is 0, in training too: the model stays in
     evaluation mode, since the weighted likelihood is that of the policy and not of a randomly thinned one."""
 
+    value = "logp"
+
     def __init__(self, device: torch.device, layout: Layout, flops: Flops | None = None) -> None:
         self._device = device
         self._layout = layout

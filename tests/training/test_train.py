@@ -91,6 +91,34 @@ def test_first_step_starts_at_the_reference(inputs: dict[str, Path], make_job: C
     assert abs(read_metrics(job)[-1]["train/logp_ratio"]) > 1e-3
 
 
+def test_log_probabilities_are_told_of_chosen_rejected_and_best_responses(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    """One step over all rows, at the reference: the means are those of the stored log-probabilities."""
+    job = make_job("train", "a", config={**VAR, "batch_prompts": 64}, inputs=inputs)
+    train.run(job)
+    (line,) = read_metrics(job)
+    trained = {row["row_id"] for row in pq.read_table(job.output / "weights.parquet").to_pylist()}
+    scores, rewards = (
+        {row["row_id"]: row[name] for row in pq.read_table(inputs[folder] / "scores.parquet").to_pylist()}
+        for folder, name in (("reference", "logp"), ("rewards", "reward"))
+    )
+    kinds: dict[str, list[float]] = {"chosen": [], "rejected": [], "best": []}
+    for row in pq.read_table(inputs["rows"] / "rows.parquet").to_pylist():
+        if row["row_id"] not in trained:
+            continue
+        logp, reward = scores[row["row_id"]], rewards[row["row_id"]]
+        for k, response in enumerate(row["responses"]):
+            if response in row["responses"][:k]:
+                continue
+            kinds["best"] += [logp[k]] if reward[k] == max(reward) else []
+            if row["preferred"] is not None:
+                kinds["chosen" if response == row["responses"][row["preferred"]] else "rejected"].append(logp[k])
+    assert all(kinds.values())
+    for kind, values in kinds.items():
+        assert line[f"train/logp_{kind}"] == pytest.approx(sum(values) / len(values), abs=1e-3)
+
+
 def test_weights_are_those_of_the_objective(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
     job = make_job("train", "a", config={**VAR, "lambda_unit": "reward", "lambda_": 3.0}, inputs=inputs)
     train.run(job)

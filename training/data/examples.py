@@ -26,6 +26,7 @@ class Example:
     places: tuple[int, ...]
     num_responses: int  # of the row, with those that are not trained
     num_tokens_K: np.ndarray  # trained tokens of each sample
+    preferred: int | None = None  # which of the samples; None where nobody said, or it is not trained
     reward_K: FloatArray | None = None
     logp_ref_K: FloatArray | None = None
     logq_K: FloatArray | None = None
@@ -129,10 +130,20 @@ def make_example(
         places=tuple(places),
         num_responses=len(row["responses"]),
         num_tokens_K=num_tokens_K,
+        preferred=place_preferred(row, places),
         reward_K=pick(row, rewards, "reward", places),
         logp_ref_K=logp_ref_K,
         logq_K=np.array([np.nan if row["logq"] is None else row["logq"][k] for k in places]),
     )
+
+
+def place_preferred(row: dict[str, Any], places: list[int]) -> int | None:
+    """Return which of the responses at some places is the preferred one, or equal to it; None where none is."""
+    if row["preferred"] is None:
+        return None
+    responses = row["responses"]
+    equal = (n for n, k in enumerate(places) if responses[k] == responses[row["preferred"]])
+    return next(equal, None)
 
 
 def pick(

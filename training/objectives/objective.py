@@ -27,6 +27,9 @@ class Columns:
     reward_R: FloatArray | None = None
     logp_ref_R: FloatArray | None = None  # nats, summed over trained tokens
     logq_R: FloatArray | None = None  # likewise, under the policy that sampled the responses
+    preferred_R: FloatArray | None = (
+        None  # 1 for the preferred response of a prompt, 0 for its others, NaN where nobody said
+    )
 
     def take(self, members: Sequence[int]) -> "Columns":
         """Return the columns of some responses, in the order of `members`."""
@@ -39,6 +42,7 @@ class Columns:
             reward_R=None if self.reward_R is None else self.reward_R[chosen],
             logp_ref_R=None if self.logp_ref_R is None else self.logp_ref_R[chosen],
             logq_R=None if self.logq_R is None else self.logq_R[chosen],
+            preferred_R=None if self.preferred_R is None else self.preferred_R[chosen],
         )
 
 
