@@ -133,7 +133,7 @@ def test_each_log_probability_is_stock_s(real_mirror: Path, smollm: Path, tmp_pa
         limit=4,
     )
     with offline(tmp_path / "datasets"):
-        tasks = load_tasks(config, mirror=real_mirror)
+        tasks = load_tasks(config, mirror=real_mirror, outcomes={})
         configure_tasks(tasks, config=config)
         for task in tasks.values():
             task.build_all_requests(limit=config.limit, rank=0, world_size=1)
