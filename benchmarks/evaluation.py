@@ -5,7 +5,7 @@ files (evaluation/harness/mirror.py). SmolLM2-135M in float32, the same rows, ba
 in turn. Start-up is what comes before lm-eval says that it sends requests, and is reported apart; ours begins with the same words.
 
 Keys: `time_ratio` (median seconds of ours over those of stock, by benchmark), `identical` (every score, every item's verdict and
-every text, by benchmark), `seconds`, `startup_seconds`.
+every text as far as a sample keeps it, by benchmark), `seconds`, `startup_seconds`.
 """
 
 import argparse

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.config import BenchmarkConfig
+from evaluation.harness.samples import ANSWER_CHARS
 
 ANNOUNCED = ("Running loglikelihood requests", "Running generate_until requests")  # lm-eval's, where start-up ends
 # lm-eval fetches this metric from the hub; for its command line to run offline, a plain one lies in the mirror.
@@ -70,6 +71,10 @@ def stock_command(config: BenchmarkConfig, *, policy: Path, output: Path, batch_
         command += ["--limit", str(config.limit)]
     if config.num_fewshot is not None:
         command += ["--num_fewshot", str(config.num_fewshot)]
+    if config.chat_template:
+        command += ["--apply_chat_template"]  # which makes worked examples turns of the conversation
+    if config.system_prompt is not None:
+        command += ["--system_instruction", config.system_prompt]
     if config.max_gen_toks is not None:
         command += ["--gen_kwargs", f"max_gen_toks={config.max_gen_toks}"]
     return command
@@ -143,7 +148,7 @@ def differences(config: BenchmarkConfig, *, ours: Path, stock: Path) -> list[str
         twin = twins[item["task"], item["doc_id"]]
         answer = item["answer"], item["correct"]
         if item["choices"] is None:
-            stock_answer = twin["resps"][0][0], float(twin[config.metric])
+            stock_answer = twin["resps"][0][0][:ANSWER_CHARS], float(twin[config.metric])
         else:
             logps = [float(response[0][0]) for response in twin["resps"]]
             chosen = list(twin["arguments"].values())[logps.index(max(logps))]["arg_1"].strip()

@@ -19,7 +19,7 @@ def mirror(config: MirrorConfig, attempt: Attempt) -> Metrics:
     return {"mirror/files": float(len(rows)), "mirror/rows": float(sum(rows.values()))}
 
 
-@step(version=3)
+@step(version=4)
 def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
     """Run one benchmark on one model. Inputs: `model`, or the config and tokenizer of a served one, and `mirror`."""
     run_benchmark(attempt)
@@ -34,7 +34,7 @@ def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
     return metrics
 
 
-@step(version=1)
+@step(version=2)
 def evaluate_varied(config: VariedConfig, attempt: Attempt) -> Metrics:
     """Run one benchmark on one model under another few-shot seed, batch size or number of workers, for the noise floor: no score to
     compare models by.

@@ -16,6 +16,7 @@ FLAG_SAMPLES = 5
 FLAG_CHARS = 200
 CHANCE_STDERRS = 2.0
 MOST_UNUSABLE = 0.2  # share of answers that nothing could be found in, or that the limit ended
+MOST_TIMEOUTS = 0.05  # share of programs that were ended by the clock, which runs faster than they on a busy machine
 FILTER_GAP = 0.05  # between two filters of one metric: what decides may measure the format
 
 Row = dict[str, Any]
@@ -80,6 +81,8 @@ def summarise(rows: list[Row], *, output: Path, name: str) -> Row:
         "truncated_prompts": profile["truncated_prompts"],
         "bos_count": profile["bos"]["count"],
     }
+    if "ending" in samples[0]:
+        summary["timeout_share"] = share(s["ending"] == "timeout" for s in samples)
     other_filters = {row["filter"]: row["value"] for row in find_twins(deciding, rows)}
     suspect = find_flag(deciding, samples)
     flags = [suspect, *find_format_flags(summary, other_filters, deciding=deciding)]
@@ -113,6 +116,8 @@ def find_format_flags(summary: Row, other_filters: dict[str, float], *, deciding
         yield f"limit: {summary['cut_share']:.0%} of the answers were ended by the token limit (max_gen_toks)"
     if summary["tied_share"] > MOST_UNUSABLE:
         yield f"ties: in {summary['tied_share']:.0%} of the items the model tells no choice from another, and the first counts"
+    if summary.get("timeout_share", 0.0) > MOST_TIMEOUTS:
+        yield f"time: {summary['timeout_share']:.0%} of the programs were still running at their limit (sandbox_seconds); a busy machine does that too"
     if summary["truncated_prompts"]:
         yield f"prompts: {summary['truncated_prompts']} did not fit and were cut from the left (max_length)"
     for name, value in other_filters.items():

@@ -45,7 +45,7 @@ from evaluation.harness.mirror import known_data
 from evaluation.harness.offline import closed_sockets
 from evaluation.harness.profile import describe
 from evaluation.harness.samples import score_rows, write_samples
-from evaluation.harness.sandbox import SandboxedCodeEval, check_sandbox
+from evaluation.harness.sandbox import Outcome, SandboxedCodeEval, check_sandbox
 from evaluation.harness.stock import find_folders, stock_folder
 from evaluation.harness.watch import Watch
 from evaluation.harness.workers import Copies, WorkerPool
@@ -97,7 +97,8 @@ def evaluate(
     identity = {"config": config.model_dump(mode="json"), "weights": weights}
     responses = Responses(work / RESPONSES, identity=identity)
     with contextlib.closing(responses), closed_sockets(but=door), offline(work / "datasets"):
-        tasks = load_tasks(config, mirror=mirror)
+        outcomes: dict[tuple[str, str], Outcome] = {}
+        tasks = load_tasks(config, mirror=mirror, outcomes=outcomes)
         configure_tasks(tasks, config=config)
         check_tasks(tasks, config=config)
         watch = Watch(output / "metrics.jsonl", stop=stop)
@@ -111,6 +112,7 @@ def evaluate(
         output / "samples.jsonl",
         config=config,
         cut=watch.cut,
+        outcomes=outcomes,
         question=lambda name, doc: describe_question(tasks[name], doc),
     )
     profile = describe(results, config=config, model=model, tasks=tasks, identity={"weights_sha256": weights} | served)
@@ -190,19 +192,22 @@ def offline(cache: Path) -> Iterator[None]:
         datasets.config.HF_DATASETS_CACHE = before[2]
 
 
-def load_tasks(config: BenchmarkConfig, *, mirror: Path) -> dict[str, Any]:
-    """Return lm-eval's task objects by name, groups taken apart, their rows read from the mirror."""
+def load_tasks(config: BenchmarkConfig, *, mirror: Path, outcomes: dict[tuple[str, str], Outcome]) -> dict[str, Any]:
+    """Return lm-eval's task objects by name, groups taken apart, their rows read from the mirror.
+
+    Where they run programs, how each ends goes into `outcomes`, by program and test.
+    """
     others = tuple(name for name in config.tasks if not known_data(name))
     folders = [stock_folder() / name for name in STOCK_FOLDERS] if len(others) < len(config.tasks) else []
     folders += [folder for folder in find_folders(others) if folder not in folders]
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=folders)
-    with contextlib.chdir(mirror), sandboxed_code_eval(seconds=config.sandbox_seconds):
+    with contextlib.chdir(mirror), sandboxed_code_eval(seconds=config.sandbox_seconds, outcomes=outcomes):
         loaded: dict[str, Any] = manager.load(list(config.tasks))["tasks"]
     return loaded
 
 
 @contextlib.contextmanager
-def sandboxed_code_eval(*, seconds: float) -> Iterator[None]:
+def sandboxed_code_eval(*, seconds: float, outcomes: dict[tuple[str, str], Outcome]) -> Iterator[None]:
     """While tasks are loaded, `evaluate.load("code_eval")` returns the sandboxed one, and nothing else can be loaded.
 
     lm-eval keeps the modules of its tasks, and HumanEval's takes its metric when it is first loaded; so it is forgotten.
@@ -213,7 +218,7 @@ def sandboxed_code_eval(*, seconds: float) -> Iterator[None]:
     def load(name: str, *_: Any, **__: Any) -> SandboxedCodeEval:
         if name != "code_eval":
             raise ValueError(f"metric {name!r}: would be fetched from the hub; take a task whose metrics lm-eval holds")
-        return SandboxedCodeEval(seconds=seconds)
+        return SandboxedCodeEval(seconds=seconds, outcomes=outcomes)
 
     hf_evaluate.load = load
     try:

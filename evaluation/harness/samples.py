@@ -6,11 +6,12 @@ Its scores are keyed "metric,filter" and "metric_stderr,filter"; its samples hol
 
 import json
 import math
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
 from evaluation.config import BenchmarkConfig
+from evaluation.harness.sandbox import Outcome
 
 PROMPT_TAIL_CHARS, ANSWER_CHARS, TARGET_CHARS = 500, 2000, 500
 UNEXTRACTED = "[invalid]"  # what a filter says when it finds no answer
@@ -87,11 +88,13 @@ def write_samples(
     *,
     config: BenchmarkConfig,
     cut: Container[str],
+    outcomes: Mapping[tuple[str, str], Outcome],
     question: Callable[[str, Row], str],
 ) -> None:
     """Write one line an item under the deciding metric and filter, texts cut to a bound; the file is whole or absent.
 
-    `cut` holds the prompts whose answers the token limit ended, `question` gives what a task's item asks, which is kept whole.
+    `cut` holds the prompts whose answers the token limit ended, `outcomes` how programs ended by program and test (of a benchmark that
+    runs programs, every item's is there), `question` gives what a task's item asks, which is kept whole.
     """
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as out:
@@ -99,6 +102,9 @@ def write_samples(
             for item in (item for item in items if item["filter"] == config.filter):
                 line = {"task": task, "doc_id": item["doc_id"], **describe_item(item, metric=config.metric)}
                 line |= {"cut": item["arguments"][0][0] in cut, "question": question(task, item["doc"])}
+                if outcomes:
+                    outcome = outcomes[item["filtered_resps"][0][0], item["target"]]
+                    line |= {"ending": outcome.ending, "reason": outcome.reason}
                 out.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     partial.replace(path)
 

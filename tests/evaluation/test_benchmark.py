@@ -202,6 +202,17 @@ def test_answers_that_the_limit_ended_are_flagged(tmp_path: Path) -> None:
     assert summary["flag"].startswith("limit: 33% of the answers were ended by the token limit")
 
 
+def test_programs_that_the_clock_ended_are_flagged(tmp_path: Path) -> None:
+    endings = ["passed"] * 9 + ["timeout"]
+    lines = [sample(float(e == "passed"), choices=None, ending=e, reason=e) for e in endings]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "profile.json").write_text(json.dumps({"truncated_prompts": 0, "bos": {"count": 0}}))
+    row = {"task": "t", "metric": "m", "filter": "none", "decides": True, "value": 0.9, "stderr": 0.1, "n": 10}
+    summary = summarise([row], output=tmp_path, name="b")
+    assert summary["timeout_share"] == pytest.approx(0.1)
+    assert summary["flag"].startswith("time: 10% of the programs were still running at their limit")
+
+
 @pytest.mark.parametrize("suite", [make() for make in suites.SUITES.values()], ids=list(suites.SUITES))
 def test_a_part_never_carries_the_whole_benchmark_s_name(suite: SuiteConfig) -> None:
     names = [b.name for b in suite.benchmarks]

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from evaluation.config import BenchmarkConfig
 from evaluation.harness.mirror import build_mirror
 from evaluation.harness.run import HARNESS_VERSION
-from evaluation.harness.sandbox import SandboxedCodeEval
+from evaluation.harness.sandbox import Outcome, SandboxedCodeEval
 from tests.evaluation.evaluated import GSM8K, MMLU, run
 from training.config import Device, Precision, Runtime
 from training.job import Interrupted
@@ -127,6 +127,8 @@ def test_the_few_shot_seed_draws_the_examples(tiny_policy: Path, mirror: Path, t
 
 def test_humaneval_programs_pass_by_their_tests_alone(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
     result = run(tiny_policy, mirror, HUMANEVAL, folder=tmp_path)
+    assert [s["ending"] for s in result.samples] == ["passed", "exception"]
+    assert [s["reason"].partition(":")[0] for s in result.samples] == ["passed", "SyntaxError"]
     assert [s["correct"] for s in result.samples] == [1.0, 0.0]  # a comment's end passes, noise for a body does not
     (row,) = result.rows
     assert (row["metric"], row["filter"], row["value"], row["n"]) == ("pass@1", "create_test", 0.5, 2)
@@ -146,7 +148,10 @@ def test_a_metric_loaded_earlier_is_never_used(
 def test_code_eval_is_the_sandbox() -> None:
     tests = ["assert add(2, 3) == 5", "assert add(2, 3) == 5"]
     programs = [["def add(a, b): return a + b"], ["import os\nos._exit(0)"]]
-    value, outcomes = SandboxedCodeEval(seconds=10.0).compute(references=tests, predictions=programs, k=[1])
+    kept: dict[tuple[str, str], Outcome] = {}
+    code_eval = SandboxedCodeEval(seconds=10.0, outcomes=kept)
+    value, outcomes = code_eval.compute(references=tests, predictions=programs, k=[1])
+    assert list(kept.values()) == outcomes and next(iter(kept)) == (programs[0][0], tests[0])
     assert value == {"pass@1": 0.5}
     assert [o.passed for o in outcomes] == [True, False]
 

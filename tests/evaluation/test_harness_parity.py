@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lm_eval.models.huggingface import HFLM
@@ -68,7 +69,13 @@ CONFIGS = [
         sandbox_seconds=30.0,
     ),
 ]
-NAMES = ["mmlu whole", "mmlu 2-shot", "gsm8k", "bbh", "humaneval"]
+CHAT: dict[str, Any] = {"chat_template": True, "system_prompt": "You are terse."}
+CONFIGS += [
+    CONFIGS[1].model_copy(update=CHAT),
+    CONFIGS[2].model_copy(update=CHAT),
+    CONFIGS[4].model_copy(update=CHAT | {"tasks": ("humaneval_instruct",)}),
+]
+NAMES = ["mmlu whole", "mmlu 2-shot", "gsm8k", "bbh", "humaneval", "mmlu chat", "gsm8k chat", "humaneval_instruct chat"]
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +86,11 @@ def real_mirror(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return mirror
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
-def test_scores_and_items_equal_the_command_line(
-    tiny_policy: Path, real_mirror: Path, tmp_path: Path, config: BenchmarkConfig
-) -> None:
+def run_both(policy: Path, real_mirror: Path, tmp_path: Path, config: BenchmarkConfig) -> list[dict[str, Any]]:
+    """Run a benchmark by us and by the command line, hold them equal, and return our rows."""
     (tmp_path / "output").mkdir()
     rows = evaluate(
-        tiny_policy,
+        policy,
         real_mirror,
         config,
         runtime=Runtime(device=Device.cpu, microbatch_tokens=8 * 256),
@@ -94,9 +99,17 @@ def test_scores_and_items_equal_the_command_line(
         stop=threading.Event(),
     )
     write_json(tmp_path / "output" / "scores.json", rows)
-    command = stock_command(config, policy=tiny_policy, output=tmp_path / "stock", batch_size=8)
+    command = stock_command(config, policy=policy, output=tmp_path / "stock", batch_size=8)
     run_timed(command, cwd=real_mirror, environment=offline_environment(tmp_path, threads=1))
     assert differences(config, ours=tmp_path / "output", stock=tmp_path / "stock") == []
+    return rows
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=NAMES)
+def test_scores_and_items_equal_the_command_line(
+    tiny_policy: Path, real_mirror: Path, tmp_path: Path, config: BenchmarkConfig
+) -> None:
+    rows = run_both(tiny_policy, real_mirror, tmp_path, config)
     compared = [row for row in rows if row["task"] in read_stock(tmp_path / "stock")[0]]
     assert len(compared) >= (57 if config.tasks == ("mmlu",) else 1)
 
@@ -133,7 +146,7 @@ def test_each_log_probability_is_stock_s(real_mirror: Path, smollm: Path, tmp_pa
         limit=4,
     )
     with offline(tmp_path / "datasets"):
-        tasks = load_tasks(config, mirror=real_mirror)
+        tasks = load_tasks(config, mirror=real_mirror, outcomes={})
         configure_tasks(tasks, config=config)
         for task in tasks.values():
             task.build_all_requests(limit=config.limit, rank=0, world_size=1)

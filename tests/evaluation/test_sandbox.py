@@ -13,10 +13,21 @@ import psutil
 import pytest
 
 from evaluation.harness import sandbox
-from evaluation.harness.sandbox import MAX_PROCESSES, REASON_CHARS, Outcome, check_sandbox, run_program
+from evaluation.harness.sandbox import (
+    MAX_PROCESSES,
+    REASON_CHARS,
+    Ending,
+    Outcome,
+    SandboxError,
+    check_sandbox,
+    find_parents,
+    list_parents,
+    run_program,
+)
 
 SECONDS = 10.0
 HOST_USER = sandbox.UNPRIVILEGED if os.getuid() == 0 else os.getuid()
+PASSED = Outcome(Ending.passed, "passed")
 FORK_BOMB = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n"
 
 
@@ -51,8 +62,8 @@ def test_the_probe_holds_here() -> None:
 
 
 def test_an_honest_program_passes_and_a_wrong_one_says_why() -> None:
-    assert run("import collections, math, re, typing, heapq, hashlib\nassert 1 + 1 == 2") == Outcome(True, "passed")
-    assert run("assert 1 + 1 == 3, 'arithmetic'") == Outcome(False, "AssertionError: arithmetic")
+    assert run("import collections, math, re, typing, heapq, hashlib\nassert 1 + 1 == 2") == PASSED
+    assert run("assert 1 + 1 == 3, 'arithmetic'") == Outcome(Ending.assertion, "AssertionError: arithmetic")
     assert run("def f(:").reason.startswith("SyntaxError")
     assert run("import numpy").reason == "ModuleNotFoundError: No module named 'numpy'"
     assert run("input()").reason.startswith("EOFError")
@@ -107,11 +118,11 @@ def test_host_files_can_neither_be_read_nor_written(tmp_path: Path) -> None:
 def test_no_environment_is_in_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CANARY_SECRET", "hunter2")
     own = "import os\nassert set(os.environ) <= {'PWD', 'LC_CTYPE', 'LD_LIBRARY_PATH'}"
-    assert run(own) == Outcome(True, "passed")
+    assert run(own) == PASSED
     # bubblewrap itself is process 1; what it was started with stays readable there
     every = "import glob\nfor path in glob.glob('/proc/[0-9]*/environ'):\n    assert 'CANARY' not in open(path).read()"
-    assert run(every) == Outcome(True, "passed")
-    assert run("assert open('/proc/1/environ').read() == ''") == Outcome(True, "passed")
+    assert run(every) == PASSED
+    assert run("assert open('/proc/1/environ').read() == ''") == PASSED
     assert run("import os\nassert len([p for p in os.listdir('/proc') if p.isdigit()]) == 2").passed
 
 
@@ -130,7 +141,7 @@ def test_root_here_is_nobody_there() -> None:
 
 def test_a_fork_bomb_is_bounded_and_ends() -> None:
     outcome = run(FORK_BOMB, seconds=2.0)
-    assert outcome == Outcome(False, "still running after 2 s")
+    assert outcome == Outcome(Ending.timeout, "still running after 2 s")
     assert wait_for(nothing_left)
     count = "import os, time\nn = 0\ntry:\n    while True:\n        if os.fork() == 0: time.sleep(30)\n        n += 1\nexcept OSError: raise Exception(n)"
     assert 0 < int(run(count).reason.removeprefix("Exception: ")) <= MAX_PROCESSES
@@ -152,13 +163,13 @@ def test_the_parent_cannot_be_killed(source: str) -> None:
 
 
 def test_output_is_bounded() -> None:
-    assert run("while True:\n    print('x' * 100_000)", seconds=1.0) == Outcome(False, "still running after 1 s")
+    assert run("while True:\n    print('x' * 100_000)", seconds=1.0) == Outcome(
+        Ending.timeout, "still running after 1 s"
+    )
     flood = "import os\nwhile True:\n    os.write(3, b'x' * 100_000)"  # our own channel, found by its number
     outcome = run(flood)
     assert not outcome.passed and len(outcome.reason) <= REASON_CHARS
     assert not run("open('big', 'wb').write(bytes(2**25))").passed
-    files = "import os\nwhile True:\n    f = os.memfd_create('x')\n    os.write(f, bytes(2**22))"
-    assert run(files).reason.startswith("OSError: [Errno 24]")
 
 
 def test_a_memory_bomb_meets_its_limit() -> None:
@@ -166,24 +177,117 @@ def test_a_memory_bomb_meets_its_limit() -> None:
     assert run("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))").reason.startswith("ValueError")
 
 
+def test_memory_that_no_process_holds_is_refused() -> None:
+    shared = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+libc.shmat.restype = ctypes.c_void_p
+while True:
+    segment = libc.shmget(0, 2**26, 0o1600)
+    if segment == -1:
+        raise OSError(ctypes.get_errno(), "shmget")
+    place = libc.shmat(segment, None, 0)
+    ctypes.memset(place, 1, 2**26)
+    libc.shmdt(ctypes.c_void_p(place))
+"""
+    assert run(shared) == Outcome(Ending.exception, "OSError: [Errno 38] shmget")
+    assert run("import os\nwhile True: os.memfd_create('x')").reason == "OSError: [Errno 38] Function not implemented"
+
+
+def test_processes_together_meet_one_limit_where_control_groups_can_be_made() -> None:
+    source = """
+import os, time
+children = []
+for _ in range(4):
+    child = os.fork()
+    if child == 0:
+        held = bytearray(300 * 2**20)
+        for place in range(0, len(held), 4096): held[place] = 1
+        time.sleep(3)
+        os._exit(0)
+    children.append(child)
+assert all(os.waitpid(child, 0)[1] == 0 for child in children), "a child was killed"
+"""
+    outcome = run(source, seconds=30.0)
+    killed = Outcome(Ending.assertion, "AssertionError: a child was killed")
+    assert outcome == (killed if any("memory" in str(parent) for parent in find_parents()) else PASSED)
+    assert [left for parent in find_parents() for left in parent.glob("varflow-sandbox-*")] == []
+
+
+def test_control_groups_are_made_where_limits_are_handed_down(tmp_path: Path) -> None:
+    (tmp_path / "memory" / "ours").mkdir(parents=True)
+    (tmp_path / "pids").mkdir()
+    first = "9:name=systemd:/\n8:pids:/elsewhere\n5:devices:/\n4:memory:/ours\n0::/\n"
+    assert list(list_parents(tmp_path, first)) == [tmp_path / "pids", tmp_path / "memory" / "ours"]
+    (tmp_path / "app.slice" / "ours.scope").mkdir(parents=True)
+    (tmp_path / "app.slice" / "ours.scope" / "cgroup.subtree_control").write_text("\n")
+    (tmp_path / "app.slice" / "cgroup.subtree_control").write_text("cpu memory pids\n")
+    assert list(list_parents(tmp_path, "0::/app.slice/ours.scope\n")) == [tmp_path / "app.slice"]
+    assert list(list_parents(tmp_path, "0::/\n")) == []
+
+
+def test_a_fork_bomb_leaves_other_programs_their_processes() -> None:
+    honest = "import os\nfor _ in range(50):\n    child = os.fork()\n    if child == 0: os._exit(0)\n    os.waitpid(child, 0)"
+    with ThreadPoolExecutor(1) as pool:
+        bomb = pool.submit(run, FORK_BOMB, seconds=5.0)
+        assert wait_for(lambda: len(processes_of(HOST_USER)) > MAX_PROCESSES)
+        assert run(honest) == PASSED
+        assert not bomb.done()
+        assert bomb.result().ending == Ending.timeout
+
+
+def test_a_sandbox_that_does_not_stand_is_tried_again_and_then_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "RETRY_SECONDS", (0.01, 0.01))
+    stand = sandbox.sandbox_command
+    commands = [["/bin/false"], ["/bin/sh", "-c", "echo no more user namespaces >&2"]]
+    monkeypatch.setattr(sandbox, "sandbox_command", lambda calls: commands.pop() if commands else stand(calls))
+    assert run("pass") == PASSED and commands == []
+    monkeypatch.setattr(sandbox, "sandbox_command", lambda _: ["/bin/sh", "-c", "echo no more user namespaces >&2"])
+    with pytest.raises(SandboxError, match=r"did not come to stand \(no more user namespaces\)"):
+        run("pass")
+    monkeypatch.setattr(sandbox, "sandbox_command", lambda _: ["/bin/sh", "-c", "echo stands >&2"])
+    with pytest.raises(SandboxError, match="before it had read the program"):
+        run("#" * 2**20)
+
+
+def test_a_slow_start_takes_nothing_of_a_program_s_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand = sandbox.sandbox_command
+    monkeypatch.setattr(
+        sandbox, "sandbox_command", lambda calls: ["/bin/sh", "-c", 'sleep 2; exec "$@"', "sh", *stand(calls)]
+    )
+    assert run("pass", seconds=1.0) == PASSED
+
+
+def test_how_a_program_failed_is_told() -> None:
+    assert run("raise KeyError(3)") == Outcome(Ending.exception, "KeyError: 3")
+    assert run("import os; os._exit(3)") == Outcome(Ending.exited, "exited with status 3 before its end")
+    assert run("import os; os.kill(os.getpid(), 9)") == Outcome(Ending.killed, "killed by signal 9")
+
+
 def test_time_is_bounded() -> None:
-    assert run("import time; time.sleep(60)", seconds=1.0) == Outcome(False, "still running after 1 s")
-    assert run("while True: pass", seconds=1.0) == Outcome(False, "still running after 1 s")
+    assert run("import time; time.sleep(60)", seconds=1.0) == Outcome(Ending.timeout, "still running after 1 s")
+    assert run("while True: pass", seconds=1.0) == Outcome(Ending.timeout, "still running after 1 s")
 
 
 def test_without_a_working_sandbox_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "sandbox_command", lambda: ["/bin/false"])
+    monkeypatch.setattr(sandbox, "RETRY_SECONDS", ())
+    monkeypatch.setattr(sandbox, "sandbox_command", lambda _: ["/bin/false"])
     with pytest.raises(ValueError, match=r"never run without it.*kernel\.unprivileged_userns_clone"):
         check_sandbox()
-    monkeypatch.setattr(sandbox, "sandbox_command", lambda: ["/no/such/bwrap"])
+    monkeypatch.setattr(sandbox, "sandbox_command", lambda _: ["/no/such/bwrap"])
     with pytest.raises(ValueError, match=r"sandbox: does not hold here \(.*No such file"):
         check_sandbox()
 
 
 def test_a_sandbox_that_leaks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    contained = sandbox.sandbox_command()
-    monkeypatch.setattr(sandbox, "sandbox_command", lambda: [a for a in contained if a != "--unshare-net"])
+    contained = sandbox.sandbox_command
+    monkeypatch.setattr(sandbox, "sandbox_command", lambda calls: [a for a in contained(calls) if a != "--unshare-net"])
     with pytest.raises(ValueError, match="the host's loopback answers"):
+        check_sandbox()
+    monkeypatch.setattr(
+        sandbox, "sandbox_command", lambda calls: [a for a in contained(calls) if a not in ("--seccomp", str(calls))]
+    )
+    with pytest.raises(ValueError, match="shared memory that no limit counts"):
         check_sandbox()
 
 
