@@ -43,7 +43,7 @@ def plan_benchmark(config: BenchmarkFlowConfig, *, store: Store, settings: Setti
     def source(reference: str) -> Source:
         return resolve_source(reference, store=store, settings=settings)
 
-    check_scorer(config)
+    check_suite(config)
     suite, runtime = config.suite, config.runtime
     model, raw = source(config.model), source(config.benchmarks)
     models = {MODEL: (MODEL, model)} | ({BASELINE: (BASELINE, source(config.baseline))} if config.baseline else {})
@@ -61,8 +61,12 @@ def plan_benchmark(config: BenchmarkFlowConfig, *, store: Store, settings: Setti
     return BenchmarkPlan(files, tuple(evaluations.values()), varied, noise, alignment)
 
 
-def check_scorer(config: BenchmarkFlowConfig) -> None:
-    """Refuse prompt sets that nothing would score, and a baseline that nothing would be asked of."""
+def check_suite(config: BenchmarkFlowConfig) -> None:
+    """Refuse a suite of nothing, prompt sets that nothing would score, and a baseline that nothing would be asked of."""
+    if config.suite.is_empty:
+        raise ValueError(
+            "suite: has no benchmarks, no prompt sets and no pair sets, so nothing would be run; name some"
+        )
     sets = ", ".join(each.title for each in config.suite.alignment.prompt_sets)
     if sets and not config.reward:
         raise ValueError(f"suite: {sets} are scored by a reward model, and none is named; set reward (--reward)")

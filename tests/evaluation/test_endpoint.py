@@ -17,7 +17,7 @@ from evaluation.harness.benchmark import summarise
 from evaluation.harness.endpoint import EndpointFailed, locate
 from evaluation.harness.result import pair_items, read_result
 from evaluation.harness.run import evaluate
-from evaluation.suites import find_profile, paper, place_suite
+from evaluation.suites import find_profile, hha, paper, place_suite, reward_bias
 from infra.settings import child_environment
 from tasks.child import ChildJob, UserError, run_child
 from tests.evaluation.completions_server import CompletionsServer
@@ -271,6 +271,15 @@ def test_a_profile_on_another_backend_is_no_profile() -> None:
         place_suite(paper(), backend="vlm", endpoint=None)
     with pytest.raises(ValueError, match=r"expected NAME@URL"):
         place_suite(paper(), backend=None, endpoint="http://127.0.0.1:8000/v1")
+
+
+def test_a_suite_on_a_backend_keeps_what_a_reward_model_is_asked() -> None:
+    for suite in (hha(), reward_bias()):
+        assert place_suite(suite, backend="transformers", endpoint=None) == suite
+        with pytest.raises(ValueError, match=r"backend 'vllm': the suite has no benchmarks that it could answer"):
+            place_suite(suite, backend="vllm", endpoint=None)
+    both = paper().model_copy(update={"alignment": hha().alignment})
+    assert place_suite(both, backend="vllm", endpoint=None).alignment == both.alignment
 
 
 def test_vllm_that_is_not_installed_is_named(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 
+from evaluation.config import SuiteConfig
 from evaluation.gate.verdict import Noise
 from evaluation.suites import limit_suite, paper
-from flows.benchmark import collect
+from flows.benchmark import check_suite, collect
 from flows.cli import show_outcome
 from flows.config import BenchmarkFlowConfig
 
@@ -40,3 +41,9 @@ def test_a_part_of_it_has_none_and_its_flags_are_printed(capsys: pytest.CaptureF
     assert (
         "noise floor: gsm8k_part: 2 runs of the model alone that vary batch size differ by up to 12.5 points" in printed
     )
+
+
+def test_a_suite_of_nothing_is_refused() -> None:
+    nothing = SuiteConfig(benchmarks=())
+    with pytest.raises(ValueError, match="no benchmarks, no prompt sets and no pair sets, so nothing would be run"):
+        check_suite(BenchmarkFlowConfig(model="m", suite=nothing))
