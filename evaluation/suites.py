@@ -17,7 +17,9 @@ from evaluation.config import (
     PromptSetConfig,
     SuiteConfig,
 )
+from training.config import Precision
 
+TYPICAL_PROMPT_TOKENS = 256  # the default budget of 2,048 tokens makes batches of 8
 WHOLE = ("paper", "paper_chat", "standard")  # profiles of whole benchmarks, which have a mean
 
 
@@ -223,6 +225,22 @@ def place_suite(suite: SuiteConfig, *, backend: str | None, endpoint: str | None
     }
     placed = [BenchmarkConfig.model_validate(benchmark.model_dump() | changes) for benchmark in suite.benchmarks]
     return suite.model_copy(update={"benchmarks": tuple(placed)})
+
+
+def default_batch_size(microbatch_tokens: int) -> int:
+    """Return how many prompts go through a model together where a benchmark does not say it."""
+    return max(1, microbatch_tokens // TYPICAL_PROMPT_TOKENS)
+
+
+def fix_batch_size(benchmark: BenchmarkConfig, *, microbatch_tokens: int) -> BenchmarkConfig:
+    """Return the benchmark with the batch size of a runtime written down where scores depend on it: in half precision, in our processes.
+
+    Stock lm-eval moves by up to 0.125 in log-probability between batch sizes there, so it has to be part of what a score means.
+    """
+    ours = benchmark.backend == Backend.transformers and benchmark.precision != Precision.float32
+    if not ours or benchmark.batch_size is not None:
+        return benchmark
+    return benchmark.model_copy(update={"batch_size": default_batch_size(microbatch_tokens)})
 
 
 def find_profile(suite: SuiteConfig) -> str | None:

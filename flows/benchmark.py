@@ -8,7 +8,7 @@ from prefect import flow
 
 from evaluation.config import SuiteConfig
 from evaluation.gate.verdict import Noise
-from evaluation.suites import mean_score
+from evaluation.suites import fix_batch_size, mean_score
 from flows.align import check_benchmarks
 from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.config import BenchmarkFlowConfig
@@ -55,7 +55,8 @@ def plan_benchmark(config: BenchmarkFlowConfig, *, store: Store, settings: Setti
         return BenchmarkPlan(None, (), [], None, alignment)
     files = mirror(MirrorConfig(), {"raw": raw}, runtime=runtime)
     inputs: dict[str, Given] = {"model": model, "mirror": files}
-    evaluations = {b.name: evaluate(b, inputs, runtime=runtime, label=b.name) for b in suite.benchmarks}
+    benchmarks = [fix_batch_size(b, microbatch_tokens=runtime.microbatch_tokens) for b in suite.benchmarks]
+    evaluations = {b.name: evaluate(b, inputs, runtime=runtime, label=b.name) for b in benchmarks}
     floor = plan_noise(config.noise, suite, model=model, files=files, measured=evaluations, runtime=runtime)
     varied, noise = floor or ([], None)
     return BenchmarkPlan(files, tuple(evaluations.values()), varied, noise, alignment)

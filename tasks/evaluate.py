@@ -19,7 +19,7 @@ def mirror(config: MirrorConfig, attempt: Attempt) -> Metrics:
     return {"mirror/files": float(len(rows)), "mirror/rows": float(sum(rows.values()))}
 
 
-@step(version=3)
+@step(version=4)
 def evaluate(config: BenchmarkConfig, attempt: Attempt) -> Metrics:
     """Run one benchmark on one model. Inputs: `model`, or the config and tokenizer of a served one, and `mirror`."""
     attempt.run_child("evaluation", "benchmark")

@@ -183,6 +183,23 @@ def test_an_endpoint_that_writes_nothing_is_flagged(
     assert flag.startswith("zero: none of 6 answers is right; empty: 100% of the answers have no text")
 
 
+@pytest.mark.parametrize("reason", ["abort", "content_filter"])
+def test_an_answer_that_was_broken_off_is_neither_kept_nor_scored(
+    card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer, reason: str
+) -> None:
+    server.ends_by = reason
+    with pytest.raises(
+        EndpointFailed, match=rf"broke off an answer of gsm8k: finish_reason '{reason}'.*stop or length"
+    ):
+        run(card, mirror, behind(GSM8K, server), folder=tmp_path)
+    assert read_answers(tmp_path) == []
+    server.ends_by = ""
+    for thread in threading.enumerate():
+        if thread.name.startswith("endpoint"):
+            thread.join()
+    assert run(card, mirror, behind(GSM8K, server), folder=tmp_path)["rows"]
+
+
 def test_a_name_that_is_not_served_is_refused_with_near_ones(
     card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer
 ) -> None:
@@ -286,4 +303,4 @@ def test_vllm_that_is_not_installed_is_named(tiny_policy: Path, mirror: Path, tm
     config = MMLU.model_copy(update={"backend": Backend.vllm})
     with pytest.raises(ValueError, match=r"the backend vllm needs the package vllm, which is not installed here"):
         run(tiny_policy, mirror, config, folder=tmp_path)
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["metrics.jsonl"], "nothing was evaluated"
+    assert list((tmp_path / "output").iterdir()) == [], "nothing was begun"
