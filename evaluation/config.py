@@ -8,7 +8,12 @@ from pydantic import Field, field_validator, model_validator
 
 from training.config import Config, GenerateConfig, Precision
 
-WHOLE_NAMES = ("mmlu", "gsm8k", "humaneval", "bbh")  # a score under one of these is of all its items
+WHOLE = {  # a score under one of these names is of all its items: of one of these lm-eval tasks, without a limit
+    "mmlu": ("mmlu",),
+    "gsm8k": ("gsm8k", "gsm8k_cot", "gsm8k_cot_zeroshot", "gsm8k_cot_llama"),
+    "humaneval": ("humaneval", "humaneval_instruct"),
+    "bbh": ("bbh", "bbh_fewshot", "bbh_zeroshot", "bbh_cot_fewshot", "bbh_cot_zeroshot"),
+}
 PART = "_part"  # ends the name of what is limited
 HARNESS_VERSION = importlib.metadata.version("lm_eval")
 
@@ -97,10 +102,13 @@ class BenchmarkConfig(Config):
 
     @model_validator(mode="after")
     def _named_as_a_part(self) -> "BenchmarkConfig":
-        if self.limit is not None and self.name in WHOLE_NAMES:
-            raise ValueError(
-                f"benchmark {self.name}: has the item limit {self.limit}, so it is no {self.name}; name it {self.name}_part"
-            )
+        wrong = None
+        if self.limit is not None and not self.name.endswith(PART):
+            wrong = f"the item limit {self.limit}"
+        elif self.name in WHOLE and (len(self.tasks) > 1 or self.tasks[0] not in WHOLE[self.name]):
+            wrong = f"the tasks {', '.join(self.tasks)} and not one of {', '.join(WHOLE[self.name])}"
+        if wrong:
+            raise ValueError(f"benchmark {self.name}: has {wrong}, so it is no {self.name}; name it {self.name}{PART}")
         return self
 
     @model_validator(mode="after")
@@ -214,6 +222,21 @@ class SuiteConfig(Config):
     alignment: AlignmentConfig = Field(
         AlignmentConfig(), title="Alignment", description="Evaluations by reward model, and tests of it."
     )
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing would be run."""
+        return not (self.benchmarks or self.alignment.prompt_sets or self.alignment.pair_sets)
+
+    @model_validator(mode="after")
+    def _named_once(self) -> "SuiteConfig":
+        names = [benchmark.name for benchmark in self.benchmarks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(
+                f"suite: {', '.join(twice)} is there twice, and one would stand in for the other; name each benchmark once"
+            )
+        return self
 
 
 class NoiseConfig(Config):

@@ -17,7 +17,9 @@ from evaluation.config import (
     PromptSetConfig,
     SuiteConfig,
 )
+from training.config import Precision
 
+TYPICAL_PROMPT_TOKENS = 256  # the default budget of 2,048 tokens makes batches of 8
 WHOLE = ("paper", "paper_chat", "standard")  # profiles of whole benchmarks, which have a mean
 
 
@@ -197,9 +199,10 @@ def limit_suite(suite: SuiteConfig, limit: int) -> SuiteConfig:
 
 
 def place_suite(suite: SuiteConfig, *, backend: str | None, endpoint: str | None) -> SuiteConfig:
-    """Return the same benchmarks on a backend, of an endpoint `NAME@URL` where one is given; they are then those of no profile.
+    """Return the suite with its benchmarks on a backend, of an endpoint `NAME@URL` where one is given; they are then those of no
+    profile. What a reward model says of it stays.
 
-    ValueError for a backend that does not exist, and for an endpoint of another form.
+    ValueError for a backend that does not exist, an endpoint of another form, and a suite without benchmarks on another backend.
     """
     if backend is None and endpoint is None:
         return suite
@@ -210,12 +213,34 @@ def place_suite(suite: SuiteConfig, *, backend: str | None, endpoint: str | None
         raise ValueError(
             f"endpoint {endpoint!r}: got no '@', expected NAME@URL, such as llama@http://127.0.0.1:8000/v1"
         )
+    where = Backend(backend or Backend.openai)
+    if not suite.benchmarks and where != Backend.transformers:
+        raise ValueError(
+            f"backend {where.value!r}: the suite has no benchmarks that it could answer, and prompt sets are answered by transformers "
+            "alone; leave --backend and --endpoint out"
+        )
     changes = {
-        "backend": Backend(backend or Backend.openai),
+        "backend": where,
         "endpoint": Endpoint(url=url, model=name) if endpoint is not None else None,
     }
     placed = [BenchmarkConfig.model_validate(benchmark.model_dump() | changes) for benchmark in suite.benchmarks]
-    return SuiteConfig(benchmarks=tuple(placed))
+    return suite.model_copy(update={"benchmarks": tuple(placed)})
+
+
+def default_batch_size(microbatch_tokens: int) -> int:
+    """Return how many prompts go through a model together where a benchmark does not say it."""
+    return max(1, microbatch_tokens // TYPICAL_PROMPT_TOKENS)
+
+
+def fix_batch_size(benchmark: BenchmarkConfig, *, microbatch_tokens: int) -> BenchmarkConfig:
+    """Return the benchmark with the batch size of a runtime written down where scores depend on it: in half precision, in our processes.
+
+    Stock lm-eval moves by up to 0.125 in log-probability between batch sizes there, so it has to be part of what a score means.
+    """
+    ours = benchmark.backend == Backend.transformers and benchmark.precision != Precision.float32
+    if not ours or benchmark.batch_size is not None:
+        return benchmark
+    return benchmark.model_copy(update={"batch_size": default_batch_size(microbatch_tokens)})
 
 
 def find_profile(suite: SuiteConfig) -> str | None:

@@ -13,6 +13,7 @@ from evaluation.config import GateConfig, SuiteConfig
 from evaluation.gate.policy import flag_policy
 from evaluation.harness.mirror import FILL, missing_data
 from evaluation.judges.config import JudgeConfig
+from evaluation.suites import fix_batch_size
 from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.approval import ask_approval, describe_refusal
 from flows.config import AlignConfig, TrainedReward
@@ -140,6 +141,7 @@ def plan_evidence(
             score_rewards, config.reward.scoring, {"rows": answers[who], "scorer": scorer}, label=who
         )
         for benchmark in config.suite.benchmarks:
+            benchmark = fix_batch_size(benchmark, microbatch_tokens=config.runtime.microbatch_tokens)
             inputs = {"model": model, "mirror": files}
             judged[f"{who}_eval_{benchmark.name}"] = plan(evaluate, benchmark, inputs, label=f"{benchmark.name} {who}")
     evaluated = {b.name: judged[f"{CHAMPION}_eval_{b.name}"] for b in config.suite.benchmarks}

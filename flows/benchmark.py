@@ -9,7 +9,7 @@ from prefect import flow
 from evaluation.config import SuiteConfig
 from evaluation.gate.verdict import Noise
 from evaluation.harness.contamination import Contamination, flag_contamination
-from evaluation.suites import mean_score
+from evaluation.suites import fix_batch_size, mean_score
 from flows.align import check_benchmarks
 from flows.alignment import BASELINE, MODEL, AlignmentPlan, plan_alignment
 from flows.config import BenchmarkFlowConfig
@@ -46,7 +46,7 @@ def plan_benchmark(config: BenchmarkFlowConfig, *, store: Store, settings: Setti
     def source(reference: str) -> Source:
         return resolve_source(reference, store=store, settings=settings)
 
-    check_scorer(config)
+    check_suite(config)
     suite, runtime = config.suite, config.runtime
     model, raw = source(config.model), source(config.benchmarks)
     models = {MODEL: (MODEL, model)} | ({BASELINE: (BASELINE, source(config.baseline))} if config.baseline else {})
@@ -58,15 +58,20 @@ def plan_benchmark(config: BenchmarkFlowConfig, *, store: Store, settings: Setti
         return BenchmarkPlan(None, (), [], None, None, alignment)
     files = mirror(MirrorConfig(), {"raw": raw}, runtime=runtime)
     inputs: dict[str, Given] = {"model": model, "mirror": files}
-    evaluations = {b.name: evaluate(b, inputs, runtime=runtime, label=b.name) for b in suite.benchmarks}
+    benchmarks = [fix_batch_size(b, microbatch_tokens=runtime.microbatch_tokens) for b in suite.benchmarks]
+    evaluations = {b.name: evaluate(b, inputs, runtime=runtime, label=b.name) for b in benchmarks}
     floor = plan_noise(config.noise, suite, model=model, files=files, measured=evaluations, runtime=runtime)
     varied, noise = floor or ([], None)
     looked = plan_contamination(model, evaluations, store=store, settings=settings, runtime=runtime)
     return BenchmarkPlan(files, tuple(evaluations.values()), varied, noise, looked, alignment)
 
 
-def check_scorer(config: BenchmarkFlowConfig) -> None:
-    """Refuse prompt sets that nothing would score, and a baseline that nothing would be asked of."""
+def check_suite(config: BenchmarkFlowConfig) -> None:
+    """Refuse a suite of nothing, prompt sets that nothing would score, and a baseline that nothing would be asked of."""
+    if config.suite.is_empty:
+        raise ValueError(
+            "suite: has no benchmarks, no prompt sets and no pair sets, so nothing would be run; name some"
+        )
     sets = ", ".join(each.title for each in config.suite.alignment.prompt_sets)
     if sets and not config.reward:
         raise ValueError(f"suite: {sets} are scored by a reward model, and none is named; set reward (--reward)")

@@ -60,6 +60,9 @@ class Answer:
     stopped: bool
 
 
+ENDED = ("stop", "length")  # why a whole answer ends; any other reason is of one that was broken off
+
+
 @dataclass(frozen=True)
 class Call:
     """One batch, to be answered at once: all that another process has to know. Without `writing`, endings are scored."""

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from tenacity import RetryCallState
 
 from evaluation.config import Endpoint
-from evaluation.harness.calls import Answer, Call, Engine, Row, Score, Writing, run_pooled
+from evaluation.harness.calls import ENDED, Answer, Call, Engine, Row, Score, Writing, run_pooled
 from evaluation.served import Refused, Server, Unanswered
 
 ATTEMPTS = 5  # of a request, over about eight seconds
@@ -80,8 +80,14 @@ class EndpointEngine(Engine):
     def _write(self, row: Row, writing: Writing) -> Answer:
         reply = self._complete(row.ids, max_tokens=writing.limit, stop=list(writing.stops))
         choice = read_choice(reply, url=self.endpoint.url)
-        text = choice.get("text") or ""
-        cut = choice.get("finish_reason") == "length" and not any(stop in text for stop in writing.stops)
+        text, reason = choice.get("text"), choice.get("finish_reason")
+        if reason not in ENDED or not isinstance(text, str):
+            raise EndpointFailed(
+                f"endpoint {self.endpoint.url}: broke off an answer of {row.task or 'a task'}: finish_reason {reason!r}, "
+                f"{'a text' if isinstance(text, str) else 'no text'}; expected a text that ends by {' or '.join(ENDED)}; nothing was scored for "
+                "it: see the server's log, and run the same command again to go on from the answers so far"
+            )
+        cut = reason == "length" and not any(stop in text for stop in writing.stops)
         return Answer(text, stopped=not cut)
 
     def _complete(self, ids: list[int], **how: Any) -> Reply:

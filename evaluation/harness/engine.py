@@ -13,7 +13,7 @@ Legend: B rows of a batch, T tokens, P tokens of a shared prefix, K last positio
 
 import copy
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -177,8 +177,20 @@ class TransformersEngine(Engine):
             self._held = (call.prefix, self.read_prefix(call.prefix))
         behind: dict[str, Any] = {"prefix": self._held[1], "shared": len(call.prefix)}
         if call.writing is None:
-            return run_in_halves(partial(self.score_batch, **behind), call.rows)
-        return run_in_halves(partial(self.write_batch, writing=call.writing, **behind), call.rows)
+            return self._run(partial(self.score_batch, **behind), call.rows)
+        return self._run(partial(self.write_batch, writing=call.writing, **behind), call.rows)
+
+    def _run(self, work: Callable[[Sequence[Row]], list[Any]], rows: Sequence[Row]) -> list[Any]:
+        """Return what `work` makes of a batch: in halves where there is no room, but in half precision its size is part of the score."""
+        if self.model.dtype == torch.float32:
+            return run_in_halves(work, rows)
+        try:
+            return work(rows)
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"batch_size: a batch of {self.batch_size} prompts in {self.model.dtype} has no room on the device, and its size is part "
+                "of what a score means there; set batch_size of the benchmark lower, for all models that are to be compared"
+            ) from error
 
     def read_prefix(self, ids: list[int]) -> Cache | None:
         """Return the keys and values of a prefix, one row; None for an empty one."""

@@ -19,6 +19,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,20 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import set_torch_seed
 
 from evaluation.config import HARNESS_VERSION, Backend, BenchmarkConfig
-from evaluation.harness.calls import Answer, Call, Engine, Score, Writing
+from evaluation.harness.calls import ENDED, Answer, Call, Engine, Score, Writing
 from evaluation.harness.calls import Row as EngineRow
 from evaluation.harness.endpoint import EndpointEngine, locate
 from evaluation.harness.engine import TransformersEngine, load_model
 from evaluation.harness.mirror import known_data
 from evaluation.harness.offline import closed_sockets
-from evaluation.harness.profile import describe
+from evaluation.harness.profile import describe, describe_machine
 from evaluation.harness.samples import score_rows, write_samples
 from evaluation.harness.sandbox import Outcome, SandboxedCodeEval, check_sandbox
 from evaluation.harness.stock import find_folders, stock_folder
 from evaluation.harness.watch import Watch
 from evaluation.harness.workers import Copies, WorkerPool
 from evaluation.responses import Responses
+from evaluation.suites import default_batch_size, fix_batch_size
 from training.config import Runtime
 from training.job import Interrupted, write_json
 from training.model import DTYPES, check_model_folder, resolve_device
@@ -62,7 +64,6 @@ STOCK_FOLDERS = (
     "bbh",
 )  # of the four benchmarks, which need no search; lm-eval's index of all tasks takes ten seconds
 HUMANEVAL_MODULE = "lm_eval.tasks.humaneval.utils"
-TYPICAL_PROMPT_TOKENS = 256  # the default budget of 2,048 tokens makes batches of 8
 POSITIONS = "max_position_embeddings"
 RESPONSES = "responses.jsonl"  # in the work folder
 PROBE = "One, two, three"
@@ -92,9 +93,11 @@ def evaluate(
     that the tasks or the model cannot meet, before any item is answered where that can be known.
     """
     check_request(config, model_folder=model_folder)
+    config = fix_batch_size(config, microbatch_tokens=runtime.microbatch_tokens)
     weights = None if config.endpoint else digest_weights(model_folder)
+    machine = describe_machine(config, runtime=runtime)
     door = locate(config.endpoint) if config.endpoint else None
-    identity = {"config": config.model_dump(mode="json"), "weights": weights}
+    identity = {"config": config.model_dump(mode="json"), "weights": weights, "machine": machine}
     responses = Responses(work / RESPONSES, identity=identity)
     with contextlib.closing(responses), closed_sockets(but=door), offline(work / "datasets"):
         outcomes: dict[tuple[str, str], Outcome] = {}
@@ -115,7 +118,8 @@ def evaluate(
         outcomes=outcomes,
         question=lambda name, doc: describe_question(tasks[name], doc),
     )
-    profile = describe(results, config=config, model=model, tasks=tasks, identity={"weights_sha256": weights} | served)
+    policy: Row = {"weights_sha256": weights} | served
+    profile = describe(results, config=config, model=model, tasks=tasks, machine=machine, identity=policy)
     write_json(output / "profile.json", profile)
     return rows
 
@@ -248,15 +252,16 @@ def check_tasks(tasks: dict[str, Any], *, config: BenchmarkConfig) -> None:
         )
     for name, task in tasks.items():
         filters = [f.name for f in task._filters]
-        metrics = list(task._metric_fn_list)
+        functions = {"pass@1" if metric == "pass_at_k" else metric: metric for metric in task._metric_fn_list}
+        metrics = list(functions)
         own = task.get_config("num_fewshot")
         wrong = None
         if config.filter not in filters:
             wrong = f"has no filter {config.filter!r}, expected one of {', '.join(filters)}"
-        elif config.metric not in metrics and "pass_at_k" not in metrics:  # whose names it gives with its values
+        elif config.metric not in metrics:
             wrong = f"has no metric {config.metric!r}, expected one of {', '.join(metrics)}"
-        elif not is_mean(task, config.metric if config.metric in metrics else "pass_at_k"):
-            wrong = f"has a {config.metric} that is no mean over items, expected one of {', '.join(m for m in metrics if is_mean(task, m))}"
+        elif not is_mean(task, functions[config.metric]):
+            wrong = f"has a {config.metric} that is no mean over items, expected one of {', '.join(m for m in metrics if is_mean(task, functions[m]))}"
         elif config.num_fewshot is not None and own != config.num_fewshot:
             wrong = f"takes {own} shots and no other number, got {config.num_fewshot}"
         elif task.get_config("output_type") == "generate_until" and answer_cap(task) >= config.max_length:
@@ -320,14 +325,17 @@ class PolicyLM(HFLM):
         self.watch.expect(len(requests))
         answers: dict[int, tuple[float, bool]] = {}
         same: dict[tuple[int, ...], list[int]] = {}  # requests whose logits are those of one row
-        for index, (text, prompt, continuation) in enumerate(requests):
-            if text and (known := self.responses.get("loglikelihood", text)):  # windows of a long text have none
-                answers[index] = (known[0], known[1])
-                self.watch.add_partial("loglikelihood", text, known)
-            else:
-                same.setdefault((*prompt, *continuation[:-1]), []).append(index)
-        members = list(same.values())
-        rows = [self._row([requests[index] for index in some]) for some in members]
+        for index, (_, prompt, continuation) in enumerate(requests):
+            same.setdefault((*prompt, *continuation[:-1]), []).append(index)
+        members, rows = [], []
+        for some in same.values():
+            row = self._row(
+                [requests[index] for index in some]
+            )  # of answered ones too, whose ids are counted and looked at
+            left = [index for index in some if not self._take_up(requests[index][0], index, answers)]
+            if left:
+                members.append(left)
+                rows.append(replace(row, endings=tuple(tuple(requests[index][2]) for index in left)))
         for at, scores in self.engine.score(rows):
             for index, score in zip(members[at], scores, strict=True):
                 text, answers[index] = requests[index][0], score
@@ -335,6 +343,14 @@ class PolicyLM(HFLM):
                     self.responses.add("loglikelihood", text, answers[index])
                 self.watch.add_partial("loglikelihood", text, answers[index])
         return [answers[index] for index in range(len(requests))]
+
+    def _take_up(self, text: Any, index: int, answers: dict[int, tuple[float, bool]]) -> bool:
+        """Tell whether a request was answered before, and put its answer among the others."""
+        known = self.responses.get("loglikelihood", text) if text else None  # windows of a long text have none
+        if known:
+            answers[index] = (known[0], known[1])
+            self.watch.add_partial("loglikelihood", text, known)
+        return bool(known)
 
     def _row(self, requests: Sequence[Any]) -> EngineRow:
         """Return the row of requests whose ids are the same but for the last one."""
@@ -417,14 +433,9 @@ class VllmEngine(Engine):
     spare = -1  # it writes a token after what it scores
 
     def __init__(self, folder: Path, *, config: BenchmarkConfig, runtime: Runtime, stop: threading.Event) -> None:
-        try:
-            import vllm
-            from lm_eval.models.vllm_causallms import VLLM
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"benchmark {config.name}: the backend vllm needs the package vllm, which is not installed here ({error}); install it on a "
-                "machine with a GPU, or set the backend to transformers"
-            ) from error
+        import vllm  # which describe_machine found
+        from lm_eval.models.vllm_causallms import VLLM
+
         self._sampling, self._stop = vllm.SamplingParams, stop
         self._lm = VLLM(
             pretrained=str(folder),
@@ -454,14 +465,20 @@ class VllmEngine(Engine):
         how = self._sampling(temperature=0.0, max_tokens=writing.limit, stop=list(writing.stops))
         asked = [row.ids for row in rows]
         outputs = self._lm._model_generate(requests=asked, generate=True, sampling_params=how)
-        return [Answer(out.outputs[0].text, out.outputs[0].finish_reason != "length") for out in outputs]
+        written = [out.outputs[0] for out in outputs]
+        broken = sorted({str(each.finish_reason) for each in written} - set(ENDED))
+        if broken:
+            raise RuntimeError(
+                f"vllm: broke off answers ({', '.join(broken)}), expected {' or '.join(ENDED)}; run the same command again to go on"
+            )
+        return [Answer(each.text, each.finish_reason != "length") for each in written]
 
 
 def load_policy(
     folder: Path, *, config: BenchmarkConfig, runtime: Runtime, watch: Watch, responses: Responses, key: str = ""
 ) -> PolicyLM:
     """Return the policy behind lm-eval's interface: safetensors, local files, a fixed batch size, one device or one a worker."""
-    batch_size = config.batch_size or max(1, runtime.microbatch_tokens // TYPICAL_PROMPT_TOKENS)
+    batch_size = config.batch_size or default_batch_size(runtime.microbatch_tokens)
     start = choose_start(folder, config=config, runtime=runtime, batch_size=batch_size, stop=watch.stop, key=key)
     return PolicyLM(
         watch=watch,
@@ -504,4 +521,7 @@ def build_hollow(folder: Path, *, dtype: torch.dtype) -> Any:
     """Return the model of a folder's config without weights, which tells what it is and computes nothing."""
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file():  # the copies have it, and the profile tells it
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model

@@ -23,6 +23,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.key = ""  # asked for, where there is one
         self.echoes = True
         self.silent = False  # writes nothing
+        self.ends_by = ""  # the reason that it gives for the end of what it writes, where it is not the true one
         self.busy = 0  # answers 503 so many times first
         self.lives = 1_000_000  # completions after which every connection is cut
         self.lock = threading.Lock()
@@ -54,7 +55,7 @@ class CompletionsServer(ThreadingHTTPServer):
         choice = {
             "index": 0,
             "text": text[: min(ends, default=len(text))],
-            "finish_reason": "stop" if ended else "length",
+            "finish_reason": self.ends_by or ("stop" if ended else "length"),
             "logprobs": None,
         }
         if asked.get("logprobs"):

@@ -284,6 +284,26 @@ def test_a_limited_benchmark_cannot_take_the_whole_one_s_name() -> None:
         BenchmarkConfig(name="mmlu", tasks=("mmlu",), num_fewshot=0, metric="acc", limit=5)
 
 
+@pytest.mark.parametrize(
+    ("name", "tasks"),
+    [("mmlu", ("mmlu_anatomy",)), ("bbh", ("bbh_cot_fewshot_navigate",)), ("gsm8k", ("gsm8k", "mmlu"))],
+)
+def test_some_tasks_of_a_benchmark_cannot_take_its_name(name: str, tasks: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=rf"has the tasks {', '.join(tasks)} and not one of .*; name it {name}_part"):
+        BenchmarkConfig(name=name, tasks=tasks, metric="acc")
+    assert BenchmarkConfig(name=f"{name}_part", tasks=tasks, metric="acc")
+
+
+def test_a_limited_benchmark_of_any_name_is_a_part() -> None:
+    with pytest.raises(ValueError, match=r"benchmark arc: has the item limit 5, so it is no arc; name it arc_part"):
+        BenchmarkConfig(name="arc", tasks=("arc_easy",), metric="acc", limit=5)
+
+
+def test_a_suite_names_each_benchmark_once() -> None:
+    with pytest.raises(ValueError, match=r"suite: mmlu_part is there twice"):
+        SuiteConfig(benchmarks=(MMLU, MMLU.model_copy(update={"seed": 5})))
+
+
 def test_another_version_of_the_harness_is_another_benchmark() -> None:
     with pytest.raises(ValueError, match=r"harness: got 0\.0\.1, installed is lm-eval .*; leave the field out"):
         BenchmarkConfig.model_validate(MMLU.model_dump() | {"harness": "0.0.1"})

@@ -16,7 +16,7 @@ from evaluation.gate.policy import check_proven
 from evaluation.harness.benchmark import summarise
 from evaluation.harness.endpoint import EndpointFailed, locate
 from evaluation.harness.result import pair_items, read_result
-from evaluation.suites import find_profile, paper, place_suite
+from evaluation.suites import find_profile, hha, paper, place_suite, reward_bias
 from infra.settings import child_environment
 from tasks.child import ChildJob, UserError, run_child
 from tests.evaluation.completions_server import CompletionsServer
@@ -153,6 +153,23 @@ def test_an_endpoint_that_writes_nothing_is_flagged(
     assert flag.startswith("zero: none of 6 answers is right; empty: 100% of the answers have no text")
 
 
+@pytest.mark.parametrize("reason", ["abort", "content_filter"])
+def test_an_answer_that_was_broken_off_is_neither_kept_nor_scored(
+    card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer, reason: str
+) -> None:
+    server.ends_by = reason
+    with pytest.raises(
+        EndpointFailed, match=rf"broke off an answer of gsm8k: finish_reason '{reason}'.*stop or length"
+    ):
+        run(card, mirror, behind(GSM8K, server), folder=tmp_path)
+    assert read_answers(tmp_path) == []
+    server.ends_by = ""
+    for thread in threading.enumerate():
+        if thread.name.startswith("endpoint"):
+            thread.join()
+    assert run(card, mirror, behind(GSM8K, server), folder=tmp_path).rows
+
+
 def test_a_name_that_is_not_served_is_refused_with_near_ones(
     card: Path, mirror: Path, tmp_path: Path, server: CompletionsServer
 ) -> None:
@@ -243,8 +260,17 @@ def test_a_profile_on_another_backend_is_no_profile() -> None:
         place_suite(paper(), backend=None, endpoint="http://127.0.0.1:8000/v1")
 
 
+def test_a_suite_on_a_backend_keeps_what_a_reward_model_is_asked() -> None:
+    for suite in (hha(), reward_bias()):
+        assert place_suite(suite, backend="transformers", endpoint=None) == suite
+        with pytest.raises(ValueError, match=r"backend 'vllm': the suite has no benchmarks that it could answer"):
+            place_suite(suite, backend="vllm", endpoint=None)
+    both = paper().model_copy(update={"alignment": hha().alignment})
+    assert place_suite(both, backend="vllm", endpoint=None).alignment == both.alignment
+
+
 def test_vllm_that_is_not_installed_is_named(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
     config = MMLU.model_copy(update={"backend": Backend.vllm})
     with pytest.raises(ValueError, match=r"the backend vllm needs the package vllm, which is not installed here"):
         run(tiny_policy, mirror, config, folder=tmp_path)
-    assert [path.name for path in (tmp_path / "output").iterdir()] == ["metrics.jsonl"], "nothing was evaluated"
+    assert list((tmp_path / "output").iterdir()) == [], "nothing was begun"

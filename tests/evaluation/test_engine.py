@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,23 @@ def test_sampling_is_left_to_stock(ours: PolicyLM, stock: HFLM) -> None:
     expected = stock.generate_until(requests, disable_tqdm=True)
     torch.manual_seed(0)
     assert ours.generate_until(requests) == expected
+
+
+@pytest.mark.parametrize("architecture", ["llama"])
+def test_a_batch_without_room_is_halved_only_where_its_size_moves_no_number(ours: PolicyLM) -> None:
+    engine = ours.engine
+    assert isinstance(engine, TransformersEngine)
+
+    def work(rows: Sequence[Row]) -> list[int]:
+        if len(rows) > 1:
+            raise torch.OutOfMemoryError("as a device without room says it")
+        return [len(row.ids) for row in rows]
+
+    rows = [Row([1, 2]), Row([3])]
+    assert engine._run(work, rows) == [2, 1]
+    engine.model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"batch_size: a batch of .* in torch.bfloat16 has no room"):
+        engine._run(work, rows)
 
 
 def test_a_prefix_is_read_once_only_where_that_saves_tokens() -> None:

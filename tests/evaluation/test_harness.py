@@ -1,5 +1,6 @@
 """The harness on a tiny random policy and invented rows: what is sent, what is scored, what is refused."""
 
+import json
 import shutil
 import socket
 import sys
@@ -292,13 +293,14 @@ def test_swapped_weights_at_the_same_path_are_evaluated_anew(tiny_policy: Path, 
         ),
         (GSM8K.model_copy(update={"filter": "strict"}), r"no filter 'strict', expected one of strict-match, flexible"),
         (GSM8K.model_copy(update={"metric": "acc"}), r"no metric 'acc', expected one of exact_match"),
+        (HUMANEVAL.model_copy(update={"metric": "pass@10"}), r"no metric 'pass@10', expected one of pass@1;"),
         (HUMANEVAL.model_copy(update={"num_fewshot": 3}), r"humaneval takes 0 shots and no other number, got 3"),
         (MMLU.model_copy(update={"max_length": 4096}), r"max_length is 4096, but the model .* has 1024 positions"),
         (MMLU.model_copy(update={"system_prompt": "Hi"}), r"a system prompt without the chat template"),
         (GSM8K.model_copy(update={"max_gen_toks": 1024}), r"leaves no room for a prompt"),
         (GSM8K.model_copy(update={"limit": 7}), r"the item limit is 7, but its largest task has 6 items"),
     ],
-    ids=["task", "filter", "metric", "shots", "length", "system prompt", "cap", "limit"],
+    ids=["task", "filter", "metric", "pass@10", "shots", "length", "system prompt", "cap", "limit"],
 )
 def test_settings_that_cannot_be_met_are_refused(
     tiny_policy: Path, mirror: Path, tmp_path: Path, config: BenchmarkConfig, message: str
@@ -346,3 +348,48 @@ def test_half_precision_makes_the_batch_part_of_the_profile(tiny_policy: Path, m
     profile = run(tiny_policy, mirror, config, folder=tmp_path).profile
     assert (profile["dtype"], profile["batch_size"]) == ("bfloat16", 8)
     assert profile["prefix_sharing"] == [True, True]
+    assert (profile["machine"], profile["config"]["batch_size"]) == ({"device": "cpu"}, 8)
+
+
+def test_answers_in_half_precision_are_taken_up_only_at_their_batch_size(
+    tiny_policy: Path, mirror: Path, tmp_path: Path
+) -> None:
+    config = MMLU.model_copy(update={"precision": Precision.bfloat16})
+    two, eight = (Runtime(device=Device.cpu).model_copy(update={"microbatch_tokens": tokens}) for tokens in (512, 2048))
+    passes = 1_000_000
+    with pytest.raises(Interrupted):
+        run(tiny_policy, mirror, config, folder=tmp_path, runtime=two, stop=StopAfter(3))
+    whole, resumed = StopAfter(passes), StopAfter(passes)
+    run(tiny_policy, mirror, config, folder=tmp_path / "whole", runtime=eight, stop=whole)
+    assert len((tmp_path / "work/responses.jsonl").read_text().splitlines()) > 1, "there was something to take up"
+    run(tiny_policy, mirror, config, folder=tmp_path, runtime=eight, stop=resumed)
+    assert resumed.looks == whole.looks, "and nothing was"
+
+
+def test_prompts_that_were_cut_are_counted_after_a_kill_too(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
+    config = MMLU.model_copy(update={"max_length": 64})
+    runtime = Runtime(device=Device.cpu).model_copy(update={"microbatch_tokens": 512})
+    with pytest.raises(Interrupted):
+        run(tiny_policy, mirror, config, folder=tmp_path / "cut", runtime=runtime, stop=StopAfter(3))
+    resumed = run(tiny_policy, mirror, config, folder=tmp_path / "cut", runtime=runtime)
+    whole = run(tiny_policy, mirror, config, folder=tmp_path / "whole", runtime=runtime)
+    assert resumed.profile["truncated_prompts"] == whole.profile["truncated_prompts"] > 0
+    assert resumed.samples == whole.samples
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_model_s_own_generation_settings_stand_in_the_profile(
+    tiny_policy: Path, mirror: Path, tmp_path: Path, workers: int
+) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(tiny_policy, policy)
+    path = policy / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.5, "temperature": 0.7}))
+    config, runtime = (
+        GSM8K.model_copy(update={"limit": 2}),
+        Runtime(device=Device.cpu).model_copy(update={"workers": workers}),
+    )
+    plain = run(tiny_policy, mirror, config, folder=tmp_path / "plain").profile["generation_config"]
+    found = run(policy, mirror, config, folder=tmp_path / "own", runtime=runtime).profile["generation_config"]
+    assert found == plain | {"repetition_penalty": 1.5}
+    assert run(policy, mirror, MMLU, folder=tmp_path / "choices").profile["generation_config"] is None

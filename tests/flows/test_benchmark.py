@@ -1,15 +1,21 @@
 """What `varflow benchmark` returns of its steps' summaries, and prints of it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from evaluation.config import SuiteConfig
 from evaluation.gate.verdict import Noise
 from evaluation.harness.contamination import Contamination, Hit, Level
-from evaluation.suites import limit_suite, paper
-from flows.benchmark import collect
+from evaluation.suites import limit_suite, paper, smoke
+from flows.benchmark import check_suite, collect, plan_benchmark
 from flows.cli import show_outcome
 from flows.config import BenchmarkFlowConfig
+from infra.settings import Settings
+from tasks.step import Planned
+from tests.flows.test_plan import NOWHERE
+from training.config import Precision, Runtime
 
 
 def summary(name: str, value: float, *, flag: str | None = None) -> dict[str, Any]:
@@ -73,3 +79,29 @@ def test_items_that_the_model_was_trained_on_flag_a_score_beside_what_else_does(
     printed = capsys.readouterr().out
     assert "flagged: gsm8k_part: empty: 2 of 4; gsm8k_part: 1 of 4 items (25.0%) share 8 words" in printed
     assert "the model scores 50.0 ± 25.0 points on all, without them 25.0 on 3" in printed
+
+
+def test_the_batch_size_is_planned_where_scores_depend_on_it(tiny_policy: Path, tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "rows.jsonl").write_text("{}\n")
+
+    def plan(precision: str, tokens: int) -> list[Planned]:
+        benchmarks = tuple(b.model_copy(update={"precision": Precision(precision)}) for b in smoke().benchmarks)
+        config = BenchmarkFlowConfig(
+            model=str(tiny_policy), benchmarks=str(tmp_path / "raw"), suite=SuiteConfig(benchmarks=benchmarks),
+            runtime=Runtime(microbatch_tokens=tokens),
+        )  # fmt: skip
+        return list(plan_benchmark(config, store=NOWHERE, settings=Settings(home=tmp_path)).evaluations)
+
+    def prints(precision: str, tokens: int) -> list[str]:
+        return [step.fingerprint for step in plan(precision, tokens)]
+
+    assert prints("float32", 2048) == prints("float32", 4096)
+    assert not set(prints("bfloat16", 2048)) & set(prints("bfloat16", 4096))
+    assert {step.config.model_dump()["batch_size"] for step in plan("bfloat16", 4096)} == {16}
+
+
+def test_a_suite_of_nothing_is_refused() -> None:
+    nothing = SuiteConfig(benchmarks=())
+    with pytest.raises(ValueError, match="no benchmarks, no prompt sets and no pair sets, so nothing would be run"):
+        check_suite(BenchmarkFlowConfig(model="m", suite=nothing))
