@@ -211,7 +211,7 @@ def run_child(command: list[str], *, log: int, keep: int) -> int:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=child_environment({"HF_HUB_OFFLINE": "1"}),
+            env=child_environment({}),
             pass_fds=[lifeline, keep],
             start_new_session=True,
         )

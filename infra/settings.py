@@ -321,7 +321,9 @@ def read_object(path: Path) -> dict[str, Any]:
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Give the environment of a compute child: an allow-list of this one's and `extra`, no credentials, no server's URL.
 
-    `PYTHONSAFEPATH` keeps a folder of the child's working directory from being imported in place of a package.
+    `PYTHONSAFEPATH` keeps a folder of the child's working directory from being imported in place of a package. A child reads what
+    its inputs hold and asks no hub; what it starts itself, as vLLM its engines, sends nobody statistics.
     """
+    quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     allowed = {name: os.environ[name] for name in CHILD_VARIABLES if name in os.environ}
-    return allowed | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | dict(extra)
+    return allowed | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | quiet | dict(extra)

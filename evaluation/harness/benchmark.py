@@ -76,6 +76,7 @@ def summarise(rows: list[Row], *, output: Path, name: str) -> Row:
         "macro_value": macro_mean(samples),
         "empty_answer_share": share(not s["answer"].strip() for s in samples),
         "unextracted_share": share(not s["extracted"] for s in samples),
+        "unextracted_by_all_share": share(not s["extracted_by_any"] for s in samples),
         "cut_share": share(s["cut"] for s in samples),
         "tied_share": share(s["tied"] for s in samples),
         "truncated_prompts": profile["truncated_prompts"],
@@ -111,7 +112,7 @@ def find_format_flags(summary: Row, other_filters: dict[str, float], *, deciding
     if summary["empty_answer_share"] > MOST_UNUSABLE:
         yield f"empty: {summary['empty_answer_share']:.0%} of the answers have no text"
     if summary["unextracted_share"] > MOST_UNUSABLE:
-        yield f"format: in {summary['unextracted_share']:.0%} of the answers {deciding['filter']} found nothing"
+        yield f"format: in {summary['unextracted_share']:.0%} of the answers {deciding['filter']} found nothing, in {summary['unextracted_by_all_share']:.0%} no filter did"
     if summary["cut_share"] > MOST_UNUSABLE:
         yield f"limit: {summary['cut_share']:.0%} of the answers were ended by the token limit (max_gen_toks)"
     if summary["tied_share"] > MOST_UNUSABLE:

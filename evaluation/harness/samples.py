@@ -99,9 +99,11 @@ def write_samples(
     partial = path.with_name(path.name + ".partial")
     with partial.open("w") as out:
         for task, items in samples.items():
+            found = {item["doc_id"] for item in items if item["filtered_resps"][0] != UNEXTRACTED}  # by some filter
             for item in (item for item in items if item["filter"] == config.filter):
                 line = {"task": task, "doc_id": item["doc_id"], **describe_item(item, metric=config.metric)}
                 line |= {"cut": item["arguments"][0][0] in cut, "question": question(task, item["doc"])}
+                line["extracted_by_any"] = item["doc_id"] in found
                 if outcomes:
                     outcome = outcomes[item["filtered_resps"][0][0], item["target"]]
                     line |= {"ending": outcome.ending, "reason": outcome.reason}

@@ -141,6 +141,7 @@ def sample(correct: float, *, choices: int | None = 4, **fields: Any) -> dict[st
     return {"task": "t", "doc_id": 0, "correct": correct, "choices": choices, "prompt": "p", "target": "t"} | {
         "answer": "a",
         "extracted": True,
+        "extracted_by_any": True,
         "cut": False,
         "tied": False,
         **fields,
@@ -165,7 +166,10 @@ def test_the_flag(value: float, stderr: float | None, choices: int | None, flag:
 
 
 def test_the_summary_counts_what_could_not_be_used(tmp_path: Path) -> None:
-    samples = [sample(0.0, choices=None, answer=" ", extracted=False), sample(0.0, choices=None, extracted=False)]
+    samples = [
+        sample(0.0, choices=None, answer=" ", extracted=False, extracted_by_any=False),
+        sample(0.0, choices=None, extracted=False),
+    ]
     samples += [sample(1.0, choices=None), sample(1.0, choices=None, task="u")]
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in samples))
     (tmp_path / "profile.json").write_text(json.dumps({"truncated_prompts": 3, "bos": {"count": 1}}))
@@ -174,11 +178,12 @@ def test_the_summary_counts_what_could_not_be_used(tmp_path: Path) -> None:
     rows = [strict | {"value": 0.5, "stderr": 0.3, "n": 4}, flexible]
     summary = summarise(rows, output=tmp_path, name="b")
     assert (summary["empty_answer_share"], summary["unextracted_share"]) == (0.25, 0.5)
+    assert summary["unextracted_by_all_share"] == 0.25
     assert (summary["macro_value"], summary["truncated_prompts"]) == (pytest.approx(2 / 3), 3)
     assert summary["value_flexible_extract"] == 0.75 and summary["bos_count"] == 1
     assert summary["flag"].split("; ") == [
         "empty: 25% of the answers have no text",
-        "format: in 50% of the answers strict-match found nothing",
+        "format: in 50% of the answers strict-match found nothing, in 25% no filter did",
         "prompts: 3 did not fit and were cut from the left (max_length)",
         "filters: strict-match says 0.5000, flexible-extract says 0.7500 of the same answers",
     ]

@@ -181,6 +181,7 @@ def test_a_compute_child_gets_no_credentials(bare: Path, monkeypatch: pytest.Mon
     assert not [name for name in environment if name.startswith(("AWS_", "MLFLOW_", "PREFECT_"))]
     assert (environment["OMP_NUM_THREADS"], environment["EXTRA"], environment["PYTHONSAFEPATH"]) == ("3", "1", "1")
     assert environment["PATH"] == os.environ["PATH"]
+    assert (environment["HF_HUB_OFFLINE"], environment["VLLM_NO_USAGE_STATS"]) == ("1", "1")
 
 
 def test_the_key_of_a_judge_is_shown_nowhere_and_its_address_asked_for(
