@@ -103,6 +103,14 @@ def test_a_sound_run_passes_and_its_artifact_says_so(inputs: dict[str, Path], ma
     assert 0 <= sizes["peak_bytes"] < sizes["free_bytes"]  # so little may find its pages there already
 
 
+def test_an_adapter_needs_room_for_its_own_moments_alone(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    ready = prepare(make_job("train", "a", config={**SFT, "lora": {"rank": 2}}, inputs=inputs))
+    report = check_run(ready)
+    assert not report.failures
+    adapter = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
+    assert report.memory["optimiser_bytes"] == 8 * adapter < sum(p.numel() for p in ready.model.parameters())
+
+
 def test_nothing_is_changed(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
     ready = prepare(make_job("train", "a", config=VAR, inputs=inputs))
     before = {name: p.clone() for name, p in ready.model.named_parameters()}
