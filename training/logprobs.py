@@ -174,7 +174,7 @@ class ChunkedLogp(torch.autograd.Function):
         matrix_VH = weight_VH.to(ctx.dtype)
         grad_hidden_PH = torch.empty_like(hidden_PH)
         learns = ctx.needs_input_grad[1]  # not beside an adapter
-        grad_weight_VH = torch.zeros_like(matrix_VH) if learns else None
+        grad_weight_VH = torch.zeros_like(weight_VH) if learns else None
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         kind = hidden_PH.device.type
         differentiate = compile_on(kind, differentiate_logps)
@@ -188,9 +188,16 @@ class ChunkedLogp(torch.autograd.Function):
                 grad_bias_V += bias_share_V
             grad_hidden_PH[rows] = (grad_CV @ matrix_VH).to(grad_hidden_PH.dtype)
             if grad_weight_VH is not None:
-                grad_weight_VH.addmm_(grad_CV.T, hidden_CH)
-        wide = None if grad_weight_VH is None else grad_weight_VH.to(weight_VH.dtype)
-        return grad_hidden_PH, wide, grad_bias_V, None, None
+                add_product(grad_weight_VH, grad_CV.T, hidden_CH)
+        return grad_hidden_PH, grad_weight_VH, grad_bias_V, None, None
+
+
+def add_product(sum_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
+    """Add left times right to a sum, which is no narrower: in 8 bits it would lose what each of many chunks adds."""
+    if sum_VH.dtype == left_VC.dtype:
+        sum_VH.addmm_(left_VC, right_CH)
+    else:
+        sum_VH += left_VC @ right_CH
 
 
 def pick_logps(

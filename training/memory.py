@@ -64,7 +64,7 @@ class Footprint:
     optimiser: int  # AdamW's two moments
     gathered: int  # the layer under way, whole, where weights are sharded over ranks
     activations: int  # what one micro-batch keeps for its backward pass
-    logits: int  # of a chunk of positions, and the gradient of the output head
+    logits: int  # of a chunk of positions, and the gradient of the output head, to which that of a chunk is added
 
     @property
     def total(self) -> int:
@@ -109,7 +109,7 @@ def estimate_footprint(
         optimiser=2 * FLOAT32 * trained,
         gathered=0 if ranks == 1 else FLOAT32 * max(head, (parameters - head) // layers),
         activations=kept + 3 * FLOAT32 * model.config.hidden_size * micro.tokens,  # the norm behind the last layer
-        logits=3 * FLOAT32 * chunk + (FLOAT32 if wide else 2) * head * matrix.requires_grad,
+        logits=3 * FLOAT32 * chunk + (FLOAT32 if wide else FLOAT32 + 2) * head * matrix.requires_grad,
     )
 
 

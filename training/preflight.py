@@ -452,10 +452,10 @@ class Checks:
             "microbatch_tokens": trial.tokens, "free_bytes": free, "estimated_bytes": estimate, "optimiser_bytes": needed.optimiser,
         }  # fmt: skip
         row_ids = ready.steps.row_ids(trial.step)
-        if ready.device.type == "cpu":  # where too much is a kill and no exception
-            self._require_room(estimate + needed.optimiser, free, f"{trial} would take about", row_ids)
         seconds = 4 * trial.tokens * self._seconds_per_token
         left = self._seconds_left()
+        if ready.device.type == "cpu" or seconds > left:  # where too much is a kill and no exception, or is not tried
+            self._require_room(estimate + needed.optimiser, free, f"{trial} would take about", row_ids)
         if seconds > left:
             return (
                 f"{trial}: not tried, as it would take about {seconds:.0f} s of {left:.0f} s left; by the formula it takes "

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig
 
 from tests.ranks import Ranks
-from training import memory, reference, train
+from training import memory, preflight, reference, train
 from training.config import Precision, Runtime
 from training.data.batch import MicroBatch
 from training.data.rows import RowsWriter
@@ -300,6 +300,20 @@ def test_what_does_not_fit_is_refused_before_the_kernel_ends_it(
     ):
         train.run(job)
     assert read(job)["memory"]["free_bytes"] == 300_000
+
+
+def test_what_an_accelerator_has_no_time_to_try_is_held_to_its_free_memory_by_the_formula(
+    inputs: dict[str, Path], make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepare(make_job("train", "a", config=SFT, inputs=inputs))
+    ready = dataclasses.replace(ready, world=World(torch.device("cuda")))
+    monkeypatch.setattr(preflight, "measure_free", lambda device: 300_000)
+    report = Report(ready.steps.digest, {}, seconds_allowed=0.0, microbatch_tokens=2048)
+    checks = Checks(ready, report)
+    checks._seconds_per_token = 1.0
+    checks.make(checks.memory)
+    (failed,) = report.failures
+    assert "would take about" in failed.line and "got 0.3 MiB free; expected room" in failed.line
 
 
 class NarrowForward(PolicyForward):
