@@ -103,6 +103,17 @@ def test_a_sound_run_passes_and_its_artifact_says_so(inputs: dict[str, Path], ma
     assert 0 <= sizes["peak_bytes"] < sizes["free_bytes"]  # so little may find its pages there already
 
 
+def test_the_layout_is_tried_on_the_shortest_row_too_and_as_it_will_train(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    ready = prepare(make_job("train", "a", config={**SFT, "precision": "bfloat16"}, inputs=inputs))
+    sizes = [max(len(sample.ids_T) for sample in example.samples) for example in ready.examples]
+    chosen = [max(len(sample.ids_T) for sample in samples) for samples in preflight.choose_groups(ready.examples)]
+    assert chosen == [min(sizes), *sorted(sizes)[-2:]]
+    assert len(preflight.choose_groups(ready.examples[:1])) == 1
+    assert "3 rows, the longest and the shortest" in find(check_run(ready), "layout").line
+
+
 def test_an_adapter_needs_room_for_its_own_moments_alone(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
     ready = prepare(make_job("train", "a", config={**SFT, "lora": {"rank": 2}}, inputs=inputs))
     report = check_run(ready)
