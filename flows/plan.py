@@ -42,7 +42,7 @@ class Assumptions:
 def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settings) -> Plan:
     """Return what a recipe's training takes; whether there is room for it is the plan's to say."""
     path = find_architecture(config.policy, home=settings.home)
-    model = build_on_meta(read_architecture(path))
+    model = build_on_meta(read_architecture(path), config.train.lora)
     store = open_if_there(settings)
     asked = assumptions.device or config.runtime.device.value
     device = "cpu" if asked in ("auto", "cuda") else asked
@@ -146,9 +146,10 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
         "a chunk of logits, the head's gradient": sizes.logits,
     }  # fmt: skip
     room = f"together on each rank, of {show_bytes(machine.memory_bytes)}" + ("" if plan.fits else ": DOES NOT FIT")
+    trained = f" ({plan.trained_parameters:,} trained)" if plan.trained_parameters < plan.parameters else ""
     rate = f"{machine.ranks} x {machine.name} at {machine.peak_flops / 1e12:,.4g} TFLOP/s"
     return [
-        ("policy", f"{plan.model_type}, {plan.parameters:,} parameters, {plan.layers} layers"),
+        ("policy", f"{plan.model_type}, {plan.parameters:,} parameters{trained}, {plan.layers} layers"),
         ("data", f"{plan.rows:,} rows of {plan.tokens_per_row:,.0f} tokens ({plan.data_basis})"),
         ("run", f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3g} operations"),
         ("memory", f"{show_bytes(sizes.total):>10}  {room}"),

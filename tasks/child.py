@@ -169,7 +169,9 @@ def _raise_for_exit(job: ChildJob, status: int) -> None:
         error = json.loads(error_file.read_text())
         if status == EXIT_USER_ERROR:
             raise UserError(f"{job.name}: {error['message']}")
-        raise StepFailed(f"{job.name}: {error['type']}: {error['message']}\nlog: {log}")
+        killed = describe_exit(-signal.SIGKILL) in error["message"]  # one of several ranks
+        found = _describe_probe(job) if killed else ""
+        raise StepFailed(f"{job.name}: {error['type']}: {error['message']}{found}\nlog: {log}")
     if status == EXIT_CANNOT_WRITE:
         raise StepFailed(
             f"{job.name}: No space left on device: {shutil.disk_usage(job.folder).free} bytes are free at {job.folder}; make "
@@ -178,15 +180,14 @@ def _raise_for_exit(job: ChildJob, status: int) -> None:
     if status == EXIT_INTERRUPTED:
         raise StepFailed(f"{job.name}: stopped on request; run the same command again to go on from its checkpoint")
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-    raise StepFailed(
-        f"{job.name}: {describe_exit(status)}{_describe_probe(job, status)}; the last lines of {log}:\n{tail}"
-    )
+    found = _describe_probe(job) if status == -signal.SIGKILL else ""
+    raise StepFailed(f"{job.name}: {describe_exit(status)}{found}; the last lines of {log}:\n{tail}")
 
 
-def _describe_probe(job: ChildJob, status: int) -> str:
+def _describe_probe(job: ChildJob) -> str:
     """Say what the preflight found about memory, where a child that was killed got that far."""
     path = job.output / PREFLIGHT_FILE
-    memory = json.loads(path.read_text())["memory"] if status == -signal.SIGKILL and path.is_file() else {}
+    memory = json.loads(path.read_text())["memory"] if path.is_file() else {}
     if not memory:
         return ""
     took, how = (memory["peak_bytes"], "took") if "peak_bytes" in memory else (memory["estimated_bytes"], "was to take")

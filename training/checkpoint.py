@@ -46,6 +46,7 @@ class Progress:
     flops: int = 0  # useful ones, forward and backward; 0 where nobody counts them
     seconds: float = 0.0  # in steps, over all attempts
     microbatch_tokens: int = 0  # budget of the last step: as asked for, or what the device had room for
+    microbatch_tokens_asked: int = 0
 
 
 def read_rng(device: torch.device) -> dict[str, Tensor]:

@@ -130,7 +130,7 @@ def run_steps(
         while progress.step < work.num_steps:
             rng = read_rng(world.device)
             figures = trainer.take_step()
-            progress.microbatch_tokens = trainer.budget
+            progress.microbatch_tokens, progress.microbatch_tokens_asked = trainer.budget, runtime.microbatch_tokens
             if figures is not None:
                 if heldout is not None and is_due(runtime.heldout_every_steps, progress.step, work.num_steps):
                     figures["heldout/loss"] = trainer.look(heldout)
@@ -179,7 +179,9 @@ class Trainer:
     budget: int = field(init=False)  # tokens a micro-batch: as asked for, or what the device has room for
 
     def __post_init__(self) -> None:
-        self.budget = self.runtime.microbatch_tokens
+        asked, progress = self.runtime.microbatch_tokens, self.progress
+        # What an earlier attempt found no room for is not tried again, unless something else is asked for now.
+        self.budget = progress.microbatch_tokens if progress.microbatch_tokens_asked == asked else asked
 
     def take_step(self) -> dict[str, float] | None:
         """Take the next step and return its metrics; None, with the model as before, when asked to stop within it."""
@@ -307,11 +309,18 @@ class Trainer:
         return norm.item()
 
     def skip(self, step: int) -> None:
-        """Count a step with a non-finite loss or gradient; ValueError when it is the third in a row."""
+        """Count and tell a step with a non-finite loss or gradient; ValueError when it is the third in a row."""
         progress = self.progress
         progress.skipped += 1
         progress.skipped_in_row += 1
-        progress.skipped_rows += self.work.row_ids(step)
+        row_ids = self.work.row_ids(step)
+        progress.skipped_rows += row_ids
+        if self.world.is_first:
+            LOG.warning(
+                "step %d: loss or gradient is NaN or infinite; skipped, nothing is changed; its rows: %s",
+                step,
+                ", ".join(row_ids),
+            )
         if progress.skipped_in_row >= MAX_SKIPPED_IN_ROW:
             raise ValueError(
                 f"step {step}: loss or gradient was NaN or infinite in {progress.skipped_in_row} steps in a row; expected finite "

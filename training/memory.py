@@ -64,7 +64,7 @@ class Footprint:
     optimiser: int  # AdamW's two moments
     gathered: int  # the layer under way, whole, where weights are sharded over ranks
     activations: int  # what one micro-batch keeps for its backward pass
-    logits: int  # of a chunk of positions, and the gradient of the output head
+    logits: int  # of a chunk of positions, and the gradient of the output head, to which that of a chunk is added
 
     @property
     def total(self) -> int:
@@ -83,11 +83,16 @@ def estimate_footprint(
     kind: str = "cpu",
     activation_checkpointing: bool = False,
 ) -> Footprint:
-    """Return what training takes on each of `ranks` devices of a kind (cpu, cuda), weights, gradients and moments in float32 and sharded evenly."""
+    """Return what training takes on each of `ranks` devices of a kind (cpu, cuda), weights, gradients and moments in float32 and sharded evenly.
+
+    What is frozen, as all but the adapter is with LoRA, has neither gradients nor moments.
+    """
     parameters = sum(parameter.numel() for parameter in model.parameters())
     share = -(-parameters // ranks)
+    trained = -(-count_trained(model) // ranks)
     layers = model.config.num_hidden_layers
-    head = model.get_output_embeddings().weight.numel()
+    matrix = model.get_output_embeddings().weight
+    head = matrix.numel()
     wide = precision == Precision.float32
     cast = 0 if wide else 2 * share  # autocast keeps a bfloat16 copy of every matrix for the whole step
     chunk = min(CHUNK_ELEMENTS[kind], micro.positions * model.config.vocab_size)
@@ -100,12 +105,17 @@ def estimate_footprint(
     )
     return Footprint(
         weights=FLOAT32 * share + cast,
-        gradients=FLOAT32 * share,
-        optimiser=2 * FLOAT32 * share,
+        gradients=FLOAT32 * trained,
+        optimiser=2 * FLOAT32 * trained,
         gathered=0 if ranks == 1 else FLOAT32 * max(head, (parameters - head) // layers),
         activations=kept + 3 * FLOAT32 * model.config.hidden_size * micro.tokens,  # the norm behind the last layer
-        logits=3 * FLOAT32 * chunk + (FLOAT32 if wide else 2) * head,
+        logits=3 * FLOAT32 * chunk + (FLOAT32 if wide else FLOAT32 + 2) * head * matrix.requires_grad,
     )
+
+
+def count_trained(model: Any) -> int:
+    """Return how many of a model's parameters training changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) -> int:

@@ -13,13 +13,22 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from training.config import Layout, Runtime, SftConfig, TrainConfig
+from training.config import Layout, LoraConfig, Runtime, SftConfig, TrainConfig
 from training.data.batch import plan_steps
 from training.data.examples import select_all, select_chosen
 from training.data.rows import read_rows
 from training.devices import ACCELERATORS, find_accelerator, find_price, measure_gemm
 from training.flops import count_flops
-from training.memory import GIB, Footprint, MicroBatchSize, estimate_footprint, measure_free, show_bytes
+from training.lora import add_adapter
+from training.memory import (
+    GIB,
+    Footprint,
+    MicroBatchSize,
+    count_trained,
+    estimate_footprint,
+    measure_free,
+    show_bytes,
+)
 from training.render import Renderer, UnusableRow
 
 ARCHITECTURES = Path(__file__).with_name("architectures")
@@ -82,6 +91,7 @@ class Plan:
 
     model_type: str
     parameters: int
+    trained_parameters: int  # those of the adapter alone, with LoRA
     layers: int
     rows: int
     tokens_per_row: float
@@ -125,10 +135,13 @@ def list_architectures() -> list[str]:
     return sorted(path.stem for path in ARCHITECTURES.glob("*.json"))
 
 
-def build_on_meta(config: Any) -> Any:
-    """Return the causal language model of a config, without weights."""
+def build_on_meta(config: Any, lora: LoraConfig | None = None) -> Any:
+    """Return the causal language model of a config, without weights, with the adapter that is to be trained."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).eval()
+        model = AutoModelForCausalLM.from_config(config).eval()
+        if lora is not None and lora.rank:
+            add_adapter(model, lora)
+    return model
 
 
 def assume_workload(rows: int | None, tokens: int | None) -> Workload:
@@ -215,7 +228,7 @@ def choose_machine(
 def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workload, machine: Machine) -> Plan:
     """Return what training a model (of any device, meta too) on a workload takes.
 
-    Operations are those of training.flops; memory is the formula of training.memory for a micro-batch as large as the budget or the
+    Operations are those of training.flops, as if all weights were trained; memory is the formula of training.memory for a micro-batch as large as the budget or the
     rank's share of a step allows, of rows of mean length. ValueError for a model whose operations cannot be counted.
     """
     counted = count_flops(model)
@@ -250,6 +263,7 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
     return Plan(
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
+        trained_parameters=count_trained(model),
         layers=model.config.num_hidden_layers,
         rows=work.rows,
         tokens_per_row=per_row,

@@ -197,9 +197,16 @@ def check_run(ready: Ready) -> Report:
 
 def check_layout_of(ready: Ready) -> int:
     """Make the model ready for the run's layout and return how many rows were looked at; ValueError as `check_layout`."""
-    groups = longest_groups(ready.examples)
+    groups = choose_groups(ready.examples)
     with as_layers(ready.world, precision=ready.precision):
-        check_layout(ready.policy, groups, layout=ready.runtime.layout, device=ready.device, dtype=ready.layers_dtype)
+        check_layout(
+            ready.policy,
+            groups,
+            layout=ready.runtime.layout,
+            device=ready.device,
+            dtype=ready.layers_dtype,
+            narrow=DTYPES[ready.precision] != ready.layers_dtype,  # as it will train
+        )
     return len(groups)
 
 
@@ -340,7 +347,7 @@ class Checks:
         """What the layout gives is what each response gives alone; the model is ready for it afterwards."""
         count = check_layout_of(self._ready)
         layout = self._ready.runtime.layout.value
-        return f"{layout}: the log-probabilities of the {count} longest rows are those of separate responses"
+        return f"{layout}: the log-probabilities of {count} rows, the longest and the shortest, are those of separate responses"
 
     def measure_speed(self) -> None:
         """Time one prompt's pass; choose how much of the first step is tried, and how long all may take."""
@@ -452,10 +459,10 @@ class Checks:
             "microbatch_tokens": trial.tokens, "free_bytes": free, "estimated_bytes": estimate, "optimiser_bytes": needed.optimiser,
         }  # fmt: skip
         row_ids = ready.steps.row_ids(trial.step)
-        if ready.device.type == "cpu":  # where too much is a kill and no exception
-            self._require_room(estimate + needed.optimiser, free, f"{trial} would take about", row_ids)
         seconds = 4 * trial.tokens * self._seconds_per_token
         left = self._seconds_left()
+        if ready.device.type == "cpu" or seconds > left:  # where too much is a kill and no exception, or is not tried
+            self._require_room(estimate + needed.optimiser, free, f"{trial} would take about", row_ids)
         if seconds > left:
             return (
                 f"{trial}: not tried, as it would take about {seconds:.0f} s of {left:.0f} s left; by the formula it takes "
@@ -579,10 +586,10 @@ def is_weighted_likelihood(objective: Objective) -> bool:
     return isinstance(objective, Var | Sft)
 
 
-def longest_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
-    """Return the responses of the two rows with the longest ones."""
-    longest = sorted(examples, key=lambda example: max(len(sample.ids_T) for sample in example.samples))
-    return [example.samples for example in longest[-2:]]
+def choose_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
+    """Return the responses of the shortest row and of the two longest."""
+    ordered = sorted(examples, key=lambda example: max(len(sample.ids_T) for sample in example.samples))
+    return [example.samples for example in ordered[:1] + ordered[1:][-2:]]
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ class Steps:
         batch_prompts: int,
         epochs: int,
         seed: int,
+        mean_tokens: float | None = None,
     ) -> None:
         self._examples = examples
         self._objective = objective
@@ -122,8 +123,9 @@ class Steps:
         self._weights = [self._weigh(step) for step in range(len(self._rows))]
         self.num_steps = len(self._rows)
         self.steps_per_epoch = self.num_steps // epochs
-        # One constant for the whole run: it only makes the loss read as nats per token.
-        self.mean_tokens = float(np.concatenate([example.num_tokens_K for example in examples]).mean())
+        # One constant for the whole run, given for rows beside those that are trained on: it only makes the loss read as nats per token.
+        own = float(np.concatenate([example.num_tokens_K for example in examples]).mean())
+        self.mean_tokens = own if mean_tokens is None else mean_tokens
 
     def _weigh(self, step: int) -> FloatArray:
         weight_R = self._objective.weigh(self.columns(step))

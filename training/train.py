@@ -184,7 +184,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
         trained, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed
     )
     kept, _ = gather_examples(job, config, renderer, regime=manifest.regime, split="heldout", limit=HELDOUT_ROWS)
-    heldout = plan_heldout(kept, config, objective, forward)
+    heldout = plan_heldout(kept, config, objective, forward, mean_tokens=steps.mean_tokens)
     ready = Ready(job, runtime, world, config.precision, policy, tokenizer, trained, objective, forward, steps)
     return Prepared(policy, ready, heldout, kept, dropped, columns, weighed)
 
@@ -322,15 +322,15 @@ def gather_examples(
 
 
 def plan_heldout(
-    examples: list[Example], config: TrainConfig, objective: Objective, forward: PolicyForward
+    examples: list[Example], config: TrainConfig, objective: Objective, forward: PolicyForward, *, mean_tokens: float
 ) -> Steps | None:
-    """Return held-out rows as one step, weighted as those that are trained on; None where there are none to weigh."""
+    """Return held-out rows as one step, weighted and scaled as those that are trained on; None where there are none to weigh."""
     if not examples or StoredColumn.cross in config.columns:  # foreign responses were scored for the train split alone
         return None
     if isinstance(objective, Var) and isinstance(config, VarConfig):
         columns = gather_columns(examples)
         examples = replace_rewards(examples, transform_rewards(columns, config, base_R=objective.base(columns)))
-    return Steps(examples, objective, forward, batch_prompts=len(examples), epochs=1, seed=0)
+    return Steps(examples, objective, forward, batch_prompts=len(examples), epochs=1, seed=0, mean_tokens=mean_tokens)
 
 
 def choose_responses(config: TrainConfig, regime: ResponseRegime) -> tuple[Select, int]:

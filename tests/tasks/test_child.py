@@ -46,8 +46,14 @@ PACKAGE = """
         import os, signal
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def bereft(job):
+        from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+        from training.launch import raise_failure
+        failure = ProcessFailure(local_rank=1, pid=1, exitcode=-9, error_file="")
+        raise_failure(job, {1: failure}, ranks=2)
+
     if __name__ == "__main__":
-        table = {"steps": steps, "refuse": refuse, "stubborn": stubborn, "polite": polite, "vanish": vanish}
+        table = {"steps": steps, "refuse": refuse, "stubborn": stubborn, "polite": polite, "vanish": vanish, "bereft": bereft}
         sys.exit(main(table, sys.argv[1:]))
 """
 
@@ -107,6 +113,16 @@ def test_a_killed_child_is_told_with_what_its_preflight_found_about_memory(make_
         run_child(job, on_metrics=lambda _: None)
     (job.output / "preflight.json").write_text(json.dumps({"memory": memory | {"peak_bytes": 3 * 2**29}}))
     with pytest.raises(StepFailed, match=r"took 1.50 GiB beside weights and 1.00 GiB of the optimiser's state"):
+        run_child(job, on_metrics=lambda _: None)
+
+
+def test_a_killed_rank_is_told_with_what_the_preflight_found_about_memory_too(make_job) -> None:
+    job = make_job("bereft")
+    memory = {"microbatch_tokens": 2048, "free_bytes": 4 * 2**30, "peak_bytes": 3 * 2**29, "optimiser_bytes": 2**30}
+    job.output.mkdir()
+    (job.output / "preflight.json").write_text(json.dumps({"memory": memory}))
+    told = r"RankDied: rank 1 of 2: .*SIGKILL.*2048 tokens took 1.50 GiB beside weights .*4.00 GiB were free.*lower runtime"
+    with pytest.raises(StepFailed, match=told):
         run_child(job, on_metrics=lambda _: None)
 
 

@@ -1,8 +1,10 @@
 """The loop: schedule, decay groups, clipping, skipped steps; told of nothing but steps, parts and a scalar loss."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from training.checkpoint import Progress
 from training.config import Precision, Runtime, Schedule
-from training.job import Job
+from training.job import Interrupted, Job
 from training.loop import Part, Settings, Trainer, learning_rate, make_optimiser, run_steps
 
 
@@ -155,6 +157,28 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(job: Job) -> None:
     assert [p.item() for p in whole.parameters()] == [p.item() for p in broken.parameters()]
 
 
+class OneBroken(Line):
+    """In the second step, of four micro-batches the third gives NaN."""
+
+    def part(self, model: Any, batch: tuple[int, Sequence[int]]) -> Part:
+        part = super().part(model, batch)
+        step, members = batch
+        return replace(part, loss=part.loss * math.nan) if (step, list(members)) == (1, [2]) else part
+
+
+def test_one_micro_batch_that_is_not_finite_skips_its_step_whole_and_names_its_rows(
+    job: Job, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, broken = make_line(), make_line()
+    with caplog.at_level(logging.WARNING, logger="training.loop"):
+        assert run(broken, OneBroken(3), job, budget=1).skipped == 1
+    (told,) = (record.getMessage() for record in caplog.records)
+    assert told.startswith("step 1: ") and told.endswith("its rows: step1-row0, step1-row1")
+    (job.output / "metrics.jsonl").unlink()
+    run(whole, Line(2), job, budget=1)
+    assert [p.item() for p in whole.parameters()] == [p.item() for p in broken.parameters()]
+
+
 def test_three_in_a_row_stop_the_run_and_name_the_rows(job: Job) -> None:
     with pytest.raises(ValueError, match=r"3 steps in a row.*step3-row0, step3-row1, step4-row0.*step5-row1; lower"):
         run(make_line(), Line(9, broken=[0, 1, 3, 4, 5]), job)
@@ -196,6 +220,66 @@ def test_a_step_without_room_is_taken_again_in_halves_and_the_run_goes_on_so(job
     (job.output / "metrics.jsonl").unlink()
     assert run(roomy, Line(3), job, budget=1).microbatch_tokens == 1
     assert [p.item() for p in narrow.parameters()] == [p.item() for p in roomy.parameters()]
+
+
+class Halting(Line):
+    """Tells the job to stop after so many steps."""
+
+    def __init__(self, num_steps: int, job: Job, *, after: int) -> None:
+        super().__init__(num_steps)
+        self._job, self._after = job, after
+
+    def describe(self, step: int) -> dict[str, float]:
+        if step + 1 == self._after:
+            self._job.stop.set()
+        return super().describe(step)
+
+
+def read_rates(job: Job) -> list[float]:
+    return [json.loads(line)["train/learning_rate"] for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("after", [2, 6])
+def test_a_resumed_run_goes_on_with_the_schedule_where_it_stopped(job: Job, after: int) -> None:
+    """Within the warm-up and behind it: the logged rates, and so the weights, are those of a run that never stopped."""
+    plan: dict[str, Any] = {"schedule": Schedule.cosine, "warmup_fraction": 0.4, "learning_rate": 0.3}
+    expected = [learning_rate(settings(**plan), step, num_steps=10) for step in range(10)]
+    whole, halted = make_line(), make_line()
+    run(whole, Line(10), job, **plan)
+    assert read_rates(job) == pytest.approx(expected)
+    (job.output / "metrics.jsonl").unlink()
+    with pytest.raises(Interrupted):
+        run(halted, Halting(10, job, after=after), job, **plan)
+    assert read_rates(job) == pytest.approx(expected[:after])
+    job.stop.clear()
+    resumed = make_line()
+    run(resumed, Line(10), job, **plan)
+    assert read_rates(job) == pytest.approx(expected)
+    assert [p.item() for p in resumed.parameters()] == [p.item() for p in whole.parameters()]
+
+
+class NarrowHalting(Halting):
+    """A device with room for two points; counts how often there was none, and stops after a step."""
+
+    without_room = 0
+
+    def part(self, model: Any, batch: tuple[int, Sequence[int]]) -> Part:
+        _, members = batch
+        if len(members) > 2:
+            self.without_room += 1
+            raise torch.OutOfMemoryError(f"tried to allocate {len(members)} points")
+        return super().part(model, batch)
+
+
+def test_a_budget_that_was_halved_stays_so_in_the_next_attempt_unless_another_is_asked_for(job: Job) -> None:
+    first, second, third = (NarrowHalting(9, job, after=after) for after in (2, 4, 6))
+    for work, budget, halvings in ((first, 4, 1), (second, 4, 0), (third, 3, 1)):
+        job.stop.clear()
+        with pytest.raises(Interrupted):
+            run(make_line(), work, job, budget=budget)
+        assert work.without_room == halvings
+    lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/microbatch_tokens"] for line in lines] == [2, 2, 2, 2, 1, 1]
 
 
 def test_what_has_no_room_alone_is_an_error_that_says_so(job: Job) -> None:

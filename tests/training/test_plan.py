@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from infra.models import fetch_embedded
 from infra.settings import read_settings
 from training import train
-from training.config import Layout, Precision, Runtime, SftConfig
+from training.config import Layout, LoraConfig, Precision, Runtime, SftConfig
 from training.job import Job
 from training.loop import make_optimiser
+from training.lora import add_adapter
 from training.memory import MicroBatchSize, estimate_footprint, measure_free
 from training.model import checkpoint_activations
 from training.plan import (
@@ -234,6 +235,43 @@ def test_weights_gradients_and_moments_are_what_a_real_step_holds(
     assert sizes.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     moments = [state[name] for state in optimiser.state.values() for name in ("exp_avg", "exp_avg_sq")]
     assert sizes.optimiser == sum(moment.nbytes for moment in moments)
+
+
+def test_an_adapter_has_gradients_and_moments_and_what_is_frozen_has_none(tiny_policy: Path) -> None:
+    """As a real step of it holds them; and the plan's model has the adapter that training adds."""
+    lora = LoraConfig(rank=4)
+    planned = build_on_meta(read_architecture(tiny_policy), lora)
+    model = AutoModelForCausalLM.from_pretrained(tiny_policy)
+    base = sum(p.numel() for p in model.parameters())
+    add_adapter(model, lora)
+    assert {n: p.shape for n, p in planned.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+    config = SftConfig(lora=lora)
+    optimiser = make_optimiser(model, train.make_settings(config))
+    model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    optimiser.step()
+    machine = choose_machine("H100", config, ranks=1)
+    plan = plan_training(planned, config, Runtime(), assume_workload(10, 64), machine)
+    sizes = plan.footprint
+    assert sizes.weights == sum(p.nbytes for p in model.parameters())
+    gradients = [p.grad.nbytes for p in model.parameters() if p.grad is not None]
+    assert sizes.gradients == sum(gradients) == 4 * plan.trained_parameters
+    assert plan.parameters - plan.trained_parameters == base
+    moments = [state[name] for state in optimiser.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    assert sizes.optimiser == sum(moment.nbytes for moment in moments)
+
+
+def test_an_adapter_for_llama_8b_fits_one_gpu_and_all_its_weights_do_not() -> None:
+    def plan(config: SftConfig) -> Any:
+        model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"), config.lora)
+        machine = choose_machine("H100", config, ranks=1)
+        return plan_training(model, config, Runtime(), assume_workload(None, None), machine)
+
+    adapter = plan(SftConfig(precision=Precision.bfloat16, lora=LoraConfig(rank=16)))
+    # rank x (inputs + outputs) of q, o; k, v; gate, up, down of each layer
+    assert adapter.trained_parameters == 32 * 16 * (2 * 8192 + 2 * 5120 + 3 * (4096 + 14336))
+    assert adapter.fits and adapter.footprint.optimiser == 8 * adapter.trained_parameters
+    whole = plan(SftConfig(precision=Precision.bfloat16))
+    assert not whole.fits and whole.trained_parameters == whole.parameters
 
 
 def test_rows_without_a_tokenizer_are_counted_by_characters(tmp_path: Path, make_row: Any, write_rows: Any) -> None:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig
 
 from tests.ranks import Ranks
-from training import memory, reference, train
+from training import memory, preflight, reference, train
 from training.config import Precision, Runtime
 from training.data.batch import MicroBatch
 from training.data.rows import RowsWriter
@@ -101,6 +101,25 @@ def test_a_sound_run_passes_and_its_artifact_says_so(inputs: dict[str, Path], ma
     weights = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(inputs["base"]).parameters())
     assert sizes["optimiser_bytes"] == 8 * weights
     assert 0 <= sizes["peak_bytes"] < sizes["free_bytes"]  # so little may find its pages there already
+
+
+def test_the_layout_is_tried_on_the_shortest_row_too_and_as_it_will_train(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    ready = prepare(make_job("train", "a", config={**SFT, "precision": "bfloat16"}, inputs=inputs))
+    sizes = [max(len(sample.ids_T) for sample in example.samples) for example in ready.examples]
+    chosen = [max(len(sample.ids_T) for sample in samples) for samples in preflight.choose_groups(ready.examples)]
+    assert chosen == [min(sizes), *sorted(sizes)[-2:]]
+    assert len(preflight.choose_groups(ready.examples[:1])) == 1
+    assert "3 rows, the longest and the shortest" in find(check_run(ready), "layout").line
+
+
+def test_an_adapter_needs_room_for_its_own_moments_alone(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
+    ready = prepare(make_job("train", "a", config={**SFT, "lora": {"rank": 2}}, inputs=inputs))
+    report = check_run(ready)
+    assert not report.failures
+    adapter = sum(p.numel() for p in ready.model.parameters() if p.requires_grad)
+    assert report.memory["optimiser_bytes"] == 8 * adapter < sum(p.numel() for p in ready.model.parameters())
 
 
 def test_nothing_is_changed(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
@@ -292,6 +311,20 @@ def test_what_does_not_fit_is_refused_before_the_kernel_ends_it(
     ):
         train.run(job)
     assert read(job)["memory"]["free_bytes"] == 300_000
+
+
+def test_what_an_accelerator_has_no_time_to_try_is_held_to_its_free_memory_by_the_formula(
+    inputs: dict[str, Path], make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepare(make_job("train", "a", config=SFT, inputs=inputs))
+    ready = dataclasses.replace(ready, world=World(torch.device("cuda")))
+    monkeypatch.setattr(preflight, "measure_free", lambda device: 300_000)
+    report = Report(ready.steps.digest, {}, seconds_allowed=0.0, microbatch_tokens=2048)
+    checks = Checks(ready, report)
+    checks._seconds_per_token = 1.0
+    checks.make(checks.memory)
+    (failed,) = report.failures
+    assert "would take about" in failed.line and "got 0.3 MiB free; expected room" in failed.line
 
 
 class NarrowForward(PolicyForward):

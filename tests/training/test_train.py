@@ -495,4 +495,6 @@ def test_the_loss_of_held_out_rows_is_looked_at_on_the_way(
     reward_K = -np.array([len(text) for text in row["responses"]], dtype=float)
     score_K = reference_K + reward_K / read_summary(looked)["lambda"]
     weight_K = len(samples) * np.exp(score_K - score_K.max()) / np.exp(score_K - score_K.max()).sum()
-    assert lines[-1]["heldout/loss"] == pytest.approx(-(weight_K * logp_K).sum() / num_K.sum(), rel=1e-5)
+    assert lines[-1]["heldout/loss"] == pytest.approx(
+        -(weight_K * logp_K).sum() / (len(samples) * read_summary(looked)["mean_trained_tokens"]), rel=1e-5
+    )

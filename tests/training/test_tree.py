@@ -1,5 +1,7 @@
 """Trees: prompts shared, sequences packed, and every log-probability that of a separate row."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tests.architectures import CONFIGS, SMALL, make_model
 from training import tree as tree_module
 from training.config import Layout
 from training.data.batch import collate, collate_trees, cut_trees
-from training.logprobs import check_layout, sum_logps
+from training.logprobs import Policy, check_layout, sum_logps
 from training.render import Rendered
 from training.tree import Tree, attend_blocks, attend_segments, enable_trees
 
@@ -72,6 +74,42 @@ def test_positions_that_depend_on_the_length_are_refused_by_name(layout: Layout,
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match=rf"llama.*nats per token.*{remedy}"):
         check_layout(model, make_groups(), layout=layout, device=CPU)
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+def test_a_short_row_shows_positions_that_are_switched_by_the_longest(layout: Layout) -> None:
+    """LongRoPE: beyond eight positions all rows have other frequencies, so long rows agree among themselves."""
+    torch.manual_seed(0)
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 8,
+        "short_factor": [1.0, 1.0], "long_factor": [4.0, 8.0],
+    }  # fmt: skip
+    config = LlamaConfig(**SMALL, max_position_embeddings=64, rope_parameters=rope)
+    rng = np.random.default_rng(0)
+    long = [make_group(rng, 14, 9, 12), make_group(rng, 15, 7)]
+    check_layout(AutoModelForCausalLM.from_config(config).eval(), long, layout=layout, device=CPU)
+    with pytest.raises(ValueError, match=r"llama.*nats per token"):
+        model = AutoModelForCausalLM.from_config(config).eval()
+        check_layout(model, [*long, make_group(rng, 3, 4)], layout=layout, device=CPU)
+
+
+class OneOff(Policy):
+    """A policy whose trees give one token 5 nats too much, under bfloat16 autocast alone."""
+
+    def forward(self, compute: Any, *arguments: Any) -> Any:
+        out = super().forward(compute, *arguments)
+        if arguments[0].tree is not None and torch.is_autocast_enabled("cpu"):
+            out[3] += 5.0
+        return out
+
+
+def test_one_token_that_is_far_off_in_bfloat16_is_refused_though_the_mean_is_within_its_bound() -> None:
+    groups = make_groups() * 10  # 330 tokens
+    for narrow in (False, True):
+        check_layout(make_model("llama"), groups, layout=Layout.tree, device=CPU, narrow=narrow)
+    check_layout(OneOff(make_model("llama")), groups, layout=Layout.tree, device=CPU)
+    with pytest.raises(ValueError, match=r"llama, layout tree, bfloat16: .* one token by \d+.*at most 0.03 and 0.9"):
+        check_layout(OneOff(make_model("llama")), groups, layout=Layout.tree, device=CPU, narrow=True)
 
 
 @pytest.mark.parametrize("window", [None, 5])
