@@ -175,6 +175,12 @@ def score_pairs(scorer: Scorer, rewards: RewardScorer, pairs: Pairs) -> list[dic
     G, N = len(pairs.rows), len(pairs.responses)
     logps, _ = score_groups(scorer, pairs.samples_GN)
     prompts = [row["prompt"] for row in pairs.rows for _ in pairs.responses]
+    broken = [row["row_id"] for row, logp_N in zip(pairs.rows, logps, strict=True) if not np.isfinite(logp_N).all()]
+    if broken:
+        raise ValueError(
+            f"reference {scorer.model.name_or_path}: got NaN or infinite log-probabilities under the prompts of {len(broken)} "
+            f"rows ({', '.join(broken[:3])}), expected finite ones; try precision float32, or another model"
+        )
     reward, _ = rewards.score(prompts, pairs.responses * G, budget=scorer.runtime.microbatch_tokens)
     bad = sorted({pairs.rows[n // N]["row_id"] for n in np.flatnonzero(~np.isfinite(reward))})
     if bad:

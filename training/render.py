@@ -1,6 +1,7 @@
 """Chat template -> token ids, and which of them are trained: the response and the token that ends it.
 
-Trained tokens come from spans, never from the pad id, so a tokenizer that pads with its stop token still learns to stop.
+Trained tokens come from spans, never from the pad id, so a tokenizer that pads with its stop token still learns to stop. A span is
+held to its response: a template that writes something of its own into the answer would have it trained as if its author had.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ class Rendered:
 
     ids_T: np.ndarray  # int32
     start: int
+    respaced: bool = False  # the template writes other white space at the ends of the response than its author
 
     @property
     def num_trained(self) -> int:
@@ -75,15 +77,20 @@ class Renderer:
     ) -> list[Rendered]:
         """Render a prompt with each of its K responses, or raise UnusableRow.
 
+        Trained is the response as its author wrote it, but for white space at its ends, which is the template's to write or to
+        trim. Anything else between cue and stop token is refused.
         A response marked `truncated` was cut by the answer cap: its tokens are trained, a stop token that its author never
         wrote is not.
         """
         prompt_ids = render_prompt(self._tokenizer, prompt)
         cut = truncated or [False] * len(responses)
         all_ids = self._conversations(prompt, responses)
-        return [self._response(prompt_ids, ids, cut_short=c) for ids, c in zip(all_ids, cut, strict=True)]
+        return [
+            self._span(prompt_ids, ids, response, cut_short=c)
+            for ids, response, c in zip(all_ids, responses, cut, strict=True)
+        ]
 
-    def _response(self, prompt_ids: list[int], ids: list[int], *, cut_short: bool) -> Rendered:
+    def _span(self, prompt_ids: list[int], ids: list[int], response: str, *, cut_short: bool) -> Rendered:
         """Return the span of one response in the ids of the whole conversation, which ends with its stop token."""
         start = len(prompt_ids)
         if ids[:start] != prompt_ids:
@@ -100,7 +107,27 @@ class Renderer:
             raise UnusableRow("empty_response", "a truncated response has no tokens to train")
         if end > self._max_tokens:
             raise UnusableRow("too_long", f"{end} tokens, the longest allowed is {self._max_tokens}")
-        return Rendered(ids_T=np.asarray(ids[:end], dtype=np.int32), start=start)
+        respaced = self._is_respaced(ids[start : found[0]], response)
+        return Rendered(ids_T=np.asarray(ids[:end], dtype=np.int32), start=start, respaced=respaced)
+
+    def _is_respaced(self, ids: list[int], response: str) -> bool:
+        """Return whether white space at its ends is all that sets these ids apart from the response; UnusableRow if more does."""
+        text = self._decode(ids)
+        if text == response:
+            return False
+        # Not every tokenizer gives back what it read (it composes accents, say), so the response goes through it too.
+        expected = self._decode(self._tokenizer.encode(response, add_special_tokens=False))
+        if text.strip() != expected.strip():
+            raise UnusableRow(
+                "response_rewritten",
+                f"the chat template writes {text!r:.80} for the response {expected!r:.80}; expected the response as it is; take a "
+                "template that writes what it adds before the response into the cue for it too, or adds nothing",
+            )
+        return text != expected
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return text
 
     def _conversations(self, prompt: list[dict[str, str]], responses: Sequence[str]) -> list[list[int]]:
         turns = [[*prompt, {"role": "assistant", "content": response}] for response in responses]

@@ -408,6 +408,7 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
         "mean_trained_tokens": steps.mean_tokens,
         "final_loss": progress.loss,
         "plan": steps.digest,
+        "respaced_responses": sum(s.respaced for step in last for example in steps.rows(step) for s in example.samples),
         "dropped": dropped.total(),
     }
     return summary | {f"dropped_{reason}": count for reason, count in sorted(dropped.items())}

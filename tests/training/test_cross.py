@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from training import cross, reference, train
 from training.config import Precision, RewardRender
@@ -185,6 +186,23 @@ def test_a_stopped_job_goes_on_with_the_next_batch(
     cross.run(job)
     assert steps == list(range(6))
     assert (job.output / "scores.parquet").read_bytes() == (whole.output / "scores.parquet").read_bytes()
+
+
+def test_a_reference_that_gives_no_number_is_named(
+    inputs: dict[str, Path], make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    folder = tmp_path / "broken"
+    tokenizer = AutoTokenizer.from_pretrained(inputs["base"])
+    tokenizer.save_pretrained(folder)
+    model = LlamaForCausalLM.from_pretrained(inputs["base"], tie_word_embeddings=False)
+    nine = tokenizer.encode("Question 9", add_special_tokens=False)[-1]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[nine] = torch.nan
+    model.save_pretrained(folder)
+    with pytest.raises(
+        ValueError, match=r"broken: got NaN or infinite log-probabilities under the prompts of \d+ rows"
+    ):
+        score(make_job, inputs | {"base": folder})
 
 
 def test_refusals(

@@ -196,6 +196,22 @@ def test_a_repeated_row_is_kept_once_and_named(tmp_path: Path) -> None:
     assert entry["detail"].endswith("as rows.jsonl:5")
 
 
+@pytest.mark.parametrize("regime", [{"responses": "from_reference", **EXACT}, {"responses": "from_behaviour"}])
+def test_equal_rows_of_samples_are_draws_of_their_own(tmp_path: Path, regime: dict[str, Any]) -> None:
+    """Keeping one of ("Yes", "No") three times would count a likely answer less often than it was drawn."""
+    drawn = {"prompt": "Is it?", "responses": ["Yes", "No"], "logq": [-0.5, -1.5]}
+    others = [{"prompt": f"Question {n}?", "responses": ["Yes", "No"], "logq": [-0.5, -1.5]} for n in range(20)]
+    job = ingest(tmp_path, [drawn, *others, drawn, drawn], **regime)
+    rows = kept(job)
+    assert [row["line"] for row in rows] == list(range(1, 24)) and quarantined(job) == []
+    assert len({row["row_id"] for row in rows}) == 23
+    assert rows[0]["row_id"] == digest_row([{"role": "user", "content": "Is it?"}], ["Yes", "No"])
+    assert json.loads((job.output / "summary.json").read_text())["repeated_samples"] == 2
+    (tmp_path / "again").mkdir()
+    again = ingest_file(tmp_path / "again", job.output / "rows.parquet", **regime)
+    assert [row["row_id"] for row in kept(again)] == [row["row_id"] for row in rows]
+
+
 def test_rows_that_contradict_each_other_both_go(tmp_path: Path) -> None:
     swapped = pair(4, chosen="Bad answer 4.", rejected="Good answer 4.")
     job = ingest(tmp_path, [*(pair(n) for n in range(10)), swapped])

@@ -235,6 +235,10 @@ def test_lambda_in_reward_standard_deviations() -> None:
     for unit in ("reward_std", "ess_target"):
         with pytest.raises(ValueError, match=f"{unit}: within every prompt all rewards are equal"):
             resolve(columns([[1.0, 1.0], [2.0, 2.0]]), lambda_=0.5, lambda_unit=unit)
+        with pytest.raises(ValueError, match=f"{unit}: within every prompt all rewards are equal"):
+            resolve(
+                columns([[0.1] * 3, [0.7] * 5]), lambda_=0.5, lambda_unit=unit
+            )  # their means round to another number
 
 
 def test_rewards_in_other_units_give_the_same_weights() -> None:

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from training.render import Renderer, UnusableRow, render_prompt
 
@@ -65,6 +66,92 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tokenizer: Any) -> None:
     with pytest.raises(UnusableRow, match="not a prefix") as caught:
         Renderer(tokenizer, max_tokens=200).row(PROMPT, ["Mix flour."])
     assert caught.value.reason == "prompt_not_prefix"
+
+
+def use_template(tokenizer: Any, last_turn: str) -> None:
+    """Give the tokenizer a ChatML template that writes the conversation's last assistant turn its own way."""
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for message in messages %}{% set content = message.content %}"
+        "{{ '<|im_start|>' + message.role + '\n' }}"
+        "{% if message.role == 'assistant' and loop.last %}" + last_turn + "{% else %}{{ content }}{% endif %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+
+
+# As Qwen 3 does it: thoughts are taken apart from the answer and written again, an empty block where there were none.
+THINKING = (
+    "{% set thought = '' %}{% if '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<think>\n' + thought + '\n</think>\n\n' + content }}"
+)
+
+
+@pytest.mark.parametrize(("response", "cut_short"), [("Mix flour.", False), ("<think>\nWhat is br", True)])
+def test_what_the_template_alone_wrote_is_not_trained(tokenizer: Any, response: str, cut_short: bool) -> None:
+    use_template(tokenizer, THINKING)
+    words = r"writes '<think>\\n\\n</think>\\n\\n.*for the response '(Mix flour|<think>\\nWhat)"
+    with pytest.raises(UnusableRow, match=words) as caught:
+        Renderer(tokenizer, max_tokens=400).row(PROMPT, [response], [cut_short])
+    assert caught.value.reason == "response_rewritten"
+
+
+def test_a_response_that_the_template_writes_as_it_is_is_trained_under_it(tokenizer: Any) -> None:
+    use_template(tokenizer, THINKING)
+    response = "<think>\nWhat is bread?\n</think>\n\nMix flour."
+    (rendered,) = Renderer(tokenizer, max_tokens=400).row(PROMPT, [response])
+    assert tokenizer.decode(rendered.ids_T[rendered.start :]) == response + "<|im_end|>"
+    # the way out that the refusal names: the empty block stands in the cue
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "assistant\n' }}", "assistant\n<think>\n\n</think>\n\n' }}"
+    )
+    (rendered,) = Renderer(tokenizer, max_tokens=400).row(PROMPT, ["Mix flour."])
+    assert tokenizer.decode(rendered.ids_T[rendered.start :]) == "Mix flour.<|im_end|>"
+
+
+@pytest.mark.parametrize("last_turn", ["{{ content | trim }}", "{{ ' ' + content | trim + ' ' }}"])  # Llama 3, Llama 2
+def test_white_space_at_the_ends_is_the_templates_and_counted(tokenizer: Any, last_turn: str) -> None:
+    use_template(tokenizer, last_turn)
+    rows = Renderer(tokenizer, max_tokens=400).row(PROMPT, ["  Mix  flour. \n", "Mix  flour."])
+    assert [rendered.respaced for rendered in rows] == [True, last_turn.startswith("{{ ' '")]
+    assert [tokenizer.decode(r.ids_T[r.start : -1]).strip() for r in rows] == ["Mix  flour."] * 2
+    use_template(tokenizer, "{{ content | upper }}")
+    with pytest.raises(UnusableRow, match="writes 'MIX' for the response 'Mix'"):
+        Renderer(tokenizer, max_tokens=400).row(PROMPT, ["Mix"])
+
+
+def test_a_tokenizer_that_composes_accents_gives_back_another_text_and_is_no_rewriting(tokenizer: Any) -> None:
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    (rendered,) = Renderer(tokenizer, max_tokens=400).row(PROMPT, ["Cafe\u0301"])
+    assert tokenizer.decode(rendered.ids_T[rendered.start : -1]) == "Caf\u00e9" and not rendered.respaced
+
+
+def test_a_tokenizer_with_word_marks_reads_the_response_as_its_own(tmp_path: Path) -> None:
+    """SentencePiece's marks before words: in a conversation the first word carries one, and its decoder takes it off."""
+    words = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        *(f"\u2581{word}" for word in ("a", "b", "user", "bot", "Mix", "flour", ",", "How")),
+        "\u2581",
+    ]
+    backend = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=True,
+    )
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}{% if m.role == 'user' %}user {{ m.content }} bot{% else %} {{ m.content }}</s>{% endif %}"
+        "{% endfor %}"
+    )
+    (rendered,) = Renderer(tokenizer, max_tokens=20).row([{"role": "user", "content": "How"}], ["Mix , flour"])
+    assert tokenizer.convert_ids_to_tokens(rendered.ids_T[rendered.start :].tolist()) == [
+        "\u2581Mix", "\u2581,", "\u2581flour", "</s>",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from training.data.schema import digest_prompt
 from training.data.validate import Preference
 
 TABLES = """
-create table seen (place integer primary key, row_id text not null, preferred integer, prompt blob not null, at text not null);
-create index seen_row on seen (row_id);
+create table seen (place integer primary key, content_id text not null, preferred integer, prompt blob not null, at text not null);
+create index seen_content on seen (content_id);
 create table edges (pair blob not null, forward integer not null, place integer not null);
 create table contradicted (place integer primary key, at text not null);
 """
@@ -40,19 +40,23 @@ class SeenRows:
             "pragma journal_mode=off; pragma synchronous=off; pragma cache_size=-2000; begin;" + TABLES
         )
 
-    def find_duplicate(self, row_id: str, *, preferred: int | None) -> str | None:
-        """Return "source:line" of an earlier row with this id, unless the two prefer different responses."""
+    def find_duplicate(self, content_id: str, *, preferred: int | None) -> str | None:
+        """Return "source:line" of an earlier row with this content, unless the two prefer different responses."""
         found = self._db.execute(
-            "select at from seen where row_id = ?1 and (preferred = ?2 or preferred is null or ?2 is null)"
+            "select at from seen where content_id = ?1 and (preferred = ?2 or preferred is null or ?2 is null)"
             " order by place limit 1",
-            (row_id, preferred),
+            (content_id, preferred),
         ).fetchone()
         return found[0] if found else None
 
-    def add(self, place: int, row: Preference, *, row_id: str, at: str) -> None:
-        """Remember a row: `place` counts the kept rows from 0, `at` is "source:line"."""
+    def count(self, content_id: str) -> int:
+        """Return how many rows with this content were added."""
+        return int(self._db.execute("select count(*) from seen where content_id = ?", (content_id,)).fetchone()[0])
+
+    def add(self, place: int, row: Preference, *, content_id: str, at: str) -> None:
+        """Remember a row: `place` counts the kept rows from 0, `content_id` is of prompt and responses, `at` is "source:line"."""
         prompt = bytes.fromhex(digest_prompt(row.prompt))[:16]
-        self._db.execute("insert into seen values (?, ?, ?, ?, ?)", (place, row_id, row.preferred, prompt, at))
+        self._db.execute("insert into seen values (?, ?, ?, ?, ?)", (place, content_id, row.preferred, prompt, at))
         if row.preferred is None:
             return
         winner = row.responses[row.preferred]

@@ -72,6 +72,7 @@ def load_examples(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     missing: list[str] = []
+    first = ""
     for batch in read_rows(rows, split=split):
         for row in batch.to_pylist():
             if len(examples) == limit:
@@ -90,6 +91,7 @@ def load_examples(
                 examples.append(make_example(row, places, renderer, rewards=rewards, reference=reference))
             except UnusableRow as unusable:
                 dropped[unusable.reason] += 1
+                first = first or f"; row {row['row_id']}: {unusable}"
     if missing:
         raise ValueError(
             f"rows folder {rows}: {len(missing)} rows of the {split} split have no reward or no reference log-probability "
@@ -99,7 +101,7 @@ def load_examples(
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "the split is empty"
         raise ValueError(
             f"rows folder {rows}: no row of the train split is left ({counts}); raise max_tokens, or bring rows that this "
-            "objective can train on"
+            f"objective can train on{first}"
         )
     return examples, dropped
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from training.config import IngestConfig, SourceFormat
+from training.config import IngestConfig, ResponseRegime, SourceFormat
 from training.data.conflicts import SeenRows
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA, digest_row
@@ -35,6 +35,7 @@ class Counts:
 
     read: int = 0
     removed_responses: int = 0
+    repeated_samples: int = 0
     responses: int = 0
     response_chars: int = 0
     prompt_chars: int = 0
@@ -142,18 +143,26 @@ def _with_format(rows: Iterator[SourceRow], format: SourceFormat) -> Iterator[tu
 def _understand(
     row: SourceRow, format: SourceFormat | None, *, config: IngestConfig, seen: SeenRows, place: int, counts: Counts
 ) -> dict[str, Any]:
-    """Return the row in the schema and remember it, or raise UnusableRow."""
+    """Return the row in the schema and remember it, or raise UnusableRow.
+
+    A fixed set holds a row once. Among samples equal rows are draws of their own, and leaving one out would bias the estimator:
+    each is kept, with a number in its id, since scores are kept by row id.
+    """
     if row.problem is not None:
         raise UnusableRow(Reason.not_json, row.problem)
     if format is None:
         keys = sorted(row.value) if isinstance(row.value, dict) else type(row.value).__name__
         raise UnusableRow(Reason.unknown_shape, f"got {keys}, expected 'chosen' and 'rejected', or 'responses'")
     parsed = parse_row(row.value, format=format, config=config)
-    row_id = digest_row(parsed.prompt, parsed.responses)
-    earlier = seen.find_duplicate(row_id, preferred=parsed.preferred)
-    if earlier is not None:
-        raise UnusableRow(Reason.duplicate, f"same prompt and responses as {earlier}")
-    seen.add(place, parsed, row_id=row_id, at=f"{row.source}:{row.line}")
+    row_id = content_id = digest_row(parsed.prompt, parsed.responses)
+    if config.responses is ResponseRegime.support:
+        earlier = seen.find_duplicate(content_id, preferred=parsed.preferred)
+        if earlier is not None:
+            raise UnusableRow(Reason.duplicate, f"same prompt and responses as {earlier}")
+    elif repeats := seen.count(content_id):
+        row_id = digest_row(parsed.prompt, parsed.responses, repeats=repeats)
+        counts.repeated_samples += 1
+    seen.add(place, parsed, content_id=content_id, at=f"{row.source}:{row.line}")
     if format is SourceFormat.responses:
         counts.removed_responses += len(row.value["responses"]) - len(parsed.responses)
     return {
@@ -236,6 +245,7 @@ def _write_manifest(
         "prompts": prompts,
         "responses": counts.responses,
         "removed_equal_responses": counts.removed_responses,
+        "repeated_samples": counts.repeated_samples,
         "quarantined": counts.reasons.total(),
         "quarantined_by_reason": reasons,
     }

@@ -12,7 +12,7 @@ MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
 
 SCHEMA = pa.schema(
     [
-        pa.field("row_id", pa.string(), nullable=False),  # hex, 32 digits, of prompt and responses
+        pa.field("row_id", pa.string(), nullable=False),  # hex, 32 digits, of prompt and responses; unique
         pa.field("split", pa.string(), nullable=False),  # train | heldout
         pa.field("prompt", pa.list_(MESSAGE), nullable=False),  # conversation up to and including the last user turn
         pa.field("responses", pa.list_(pa.string()), nullable=False),  # K texts, the assistant's next turn
@@ -26,11 +26,13 @@ SCHEMA = pa.schema(
 )
 
 
-def digest_row(prompt: list[dict[str, str]], responses: list[str]) -> str:
-    """Return the row id: 32 hex digits of SHA-256 over prompt and responses, independent of source and split."""
-    text = json.dumps(
-        [[(m["role"], m["content"]) for m in prompt], responses], ensure_ascii=False, separators=(",", ":")
-    )
+def digest_row(prompt: list[dict[str, str]], responses: list[str], *, repeats: int = 0) -> str:
+    """Return the row id: 32 hex digits of SHA-256 over prompt and responses, independent of source and split.
+
+    `repeats` counts the equal rows before this one: what was sampled twice is two rows.
+    """
+    content = [[(m["role"], m["content"]) for m in prompt], responses, *([repeats] if repeats else [])]
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

@@ -72,8 +72,14 @@ def argmax_agrees(columns: Columns, weight_R: FloatArray) -> np.ndarray:
 
 
 def within_group_variance(value_R: FloatArray, group_R: np.ndarray) -> float:
-    """Return the pooled variance within groups, unbiased; 0 where every group has a single member."""
+    """Return the pooled variance within groups, unbiased; 0 where no group has members that differ.
+
+    A group of equal values counts as 0 exactly: the rounding of its mean (that of three times 0.1 is not 0.1) is no spread, and
+    lambda must not be counted in it.
+    """
     count_G = np.bincount(group_R)
     mean_G = np.bincount(group_R, weights=value_R) / count_G
+    differs_R = largest_of_sets(value_R, group_R) > -largest_of_sets(-value_R, group_R)
+    deviation_R = np.where(differs_R, value_R - mean_G[group_R], 0.0)
     degrees = int((count_G - 1).sum())
-    return float(((value_R - mean_G[group_R]) ** 2).sum() / degrees) if degrees else 0.0
+    return float((deviation_R**2).sum() / degrees) if degrees else 0.0
