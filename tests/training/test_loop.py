@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,20 @@ def test_a_step_without_room_is_taken_again_in_halves_and_the_run_goes_on_so(job
 def test_what_has_no_room_alone_is_an_error_that_says_so(job: Job) -> None:
     with pytest.raises(torch.OutOfMemoryError, match=r"step 0.*no room.*lower max_tokens"):
         run(make_line(), Narrow(3, room=0), job)
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_tells_of_them(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    runtime = Runtime(checkpoint_every_steps=2)
+    run_steps(make_line(), Line(3), settings(), job=job, runtime=runtime, identity={})
+    assert flushed[0] == str(job.output / "metrics.jsonl")
+    assert flushed[-1] == str(job.work / "checkpoints")
