@@ -183,8 +183,8 @@ def restore_checkpoint(
 ) -> Progress:
     """Load the newest checkpoint below `folder` into model, optimiser and generators; a fresh Progress where there is none.
 
-    Every rank calls it. ValueError for a checkpoint of another run (config or batch plan), with the differing fields, and
-    for a damaged one.
+    Every rank calls it, the first one with the whole identity. ValueError for a checkpoint of another run (config, base or batch
+    plan), with the differing fields, and for a damaged one.
     """
     newest = find_newest(folder, world)
     if newest is None:
@@ -194,7 +194,9 @@ def restore_checkpoint(
         if (sizes := shard_sizes(newest)) != state["shards"]:
             raise OSError(f"files of tensors are {sizes}, expected {state['shards']}")
         rng = load_file(newest / "rng.safetensors")
-        check_identity(newest, state["identity"], identity)
+        if world.is_first:  # which alone may know what belongs to all
+            check_identity(newest, state["identity"], identity)
+        world.barrier()
         read_tensors(newest / "tensors", model, optimiser, world)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"checkpoint {newest}: damaged ({error}); delete it to start over") from error
@@ -233,17 +235,24 @@ def read_tensors(folder: Path, model: nn.Module, optimiser: torch.optim.Optimize
 
 def check_identity(checkpoint: Path, got: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise ValueError unless a checkpoint belongs to this run, with a line for each field that differs."""
-    keys = sorted(set(got) | set(expected))
+    ours, theirs = flatten(expected), flatten(got)
     differing = [
-        f"{key}: got {got.get(key)!r}, expected {expected.get(key)!r}"
-        for key in keys
-        if got.get(key) != expected.get(key)
+        f"{name}: got {theirs.get(name, 'nothing')}, expected {ours.get(name, 'nothing')}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
     ]
     if differing:
         raise ValueError(
             f"checkpoint {checkpoint}: it belongs to another run ({'; '.join(differing)}); "
             "give this run another work directory, or delete the checkpoint to start over"
         )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return what nested dicts hold, as JSON, by dotted name."""
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): json.dumps(value)}
+    return {name: leaf for key, part in value.items() for name, leaf in flatten(part, f"{prefix}{key}.").items()}
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

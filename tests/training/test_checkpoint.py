@@ -97,10 +97,13 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
 
 def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
     save(tmp_path, step=1)
-    with pytest.raises(ValueError, match=r"another run \(plan: got 'abc', expected 'xyz'\)"):
+    with pytest.raises(ValueError, match=r'another run \(plan: got "abc", expected "xyz"\)'):
         restore(tmp_path, identity={**IDENTITY, "plan": "xyz"})
-    with pytest.raises(ValueError, match=r"config: got \{'lambda_': 1.0\}, expected \{'lambda_': 2.0\}"):
-        restore(tmp_path, identity={**IDENTITY, "config": {"lambda_": 2.0}})
+    with pytest.raises(
+        ValueError,
+        match=r"another run \(config.beta: got nothing, expected 0.1; config.lambda_: got 1.0, expected 2.0\)",
+    ):
+        restore(tmp_path, identity={**IDENTITY, "config": {"lambda_": 2.0, "beta": 0.1}})
 
 
 def test_a_checkpoint_of_this_step_stays_as_it_is(tmp_path: Path) -> None:
