@@ -37,6 +37,10 @@ class PreconditionFailed(StoreError):  # noqa: N818 - S3's own name
     """A conditional write met another state than the one named."""
 
 
+class FileChanged(StoreError):  # noqa: N818 - what happened
+    """A stored file has other bytes than were recorded of it."""
+
+
 @dataclass(frozen=True)
 class ObjectInfo:
     """An object as the store lists it; `modified` is by the store's clock, in unix seconds."""
@@ -88,8 +92,8 @@ class Store:
             ),
         )
         self._transfer = TransferConfig(multipart_threshold=MULTIPART_BYTES, multipart_chunksize=MULTIPART_BYTES)
-        self._sending: dict[int, Any] = {}  # uploads under way
-        self._stopped = False
+        self._sending: dict[int, tuple[str, Any]] = {}  # uploads under way: where to, and what can be cancelled
+        self._stopped: list[str] = []  # below which keys nothing is uploaded any more
 
     def url(self, name: str) -> str:
         """Return `s3://bucket/prefix/name`."""
@@ -172,17 +176,22 @@ class Store:
         finally:
             hasher.shutdown(cancel_futures=True)
 
-    def stop_uploads(self) -> None:
-        """End for good, within seconds, what other threads upload: their `upload_folder` raises StoreError."""
-        self._stopped = True
-        for sent in list(self._sending.values()):
-            sent.cancel()
+    def stop_uploads(self, below: str = "") -> None:
+        """End for good, within seconds, what other threads upload below a name: their `upload_folder` raises StoreError."""
+        self._stopped.append(self._key(below))
+        for key, sent in list(self._sending.values()):
+            if self._is_stopped(key):
+                sent.cancel()
+
+    def _is_stopped(self, key: str) -> bool:
+        return any(key.startswith(below) for below in self._stopped)
 
     def _send(self, transfers: Any, path: Path, name: str) -> Any:
         extra = {"ChecksumAlgorithm": "SHA256"} | _content_type(path)
-        sent = transfers.upload(str(path), self.bucket, self._key(name), extra)
-        self._sending[id(sent)] = sent
-        if self._stopped:  # asked for while this one was on its way into the list
+        key = self._key(name)
+        sent = transfers.upload(str(path), self.bucket, key, extra)
+        self._sending[id(sent)] = (key, sent)
+        if self._is_stopped(key):  # asked for while this one was on its way into the list
             sent.cancel()
         return sent
 
@@ -234,7 +243,7 @@ class Store:
 
     def _compare(self, source: str, got: str, file: StoredFile) -> None:
         if got != file.sha256:
-            raise StoreError(
+            raise FileChanged(
                 f"{self.url(source)}: got SHA-256 {got}, expected {file.sha256}; the object was changed after it was "
                 "recorded: restore it, or delete its record to compute it anew"
             )

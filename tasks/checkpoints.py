@@ -17,19 +17,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from infra.store import Store, StoredFile, StoreError
+from infra.store import FileChanged, Store, StoredFile, StoreError
 from tasks.step import Planned
 
 logger = logging.getLogger("varflow.checkpoints")
 ROOT = "checkpoints"
 BESIDE = ("metrics.jsonl", "answers.jsonl")  # of the output: what the steps up to the checkpoint have told
-LAST_SECONDS = 3.0  # for an upload under way when the child has failed; this process may be killed 5 s later
+LAST_SECONDS = (
+    3.0  # for an upload under way when the child has ended; after a failure this process may be killed 5 s later
+)
 
 
 class StoredCheckpoints:
     """The checkpoints of one attempt. As a context it fetches the newest, then uploads when called, one at a time.
 
-    `keep` newest ones are kept; with 0 nothing is fetched or uploaded. What fails here costs a checkpoint, not the training.
+    The `stored_checkpoints` newest are kept, and the last uploaded; with 0 nothing is fetched or uploaded. What fails here costs a
+    checkpoint, not the training.
     """
 
     def __init__(self, store: Store, planned: Planned, folder: Path) -> None:
@@ -37,6 +40,8 @@ class StoredCheckpoints:
         self._keep = planned.runtime.stored_checkpoints
         self._uploaded = -1  # step of the last one that went up, or that cannot
         self._upload: threading.Thread | None = None
+        self._place = ""  # where it goes
+        self._done = False  # the step needs no checkpoint any more
 
     def __enter__(self) -> Self:
         if self._keep:
@@ -47,8 +52,10 @@ class StoredCheckpoints:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._upload is not None:
-            # After success all of it is deleted: nothing may come behind that.
-            self._upload.join(LAST_SECONDS if kind else None)
+            if kind is None:  # it would be deleted next; what still comes behind that has no manifest
+                self._done = True
+                self._store.stop_uploads(self._place)
+            self._upload.join(LAST_SECONDS)
         shutil.rmtree(self._folder / "upload", ignore_errors=True)
 
     def __call__(self) -> None:
@@ -61,34 +68,45 @@ class StoredCheckpoints:
         staged = stage(newest, self._folder)
         if staged is not None:
             self._uploaded = step
+            self._place = f"{self._root}/{staged.name}-{uuid.uuid4().hex[:8]}"
             self._upload = threading.Thread(target=self._send, args=(staged,), name="checkpoint upload", daemon=True)
             self._upload.start()
 
     def _send(self, staged: Path) -> None:
-        name = f"{staged.name}-{uuid.uuid4().hex[:8]}"
         try:
-            files = self._store.upload_folder(staged, f"{self._root}/{name}")
-            manifest = {"name": name, "files": [asdict(file) for file in files]}
+            files = self._store.upload_folder(staged, self._place)
+            if self._done:
+                return
+            manifest = {"name": Path(self._place).name, "files": [asdict(file) for file in files]}
             self._store.put(f"{self._root}/{staged.name}.json", json.dumps(manifest).encode())
             for old in list_manifests(self._store, self._root)[self._keep :]:
-                delete(self._store, self._root, old)
+                if step_of(old) != step_of(staged.name):  # newer ones are those that could not be fetched a while ago
+                    delete(self._store, self._root, old)
         except (StoreError, OSError) as error:
-            logger.warning("%s was not stored: %s", staged.name, error)
+            if not self._done:
+                logger.warning("%s was not stored: %s", staged.name, error)
 
     def _fetch(self) -> None:
-        """Bring the newest checkpoint of the store here, unless this machine has one as new."""
-        step, _ = find_newest(self._folder)
-        for manifest in list_manifests(self._store, self._root):
-            if step_of(manifest) <= step:
-                return
-            try:
-                fetch(self._store, self._root, manifest, self._folder)
-            except (StoreError, FileNotFoundError) as error:
-                logger.warning("%s cannot be fetched, looking for an older one: %s", manifest, error)
-                continue
-            self._uploaded = step_of(manifest)
-            logger.info("going on from %s of the store", Path(manifest).stem)
-            return
+        """Bring the newest checkpoint of the store here, unless this machine has a whole one as new."""
+        try:
+            for manifest in list_manifests(self._store, self._root):
+                if step_of(manifest) <= find_newest(self._folder)[0] or self._fetch_one(manifest):
+                    return
+        except (StoreError, OSError) as error:
+            logger.warning("checkpoints of %s are not looked for: %s", self._store.url(self._root), error)
+
+    def _fetch_one(self, manifest: str) -> bool:
+        """Bring a checkpoint here; say whether it came. One that never will is deleted, or it would count among those kept."""
+        try:
+            fetch(self._store, self._root, manifest, self._folder)
+        except (StoreError, OSError) as error:
+            logger.warning("%s cannot be fetched, looking for an older one: %s", manifest, error)
+            if isinstance(error, FileChanged | FileNotFoundError):
+                delete(self._store, self._root, manifest)
+            return False
+        self._uploaded = step_of(manifest)
+        logger.info("going on from %s of the store", Path(manifest).stem)
+        return True
 
 
 def discard_checkpoints(store: Store, planned: Planned) -> None:
@@ -131,10 +149,24 @@ def delete(store: Store, root: str, manifest: str) -> None:
 
 
 def find_newest(folder: Path) -> tuple[int, Path | None]:
-    """Return (step, folder) of the newest complete checkpoint of a work folder; (-1, None) where there is none."""
-    found = [path for path in (folder / "work" / "checkpoints").glob("step-*") if path.suffix != ".partial"]
-    newest = max(found, key=lambda path: step_of(path.name), default=None)
+    """Return (step, folder) of the newest whole checkpoint of a work folder; (-1, None) where there is none."""
+    newest = max(filter(is_whole, find_named(folder)), key=lambda path: step_of(path.name), default=None)
     return (-1, None) if newest is None else (step_of(newest.name), newest)
+
+
+def find_named(folder: Path) -> list[Path]:
+    """Return what has the name of a complete checkpoint in a work folder."""
+    return [path for path in (folder / "work" / "checkpoints").glob("step-*") if path.suffix != ".partial"]
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Say whether a checkpoint has all its files, those of tensors in the sizes that it says itself."""
+    try:
+        expected = json.loads((checkpoint / "state.json").read_text())["shards"]
+        sizes = {path.name: path.stat().st_size for path in (checkpoint / "tensors").glob("*")}
+    except (FileNotFoundError, ValueError, KeyError):
+        return False
+    return bool(sizes == expected) and (checkpoint / "rng.safetensors").is_file()
 
 
 def stage(checkpoint: Path, folder: Path) -> Path | None:
@@ -149,11 +181,9 @@ def stage(checkpoint: Path, folder: Path) -> Path | None:
             target = staged / "checkpoint" / path.relative_to(checkpoint)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.link(path, target)
-        state = json.loads((staged / "checkpoint" / "state.json").read_text())
     except FileNotFoundError:
         return None
-    sizes = {path.name: path.stat().st_size for path in (staged / "checkpoint" / "tensors").glob("*")}
-    if sizes != state["shards"] or not (staged / "checkpoint" / "rng.safetensors").is_file():
+    if not is_whole(staged / "checkpoint"):
         return None
     (staged / "output").mkdir()
     for name in BESIDE:
@@ -183,5 +213,9 @@ def fetch(store: Store, root: str, manifest: str, folder: Path) -> None:
         path.replace(folder / "output" / path.name)
     checkpoints = folder / "work" / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
+    for damaged in find_named(folder):  # training takes the newest by name
+        if not is_whole(damaged):
+            logger.warning("%s is damaged: deleted for %s of the store", damaged, Path(manifest).stem)
+            shutil.rmtree(damaged)
     (landing / "stored" / "checkpoint").rename(checkpoints / Path(manifest).stem)
     shutil.rmtree(landing)

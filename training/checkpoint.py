@@ -1,7 +1,7 @@
 """Checkpoints: atomic, complete, safetensors only, and bound to the run they belong to.
 
 A checkpoint is a folder `step-00000012`, written beside its final name and renamed when every byte is on disk, so one that
-can be seen is whole. The newest one wins and the older are deleted.
+can be seen is whole; it loses that name before its files are deleted. The newest one wins and the older are deleted.
 
 Weights and optimiser state lie in `tensors/`, files of each rank with the rank's part of every tensor, as torch's
 distributed checkpoints have them: any number of ranks reads what any other number wrote.
@@ -30,6 +30,7 @@ from training.distributed import ALONE, World
 from training.job import write_json
 
 FILE_BYTES = 2**30  # about a file of one rank, which is in memory twice while it is written
+PARTIAL = ".partial"
 
 
 @dataclass
@@ -72,12 +73,16 @@ def save_checkpoint(
     identity: dict[str, Any],
     world: World = ALONE,
 ) -> None:
-    """Write a checkpoint below `folder`, then delete the older ones. Every rank calls it; the first one publishes."""
+    """Write a checkpoint below `folder`, then delete the older ones. Every rank calls it; the first one publishes.
+
+    One of this step that is there already stays: it was restored, or saved a moment ago, and holds the same.
+    """
     final = name_checkpoint(folder, progress.step)
-    partial = final.with_name(final.name + ".partial")
+    if world.any(world.is_first and final.exists()):
+        return
+    partial = name_partial(final)
     if world.is_first:
-        for stale in (partial, final):  # a rerun may reach the same step again
-            shutil.rmtree(stale, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
         (partial / "tensors").mkdir(parents=True)
     world.barrier()
     tensors = {name: tensor.contiguous() for name, tensor in model_tensors(model).items()}
@@ -91,12 +96,17 @@ def save_checkpoint(
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> None:
-    """Write every rank's part of the tensors to files of its own."""
+    """Write every rank's part of the tensors to files of its own, on disk when all ranks have; all do it at the same time."""
     writer = dcp.HuggingFaceStorageWriter(
         str(folder), spread_over_files(tensors, limit=FILE_BYTES * world.size), save_distributed=True
     )
     with own_errors():
         dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+    for path in folder.glob(
+        f"shard-{world.rank + 1:05d}-*"
+    ):  # torch flushes all but the end, which is in a buffer then
+        flush(path)
+    world.barrier()
 
 
 def spread_over_files(tensors: dict[str, Tensor], *, limit: int) -> dict[str, int]:
@@ -115,14 +125,32 @@ def shard_sizes(checkpoint: Path) -> dict[str, int]:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a written checkpoint its name once all of it is on disk, and delete the older ones."""
-    for path in (*partial.rglob("*"), partial):
+    """Give a checkpoint, whose tensors are on disk, its name once all of it is, and delete the older ones."""
+    for path in (partial / "rng.safetensors", partial / "tensors", partial):
         flush(path)
     partial.rename(final)
     flush(final.parent)
-    for other in final.parent.iterdir():
+    for other in sorted(
+        final.parent.iterdir(), reverse=True
+    ):  # those without a name first: they may be in another's way
         if other != final:
-            shutil.rmtree(other)
+            discard(other)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete a checkpoint: first its name, since one that is half deleted must not be seen."""
+    nameless = checkpoint if is_partial(checkpoint) else checkpoint.rename(name_partial(checkpoint))
+    shutil.rmtree(nameless)
+
+
+def name_partial(checkpoint: Path) -> Path:
+    """Return where a checkpoint lies while it is written or deleted."""
+    return checkpoint.with_name(checkpoint.name + PARTIAL)
+
+
+def is_partial(checkpoint: Path) -> bool:
+    """Say whether this is the folder of what is being written or deleted, or was when its process was killed."""
+    return checkpoint.name.endswith(PARTIAL)
 
 
 @contextmanager
@@ -156,8 +184,8 @@ def restore_checkpoint(
 ) -> Progress:
     """Load the newest checkpoint below `folder` into model, optimiser and generators; a fresh Progress where there is none.
 
-    Every rank calls it. ValueError for a checkpoint of another run (config or batch plan), with the differing fields, and
-    for a damaged one.
+    Every rank calls it, the first one with the whole identity. ValueError for a checkpoint of another run (config, base or batch
+    plan), with the differing fields, and for a damaged one.
     """
     newest = find_newest(folder, world)
     if newest is None:
@@ -167,7 +195,9 @@ def restore_checkpoint(
         if (sizes := shard_sizes(newest)) != state["shards"]:
             raise OSError(f"files of tensors are {sizes}, expected {state['shards']}")
         rng = load_file(newest / "rng.safetensors")
-        check_identity(newest, state["identity"], identity)
+        if world.is_first:  # which alone may know what belongs to all
+            check_identity(newest, state["identity"], identity)
+        world.barrier()
         read_tensors(newest / "tensors", model, optimiser, world)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"checkpoint {newest}: damaged ({error}); delete it to start over") from error
@@ -177,7 +207,7 @@ def restore_checkpoint(
 
 def find_newest(folder: Path, world: World) -> Path | None:
     """Return the newest checkpoint as the first rank sees it: another's view of a shared disk may lag behind."""
-    whole = [path.name for path in folder.glob("step-*") if not path.name.endswith(".partial")]
+    whole = [path.name for path in folder.glob("step-*") if not is_partial(path)]
     step = max((int(name.removeprefix("step-")) for name in whole), default=-1) if world.is_first else 0
     (step_of_first,) = world.sum([step])
     return name_checkpoint(folder, int(step_of_first)) if step_of_first >= 0 else None
@@ -206,17 +236,24 @@ def read_tensors(folder: Path, model: nn.Module, optimiser: torch.optim.Optimize
 
 def check_identity(checkpoint: Path, got: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise ValueError unless a checkpoint belongs to this run, with a line for each field that differs."""
-    keys = sorted(set(got) | set(expected))
+    ours, theirs = flatten(expected), flatten(got)
     differing = [
-        f"{key}: got {got.get(key)!r}, expected {expected.get(key)!r}"
-        for key in keys
-        if got.get(key) != expected.get(key)
+        f"{name}: got {theirs.get(name, 'nothing')}, expected {ours.get(name, 'nothing')}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
     ]
     if differing:
         raise ValueError(
             f"checkpoint {checkpoint}: it belongs to another run ({'; '.join(differing)}); "
             "give this run another work directory, or delete the checkpoint to start over"
         )
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, str]:
+    """Return what nested dicts hold, as JSON, by dotted name."""
+    if not isinstance(value, dict):
+        return {prefix.removesuffix("."): json.dumps(value)}
+    return {name: leaf for key, part in value.items() for name, leaf in flatten(part, f"{prefix}{key}.").items()}
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -144,6 +144,8 @@ def run_steps(
             due = every > 0 and progress.step % every == 0 and 0 < progress.step < work.num_steps
             stopped = world.any(job.stop.is_set())  # one answer, or some ranks would save while others go on
             if stopped or due:
+                if world.is_first:
+                    metrics.sync()
                 save_checkpoint(
                     folder,
                     model=model,

@@ -14,12 +14,16 @@ from types import TracebackType
 
 
 class MetricsWriter:
-    """Appends lines to `path`; with `keep_bytes` it first cuts the file there, so that a resumed run repeats no step."""
+    """Appends lines to `path`; with `keep_bytes` it first cuts the file there, so that a resumed run repeats no step.
+
+    A file that is shorter, as after a power cut, is cut behind its last whole line.
+    """
 
     def __init__(self, path: Path, *, total: int, keep_bytes: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        kept = path.read_bytes()[:keep_bytes] if path.exists() else b""
         self._file = path.open("ab")
-        self._file.truncate(min(keep_bytes, path.stat().st_size))
+        self._file.truncate(kept.rfind(b"\n") + 1)
         self._file.seek(0, os.SEEK_END)
         self._total = total
 
@@ -35,6 +39,10 @@ class MetricsWriter:
     def offset(self) -> int:
         """Bytes written so far; a checkpoint stores it."""
         return self._file.tell()
+
+    def sync(self) -> None:
+        """Force what was written to disk: before a checkpoint that tells of it is there itself."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> "MetricsWriter":
         return self

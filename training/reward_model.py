@@ -41,6 +41,7 @@ from training.reward.render import RewardInput, RewardRenderer
 from training.reward.scorer import compute_rewards, score_batch, set_pad_token
 from training.sharding import as_layers, gather_weights, reshard, shard_and_read
 from training.steps import Forwarded, Steps
+from training.weights import digest_weights
 
 # B responses of a micro-batch
 
@@ -85,7 +86,8 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
         epochs=config.epochs,
         seed=config.seed,
     )
-    identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
+    base = digest_weights(job.inputs["base"]) if world.is_first else None
+    identity = {"config": config.model_dump(mode="json"), "base": base, "data": steps.digests}
     policy.train()  # the base's own dropout, drawn from the run's seed
     progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
     policy.eval()

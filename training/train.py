@@ -98,6 +98,7 @@ class Prepared:
     dropped: Counter[str]
     columns: Columns  # of the train split, as stored
     weighed: Columns  # with the rewards that weights are made of
+    base: str | None  # digest of the weights that training starts from; the first rank knows it
 
 
 def run(job: Job) -> None:
@@ -132,7 +133,7 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     runtime = runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens})  # what the device has room for
     if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
         write_weights(job, steps)
-    identity = {"config": config.model_dump(mode="json"), "plan": steps.digest}
+    identity = {"config": config.model_dump(mode="json"), "base": prepared.base, "data": steps.digests}
     peak = device_peak(world.device, config.precision)
     progress = run_steps(
         policy,
@@ -168,8 +169,9 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     policy, tokenizer = open_policy(job.inputs["base"], config, runtime, world)
     check_context(policy.model, config.max_tokens)
     manifest = read_rows_manifest(job.inputs["rows"])
-    if world.is_first:
-        check_columns(job, config, manifest, digest_model(job.inputs["base"], tokenizer))
+    base = digest_model(job.inputs["base"], tokenizer) if world.is_first else None
+    if base is not None:
+        check_columns(job, config, manifest, base)
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     examples, dropped = gather_examples(job, config, renderer, regime=manifest.regime)
     columns = gather_columns(examples)
@@ -186,7 +188,8 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     kept, _ = gather_examples(job, config, renderer, regime=manifest.regime, split="heldout", limit=HELDOUT_ROWS)
     heldout = plan_heldout(kept, config, objective, forward, mean_tokens=steps.mean_tokens)
     ready = Ready(job, runtime, world, config.precision, policy, tokenizer, trained, objective, forward, steps)
-    return Prepared(policy, ready, heldout, kept, dropped, columns, weighed)
+    digest = base.weights_sha256 if base is not None else None
+    return Prepared(policy, ready, heldout, kept, dropped, columns, weighed, digest)
 
 
 def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:

@@ -20,6 +20,7 @@ from tasks.child import ChildJob, StepFailed, run_child
 from tasks.step import Planned, Source
 from tasks.train import train
 from tests.faults.command import wait_until
+from tests.faults.held_store import HeldStore
 from training.config import Device, Runtime, SftConfig
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA, digest_row
@@ -141,6 +142,8 @@ def leave_checkpoint(folder: Path, step: int) -> Path:
 def upload(store: Store, plan: Planned, folder: Path) -> None:
     with StoredCheckpoints(store, plan, folder) as stored:
         stored()
+        if stored._upload is not None:
+            stored._upload.join()
 
 
 def test_what_this_machine_has_is_not_fetched_and_what_it_lacks_is(plan: Planned, store: Store, tmp_path: Path) -> None:
@@ -170,6 +173,63 @@ def test_a_checkpoint_whose_file_was_changed_is_passed_over(
     with StoredCheckpoints(store, plan, tmp_path / "b"):
         assert checkpoints.find_newest(tmp_path / "b")[0] == 4
     assert f"{newest} cannot be fetched" in caplog.text
+    assert newest not in list_manifests(store, name_root(plan)), (
+        "what never can be fetched is not kept instead of others"
+    )
+    discard_checkpoints(store, plan)
+
+
+def test_the_last_upload_stays_where_a_newer_one_could_not_be_fetched_for_a_while(
+    plan: Planned, store: Store, tmp_path: Path
+) -> None:
+    """With room for one: the newer is good and stays, and what this run has made since is not given up for it."""
+    plan = train(CONFIG, plan.inputs, runtime=plan.runtime.model_copy(update={"stored_checkpoints": 1}))
+    for step in (40, 4, 8):
+        leave_checkpoint(tmp_path / str(step), step)
+        stored = StoredCheckpoints(store, plan, tmp_path / str(step))  # nothing fetched
+        stored()
+        wait_until("the upload to be done", lambda stored=stored: not stored._upload.is_alive())
+    assert [checkpoints.step_of(name) for name in list_manifests(store, name_root(plan))] == [40, 8]
+    discard_checkpoints(store, plan)
+
+
+def test_a_damaged_checkpoint_here_gives_way_to_a_whole_one_of_the_store(
+    plan: Planned, store: Store, tmp_path: Path
+) -> None:
+    leave_checkpoint(tmp_path / "a", 8)
+    upload(store, plan, tmp_path / "a")
+    for case, (step, name) in enumerate(
+        [(8, "tensors/a"), (12, "tensors/a"), (12, "state.json"), (12, "rng.safetensors")]
+    ):
+        folder = tmp_path / f"case{case}"
+        damaged = leave_checkpoint(folder, step)
+        os.truncate(damaged / name, 3) if name != "rng.safetensors" else (damaged / name).unlink()
+        with StoredCheckpoints(store, plan, folder):
+            found = list((folder / "work" / "checkpoints").iterdir())
+            assert [path.name for path in found] == ["step-00000008"], name
+            assert (found[0] / "tensors" / "a").read_bytes() == b"weights"
+    discard_checkpoints(store, plan)
+
+
+def test_success_does_not_wait_for_an_upload_that_would_be_deleted(
+    plan: Planned, store: Store, s3: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store takes the request and is silent; what else goes there afterwards is not stopped."""
+    leave_checkpoint(tmp_path / "a", 8)
+    with HeldStore(s3.s3_endpoint, held=f"PUT /{s3.s3_bucket}/checkpoints".encode(), pass_request=False) as held:
+        slow = open_store(s3.model_copy(update={"s3_endpoint": held.endpoint}))
+        with StoredCheckpoints(slow, plan, tmp_path / "a") as stored:
+            stored()
+            assert held.reached.wait(20)
+            started = time.monotonic()
+        assert time.monotonic() - started < 2 * checkpoints.LAST_SECONDS
+        leave_checkpoint(tmp_path / "artifact", 8)
+        assert slow.upload_folder(tmp_path / "artifact", "elsewhere")
+        held.release.set()
+        assert stored._upload is not None
+        stored._upload.join(20)
+    assert not stored._upload.is_alive() and not list_manifests(store, name_root(plan))
+    assert "was not stored" not in caplog.text
     discard_checkpoints(store, plan)
 
 
@@ -195,12 +255,15 @@ def test_a_store_that_is_away_costs_checkpoints_and_nothing_else(
 ) -> None:
     away = Store(bucket="none", endpoint="http://127.0.0.1:9", access_key="a", secret_key="b")
     leave_checkpoint(tmp_path / "a", 8)
-    stored = StoredCheckpoints(away, plan, tmp_path / "a")
-    stored()
-    stored.__exit__(None, None, None)
+    with StoredCheckpoints(away, plan, tmp_path / "a") as stored:
+        stored()
+        assert stored._upload is not None
+        stored._upload.join()
     discard_checkpoints(away, plan)
     assert (
-        "step-00000008 was not stored" in caplog.text
+        "checkpoints/train" in caplog.text
+        and "are not looked for" in caplog.text
+        and "step-00000008 was not stored" in caplog.text
         and "checkpoints stay at s3://none/checkpoints/train" in caplog.text
     )
 

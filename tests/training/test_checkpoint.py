@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from tests.ranks import Ranks
 from training import checkpoint, train
 from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
+from training.distributed import World
 from training.job import EXIT_INTERRUPTED, Job
 
 IDENTITY = {"config": {"lambda_": 1.0}, "plan": "abc"}
@@ -93,10 +97,79 @@ def test_no_checkpoint_is_a_fresh_start(tmp_path: Path) -> None:
 
 def test_another_run_is_refused_with_the_difference(tmp_path: Path) -> None:
     save(tmp_path, step=1)
-    with pytest.raises(ValueError, match=r"another run \(plan: got 'abc', expected 'xyz'\)"):
+    with pytest.raises(ValueError, match=r'another run \(plan: got "abc", expected "xyz"\)'):
         restore(tmp_path, identity={**IDENTITY, "plan": "xyz"})
-    with pytest.raises(ValueError, match=r"config: got \{'lambda_': 1.0\}, expected \{'lambda_': 2.0\}"):
-        restore(tmp_path, identity={**IDENTITY, "config": {"lambda_": 2.0}})
+    with pytest.raises(
+        ValueError,
+        match=r"another run \(config.beta: got nothing, expected 0.1; config.lambda_: got 1.0, expected 2.0\)",
+    ):
+        restore(tmp_path, identity={**IDENTITY, "config": {"lambda_": 2.0, "beta": 0.1}})
+
+
+def test_a_checkpoint_of_this_step_stays_as_it_is(tmp_path: Path) -> None:
+    """A run that is stopped within the step after it, or saves twice: it is the only one, and nothing may happen to it."""
+    save(tmp_path, step=3)
+    before = {path: path.stat().st_ino for path in tmp_path.rglob("*")}
+    save(tmp_path, step=3)
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*")} == before
+
+
+def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half deleted one under its name would be taken for whole. What a killed save left may have its other name."""
+    save(tmp_path, step=1)
+    (tmp_path / "step-00000001.partial" / "tensors").mkdir(parents=True)
+    deleted: list[str] = []
+    delete = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (deleted.append(path.name), delete(path, **options)))
+    save(tmp_path, step=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
+    assert deleted == ["step-00000002.partial", "step-00000001.partial", "step-00000001.partial"]
+
+
+def save_and_tell(world: World, folder: Path) -> list[str]:
+    """Save a sharded model; return the files that this rank flushed, whole at that time, and the folders."""
+    flushed: list[str] = []
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        flushed.append(f"{path.relative_to(folder)} {path.stat().st_size if path.is_file() else ''}".strip())
+        sync(descriptor)
+
+    model, optimiser = make_trained()
+    if world.size > 1:
+        fully_shard(model, mesh=world.mesh)
+        optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        save_checkpoint(
+            folder,
+            model=model,
+            optimiser=optimiser,
+            progress=Progress(step=1),
+            rng=read_rng(CPU),
+            identity={},
+            world=world,
+        )
+    return flushed
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_each_rank_flushes_what_it_wrote_and_to_the_end(tmp_path: Path, ranks: Ranks, size: int) -> None:
+    """The first rank alone would keep the others waiting; torch's writer leaves the end of each file in a buffer."""
+    flushed = ranks.run(save_and_tell, size=size, folder=tmp_path)
+    partial, final = "step-00000001.partial", tmp_path / "step-00000001"
+    for rank, paths in enumerate(flushed):
+        own = {f"tensors/{path.name}" for path in (final / "tensors").glob(f"shard-{rank + 1:05d}-*")}
+        assert own and {f"{partial}/{name} {(final / name).stat().st_size}" for name in own} <= set(paths)
+        assert not [path for path in paths if "/shard-" in path and f"/shard-{rank + 1:05d}-" not in path]
+    others = {
+        f"{partial}/rng.safetensors {(final / 'rng.safetensors').stat().st_size}",
+        f"{partial}/tensors",
+        partial,
+        ".",
+    }
+    assert others <= set(flushed[0])
 
 
 @pytest.mark.parametrize("name", [SHARD, "rng.safetensors", "state.json"])

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -285,3 +286,20 @@ def test_a_budget_that_was_halved_stays_so_in_the_next_attempt_unless_another_is
 def test_what_has_no_room_alone_is_an_error_that_says_so(job: Job) -> None:
     with pytest.raises(torch.OutOfMemoryError, match=r"step 0.*no room.*lower max_tokens"):
         run(make_line(), Narrow(3, room=0), job)
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_that_tells_of_them(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[str] = []
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(str(Path(f"/proc/self/fd/{descriptor}").readlink()))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    runtime = Runtime(checkpoint_every_steps=2)
+    run_steps(make_line(), Line(3), settings(), job=job, runtime=runtime, identity={})
+    assert flushed[0] == str(job.output / "metrics.jsonl")
+    assert flushed[-1] == str(job.work / "checkpoints")

@@ -1,6 +1,7 @@
 """Metrics files: whole lines, finite numbers, and no step twice after a resume."""
 
 import json
+import os
 from pathlib import Path
 
 from training.metrics import MetricsWriter
@@ -31,6 +32,19 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path) -> None:
         metrics.write(3)
         metrics.write(4)
     assert [line["step"] for line in read(path)] == [1, 2, 3, 4]
+
+
+def test_what_a_power_cut_left_of_a_line_is_dropped(tmp_path: Path) -> None:
+    """The checkpoint tells of more bytes than the disk has: another line behind half a one could be read by nobody."""
+    path = tmp_path / "metrics.jsonl"
+    with MetricsWriter(path, total=4) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step)
+        checkpoint = metrics.offset()
+    os.truncate(path, checkpoint - 5)
+    with MetricsWriter(path, total=4, keep_bytes=checkpoint) as metrics:
+        metrics.write(4)
+    assert [line["step"] for line in read(path)] == [1, 2, 4]
 
 
 def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:

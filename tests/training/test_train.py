@@ -11,13 +11,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import generate, reference, train
 from training.config import Precision
 from training.data.batch import collate
 from training.data.examples import read_scores, select_preferred_first
-from training.data.rows import read_rows
+from training.data.rows import RowsWriter, read_rows
+from training.data.schema import SCHEMA
 from training.job import Job
 from training.logprobs import sum_logps
 from training.model import load_policy
@@ -498,3 +500,45 @@ def test_the_loss_of_held_out_rows_is_looked_at_on_the_way(
     assert lines[-1]["heldout/loss"] == pytest.approx(
         -(weight_K * logp_K).sum() / (len(samples) * read_summary(looked)["mean_trained_tokens"]), rel=1e-5
     )
+
+
+def test_a_work_folder_of_another_run_is_refused_by_what_differs(
+    inputs: dict[str, Path], make_job: Callable[..., Job], write_rewards: Any, tmp_path: Path
+) -> None:
+    """Lambda, objective, rewards and rows, each alone changed since the checkpoint; and nothing else is named."""
+
+    def attempt(config: dict[str, Any], given: dict[str, Path]) -> list[str]:
+        try:
+            train.run(make_job("train", "a", config=config, inputs=given, checkpoint_every_steps=1))
+        except ValueError as error:
+            differing = str(error).split("another run (")[1].split("); give")[0]
+            return [field.split(": got ")[0] for field in differing.split("; ")]
+        return []
+
+    rows = [row for batch in read_rows(inputs["rows"]) for row in batch.to_pylist()]
+    scored = {row["row_id"]: [float(len(text)) for text in row["responses"]] for row in rows}
+    shutil.copytree(inputs["rows"], tmp_path / "fewer")
+    with RowsWriter(tmp_path / "fewer" / "rows.parquet", SCHEMA) as out:
+        out.write([row for row in rows if row["row_id"] != rows[0]["row_id"]])
+    assert attempt(VAR, inputs) == []
+    assert attempt({**VAR, "lambda_": 3.0}, inputs) == ["config.lambda_", "data.weights"]
+    assert attempt(VAR, {**inputs, "rewards": write_rewards(tmp_path / "other", scored)}) == ["data.weights"]
+    assert {"data.rows", "data.reference"} <= set(attempt(VAR, {**inputs, "rows": tmp_path / "fewer"}))
+    sft = {"objective": "sft", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
+    assert {"config.objective", "config.lambda_", "data.weights"} <= set(attempt(sft, inputs))
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora": {"rank": 2}}])
+def test_a_run_does_not_go_on_over_another_base(
+    inputs: dict[str, Path], make_job: Callable[..., Job], tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    """Other weights at the same path: a checkpoint of an adapter does not hold them."""
+    base = shutil.copytree(inputs["base"], tmp_path / "base")
+    config = {"objective": "sft", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3} | lora
+    job = make_job("train", "a", config=config, inputs={"rows": inputs["rows"], "base": base}, checkpoint_every_steps=1)
+    train.run(job)
+    weights = load_file(base / "model.safetensors")
+    weights["model.norm.weight"] += 0.5
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r'another run \(base: got "[0-9a-f]{64}", expected "[0-9a-f]{64}"\); give'):
+        train.run(job)
