@@ -14,7 +14,7 @@ from evaluation.harness.mirror import build_mirror, missing_data, needed_data
 from evaluation.harness.result import read_result
 from evaluation.harness.run import evaluate
 from evaluation.harness.stock import find_folders, read_tasks
-from tests.evaluation.test_harness import RUNTIME
+from training.config import Device, Runtime
 from training.job import write_json
 
 COMMIT = 40 * "a"
@@ -68,7 +68,13 @@ def run(
     output = folder / "output"
     output.mkdir(parents=True)
     rows = evaluate(
-        policy, mirror, config, runtime=RUNTIME, output=output, work=folder / "work", stop=threading.Event()
+        policy,
+        mirror,
+        config,
+        runtime=Runtime(device=Device.cpu),
+        output=output,
+        work=folder / "work",
+        stop=threading.Event(),
     )
     write_json(output / "scores.json", rows)
     assert read_result(output).questions
