@@ -5,11 +5,12 @@ from typing import Any
 
 from prefect import flow
 
-from evaluation.config import PromptSetConfig
+from evaluation.config import EvalSetConfig, PromptSetConfig
 from evaluation.eval_sets import FOLDERS, check_limit
 from evaluation.gate.verdict import Noise
 from evaluation.judges.config import AnyJudge, EndpointJudge, JudgeConfig
 from flows.config import JudgeFlowConfig
+from infra import records
 from infra.settings import Settings, read_settings
 from infra.store import Store, open_store
 from tasks.alignment import prompt_set
@@ -42,6 +43,7 @@ def plan_judge(config: JudgeFlowConfig, *, store: Store, settings: Settings) -> 
     inputs = take_judge(judging.judge, config.judge_model, store=store, settings=settings)
     if judging.benchmark == "heldout":
         inputs |= {"challenger_answers": source(config.model), "champion_answers": source(config.against)}
+        judging = judging.model_copy(update={"prompts": name_prompts(inputs["challenger_answers"], store=store)})
     else:
         inputs["benchmark"] = source(f"{config.files}/{FOLDERS[judging.benchmark]}")
     if judging.benchmark == "arena_hard":
@@ -53,6 +55,13 @@ def plan_judge(config: JudgeFlowConfig, *, store: Store, settings: Settings) -> 
         steps = [rows, generate(answers, policy, runtime=plain, label=judging.name)]
         inputs["answers"] = steps[-1]
     return [*steps, judge_step(judging, inputs, runtime=runtime, label=judging.name)]
+
+
+def name_prompts(answers: Given, *, store: Store) -> str:
+    """Return what was answered: the prompt set's name, or heldout."""
+    generated = records.read_record(store, step="generate", fingerprint=answers.fingerprint)
+    asked = generated and records.read_record(store, step="prompt_set", fingerprint=generated[0].inputs["rows"])
+    return EvalSetConfig.model_validate(asked[0].identity["config"]).title if asked else "heldout"
 
 
 def read_draws(summary: Mapping[str, Any], judging: JudgeConfig) -> dict[str, Any]:
@@ -73,7 +82,9 @@ def judge(config: JudgeFlowConfig) -> dict[str, Any]:
         run.steps(*steps)
         summary = dict(run.ref(steps[-1]).record.summary)
         scores = {figure: value for figure, value in summary.pop("metrics").items() if figure.startswith("eval/")}
-        name = config.judging.name
+        judging = steps[-1].config
+        assert isinstance(judging, JudgeConfig), f"the last step is {steps[-1]}"
+        name = judging.name
         return {
             "scores": scores,
             "flags": {name: summary["flag"]} if summary["flag"] else {},

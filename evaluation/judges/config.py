@@ -79,10 +79,19 @@ class JudgeConfig(Config):
         description="Whose answers arena_hard's model is held against: a name among its files.",
     )
 
+    prompts: str = Field(
+        "heldout",
+        pattern=r"^[a-z][a-z0-9_]*$",
+        title="Prompts",
+        description="What the prompts of heldout are called in tables: heldout, or the prompt set that was answered, such as hha_helpful, which a plan sees from the answers.",
+    )
+
     @property
     def name(self) -> str:
         """The benchmark's name in tables; a part never carries the whole one's."""
-        return self.benchmark + (PART if self.limit is not None and self.benchmark != "heldout" else "")
+        if self.benchmark == "heldout":
+            return self.prompts
+        return self.benchmark + (PART if self.limit is not None else "")
 
     @model_validator(mode="after")
     def _repeats_differ(self) -> "JudgeConfig":

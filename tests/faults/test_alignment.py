@@ -11,6 +11,7 @@ from evaluation.judges.sets import LLMBAR_SUBSETS
 from infra.settings import Settings
 from infra.store import Store
 from tasks.artifacts import fetch_artifact
+from tests.evaluation.chat_server import ChatServer, prefer_longer
 from tests.faults.command import (
     Command,
     await_child,
@@ -106,6 +107,18 @@ def test_two_models_side_by_side_by_their_rewards(varflow: Command, files: Path,
         assert measure["differences"][0]["difference"] == pytest.approx(levels[1] - levels[0])
     shown = varflow.run("compare", *runs, "--no-tokens")
     assert shown.returncode == 0 and "hha_helpful_part (5)" in shown.stdout
+    base, ours = (
+        next(f"generate/{step['fingerprint']}" for step in each["steps"] if "hha_helpful_part" in step["title"] and step["step"] == "generate")
+        for each in told
+    )  # fmt: skip
+    with ChatServer(prefer_longer) as server:
+        address = {"VARFLOW_JUDGE_URL": server.url, "VARFLOW_JUDGE_API_KEY": "key"}
+        words = ("judge", "heldout", ours, "--against", base, "--judge", "endpoint:judge@2026")
+        judged = varflow.ask(*words, **address)
+    assert (
+        judged["benchmarks"].keys() == {"hha_helpful_part"} and judged["benchmarks"]["hha_helpful_part"]["items"] == 5
+    )
+    assert 0 <= judged["scores"]["eval/hha_helpful_part/win_rate"] <= 1
 
 
 def test_a_reward_model_is_tested_and_keeps_its_name(
