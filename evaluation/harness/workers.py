@@ -87,12 +87,18 @@ class WorkerPool(Engine):
         self._pool.shutdown(cancel_futures=True)
 
     def _explain(self) -> Exception:
-        """Return what ended the pool: the stop request, or the first worker that was killed; the others were ended for it."""
+        """Return what ended the pool: the stop request, or the first worker that was killed; the others are ended for it.
+
+        They are killed: a worker that was killed while it handed an answer over holds the queue's lock for ever, and the others would
+        wait for that, since they leave SIGTERM to their parent.
+        """
+        statuses = [process.exitcode for process in self._processes if process.exitcode]
+        for process in self._processes:
+            process.kill()
         self._pool.shutdown()
         if self._stop.is_set():
             return Interrupted("benchmark")
-        statuses = [process.exitcode for process in self._processes if process.exitcode]
-        status = next((status for status in statuses if status != -signal.SIGTERM), -signal.SIGTERM)
+        status = statuses[0] if statuses else -signal.SIGKILL
         return WorkerDied(
             f"of {len(self._processes)} worker processes one is gone, and the others were ended: {describe_exit(status)}; run the same "
             "command again to go on from the answers so far, with a lower runtime.workers if it was memory"

@@ -72,24 +72,28 @@ def test_a_run_that_varies_workers_has_as_many_and_the_numbers_of_one(
 class KillOne(threading.Event):
     """A stop request that never comes; looked at, it kills a worker once there are some answers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, freeze: bool) -> None:
         super().__init__()
-        self.folder = folder
+        self.folder, self.freeze = folder, freeze
         self.killed = 0.0  # when, in seconds of the monotonic clock
 
     def is_set(self) -> bool:
         if not self.killed and len(read_answers(self.folder)) >= 2:
             self.killed = time.monotonic()
-            os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+            one, other = multiprocessing.active_children()
+            if self.freeze:
+                os.kill(other.pid or 0, signal.SIGSTOP)
+            os.kill(one.pid or 0, signal.SIGKILL)
         return False
 
 
+@pytest.mark.parametrize("freeze", [False, True], ids=["other_works", "other_waits_for_ever"])
 def test_a_killed_worker_is_told_and_another_number_of_workers_goes_on(
-    tiny_policy: Path, mirror: Path, tmp_path: Path
+    tiny_policy: Path, mirror: Path, tmp_path: Path, freeze: bool
 ) -> None:
     whole = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "whole", runtime=ONE)
     single = TWO.model_copy(update={"microbatch_tokens": 1})
-    stop = KillOne(tmp_path / "cut")
+    stop = KillOne(tmp_path / "cut", freeze=freeze)
     with pytest.raises(WorkerDied, match=r"of 2 worker processes one is gone.* killed \(SIGKILL\).* to go on from"):
         run(tiny_policy, mirror, GSM8K, folder=tmp_path / "cut", runtime=single, stop=stop)
     assert time.monotonic() - stop.killed < END_SECONDS
