@@ -29,7 +29,7 @@ def make_subject(place: int) -> Subject:
     for name, (n, level) in BENCHMARKS.items():
         base = np.random.default_rng(len(name)).random(n) < level
         flipped = np.random.default_rng(place).random(n) < (0.1 if place else 0.0)
-        items = {(name, str(k)): float(score) for k, score in enumerate(base ^ flipped)}
+        items = {(f"{name}_{k % 4}", str(k)): float(score) for k, score in enumerate(base ^ flipped)}
         row = ScoreRow(
             benchmark=name, task=name, metric="acc", filter="none", value=float(np.mean([*items.values()])), stderr=None, n=n,
             task_version=1, num_fewshot=0, decides=True, harness_version="0.4.13",
@@ -46,7 +46,7 @@ def make_subject(place: int) -> Subject:
         results=results,
         texts=texts,
         answers={
-            row: Answer("user: How do I bake bread?", (ANSWERS[(place + k // 59) % 3],), (k % 9 == 0,))
+            row: Answer(f"user: How do I bake bread {k}?", (ANSWERS[(place + k // 59) % 3],), (k % 9 == 0,))
             for k, row in enumerate(rows)
         },
         rewards={
