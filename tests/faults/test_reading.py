@@ -59,7 +59,10 @@ def test_a_verdict_is_explained_and_held_against_what_is_on_record(
     )
     # One rewritten record of an input: what the gate weighed is no longer what is there.
     rewards = told["inputs"]["challenger_rewards/scores.parquet"]
-    record = next(record for record in records.iterate(store) if any(file.sha256 == rewards for file in record.files))
+    weighed = records.resolve(store, f"gate/{fingerprint}").inputs[
+        "challenger_rewards"
+    ]  # the champion's may be the same bytes
+    record = records.resolve(store, f"score_rewards/{weighed}")
     name = records.record_name(record.step, record.fingerprint)
     kept = store.get(name)
     assert kept is not None
