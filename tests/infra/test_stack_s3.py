@@ -104,9 +104,10 @@ def test_everything_killed_in_a_deep_home_comes_up_again_with_its_data(tmp_path:
     try:
         first = up(settings, services=("s3",))
         open_store(first.settings).put("kept", b"data")
-        for process in find_processes(settings.home):
+        running = find_processes(settings.home)
+        for process in running:
             process.kill()
-        psutil.wait_procs(find_processes(settings.home), timeout=10)
+        psutil.wait_procs(running, timeout=10)  # those found before: one that is going has its ports for a moment more
         (settings.home / "supervisord.pid").write_text(str(psutil.Process().pid))
         second = up(settings, services=("s3",))
         assert second.started == ("s3",)
