@@ -17,9 +17,7 @@ from benchmarks.training import LONGEST_PAIR
 from training.checkpoint import Progress
 from training.config import (
     Layout,
-    Normaliser,
     Precision,
-    ReferenceFactor,
     ResponseRegime,
     Runtime,
     Schedule,
@@ -36,7 +34,7 @@ from training.logprobs import check_layout, sum_logps
 from training.loop import Settings, Trainer, make_optimiser
 from training.memory import keep_freed_memory, read_resident_peak
 from training.model import prepare_layers, prepare_model
-from training.objectives.var import Var
+from training.objectives.var import Normaliser, ReferenceFactor, Var
 from training.plan import read_architecture
 from training.render import Rendered, Renderer, UnusableRow
 from training.steps import Steps

@@ -19,9 +19,7 @@ from training.config import (
     Device,
     GenerateConfig,
     IngestConfig,
-    LambdaUnit,
     Precision,
-    ReferenceFactor,
     ReferenceScoreConfig,
     ResponseRegime,
     RewardModelConfig,
@@ -29,7 +27,6 @@ from training.config import (
     RewardScoreConfig,
     Runtime,
     Schedule,
-    VarConfig,
 )
 from training.data import ingest
 from training.data.examples import read_scores
@@ -41,6 +38,8 @@ from training.job import Job, write_json
 from training.loop import Trainer, make_optimiser
 from training.memory import keep_freed_memory
 from training.model import load_policy, load_tokenizer
+from training.objectives.lambdas import LambdaUnit
+from training.objectives.var import ReferenceFactor, VarConfig
 from training.render import Renderer, UnusableRow, render_prompt
 from training.reward import score
 from training.reward.scorer import load_scorer

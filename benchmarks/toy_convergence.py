@@ -11,9 +11,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from training.config import Normaliser, ReferenceFactor, ResponseRegime
+from training.config import ResponseRegime
 from training.objectives.objective import Columns, FloatArray
-from training.objectives.var import Var
+from training.objectives.var import Normaliser, ReferenceFactor, Var
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt

@@ -8,7 +8,6 @@ from evaluation.config import GatePolicy, NoiseConfig, SuiteConfig
 from evaluation.gate.policy import check_names, check_proven
 from evaluation.judges.config import AnyJudge, JudgeConfig, JudgeRuntime
 from training.config import (
-    AnyTrainConfig,
     Config,
     GenerateConfig,
     IngestConfig,
@@ -18,6 +17,7 @@ from training.config import (
     Runtime,
     show_as_choice,
 )
+from training.objectives.registry import AnyTrainConfig
 
 REFERENCE_FORMS = "A folder, embedded:NAME, hub:ORG/NAME@COMMIT, mirror:ORG/NAME@COMMIT, champion:MODEL, or STEP/FINGERPRINT of the store."
 

@@ -9,14 +9,13 @@ from training.config import (
     Device,
     GenerateConfig,
     IngestConfig,
-    ReferenceFactor,
     ReferenceScoreConfig,
     ResponseRegime,
     RewardModelConfig,
     RewardScoreConfig,
     Runtime,
-    VarConfig,
 )
+from training.objectives.var import ReferenceFactor, VarConfig
 
 
 def demo() -> AlignConfig:

@@ -1,7 +1,7 @@
 """The policy, trained."""
 
 from tasks.step import Attempt, Metrics, step
-from training.config import TrainConfig
+from training.objectives.objective import TrainConfig
 
 
 @step(version=3)

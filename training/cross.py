@@ -16,17 +16,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.config import CrossScoreConfig, Normaliser, ReferenceFactor, Runtime, VarConfig
+from training.config import CrossScoreConfig, Runtime
 from training.data.batch import digest_plan, plan_steps
-from training.data.examples import Example, load_examples, read_dropped, select_distinct
+from training.data.examples import Example, load_examples, read_dropped
 from training.data.manifest import read_rows_manifest
 from training.data.rows import RowsWriter, join_parts, read_rows
+from training.data.selection import select_distinct
 from training.job import Job, write_json
 from training.logprobs import check_head
 from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
-from training.objectives.cross import Cross
-from training.objectives.var import check_regime
+from training.objectives.objective import Cross, TrainConfig
+from training.objectives.var import Normaliser, ReferenceFactor, check_regime
 from training.reference import Scorer, prepare_layout, score_groups
 from training.render import Rendered, Renderer, UnusableRow
 from training.reward.scorer import RewardScorer, load_scorer
@@ -90,7 +91,7 @@ def run(job: Job) -> None:
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
-def plan_batches(examples: Sequence[Example], config: CrossScoreConfig | VarConfig) -> list[list[Example]]:
+def plan_batches(examples: Sequence[Example], config: CrossScoreConfig | TrainConfig) -> list[list[Example]]:
     """Return the rows of every step of the run."""
     steps = plan_steps(len(examples), batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed)
     return [[examples[index] for index in step] for step in steps]

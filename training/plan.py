@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from training.config import Layout, LoraConfig, Runtime, SftConfig, TrainConfig
+from training.config import Layout, LoraConfig, Runtime
 from training.data.batch import plan_steps
-from training.data.examples import select_all, select_chosen
+from training.data.manifest import read_rows_manifest
 from training.data.rows import read_rows
 from training.devices import ACCELERATORS, find_accelerator, find_price, measure_gemm
 from training.flops import count_flops
@@ -29,6 +29,7 @@ from training.memory import (
     measure_free,
     show_bytes,
 )
+from training.objectives.objective import TrainConfig
 from training.render import Renderer, UnusableRow
 
 ARCHITECTURES = Path(__file__).with_name("architectures")
@@ -162,13 +163,14 @@ def measure_workload(folder: Path, config: TrainConfig, *, tokenizer_folder: Pat
     Without a tokenizer a token is taken for CHARS_PER_TOKEN characters. Rows that training would drop are left out.
     """
     rows = [row for batch in read_rows(folder, split="train") for row in batch.to_pylist()]
-    select = select_chosen if isinstance(config, SftConfig) and config.responses == "chosen" else select_all
+    select, min_responses = config.choose_responses(read_rows_manifest(folder).regime)
     sampled = rows[:: max(1, len(rows) // SAMPLED_ROWS)]
     renderer = None
     if tokenizer_folder is not None:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
         renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
-    found = (shape_of(row, [row["responses"][k] for k in select(row)], renderer) for row in sampled)
+    chosen = ((row, [row["responses"][k] for k in select(row)]) for row in sampled)
+    found = (shape_of(row, responses, renderer) for row, responses in chosen if len(responses) >= min_responses)
     shapes = [shape for shape in found if shape is not None]
     if not shapes:
         raise ValueError(
@@ -184,8 +186,6 @@ def shape_of(
     row: dict[str, Any], responses: list[str], renderer: Renderer | None
 ) -> tuple[int, tuple[int, ...]] | None:
     """Return (prompt tokens, tokens of each response) of a row; None for one that training drops."""
-    if not responses:
-        return None
     if renderer is None:
         prompt = sum(len(turn["content"]) for turn in row["prompt"])
         sizes = (math.ceil(len(text) / CHARS_PER_TOKEN) + 1 for text in responses)

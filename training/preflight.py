@@ -29,9 +29,7 @@ from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, 
 from training.loop import halve_budget
 from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
 from training.model import DTYPES
-from training.objectives.objective import Objective
-from training.objectives.sft import Sft
-from training.objectives.var import Var
+from training.objectives.objective import Objective, WeightedLikelihood
 from training.render import Rendered
 from training.sharding import as_layers, reshard
 from training.steps import Forward, Steps
@@ -254,7 +252,7 @@ class Checks:
     def weights(self) -> str:
         """Weights are finite and not negative; those of a weighted likelihood add up to the number of responses."""
         steps = self._ready.steps
-        sums = is_weighted_likelihood(self._ready.objective)
+        sums = isinstance(self._ready.objective, WeightedLikelihood)
         for step in range(steps.num_steps):
             weight_R = steps.weights(step)
             if not (np.isfinite(weight_R).all() and (weight_R >= 0).all()):
@@ -396,7 +394,7 @@ class Checks:
     def unit_weights(self) -> str:
         """With weights of 1 the loss is the sum of the stock model's cross-entropies. Before trees replace its attention."""
         ready = self._ready
-        if not is_weighted_likelihood(ready.objective):
+        if not isinstance(ready.objective, WeightedLikelihood):
             raise NotApplicable("the objective is no weighted likelihood")
         if self._has_failed("output_head"):
             raise NotApplicable("the output head is not the model's")
@@ -579,11 +577,6 @@ class Checks:
             return []
         texts = {row["row_id"]: row["prompt"][-1]["content"] for row in self._read_rows(row_ids)}
         return [{"row_id": row_id, "excerpt": shorten(texts.get(row_id, ""))} for row_id in row_ids]
-
-
-def is_weighted_likelihood(objective: Objective) -> bool:
-    """Return whether the loss is a sum of weighted negative log-likelihoods whose weights add up to the responses."""
-    return isinstance(objective, Var | Sft)
 
 
 def choose_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:

@@ -22,8 +22,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from training.config import RewardModelConfig, Runtime, Schedule
 from training.data.batch import cut_rows, pack_by_tokens
-from training.data.examples import Example, select_preferred_first
+from training.data.examples import Example
 from training.data.rows import read_rows
+from training.data.selection import select_preferred_first
 from training.distributed import World, open_world
 from training.job import Job
 from training.logprobs import Policy, as_policy

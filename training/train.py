@@ -3,9 +3,8 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,10 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from training.config import (
-    AnyTrainConfig,
-    DpoConfig,
-    Layout,
-    LoraConfig,
-    Precision,
-    ReferenceFactor,
-    ResponseRegime,
-    Runtime,
-    SftConfig,
-    StoredColumn,
-    TrainConfig,
-    VarConfig,
-)
+from training.config import Layout, LoraConfig, Precision, ResponseRegime, Runtime, StoredColumn
 from training.cross import plan_batches, read_cross
 from training.data.batch import MicroBatch, collate, cut, lay_out
-from training.data.examples import (
-    Example,
-    Select,
-    load_examples,
-    read_dropped,
-    read_scores,
-    select_all,
-    select_chosen,
-    select_distinct,
-    select_preferred_first,
-)
+from training.data.examples import Example, load_examples, read_dropped, read_scores
 from training.data.manifest import RowsManifest, check_reference, check_samples, read_rows_manifest
 from training.data.rows import RowsWriter
 from training.devices import device_peak, name_device
@@ -60,13 +36,9 @@ from training.model import (
     save_policy,
     start_torch,
 )
-from training.objectives.cross import Cross
-from training.objectives.dpo import Dpo
-from training.objectives.objective import Columns, Objective
-from training.objectives.sft import Sft
-from training.objectives.transforms import describe_transform, transform_rewards
-from training.objectives.var import Var, check_rewards, make_var
-from training.objectives.weights import argmax_agrees, describe_weights, within_group_variance
+from training.objectives.objective import Columns, Crosses, Objective, TrainConfig
+from training.objectives.registry import AnyTrainConfig
+from training.objectives.weights import describe_weights
 from training.preflight import Ready, check_run
 from training.render import Rendered, Renderer
 from training.samples import FILE, Sampler
@@ -82,7 +54,6 @@ WEIGHTS_SCHEMA = pa.schema(
         ),  # in the order of the row's responses; 0: not trained
     ]
 )
-MIN_ARGMAX_AGREEMENT = 0.6
 HELDOUT_ROWS = 16  # whose weighted loss is followed
 ADAPTER_ROWS = 32  # on which an exported adapter is held to what was trained
 
@@ -97,7 +68,6 @@ class Prepared:
     kept: list[Example]  # some of the held-out rows
     dropped: Counter[str]
     columns: Columns  # of the train split, as stored
-    weighed: Columns  # with the rewards that weights are made of
     base: str | None  # digest of the weights that training starts from; the first rank knows it
 
 
@@ -120,7 +90,7 @@ def check(job: Job) -> None:
 
 def read_config(job: Job) -> TrainConfig:
     """Return the job's config, checked."""
-    return TypeAdapter[VarConfig | SftConfig | DpoConfig](AnyTrainConfig).validate_python(job.config)
+    return TypeAdapter[TrainConfig](AnyTrainConfig).validate_python(job.config)
 
 
 def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None:
@@ -154,13 +124,10 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     elif world.size > 1:
         weights = gather_weights(policy.model, world)
     if world.is_first:
-        figures = (
-            summarise_run(steps, progress, prepared.dropped) | summarise_objective(steps, objective) | report.summary()
-        )
+        figures = summarise_run(steps, progress, prepared.dropped)
+        figures |= summarise_objective(steps, objective, prepared.columns) | report.summary()
         figures |= describe_speed(prepared.ready, progress, peak * world.size if peak else None) | gaps
         save_policy(exported, prepared.ready.tokenizer, job.output, weights=weights)
-        if isinstance(config, VarConfig):
-            figures |= describe_transform(prepared.columns, prepared.weighed, config)
         job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
@@ -175,13 +142,13 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     examples, dropped = gather_examples(job, config, renderer, regime=manifest.regime)
     columns = gather_columns(examples)
-    cross = None
-    if isinstance(config, VarConfig) and StoredColumn.cross in config.columns:
+    cross: Crosses = {}
+    if StoredColumn.cross in config.columns:
         cross = read_cross(job.inputs["cross"], plan_batches(examples, config))
-    objective, weighed = make_objective(config, columns, regime=manifest.regime, cross=cross)
+    objective = config.make(columns, regime=manifest.regime, cross=cross)
     # Beside an adapter most matrices get no gradient: what a step costs is not three forward passes.
     forward = PolicyForward(world.device, runtime.layout, None if config.lora.rank else count_flops(policy.model))
-    trained = replace_rewards(examples, weighed)
+    trained = replace_rewards(examples, objective.transform(columns))
     steps = Steps(
         trained, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed
     )
@@ -189,7 +156,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     heldout = plan_heldout(kept, config, objective, forward, mean_tokens=steps.mean_tokens)
     ready = Ready(job, runtime, world, config.precision, policy, tokenizer, trained, objective, forward, steps)
     digest = base.weights_sha256 if base is not None else None
-    return Prepared(policy, ready, heldout, kept, dropped, columns, weighed, digest)
+    return Prepared(policy, ready, heldout, kept, dropped, columns, digest)
 
 
 def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:
@@ -280,7 +247,7 @@ def check_columns(job: Job, config: TrainConfig, manifest: RowsManifest, base: M
     if StoredColumn.cross in config.columns:
         if "cross" not in job.inputs:
             raise ValueError(
-                f"train: no input `cross`; got {sorted(job.inputs)}; the normaliser cross_batch needs it; run score_cross"
+                f"train: no input `cross`; got {sorted(job.inputs)}; the objective {config.objective} needs it; run score_cross"
             )
         check_reference(job.inputs["cross"], base)
     if StoredColumn.rewards in config.columns:  # weighted by what the regime says of them
@@ -303,14 +270,14 @@ def gather_examples(
     if StoredColumn.rewards in config.columns:
         if "rewards" not in job.inputs:
             raise ValueError(
-                f"train: no input `rewards`; got {sorted(job.inputs)}; the objective var needs rewards; score the rows"
+                f"train: no input `rewards`; got {sorted(job.inputs)}; the objective {config.objective} needs rewards; score the rows"
             )
         rewards = read_scores(job.inputs["rewards"], "reward")
     # Whether an objective can do without the reference is its own to say: not every regime of VAR looks at it.
     if StoredColumn.reference in config.columns and "reference" in job.inputs:
         reference = read_scores(job.inputs["reference"], "logp", columns=["num_tokens"])
         unscored = read_dropped(job.inputs["reference"])
-    select, min_responses = choose_responses(config, regime)
+    select, min_responses = config.choose_responses(regime)
     return load_examples(
         rows,
         renderer,
@@ -330,35 +297,8 @@ def plan_heldout(
     """Return held-out rows as one step, weighted and scaled as those that are trained on; None where there are none to weigh."""
     if not examples or StoredColumn.cross in config.columns:  # foreign responses were scored for the train split alone
         return None
-    if isinstance(objective, Var) and isinstance(config, VarConfig):
-        columns = gather_columns(examples)
-        examples = replace_rewards(examples, transform_rewards(columns, config, base_R=objective.base(columns)))
-    return Steps(examples, objective, forward, batch_prompts=len(examples), epochs=1, seed=0, mean_tokens=mean_tokens)
-
-
-def choose_responses(config: TrainConfig, regime: ResponseRegime) -> tuple[Select, int]:
-    """Return which responses of a row are trained on, and the fewest that make a row worth keeping.
-
-    A fixed set holds each response once; among samples a repetition is evidence.
-    """
-    is_fixed_set = regime == ResponseRegime.support
-    if isinstance(config, SftConfig):
-        return select_chosen if config.responses == "chosen" else select_all, 1
-    if isinstance(config, DpoConfig):
-        return partial(select_preferred_first, distinct=is_fixed_set), 2
-    return (select_distinct, 2) if is_fixed_set else (select_all, 1)
-
-
-def make_objective(
-    config: TrainConfig, columns: Columns, *, regime: ResponseRegime, cross: Mapping[tuple[str, ...], Cross] | None
-) -> tuple[Objective, Columns]:
-    """Return the objective, and the columns it weighs: those of the whole train split, given as `columns`."""
-    if isinstance(config, SftConfig):
-        return Sft(), columns
-    if isinstance(config, DpoConfig):
-        return Dpo(beta=config.beta, label_smoothing=config.label_smoothing), columns
-    assert isinstance(config, VarConfig)
-    return make_var(config, regime=regime, columns=columns, cross=cross)
+    weighed = replace_rewards(examples, objective.transform(gather_columns(examples)))
+    return Steps(weighed, objective, forward, batch_prompts=len(examples), epochs=1, seed=0, mean_tokens=mean_tokens)
 
 
 def replace_rewards(examples: Sequence[Example], columns: Columns) -> list[Example]:
@@ -425,31 +365,15 @@ def describe_speed(ready: Ready, progress: Progress, peak_flops: float | None) -
     return known | {"flop_share": progress.flops / progress.seconds / peak_flops}
 
 
-def summarise_objective(steps: Steps, objective: Objective) -> dict[str, Any]:
-    """Return what the weights of the last epoch did; for VAR with lambda and what reward and reference contribute."""
-    if objective.whole_groups:
-        return {}
+def summarise_objective(steps: Steps, objective: Objective, stored: Columns) -> dict[str, Any]:
+    """Return what the weights of the last epoch did, and what the objective tells of itself."""
     last = range(steps.num_steps - steps.steps_per_epoch, steps.num_steps)
     columns = gather_columns([example for step in last for example in steps.rows(step)])
     weight_R = np.concatenate([steps.weights(step) for step in last])
+    told = objective.summary(stored, columns, weight_R)
+    if "warning" in told:
+        LOG.warning("%s", told["warning"])
+    if objective.whole_groups:
+        return told
     figures = describe_weights(columns, weight_R)
-    summary: dict[str, Any] = {"mean_ess": figures["ess"], "ess_collapsed": figures["ess_collapsed"]}
-    if not isinstance(objective, Var):
-        return summary
-    reward_R = check_rewards(columns)
-    agreement = float(argmax_agrees(columns, weight_R).mean())
-    summary |= {
-        "lambda": objective.lambda_,
-        "regime": objective.regime.value,
-        "argmax_agreement": agreement,
-        "variance_reward_over_lambda": within_group_variance(reward_R, columns.group_R) / objective.lambda_**2,
-    }
-    if objective.regime == ResponseRegime.support and objective.reference_factor != ReferenceFactor.none:
-        summary["variance_reference_factor"] = within_group_variance(objective.base(columns), columns.group_R)
-    if agreement < MIN_ARGMAX_AGREEMENT:
-        summary["warning"] = (
-            f"only {agreement:.0%} of the prompts give their heaviest weight to the response with the best reward: the reference "
-            "factor outweighs the reward; lower lambda, or choose reference_factor mean or none"
-        )
-        LOG.warning("%s", summary["warning"])
-    return summary
+    return {"mean_ess": figures["ess"], "ess_collapsed": figures["ess_collapsed"]} | told

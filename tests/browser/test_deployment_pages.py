@@ -11,7 +11,7 @@ from prefect.client.schemas.actions import WorkPoolUpdate
 from flows.config import AlignConfig, TrainedReward
 from infra.settings import Settings
 from tests.browser.pages import LAMBDAS, PATIENCE_SECONDS, Keep, find_field, open_form, press
-from training.config import SftConfig
+from training.objectives.sft import SftConfig
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(PATIENCE_SECONDS)]
 

@@ -19,7 +19,9 @@ from infra.settings import Settings, read_settings
 from infra.store import Store
 from tasks.noise import choose_noise
 from tasks.sources import DEMO
-from training.config import Device, DpoConfig, Runtime, SftConfig
+from training.config import Device, Runtime
+from training.objectives.dpo import DpoConfig
+from training.objectives.sft import SftConfig
 
 NOWHERE = Store(bucket="nowhere", endpoint="http://127.0.0.1:9", access_key="none", secret_key="none")
 

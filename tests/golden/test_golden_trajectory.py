@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
 
-from training.config import Layout, Normaliser, Precision, ReferenceFactor, ResponseRegime, Runtime, Schedule
+from training.config import Layout, Precision, ResponseRegime, Runtime, Schedule
 from training.data.examples import Example
 from training.job import Job
 from training.loop import Settings, run_steps
-from training.objectives.var import Var
+from training.objectives.var import Normaliser, ReferenceFactor, Var
 from training.render import Rendered
 from training.steps import Steps
 from training.train import PolicyForward

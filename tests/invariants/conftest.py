@@ -14,12 +14,12 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from training.checkpoint import Progress
-from training.config import Layout, Normaliser, Precision, ReferenceFactor, ResponseRegime, Runtime, Schedule
+from training.config import Layout, Precision, ResponseRegime, Runtime, Schedule
 from training.data.examples import Example
 from training.job import Job
 from training.loop import Settings, Total, Trainer, make_optimiser
 from training.objectives.objective import Objective
-from training.objectives.var import Var
+from training.objectives.var import Normaliser, ReferenceFactor, Var
 from training.render import Rendered
 from training.steps import Steps
 from training.train import PolicyForward

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.config import Layout, ReferenceFactor, ResponseRegime, Runtime
+from training.config import Layout, ResponseRegime, Runtime
 from training.data.batch import MicroBatch
 from training.model import checkpoint_activations, compile_layers, prepare_layers
 from training.objectives.dpo import Dpo
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
-from training.objectives.var import Var
+from training.objectives.var import ReferenceFactor, Var
 from training.steps import Forwarded, Steps
 from training.train import PolicyForward
 

@@ -21,9 +21,10 @@ from tasks.step import Planned, Source
 from tasks.train import train
 from tests.faults.command import wait_until
 from tests.faults.held_store import HeldStore
-from training.config import Device, Runtime, SftConfig
+from training.config import Device, Runtime
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA, digest_row
+from training.objectives.sft import SftConfig
 
 CONFIG = SftConfig(responses="all", batch_prompts=4, epochs=16, max_tokens=96, learning_rate=3e-4)
 NUM_STEPS = 48

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from training.config import DpoConfig, Normaliser, ReferenceFactor, ResponseRegime, VarConfig
+from training.config import ResponseRegime
 from training.objectives.bradley_terry import BradleyTerry
-from training.objectives.dpo import Dpo
+from training.objectives.dpo import Dpo, DpoConfig
 from training.objectives.objective import Columns
 from training.objectives.sft import Sft
-from training.objectives.transforms import describe_transform
-from training.objectives.var import Var, make_var
+from training.objectives.transforms import RewardTransform, describe_transform
+from training.objectives.var import Normaliser, ReferenceFactor, Var, VarConfig
 from training.objectives.weights import check_weights, describe_weights, within_group_variance
 
 
@@ -221,10 +221,8 @@ def test_in_batch_takes_a_group_of_one() -> None:
 
 def resolve(data: Columns, *, regime: ResponseRegime = ResponseRegime.from_reference, **config: Any) -> float:
     """Return lambda in reward units as training resolves it."""
-    objective, _ = make_var(
-        VarConfig.model_validate({"reference_factor": "none"} | config), regime=regime, columns=data
-    )
-    return objective.lambda_
+    given = VarConfig.model_validate({"reference_factor": "none"} | config)
+    return given.make(data, regime=regime, cross={}).lambda_
 
 
 def test_lambda_in_reward_standard_deviations() -> None:
@@ -300,7 +298,7 @@ def transformed(
     given = VarConfig.model_validate(
         {"reference_factor": "none", "lambda_unit": "reward", "reward_transform": kind} | config
     )
-    _, weighed = make_var(given, regime=regime, columns=data)
+    weighed = given.make(data, regime=regime, cross={}).transform(data)
     assert weighed.reward_R is not None
     return list(weighed.reward_R)
 
@@ -364,14 +362,18 @@ def test_lambda_counts_in_the_transformed_reward() -> None:
 def test_transforms_say_what_they_did_and_are_refused_half_given() -> None:
     data = columns([[0.0, 4.0, 2.0], [5.0, 5.0, -9.0]])
     clip = VarConfig(reference_factor="none", reward_transform="clipped", clip_low=-1.0, clip_high=4.0)
-    _, weighed = make_var(clip, regime=ResponseRegime.from_reference, columns=data)
-    assert describe_transform(data, weighed, clip) == {"reward_transform": "clipped", "clipped_rewards": 3}
+    weighed = clip.make(data, regime=ResponseRegime.from_reference, cross={}).transform(data)
+    assert describe_transform(data, weighed, RewardTransform.clipped) == {
+        "reward_transform": "clipped",
+        "clipped_rewards": 3,
+    }
     rank = VarConfig(reference_factor="none", reward_transform="quantile")
-    _, weighed = make_var(rank, regime=ResponseRegime.from_reference, columns=data)
-    said = describe_transform(data, weighed, rank)
+    weighed = rank.make(data, regime=ResponseRegime.from_reference, cross={}).transform(data)
+    said = describe_transform(data, weighed, RewardTransform.quantile)
     assert said["tied_prompts"] == 1 and "does not hold" in said["note"]
     untied = columns([[0.0, 4.0, 2.0]])
-    assert describe_transform(untied, untied, rank) == {"reward_transform": "quantile", "tied_prompts": 0}
+    said = describe_transform(untied, untied, RewardTransform.quantile)
+    assert said == {"reward_transform": "quantile", "tied_prompts": 0}
     for kind, low, high, words in (
         ("clipped", None, 1.0, "clip_low below clip_high; set both"),
         ("clipped", 1.0, 1.0, "clip_low below clip_high"),

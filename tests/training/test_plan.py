@@ -17,12 +17,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from infra.models import fetch_embedded
 from infra.settings import read_settings
 from training import train
-from training.config import Layout, LoraConfig, Precision, Runtime, SftConfig
+from training.config import Layout, LoraConfig, Precision, Runtime
 from training.job import Job
 from training.loop import make_optimiser
 from training.lora import add_adapter
 from training.memory import MicroBatchSize, estimate_footprint, measure_free
 from training.model import checkpoint_activations
+from training.objectives.sft import SftConfig
 from training.plan import (
     ARCHITECTURES,
     Mfu,

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.ranks import Ranks
-from training.config import Precision, Runtime, SftConfig
+from training.config import Precision, Runtime
 from training.distributed import ALONE, World, own_gpu
 from training.job import Interrupted, Job
 from training.model import load_policy
+from training.objectives.sft import SftConfig
 from training.sharding import gather_weights, load_sharded_policy
 from training.train import train
 

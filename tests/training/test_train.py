@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from training import generate, reference, train
 from training.config import Precision
 from training.data.batch import collate
-from training.data.examples import read_scores, select_preferred_first
+from training.data.examples import read_scores
 from training.data.rows import RowsWriter, read_rows
 from training.data.schema import SCHEMA
+from training.data.selection import select_preferred_first
 from training.job import Job
 from training.logprobs import sum_logps
 from training.model import load_policy

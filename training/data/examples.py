@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from training.data.rows import read_rows
+from training.data.selection import Select
 from training.objectives.objective import FloatArray
 from training.render import Renderer, UnusableRow
 
@@ -30,9 +31,6 @@ class Example:
     reward_K: FloatArray | None = None
     logp_ref_K: FloatArray | None = None
     logq_K: FloatArray | None = None
-
-
-Select = Callable[[dict[str, Any]], list[int]]
 
 
 def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> dict[str, dict[str, list[float]]]:
@@ -161,33 +159,3 @@ def pick(
             "expected one each; score the rows again"
         )
     return np.array([values[k] for k in places], dtype=np.float64)
-
-
-def select_preferred_first(row: dict[str, Any], *, distinct: bool) -> list[int]:
-    """Select the preferred response, then those that differ from it; nothing where nobody said which is preferred.
-
-    `distinct` takes each text once, as a fixed set holds it; among samples a repetition is evidence.
-    """
-    if row["preferred"] is None:
-        return []
-    responses = row["responses"]
-    places = select_distinct(row) if distinct else select_all(row)
-    return [row["preferred"], *(k for k in places if responses[k] != responses[row["preferred"]])]
-
-
-def select_chosen(row: dict[str, Any]) -> list[int]:
-    """Select the preferred response; nothing where nobody said which."""
-    return [] if row["preferred"] is None else [row["preferred"]]
-
-
-def select_all(row: dict[str, Any]) -> list[int]:
-    """Select every response."""
-    return list(range(len(row["responses"])))
-
-
-def select_distinct(row: dict[str, Any]) -> list[int]:
-    """Select the first of equal responses: a fixed set holds each response once."""
-    first: dict[str, int] = {}
-    for place, response in enumerate(row["responses"]):
-        first.setdefault(response, place)
-    return list(first.values())

@@ -1,11 +1,13 @@
 """Bradley-Terry: the chosen response is to have the larger reward. P(c over r) = sigmoid(r_c - r_r)."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from training.objectives.objective import Columns, FloatArray, Objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BradleyTerry(Objective):
@@ -24,8 +26,10 @@ class BradleyTerry(Objective):
         """Return the number of prompts."""
         return float(len(columns.row_ids))
 
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
+    def loss_sum(self, value_R: "Tensor", weight_R: "Tensor", columns: Columns) -> "Tensor":
         """Return the loss summed over the groups that these responses make up; groups come whole."""
+        from torch.nn.functional import logsigmoid
+
         return -(weight_R * logsigmoid(margins(value_R, columns.group_R))).sum()
 
 
@@ -40,8 +44,10 @@ def pair_weights(columns: Columns) -> FloatArray:
     return weight_R
 
 
-def margins(value_R: Tensor, group_R: np.ndarray) -> Tensor:
+def margins(value_R: "Tensor", group_R: np.ndarray) -> "Tensor":
     """Return for each response by how much the first of its group exceeds it; groups come whole, numbered from 0."""
+    import torch
+
     first_G = torch.from_numpy(first_of_groups(group_R)).to(value_R.device)
     return value_R[first_G][torch.from_numpy(group_R).to(value_R.device)] - value_R
 

@@ -3,22 +3,11 @@
 It needs rewards and reference log-probabilities of every (prompt, response) pair of a batch: matrices scored beforehand.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
-from scipy.special import logsumexp
 
 from training.objectives.objective import FloatArray
 
 # G prompts and N responses of a global batch
-
-
-@dataclass(frozen=True)
-class Cross:
-    """What the responses of a batch are worth under each of its prompts."""
-
-    reward_GN: FloatArray
-    logp_ref_GN: FloatArray  # nats, summed over trained tokens
 
 
 def cross_batch_weights(
@@ -29,6 +18,8 @@ def cross_batch_weights(
     A prompt's largest reward is taken off before the division, which cancels in s_ii - log Z_i. ValueError where every response is
     so far behind foreign ones that no weight is left.
     """
+    from scipy.special import logsumexp
+
     with np.errstate(over="ignore"):
         score_GN = base_GN + (reward_GN - reward_GN.max(axis=1, keepdims=True)) / lambda_
     N = len(group_N)

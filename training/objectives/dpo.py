@@ -6,16 +6,52 @@ stored column: no reference model is in memory.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.nn.functional import logsigmoid
+from pydantic import ConfigDict, Field
 
+from training.config import ResponseRegime, StoredColumn
+from training.data.selection import Select, select_preferred_first
 from training.objectives.bradley_terry import first_of_groups, margins, pair_weights
-from training.objectives.objective import Columns, FloatArray, Objective, check_column
+from training.objectives.objective import Columns, Crosses, FloatArray, Objective, TrainConfig, check_column
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # R responses of a global batch, G groups (prompts)
+
+
+class DpoConfig(TrainConfig):
+    """Direct preference optimisation, arXiv 2305.18290: preferred against each other response, with stored reference log-probabilities."""
+
+    model_config = ConfigDict(title="DPO")
+
+    objective: Literal["dpo"] = Field("dpo", title="Objective")
+    beta: float = Field(
+        0.1,
+        gt=0,
+        title="Beta",
+        description="Strength of the pull towards the reference, above 0: small follows the preferences, large the reference.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        title="Label smoothing",
+        description="Share of preferences taken to be the wrong way round, from 0 to below 0.5.",
+    )
+
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        return (StoredColumn.reference,)
+
+    def choose_responses(self, regime: ResponseRegime) -> tuple[Select, int]:
+        return partial(select_preferred_first, distinct=regime == ResponseRegime.support), 2
+
+    def make(self, columns: Columns, *, regime: ResponseRegime, cross: Crosses) -> "Dpo":
+        return Dpo(beta=self.beta, label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -42,8 +78,11 @@ class Dpo(Objective):
         """Return the number of prompts."""
         return float(len(columns.row_ids))
 
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
+    def loss_sum(self, value_R: "Tensor", weight_R: "Tensor", columns: Columns) -> "Tensor":
         """Return the loss summed over the groups that these responses make up; groups come whole."""
+        import torch
+        from torch.nn.functional import logsigmoid
+
         logp_ref_R = torch.from_numpy(check_reference(columns)).to(value_R.device)
         margin_R = margins(self.beta * (value_R - logp_ref_R), columns.group_R)
         loss_R = -(1 - self.label_smoothing) * logsigmoid(margin_R) - self.label_smoothing * logsigmoid(-margin_R)

@@ -4,11 +4,10 @@ The effective sample size (ESS) of a prompt's weights is (sum w)^2 / sum w^2; he
 """
 
 import math
+from enum import StrEnum
 
 import numpy as np
-from scipy.optimize import brentq
 
-from training.config import LambdaUnit
 from training.objectives.objective import FloatArray
 from training.objectives.weights import softmax_weights, within_group_variance
 
@@ -17,6 +16,14 @@ from training.objectives.weights import softmax_weights, within_group_variance
 DECADES = 6  # lambda is looked for up to so many powers of ten from the standard deviation, both ways
 POINTS_PER_DECADE = 20
 ESS_TOLERANCE = 1e-6
+
+
+class LambdaUnit(StrEnum):
+    """What lambda is measured in."""
+
+    reward = "reward"
+    reward_std = "reward_std"
+    ess_target = "ess_target"
 
 
 def resolve_lambda(
@@ -49,6 +56,7 @@ def find_ess(target: float, *, reward_R: FloatArray, base_R: FloatArray, group_R
     the best response is left alone, towards infinity the likeliest), so lambda is scanned. Of several that fit the smallest
     is taken, where the reward weighs most.
     """
+    from scipy.optimize import brentq
 
     def miss(log_lambda: float) -> float:
         return mean_ess(10.0**log_lambda, reward_R=reward_R, base_R=base_R, group_R=group_R) - target

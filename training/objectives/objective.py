@@ -1,20 +1,29 @@
-"""What an objective is: weights from stored columns, and a loss of one value per response.
+"""What an objective is: a config that says what it trains on, weights from stored columns, and a loss of one value per response.
 
 The weights are computed in float64 from the columns of the whole global batch, before anything is cut into forward passes,
 so hardware cannot touch them. The loss is a sum over responses, divided by a count of the whole global batch.
+
+The file of an objective holds its config too, which is read where there is no torch: torch is imported by what computes a loss.
 """
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from pydantic import Field
+
+from training.config import Config, LoraConfig, Precision, ResponseRegime, Schedule, StoredColumn
+from training.data.selection import Select
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FloatArray = NDArray[np.float64]
 
-# R responses of a global batch, G groups (prompts)
+# R responses of a global batch, N in matrices of its G groups (prompts)
 
 
 @dataclass(frozen=True)
@@ -46,13 +55,79 @@ class Columns:
         )
 
 
+@dataclass(frozen=True)
+class Cross:
+    """What the responses of a batch are worth under each of its prompts."""
+
+    reward_GN: FloatArray
+    logp_ref_GN: FloatArray  # nats, summed over trained tokens
+
+
+Crosses = Mapping[tuple[str, ...], Cross]  # by the row ids of a batch
+
+
+class TrainConfig(Config):
+    """What every objective shares, and what a run must know of one before there is any."""
+
+    learning_rate: float = Field(1e-5, gt=0, title="Learning rate", description="Peak AdamW learning rate, above 0.")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        title="Weight decay",
+        description="AdamW weight decay of matrices, at least 0; norms and biases have none.",
+    )
+    schedule: Schedule = Field(Schedule.cosine, title="Schedule", description="Learning rate after warm-up.")
+    warmup_fraction: float = Field(
+        0.1, ge=0, le=1, title="Warm-up", description="Share of steps with rising learning rate, from 0 to 1."
+    )
+    epochs: int = Field(1, ge=1, title="Epochs", description="Passes over the train split, at least 1.")
+    batch_prompts: int = Field(
+        16,
+        ge=1,
+        title="Global batch",
+        description="Prompts per optimiser step, at least 1. Each brings its K responses, never split.",
+    )
+    max_tokens: int = Field(
+        1024,
+        ge=8,
+        title="Longest sequence",
+        description="Rows whose prompt and longest response exceed this many tokens are dropped and counted; at least 8.",
+    )
+    max_grad_norm: float = Field(1.0, gt=0, title="Gradient clipping", description="Largest gradient norm, above 0.")
+    precision: Precision = Precision.float32
+    lora: LoraConfig = Field(
+        LoraConfig(),
+        title="Low-rank adapter",
+        description="LoRA: low-rank matrices beside the weights; rank 0 trains the weights themselves.",
+    )
+    seed: int = Field(0, ge=0, title="Seed", description="Order of the rows, and LoRA's first matrices; at least 0.")
+    objective: str = Field(title="Objective")  # narrowed by each objective to its own name
+
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        """What is scored before this objective trains."""
+        return ()
+
+    @abstractmethod
+    def choose_responses(self, regime: ResponseRegime) -> tuple[Select, int]:
+        """Return which responses of a row are trained on, and the fewest that make a row worth keeping."""
+
+    @abstractmethod
+    def make(self, columns: Columns, *, regime: ResponseRegime, cross: Crosses) -> "Objective":
+        """Return the objective. `columns` are those of the whole train split; `cross` is empty where it is not asked for."""
+
+
 class Objective(Protocol):
     """One way to train. `value_R` is a log-probability (policies) or a reward (reward models) of each response.
 
-    Pure functions of values, weights and stored columns; classes inherit from it to get `figures`.
+    Pure functions of values, weights and stored columns; classes inherit from it to get what most objectives have in common.
     """
 
     whole_groups: bool  # the loss of a response depends on the others of its prompt: keep them in one forward pass
+
+    def transform(self, columns: Columns) -> Columns:
+        """Return stored columns as they are weighed, such as with other rewards; a prompt's follow from that prompt alone."""
+        return columns
 
     def weigh(self, columns: Columns) -> FloatArray:
         """Return weight_R, detached by nature: made of stored columns."""
@@ -62,13 +137,35 @@ class Objective(Protocol):
         """Return what the sum over the global batch is divided by; `mean_tokens` is the data set's constant Tbar."""
         ...
 
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
+    def loss_sum(self, value_R: "Tensor", weight_R: "Tensor", columns: Columns) -> "Tensor":
         """Return the loss of some responses of the batch, summed and not divided; `columns` are those of these responses."""
         ...
 
     def figures(self, value_R: FloatArray, columns: Columns) -> dict[str, float]:
         """Return figures of some responses as sums over their prompts; divided by the batch's prompts they are means."""
         return {}
+
+    def summary(self, stored: Columns, columns: Columns, weight_R: FloatArray) -> dict[str, Any]:
+        """Return what a finished run tells of itself; a `warning` in it is logged. `stored` are the columns of the train split
+        as they came, `columns` those of the last epoch as they were weighed."""
+        return {}
+
+
+class WeightedLikelihood(Objective):
+    """The weighted SFT loss sum_i w_i sum_t nll_it / (N * Tbar): such an objective has only to say what each response weighs.
+
+    The weights of a global batch of N responses sum to N, which is checked before training.
+    """
+
+    whole_groups = False
+
+    def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
+        """Return N * Tbar: the loss reads as nats per token."""
+        return len(columns.group_R) * mean_tokens
+
+    def loss_sum(self, value_R: "Tensor", weight_R: "Tensor", columns: Columns) -> "Tensor":
+        """Return - sum_i w_i log pi(y_i | x_i), never divided by a response's own length: that would change the optimum."""
+        return -(weight_R * value_R).sum()
 
 
 def check_column(columns: Columns, value_R: FloatArray | None, name: str, *, objective: str, remedy: str) -> FloatArray:

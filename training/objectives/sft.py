@@ -3,30 +3,36 @@
 Which responses are there (chosen only, or all) is a selection of data, made before; the loss is VAR's with unit weights.
 """
 
+from typing import Literal
+
 import numpy as np
-from torch import Tensor
+from pydantic import ConfigDict, Field
 
-from training.objectives.objective import Columns, FloatArray, Objective
+from training.config import ResponseRegime
+from training.data.selection import Select, select_all, select_chosen
+from training.objectives.objective import Columns, Crosses, FloatArray, TrainConfig, WeightedLikelihood
 
 
-class Sft(Objective):
+class SftConfig(TrainConfig):
+    """Unweighted supervised fine-tuning: the baseline."""
+
+    model_config = ConfigDict(title="SFT")
+
+    objective: Literal["sft"] = Field("sft", title="Objective")
+    responses: Literal["chosen", "all"] = Field(
+        "chosen", title="Responses", description="chosen: the preferred response. all: every response with unit weight."
+    )
+
+    def choose_responses(self, regime: ResponseRegime) -> tuple[Select, int]:
+        return select_chosen if self.responses == "chosen" else select_all, 1
+
+    def make(self, columns: Columns, *, regime: ResponseRegime, cross: Crosses) -> "Sft":
+        return Sft()
+
+
+class Sft(WeightedLikelihood):
     """sum_i sum_t nll_it / (N * Tbar) over N responses."""
-
-    whole_groups = False
 
     def weigh(self, columns: Columns) -> FloatArray:
         """Return ones."""
         return np.ones(len(columns.group_R))
-
-    def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
-        """Return N * Tbar: the loss reads as nats per token."""
-        return len(columns.group_R) * mean_tokens
-
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
-        """Return the negative log-likelihood, weighted and summed."""
-        return weighted_nll(value_R, weight_R)
-
-
-def weighted_nll(logp_R: Tensor, weight_R: Tensor) -> Tensor:
-    """Return - sum_i w_i log pi(y_i | x_i), never divided by a response's own length: that would change the optimum."""
-    return -(weight_R * logp_R).sum()

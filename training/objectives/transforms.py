@@ -3,28 +3,39 @@ anything is made of the rewards; a prompt's rewards follow from that prompt alon
 """
 
 from dataclasses import replace
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
 
-from training.config import RewardTransform, VarConfig
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.weights import softmax_weights
 
 # R responses, G groups (prompts), S sets of equal rewards within a group
 
 
-def transform_rewards(columns: Columns, config: VarConfig, *, base_R: FloatArray) -> Columns:
+class RewardTransform(StrEnum):
+    """What the rewards become before weights are made of them."""
+
+    none = "none"
+    centred = "centred"
+    clipped = "clipped"
+    quantile = "quantile"
+
+
+def transform_rewards(
+    columns: Columns, transform: RewardTransform, *, clip: tuple[float | None, float | None], base_R: FloatArray
+) -> Columns:
     """Return the columns with transformed rewards. `base_R` is the score without the reward: the log of pi_ref over
     the density that the responses come from, up to a constant."""
     assert columns.reward_R is not None
     reward_R = columns.reward_R
-    if config.reward_transform == RewardTransform.centred:
+    if transform == RewardTransform.centred:
         count_G = np.bincount(columns.group_R)
         reward_R = reward_R - (np.bincount(columns.group_R, weights=reward_R) / count_G)[columns.group_R]
-    elif config.reward_transform == RewardTransform.clipped:
-        reward_R = np.clip(reward_R, config.clip_low, config.clip_high)
-    elif config.reward_transform == RewardTransform.quantile:
+    elif transform == RewardTransform.clipped:
+        reward_R = np.clip(reward_R, *clip)
+    elif transform == RewardTransform.quantile:
         reward_R = quantiles(reward_R, base_R, columns.group_R)
     return replace(columns, reward_R=reward_R)
 
@@ -55,15 +66,15 @@ def sets_of_equals(reward_R: FloatArray, group_R: np.ndarray) -> np.ndarray:
     return sets
 
 
-def describe_transform(before: Columns, after: Columns, config: VarConfig) -> dict[str, Any]:
+def describe_transform(before: Columns, after: Columns, transform: RewardTransform) -> dict[str, Any]:
     """Return what a transform did: rewards it clipped, or prompts whose rewards tie and so have no closed-form Z."""
     assert before.reward_R is not None and after.reward_R is not None
-    if config.reward_transform == RewardTransform.none:
+    if transform == RewardTransform.none:
         return {}
-    summary: dict[str, Any] = {"reward_transform": config.reward_transform.value}
-    if config.reward_transform == RewardTransform.clipped:
+    summary: dict[str, Any] = {"reward_transform": transform.value}
+    if transform == RewardTransform.clipped:
         summary["clipped_rewards"] = int((before.reward_R != after.reward_R).sum())
-    if config.reward_transform == RewardTransform.quantile:
+    if transform == RewardTransform.quantile:
         order = np.lexsort((before.reward_R, before.group_R))
         group_R = before.group_R[order]
         set_R = sets_of_equals(before.reward_R[order], group_R)

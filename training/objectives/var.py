@@ -11,38 +11,160 @@ and the weights are w = N softmax(s) over the chosen set: all K responses of a p
 runs over the whole batch (cross_batch).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any, Literal
 
 import numpy as np
-from torch import Tensor
+from pydantic import ConfigDict, Field, model_validator
 
-from training.config import Normaliser, ReferenceFactor, ResponseRegime, VarConfig
-from training.objectives.cross import Cross, cross_batch_weights
-from training.objectives.lambdas import check_lambda, resolve_lambda
-from training.objectives.objective import Columns, FloatArray, Objective, check_column
-from training.objectives.sft import weighted_nll
-from training.objectives.transforms import transform_rewards
-from training.objectives.weights import softmax_weights
+from training.config import ResponseRegime, StoredColumn
+from training.data.selection import Select, select_all, select_distinct
+from training.objectives.cross import cross_batch_weights
+from training.objectives.lambdas import LambdaUnit, check_lambda, resolve_lambda
+from training.objectives.objective import Columns, Crosses, FloatArray, TrainConfig, WeightedLikelihood, check_column
+from training.objectives.transforms import RewardTransform, describe_transform, transform_rewards
+from training.objectives.weights import argmax_agrees, softmax_weights, within_group_variance
 
 # R responses of a global batch, G groups (prompts)
 
+MIN_ARGMAX_AGREEMENT = 0.6
+
+
+class Normaliser(StrEnum):
+    """Over which set the weights are a softmax."""
+
+    per_prompt = "per_prompt"
+    in_batch = "in_batch"
+    cross_batch = "cross_batch"
+
+
+class ReferenceFactor(StrEnum):
+    """f(l) in the score f(log pi_ref) + r / lambda of the `support` regime."""
+
+    sum = "sum"
+    mean = "mean"
+    none = "none"
+
+
+class VarConfig(TrainConfig):
+    """Variational Alignment with Re-weighting, arXiv 2502.11026: SFT weighted by pi_ref exp(r / lambda)."""
+
+    model_config = ConfigDict(title="VAR")
+
+    objective: Literal["var"] = Field("var", title="Objective")
+    lambda_: float = Field(
+        1.0,
+        gt=0,
+        title="Lambda",
+        description="Temperature of the reward, above 0: small follows the reward, large the reference. Of ess_target: a share, up to 1.",
+    )
+    lambda_unit: LambdaUnit = Field(
+        LambdaUnit.reward_std,
+        title="Unit of lambda",
+        description="reward: as the scorer gives it. reward_std: in within-prompt standard deviations of the reward. ess_target: lambda is found so that the effective sample size is this share of K.",
+    )
+    normaliser: Normaliser = Field(
+        Normaliser.per_prompt,
+        title="Normaliser",
+        description="per_prompt: over the K responses of a prompt. in_batch: over the global batch. cross_batch: over all responses of the batch put under each prompt; costs the square of the batch.",
+    )
+    reference_factor: ReferenceFactor = Field(
+        title="Reference factor",
+        description="sum: exact. mean and none: practical and biased (docs/var.md). No default: each recipe gives its reason.",
+    )
+
+    reward_transform: RewardTransform = Field(
+        RewardTransform.none,
+        title="Reward transform",
+        description="none. centred: minus the prompt's mean. clipped: to the bounds below. quantile: rank under the reference among the prompt's responses, between 0 and 1.",
+    )
+    clip_low: float | None = Field(
+        None, title="Lower clip bound", description="Of clipped, in reward units: smaller rewards become this one."
+    )
+    clip_high: float | None = Field(
+        None,
+        title="Upper clip bound",
+        description="Of clipped, in reward units, above the lower one: larger rewards become this one.",
+    )
+
+    @property
+    def columns(self) -> tuple[StoredColumn, ...]:
+        own = (StoredColumn.rewards, StoredColumn.reference)
+        return (*own, StoredColumn.cross) if self.normaliser == Normaliser.cross_batch else own
+
+    @model_validator(mode="after")
+    def _check(self) -> "VarConfig":
+        bounds = (self.clip_low, self.clip_high)
+        if self.reward_transform == RewardTransform.clipped:
+            if self.clip_low is None or self.clip_high is None or not self.clip_low < self.clip_high:
+                raise ValueError(
+                    f"reward_transform clipped: got the bounds {bounds}, expected clip_low below clip_high; set both"
+                )
+        elif bounds != (None, None):
+            raise ValueError(
+                f"clip_low, clip_high: got {bounds} with reward_transform {self.reward_transform}, which clips nothing; "
+                "set reward_transform to clipped, or leave the bounds empty"
+            )
+        if self.lambda_unit == LambdaUnit.ess_target and self.lambda_ > 1:
+            raise ValueError(
+                f"lambda_: got {self.lambda_:g} as ess_target, expected a share of K above 0 and up to 1; "
+                "lower it, or count lambda in reward or reward_std"
+            )
+        if self.normaliser == Normaliser.cross_batch and (
+            self.reward_transform != RewardTransform.none or self.lambda_unit == LambdaUnit.ess_target
+        ):
+            raise ValueError(
+                f"normaliser cross_batch: got reward_transform {self.reward_transform} and lambda_unit {self.lambda_unit}, both "
+                "of which look at a prompt's own responses alone; set them to none, and to reward or reward_std"
+            )
+        return self
+
+    def choose_responses(self, regime: ResponseRegime) -> tuple[Select, int]:
+        """A fixed set holds each response once; among samples a repetition is evidence."""
+        return (select_distinct, 2) if regime == ResponseRegime.support else (select_all, 1)
+
+    def make(self, columns: Columns, *, regime: ResponseRegime, cross: Crosses) -> "Var":
+        """The train split is what lambda may be counted in."""
+        var = Var(
+            lambda_=self.lambda_,
+            regime=regime,
+            normaliser=self.normaliser,
+            reference_factor=self.reference_factor,
+            reward_transform=self.reward_transform,
+            clip=(self.clip_low, self.clip_high),
+            cross=cross,
+        )
+        lambda_ = resolve_lambda(
+            self.lambda_,
+            self.lambda_unit,
+            reward_R=check_rewards(var.transform(columns)),
+            base_R=var.base(columns),
+            group_R=columns.group_R,
+        )
+        return replace(var, lambda_=lambda_)
+
 
 @dataclass(frozen=True)
-class Var(Objective):
-    """The weighted SFT loss sum_i w_i sum_t nll_it / (N * Tbar). `lambda_` is in units of the reward."""
+class Var(WeightedLikelihood):
+    """The weighted likelihood towards pi*. `lambda_` is in units of the reward."""
 
     lambda_: float
     regime: ResponseRegime
     normaliser: Normaliser
     reference_factor: ReferenceFactor
-    cross: Mapping[tuple[str, ...], Cross] = field(default_factory=dict)  # of cross_batch: by the row ids of a batch
-
-    whole_groups = False
+    reward_transform: RewardTransform = RewardTransform.none
+    clip: tuple[float | None, float | None] = (None, None)
+    cross: Crosses = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_lambda(self.lambda_)
         check_regime(self.regime, self.reference_factor, self.normaliser)
+
+    def transform(self, columns: Columns) -> Columns:
+        """Return the columns with the rewards that are weighed."""
+        check_rewards(columns)
+        return transform_rewards(columns, self.reward_transform, clip=self.clip, base_R=self.base(columns))
 
     def weigh(self, columns: Columns) -> FloatArray:
         """Return weight_R >= 0 in float64, sum N over the global batch."""
@@ -76,44 +198,24 @@ class Var(Objective):
         ratio_R: FloatArray = reference_factor(columns, ReferenceFactor.sum) - logq_R
         return ratio_R
 
-    def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
-        """Return N * Tbar: the loss reads as nats per token."""
-        return len(columns.group_R) * mean_tokens
-
-    def loss_sum(self, value_R: Tensor, weight_R: Tensor, columns: Columns) -> Tensor:
-        """Return the negative log-likelihood, weighted and summed."""
-        return weighted_nll(value_R, weight_R)
-
-
-def make_var(
-    config: VarConfig,
-    *,
-    regime: ResponseRegime,
-    columns: Columns,
-    cross: Mapping[tuple[str, ...], Cross] | None = None,
-) -> tuple[Var, Columns]:
-    """Return the objective of a config, and the columns with the rewards that it weighs.
-
-    `columns` are those of the whole train split: what rewards are transformed over and lambda may be counted in.
-    """
-    var = Var(
-        lambda_=config.lambda_,
-        regime=regime,
-        normaliser=config.normaliser,
-        reference_factor=config.reference_factor,
-        cross=cross or {},
-    )
-    check_rewards(columns)
-    base_R = var.base(columns)
-    transformed = transform_rewards(columns, config, base_R=base_R)
-    lambda_ = resolve_lambda(
-        config.lambda_,
-        config.lambda_unit,
-        reward_R=check_rewards(transformed),
-        base_R=base_R,
-        group_R=columns.group_R,
-    )
-    return replace(var, lambda_=lambda_), transformed
+    def summary(self, stored: Columns, columns: Columns, weight_R: FloatArray) -> dict[str, Any]:
+        """Return lambda, what reward and reference contribute, what became of the rewards, and a warning where they are not heard."""
+        reward_R = check_rewards(columns)
+        agreement = float(argmax_agrees(columns, weight_R).mean())
+        told: dict[str, Any] = {
+            "lambda": self.lambda_,
+            "regime": self.regime.value,
+            "argmax_agreement": agreement,
+            "variance_reward_over_lambda": within_group_variance(reward_R, columns.group_R) / self.lambda_**2,
+        }
+        if self.regime == ResponseRegime.support and self.reference_factor != ReferenceFactor.none:
+            told["variance_reference_factor"] = within_group_variance(self.base(columns), columns.group_R)
+        if agreement < MIN_ARGMAX_AGREEMENT:
+            told["warning"] = (
+                f"only {agreement:.0%} of the prompts give their heaviest weight to the response with the best reward: the reference "
+                "factor outweighs the reward; lower lambda, or choose reference_factor mean or none"
+            )
+        return told | describe_transform(stored, self.transform(stored), self.reward_transform)
 
 
 def reference_factor(columns: Columns, factor: ReferenceFactor) -> FloatArray:
