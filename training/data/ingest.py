@@ -93,7 +93,8 @@ def run(job: Job) -> None:
         RowsWriter(job.output / "rows.parquet", SCHEMA) as out,
     ):
         _collect(job, config, seen=seen, quarantine=quarantine, counts=counts, candidates=candidates)
-        seen.find_contradictions()
+        if config.responses is ResponseRegime.support:
+            seen.find_contradictions()
         _keep(job, seen=seen, quarantine=quarantine, counts=counts, candidates=candidates, out=out)
         prompts = seen.count_prompts()
         _check_counts(counts, config=config, source=source, prompts=prompts)
