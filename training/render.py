@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 # T tokens of prompt and response, K responses of a row
 
@@ -36,8 +37,23 @@ class Rendered:
 
 
 def render_prompt(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
-    """Return the ids of a conversation up to and including the cue for the assistant's next turn."""
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    """Return the ids of a conversation up to and including the cue for the assistant's next turn; UnusableRow as `apply_template`."""
+    ids: list[int] = apply_template(tokenizer, prompt, add_generation_prompt=True)
+    return ids
+
+
+def apply_template(tokenizer: Any, conversations: list[Any], *, add_generation_prompt: bool = False) -> Any:
+    """Return the ids of a conversation, or of each of several; UnusableRow where the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+    except TemplateError as refusal:
+        raise UnusableRow(
+            "template_refuses",
+            f"the chat template refuses the conversation ({refusal}); expected one that it takes; leave out what it names, or take "
+            "another template",
+        ) from refusal
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -100,7 +116,14 @@ class Renderer:
                 "response, or the template rewrites earlier turns",
             )
         found = self._markers_in(ids, start=start)
-        if len(found) != self._num_end_markers:
+        if len(found) < self._num_end_markers:
+            raise UnusableRow(
+                "no_stop_token",
+                f"the chat template writes {len(found)} special tokens after the response {response!r:.80}, {self._num_end_markers} after "
+                "others; expected as many after each, or the model would not learn where it ends; take a template that ends every "
+                "assistant's turn alike",
+            )
+        if len(found) > self._num_end_markers:
             raise UnusableRow("marker_in_response", f"a response holds a special token (id {ids[found[0]]})")
         end = found[0] if cut_short else found[0] + 1
         if end == start:
@@ -131,7 +154,7 @@ class Renderer:
 
     def _conversations(self, prompt: list[dict[str, str]], responses: Sequence[str]) -> list[list[int]]:
         turns = [[*prompt, {"role": "assistant", "content": response}] for response in responses]
-        ids: list[list[int]] = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        ids: list[list[int]] = apply_template(self._tokenizer, turns)
         return ids
 
     def _markers_in(self, ids: list[int], *, start: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,10 +241,29 @@ def test_long_prompts_are_dropped_and_named(rows: Path, tiny_policy: Path, make_
     assert sorted(dropped) == sorted(row_id for row_id, length in lengths.items() if length > cap) != []
     assert sorted(dropped + [row["row_id"] for row in read(job)]) == sorted(lengths)
     assert json.loads((job.output / "summary.json").read_text())["dropped"] == len(dropped)
-    with pytest.raises(ValueError, match="all 16 prompts of the heldout split have more than 8 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"all prompts of the heldout split were dropped \(16 too_long\); raise max_prompt_tokens, which is 8",
+    ):
         run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=8)
     with pytest.raises(ValueError, match="context of 1024 tokens"):
         run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=1020)
+
+
+def test_prompts_that_the_template_refuses_are_dropped_and_named(
+    rows: Path, tiny_policy: Path, make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_policy, tmp_path / "choosy")
+    template = (folder / "chat_template.jinja").read_text()
+    refuse = "{% if '7?' in messages[0].content %}{{ raise_exception('no sevens') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuse + template)
+    job = run(make_job, "choosy", inputs={"rows": rows, "policy": folder}, split="train")
+    source = {row["row_id"]: row for row in pq.read_table(rows / "rows.parquet").to_pylist() if row["split"] == "train"}
+    refused = {row_id for row_id, row in source.items() if "7?" in row["prompt"][0]["content"]}
+    dropped = [json.loads(line) for line in (job.output / "dropped.jsonl").read_text().splitlines()]
+    assert {entry["row_id"] for entry in dropped} == refused and len(refused) == 3  # 7, 17, 27
+    assert all(entry["reason"] == "template_refuses" and "(no sevens)" in entry["detail"] for entry in dropped)
+    assert {row["row_id"] for row in read(job)} == source.keys() - refused
 
 
 def test_an_empty_split_is_refused(

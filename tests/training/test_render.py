@@ -120,6 +120,18 @@ def test_white_space_at_the_ends_is_the_templates_and_counted(tokenizer: Any, la
         Renderer(tokenizer, max_tokens=400).row(PROMPT, ["Mix"])
 
 
+def test_a_template_that_leaves_an_answer_open_is_named(tokenizer: Any) -> None:
+    """It ends the short answer of the template's own trial, and not every other."""
+    whole = tokenizer.chat_template
+    tokenizer.chat_template = whole.replace("<|im_end|>", "{% if message.content | length < 30 %}<|im_end|>{% endif %}")
+    renderer = Renderer(tokenizer, max_tokens=400)
+    assert renderer.row(PROMPT, ["Mix flour."])[0].ids_T[-1] == tokenizer.eos_token_id
+    words = r"writes 0 special tokens after the response 'Mix flour.*', 1 after others.*take a template that ends every"
+    with pytest.raises(UnusableRow, match=words) as caught:
+        renderer.row(PROMPT, ["Mix flour, water, salt and yeast, and bake it."])
+    assert caught.value.reason == "no_stop_token"
+
+
 def test_a_tokenizer_that_composes_accents_gives_back_another_text_and_is_no_rewriting(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     (rendered,) = Renderer(tokenizer, max_tokens=400).row(PROMPT, ["Cafe\u0301"])
