@@ -25,7 +25,7 @@ from training.data.examples import Example
 from training.data.rows import find_rows_file
 from training.distributed import World
 from training.job import Interrupted, Job, write_json
-from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, sum_logps
+from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, choose_groups, sum_logps
 from training.loop import halve_budget
 from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
 from training.model import DTYPES
@@ -197,7 +197,7 @@ def check_run(ready: Ready) -> Report:
 
 def check_layout_of(ready: Ready) -> int:
     """Make the model ready for the run's layout and return how many rows were looked at; ValueError as `check_layout`."""
-    groups = choose_groups(ready.examples)
+    groups = choose_groups(example.samples for example in ready.examples)
     with as_layers(ready.world, precision=ready.precision):
         check_layout(
             ready.policy,
@@ -584,12 +584,6 @@ class Checks:
 def is_weighted_likelihood(objective: Objective) -> bool:
     """Return whether the loss is a sum of weighted negative log-likelihoods whose weights add up to the responses."""
     return isinstance(objective, Var | Sft)
-
-
-def choose_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
-    """Return the responses of the shortest row and of the two longest."""
-    ordered = sorted(examples, key=lambda example: max(len(sample.ids_T) for sample in example.samples))
-    return [example.samples for example in ordered[:1] + ordered[1:][-2:]]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from training.config import ReferenceScoreConfig, Runtime
 from training.data.batch import cut, lay_out
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.job import Job, write_json
-from training.logprobs import check_head, check_layout, sum_logps
+from training.logprobs import check_head, check_layout, choose_groups, longest_of, sum_logps
 from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
 from training.render import Rendered, Renderer, UnusableRow
@@ -61,7 +62,7 @@ def run(job: Job) -> None:
     check_context(model, config.max_tokens)
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
-    prepare_layout(scorer)
+    prepare_layout(scorer, find_extremes(scorer))
     parts = score_windows(scorer)
     summary = assemble(parts, job)
     if summary["rows"] == 0:
@@ -78,14 +79,32 @@ def run(job: Job) -> None:
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
-def prepare_layout(scorer: Scorer) -> None:
-    """Make the model ready for the layout, after a look at the longest rows of the first window."""
+def prepare_layout(scorer: Scorer, groups: Iterable[Sequence[Rendered]]) -> None:
+    """Make the model ready for the layout, after a look at the longest of all groups that are to be scored."""
+    if chosen := choose_groups(groups):
+        check_layout(scorer.model, chosen, layout=scorer.runtime.layout, device=scorer.device)
+
+
+def find_extremes(scorer: Scorer) -> list[Sequence[Rendered]]:
+    """Return a short row and the two longest of the whole file, rendered.
+
+    Not all are rendered for it, which takes its time: a token is a byte at least, so a row with fewer bytes than the longest so far
+    has tokens is no longer than they are, but for the template's own.
+    """
+    chosen: list[Sequence[Rendered]] = []
     for window in read_rows(scorer.job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS):
-        rendered, _ = render_rows(scorer.renderer, window.to_pylist())
-        longest = sorted(rendered.values(), key=lambda samples: max(len(sample.ids_T) for sample in samples))
-        if longest:
-            check_layout(scorer.model, longest[-2:], layout=scorer.runtime.layout, device=scorer.device)
-            return
+        scorer.job.check_stop()
+        least = longest_of(chosen[1]) if len(chosen) == 3 else 0
+        rows = [row for row in window.to_pylist() if bound_tokens(row) >= least]
+        rendered, _ = render_rows(scorer.renderer, rows)
+        chosen = choose_groups([*chosen, *rendered.values()])
+    return chosen
+
+
+def bound_tokens(row: dict[str, Any]) -> int:
+    """Return how many tokens a prompt with its longest response has at most, without those of the template."""
+    prompt = sum(len(message["content"].encode()) for message in row["prompt"])
+    return prompt + max(len(response.encode()) for response in row["responses"])
 
 
 def score_windows(scorer: Scorer) -> list[Path]:

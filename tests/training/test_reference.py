@@ -132,6 +132,38 @@ def test_all_rows_dropped_is_an_error(tiny_policy: Path, rows: Path, make_job: C
         reference.run(long)
 
 
+def test_the_longest_rows_of_the_whole_file_are_looked_at_before_any_is_scored(
+    tiny_policy: Path, tmp_path: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
+) -> None:
+    """LongRoPE: beside a row of more than 64 tokens all have other frequencies. The first two windows have none that long."""
+    folder = tmp_path / "longrope"
+    shutil.copytree(tiny_policy, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 8.0],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    short = [make_row(f"Question {i}?", ["Yes", f"No {i}"]) for i in range(2 * reference.WINDOW_ROWS)]
+    long = [make_row(f"Question {i}?", ["Yes", f"{'very ' * 40}{i}"]) for i in range(2)]
+    for layout in ("rows", "tree"):
+        for name, made in (("short", short), ("long", [*short, *long])):
+            rows = write_rows(tmp_path / name, made)
+            job = make_job(
+                "score_reference",
+                f"{name}-{layout}",
+                config={"max_tokens": 400},
+                inputs={"rows": rows, "reference": folder},
+                layout=layout,
+            )
+            if name == "short":
+                reference.run(job)
+                continue
+            with pytest.raises(ValueError, match=rf"llama, layout {layout}, float32: log-probabilities differ"):
+                reference.run(job)
+            assert not list(job.work.rglob("*.parquet"))
+
+
 def test_the_manifest_names_weights_and_template(
     rows: Path, tiny_policy: Path, tmp_path: Path, make_job: Callable[..., Job]
 ) -> None:
