@@ -1,7 +1,8 @@
 """The job generate: responses sampled from a policy for the prompts of one split.
 
 The prompts go through in windows. A finished window is a file in `work/parts`, so a killed job goes on with the next one.
-Rows keep their id, so that what two policies answered to the same prompt can be laid side by side.
+Rows keep their id, so that what two policies answered to the same prompt can be laid side by side. A response is kept as text, which
+is what people and reward models read, and as the tokens that were drawn, which are what training weighs.
 """
 
 import heapq
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.config import GenerateConfig, ResponseRegime, Runtime
@@ -28,7 +28,6 @@ from training.model import ModelDigests, check_context, digest_model, load_polic
 from training.render import UnusableRow, render_prompt
 from training.sampling import draw_noise, find_stop_ids, generate_batch
 
-PART_SCHEMA = SCHEMA.append(pa.field("num_tokens", pa.list_(pa.int32())))  # new tokens, stop token included
 WINDOW_PROMPTS = 64
 
 
@@ -193,7 +192,7 @@ def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) ->
         for n, tokens in zip(members, new, strict=True):
             answers[n] = tokens
     texts = generator.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    with RowsWriter(part, PART_SCHEMA) as out:
+    with RowsWriter(part, SCHEMA) as out:
         out.write(
             [
                 {
@@ -204,9 +203,9 @@ def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) ->
                     "preferred": None,
                     "logq": None,
                     "truncated": [tokens[-1] not in generator.stop_ids for tokens in answers[n * K : (n + 1) * K]],
+                    "response_ids": answers[n * K : (n + 1) * K],
                     "source": generator.source,
                     "line": prompt.row["line"],
-                    "num_tokens": [len(tokens) for tokens in answers[n * K : (n + 1) * K]],
                 }
                 for n, prompt in enumerate(prompts)
             ]
@@ -218,13 +217,13 @@ def summarise(parts: list[Path]) -> dict[str, float | int]:
     """Return the figures of all responses, read part by part."""
     prompts = responses = truncated = empty = chars = tokens = 0
     for part in parts:
-        for row in pq.read_table(part, columns=["responses", "truncated", "num_tokens"]).to_pylist():
+        for row in pq.read_table(part, columns=["responses", "truncated", "response_ids"]).to_pylist():
             prompts += 1
             responses += len(row["responses"])
             truncated += sum(row["truncated"])
             empty += sum(not response.strip() for response in row["responses"])
             chars += sum(map(len, row["responses"]))
-            tokens += sum(row["num_tokens"])
+            tokens += sum(map(len, row["response_ids"]))
     return {
         "prompts": prompts,
         "responses": responses,

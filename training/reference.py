@@ -20,6 +20,7 @@ import torch
 
 from training.config import ReferenceScoreConfig, Runtime
 from training.data.batch import cut, lay_out
+from training.data.manifest import check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.job import Job, write_json
 from training.logprobs import check_head, check_layout, choose_groups, longest_of, sum_logps
@@ -37,7 +38,7 @@ SCHEMA = pa.schema(
     ]
 )
 WINDOW_ROWS = 64
-COLUMNS = ["row_id", "prompt", "responses", "truncated"]
+COLUMNS = ["row_id", "prompt", "responses", "truncated", "response_ids"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def run(job: Job) -> None:
     model, tokenizer = load_policy(job.inputs["reference"], precision=config.precision, device=device)
     check_head(model)
     check_context(model, config.max_tokens)
+    check_tokens(job.inputs["rows"], read_rows_manifest(job.inputs["rows"]), tokenizer)
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
     prepare_layout(scorer, find_extremes(scorer))
@@ -104,7 +106,8 @@ def find_extremes(scorer: Scorer) -> list[Sequence[Rendered]]:
 def bound_tokens(row: dict[str, Any]) -> int:
     """Return how many tokens a prompt with its longest response has at most, without those of the template."""
     prompt = sum(len(message["content"].encode()) for message in row["prompt"])
-    return prompt + max(len(response.encode()) for response in row["responses"])
+    responses = row["response_ids"] or [response.encode() for response in row["responses"]]
+    return prompt + max(map(len, responses))
 
 
 def score_windows(scorer: Scorer) -> list[Path]:
@@ -165,7 +168,7 @@ def render_rows(
     dropped: list[dict[str, str]] = []
     for row in rows:
         try:
-            rendered[row["row_id"]] = renderer.row(row["prompt"], row["responses"], row["truncated"])
+            rendered[row["row_id"]] = renderer.stored(row)
         except UnusableRow as unusable:
             dropped.append({"row_id": row["row_id"], "reason": unusable.reason, "detail": str(unusable)})
     return rendered, dropped

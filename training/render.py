@@ -2,9 +2,12 @@
 
 Trained tokens come from spans, never from the pad id, so a tokenizer that pads with its stop token still learns to stop. A span is
 held to its response: a template that writes something of its own into the answer would have it trained as if its author had.
+
+What was sampled here is not read from its text again, which may be other tokens, and other log-probabilities: the policy is free to
+write what its tokenizer would not (special tokens, half a character, "a" + "b" for "ab").
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +91,27 @@ class Renderer:
                 "response, or the model never learns to stop; take a template with an end-of-turn token"
             )
 
+    def stored(self, row: Mapping[str, Any], places: Sequence[int] | None = None) -> list[Rendered]:
+        """Render the responses of a row of the schema at some places, all of them by default, or raise UnusableRow.
+
+        Those that were sampled here are the tokens that were drawn, others are rendered from their text as by `row`.
+        """
+        chosen = range(len(row["responses"])) if places is None else places
+        if row["response_ids"] is not None:
+            return self.sampled(row["prompt"], [row["response_ids"][k] for k in chosen])
+        truncated = row["truncated"] or [False] * len(row["responses"])
+        return self.row(row["prompt"], [row["responses"][k] for k in chosen], [truncated[k] for k in chosen])
+
+    def sampled(self, prompt: list[dict[str, str]], response_ids: Sequence[Sequence[int]]) -> list[Rendered]:
+        """Render a prompt with each of its K responses as drawn, each ending with a stop token unless it was cut."""
+        prompt_ids = render_prompt(self._tokenizer, prompt)
+        for ids in response_ids:
+            self._check_length(len(prompt_ids) + len(ids))
+        return [
+            Rendered(ids_T=np.asarray([*prompt_ids, *ids], dtype=np.int32), start=len(prompt_ids))
+            for ids in response_ids
+        ]
+
     def row(
         self, prompt: list[dict[str, str]], responses: Sequence[str], truncated: Sequence[bool] | None = None
     ) -> list[Rendered]:
@@ -128,10 +152,13 @@ class Renderer:
         end = found[0] if cut_short else found[0] + 1
         if end == start:
             raise UnusableRow("empty_response", "a truncated response has no tokens to train")
-        if end > self._max_tokens:
-            raise UnusableRow("too_long", f"{end} tokens, the longest allowed is {self._max_tokens}")
+        self._check_length(end)
         respaced = self._is_respaced(ids[start : found[0]], response)
         return Rendered(ids_T=np.asarray(ids[:end], dtype=np.int32), start=start, respaced=respaced)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self._max_tokens:
+            raise UnusableRow("too_long", f"{tokens} tokens, the longest allowed is {self._max_tokens}")
 
     def _is_respaced(self, ids: list[int], response: str) -> bool:
         """Return whether white space at its ends is all that sets these ids apart from the response; UnusableRow if more does."""

@@ -74,6 +74,7 @@ def test_a_row_stands_in_the_schema_as_the_source_meant_it(tmp_path: Path) -> No
         "preferred": 0,
         "truncated": None,
         "logq": None,
+        "response_ids": None,
         "source": "rows.jsonl",
         "line": 4,
     }

@@ -174,6 +174,7 @@ def _understand(
         "preferred": parsed.preferred,
         "truncated": parsed.truncated,
         "logq": parsed.logq,
+        "response_ids": None,  # of text from outside nobody knows the tokens
         "source": row.source,
         "line": row.line,
     }
