@@ -229,7 +229,7 @@ def measure_var_curve(spec: dict[str, Any]) -> dict[str, Any]:
     """Train on the base's samples until the target is reached or the epochs are over; sampling and scoring count."""
     samples = spec["samples"]
     curve = Curve(spec, seconds=samples["seconds"])
-    longest = spec["longest_pair"] + 2 * spec["new_tokens"]  # text that was sampled may be more tokens when read again
+    longest = spec["longest_pair"] + spec["new_tokens"]
     trainer = make_trainer(spec, rows=samples["rows"], rewards=samples["rewards"], reference_factor=ReferenceFactor.sum, max_tokens=longest, batch_prompts=spec["batch_prompts"], epochs=spec["epochs"])  # fmt: skip
     over = False
     while not over and trainer.progress.step < trainer.work.num_steps:

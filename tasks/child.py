@@ -6,6 +6,7 @@ never through a thread: Prefect delivers a cancellation to the main thread alone
 """
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from typing import Any
 
 from training.job import EXIT_CANNOT_WRITE, EXIT_INTERRUPTED, EXIT_USER_ERROR, describe_exit, write_json
 
+logger = logging.getLogger("varflow.child")
 LISTEN_SECONDS = 0.5
 STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this process
 LOG_TAIL_LINES = 25
@@ -140,9 +142,10 @@ def follow(path: Path) -> Iterator[list[dict[str, float]]]:
     """Yield, for ever, the whole lines that came to a JSON-lines file since the last time, from its beginning on.
 
     A file cut shorter (a resumed run drops the steps after its checkpoint) is told again from its beginning: by the time that is
-    seen it may have grown past the old end, and whoever listens may hear the same line twice.
+    seen it may have grown past the old end, and whoever listens may hear the same line twice. A line that is no JSON object, as a
+    machine that lost power leaves them, is left out with one warning a file: figures are not worth the work that they tell of.
     """
-    offset, last = 0, b""
+    offset, last, warned = 0, b"", False
     while True:
         lines: list[dict[str, float]] = []
         if path.exists():
@@ -156,8 +159,27 @@ def follow(path: Path) -> Iterator[list[dict[str, float]]]:
             if whole:
                 offset += len(whole)
                 last = whole.splitlines(keepends=True)[-1]
-                lines = [json.loads(line) for line in whole.splitlines()]
+                for line in whole.split(b"\n")[:-1]:
+                    found = parse_line(line)
+                    if found is not None:
+                        lines.append(found)
+                    elif not warned:
+                        warned = True
+                        logger.warning(
+                            "%s: left out %r; expected one JSON object a line; more like it are left out in silence",
+                            path,
+                            line[:80],
+                        )
         yield lines
+
+
+def parse_line(line: bytes) -> dict[str, float] | None:
+    """Return the object of a line of JSON, None where it holds none."""
+    try:
+        found = json.loads(line)
+    except ValueError:  # also bytes that are no UTF-8
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _raise_for_exit(job: ChildJob, status: int) -> None:

@@ -11,14 +11,14 @@ def score_rewards(config: RewardScoreConfig, attempt: Attempt) -> Metrics:
     return {"reward/mean": float(summary["mean"]), "reward/std": float(summary["std"])}
 
 
-@step(version=3)
+@step(version=4)
 def score_reference(config: ReferenceScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response its log-probability under the reference. Inputs: `rows`, `reference`."""
     summary = attempt.run_child("training", "score_reference")
     return {"reference/rows": float(summary["rows"]), "reference/dropped": float(summary["dropped"])}
 
 
-@step(version=2)
+@step(version=3)
 def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response of a training batch its reward and log-probability under every prompt of that batch.
 

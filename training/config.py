@@ -54,7 +54,7 @@ class SourceFormat(StrEnum):
 class IngestConfig(Config):
     """Source rows -> one row schema, split by prompt, the unusable ones quarantined with reasons."""
 
-    schema_version: Literal[2] = Field(2, title="Row schema", description="Version of the rows that are written.")
+    schema_version: Literal[3] = Field(3, title="Row schema", description="Version of the rows that are written.")
     format: SourceFormat = Field(
         SourceFormat.auto, title="Source format", description="Shape of a source row; auto looks at the first row."
     )

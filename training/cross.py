@@ -75,7 +75,8 @@ def run(job: Job) -> None:
     batches = plan_batches(examples, config)
     summary = check_cost(batches, max_pairs=MAX_PAIRS)
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
-    prepare_layout(scorer)
+    rows = read_batch_rows(job.inputs["rows"], batches)
+    prepare_layout(scorer, render_longest(renderer, batches, rows))
     rewards = load_scorer(
         job.inputs["scorer"],
         render=config.reward.render,
@@ -84,7 +85,7 @@ def run(job: Job) -> None:
         device=device,
     )
     rewards.check()
-    parts = score_batches(scorer, rewards, batches)
+    parts = score_batches(scorer, rewards, batches, rows)
     join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
     digests = asdict(digest_model(job.inputs["base"], tokenizer))
     write_json(job.output / "manifest.json", {"plan": digest_batches(batches), "model": digests})
@@ -123,17 +124,38 @@ def check_cost(batches: Sequence[Sequence[Example]], *, max_pairs: int) -> dict[
     return {"steps": len(batches), "pairs": pairs, "responses": once}
 
 
-def score_batches(scorer: Scorer, rewards: RewardScorer, batches: Sequence[Sequence[Example]]) -> list[Path]:
-    """Score every batch that has no finished part yet; return the parts in the order of the steps."""
-    job, parts = scorer.job, []
-    (job.work / "parts").mkdir(parents=True, exist_ok=True)
+def read_batch_rows(folder: Path, batches: Sequence[Sequence[Example]]) -> dict[str, dict[str, Any]]:
+    """Return prompt and responses of the rows of all batches by row id."""
     wanted = {example.row_id for batch in batches for example in batch}
-    rows = {
+    return {
         row["row_id"]: row
-        for batch in read_rows(job.inputs["rows"], split="train", columns=["row_id", "prompt", "responses"])
+        for batch in read_rows(folder, split="train", columns=["row_id", "prompt", "responses"])
         for row in batch.to_pylist()
         if row["row_id"] in wanted
     }
+
+
+def render_longest(
+    renderer: Renderer, batches: Sequence[Sequence[Example]], rows: dict[str, dict[str, Any]]
+) -> list[list[Rendered]]:
+    """Return every prompt of the batch with the longest pair, each with the shortest and the longest response of that batch."""
+
+    def longest_pair(step: int) -> int:
+        samples = [sample for example in batches[step] for sample in example.samples]
+        return max(sample.start for sample in samples) + max(sample.num_trained for sample in samples)
+
+    step = max(range(len(batches)), key=longest_pair)
+    pairs = make_pairs(renderer, step, batches[step], rows)
+    ordered = [sorted(samples, key=lambda sample: sample.num_trained) for samples in pairs.samples_GN]
+    return [[samples[0], samples[-1]] for samples in ordered]
+
+
+def score_batches(
+    scorer: Scorer, rewards: RewardScorer, batches: Sequence[Sequence[Example]], rows: dict[str, dict[str, Any]]
+) -> list[Path]:
+    """Score every batch that has no finished part yet; return the parts in the order of the steps."""
+    job, parts = scorer.job, []
+    (job.work / "parts").mkdir(parents=True, exist_ok=True)
     with MetricsWriter(job.output / "metrics.jsonl", total=len(batches)) as metrics:
         for step, batch in enumerate(batches):
             part = job.work / "parts" / f"part-{step:06d}.parquet"

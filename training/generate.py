@@ -1,19 +1,20 @@
 """The job generate: responses sampled from a policy for the prompts of one split.
 
 The prompts go through in windows. A finished window is a file in `work/parts`, so a killed job goes on with the next one.
-Rows keep their id, so that what two policies answered to the same prompt can be laid side by side.
+Rows keep their id, so that what two policies answered to the same prompt can be laid side by side. A response is kept as text, which
+is what people and reward models read, and as the tokens that were drawn, which are what training weighs.
 """
 
 import heapq
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.config import GenerateConfig, ResponseRegime, Runtime
@@ -24,10 +25,9 @@ from training.job import Job, write_json
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
 from training.model import ModelDigests, check_context, digest_model, load_policy, start_torch
-from training.render import render_prompt
+from training.render import UnusableRow, render_prompt
 from training.sampling import draw_noise, find_stop_ids, generate_batch
 
-PART_SCHEMA = SCHEMA.append(pa.field("num_tokens", pa.list_(pa.int32())))  # new tokens, stop token included
 WINDOW_PROMPTS = 64
 
 
@@ -86,13 +86,14 @@ def run(job: Job) -> None:
     row_ids = choose_rows(job.inputs["rows"], config=config)
     parts, dropped = generate_windows(generator, row_ids=row_ids)
     if not parts:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         raise ValueError(
-            f"rows folder {job.inputs['rows']}: all {dropped} prompts of the {config.split} split have more than "
-            f"{config.max_prompt_tokens} tokens; raise max_prompt_tokens"
+            f"rows folder {job.inputs['rows']}: all prompts of the {config.split} split were dropped ({counts}); raise max_prompt_tokens, "
+            f"which is {config.max_prompt_tokens}, or bring prompts that the chat template takes"
         )
     join_parts(parts, job.output / "responses.parquet", schema=SCHEMA)
     write_manifest(job, config, digest_model(policy, tokenizer))
-    summary = summarise(parts) | {"dropped": dropped}
+    summary = summarise(parts) | {"dropped": dropped.total()}
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
@@ -135,25 +136,19 @@ def read_windows(folder: Path, *, split: str, row_ids: set[str]) -> Iterator[lis
         yield window
 
 
-def generate_windows(generator: Generator, *, row_ids: set[str]) -> tuple[list[Path], int]:
-    """Answer every window that has no finished part yet; return the parts in order and how many prompts were dropped."""
-    job, config, parts, done, dropped = generator.job, generator.config, [], 0, 0
+def generate_windows(generator: Generator, *, row_ids: set[str]) -> tuple[list[Path], Counter[str]]:
+    """Answer every window that has no finished part yet; return the parts in order and the prompts dropped by reason."""
+    job, config, parts, done = generator.job, generator.config, [], 0
+    dropped: Counter[str] = Counter()
     (job.work / "parts").mkdir(parents=True, exist_ok=True)
     partial = job.output / "dropped.jsonl.partial"
     windows = read_windows(job.inputs["rows"], split=config.split, row_ids=row_ids)
-    with MetricsWriter(job.output / "metrics.jsonl", total=len(row_ids)) as metrics, partial.open("w") as too_long:
+    with MetricsWriter(job.output / "metrics.jsonl", total=len(row_ids)) as metrics, partial.open("w") as out:
         for number, rows in enumerate(windows):
-            prompts = [Prompt(row, render_prompt(generator.tokenizer, row["prompt"])) for row in rows]
-            fitting = [prompt for prompt in prompts if len(prompt.ids) <= config.max_prompt_tokens]
-            for prompt in prompts:
-                if len(prompt.ids) > config.max_prompt_tokens:
-                    entry = {
-                        "row_id": prompt.row["row_id"],
-                        "reason": "too_long",
-                        "detail": f"{len(prompt.ids)} tokens",
-                    }
-                    too_long.write(json.dumps(entry) + "\n")
-            done, dropped = done + len(rows), dropped + len(prompts) - len(fitting)
+            fitting, unusable = render_window(generator, rows)
+            out.writelines(json.dumps(entry) + "\n" for entry in unusable)
+            dropped.update(entry["reason"] for entry in unusable)
+            done += len(rows)
             part = job.work / "parts" / f"part-{number:06d}.parquet"
             if not fitting:
                 continue
@@ -165,6 +160,20 @@ def generate_windows(generator: Generator, *, row_ids: set[str]) -> tuple[list[P
             metrics.write(done, {"generate/tokens_per_second": num_tokens / (time.monotonic() - started)})
     partial.replace(job.output / "dropped.jsonl")
     return parts, dropped
+
+
+def render_window(generator: Generator, rows: list[dict[str, Any]]) -> tuple[list[Prompt], list[dict[str, str]]]:
+    """Return the prompts that can be answered, and the row id, reason and detail of the others."""
+    fitting, unusable = [], []
+    for row in rows:
+        try:
+            ids = render_prompt(generator.tokenizer, row["prompt"])
+            if len(ids) > generator.config.max_prompt_tokens:
+                raise UnusableRow("too_long", f"{len(ids)} tokens")
+            fitting.append(Prompt(row, ids))
+        except UnusableRow as error:
+            unusable.append({"row_id": row["row_id"], "reason": error.reason, "detail": str(error)})
+    return fitting, unusable
 
 
 def is_finished(part: Path, row_ids: list[str]) -> bool:
@@ -183,7 +192,7 @@ def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) ->
         for n, tokens in zip(members, new, strict=True):
             answers[n] = tokens
     texts = generator.tokenizer.batch_decode(answers, skip_special_tokens=True)
-    with RowsWriter(part, PART_SCHEMA) as out:
+    with RowsWriter(part, SCHEMA) as out:
         out.write(
             [
                 {
@@ -194,9 +203,9 @@ def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) ->
                     "preferred": None,
                     "logq": None,
                     "truncated": [tokens[-1] not in generator.stop_ids for tokens in answers[n * K : (n + 1) * K]],
+                    "response_ids": answers[n * K : (n + 1) * K],
                     "source": generator.source,
                     "line": prompt.row["line"],
-                    "num_tokens": [len(tokens) for tokens in answers[n * K : (n + 1) * K]],
                 }
                 for n, prompt in enumerate(prompts)
             ]
@@ -208,13 +217,13 @@ def summarise(parts: list[Path]) -> dict[str, float | int]:
     """Return the figures of all responses, read part by part."""
     prompts = responses = truncated = empty = chars = tokens = 0
     for part in parts:
-        for row in pq.read_table(part, columns=["responses", "truncated", "num_tokens"]).to_pylist():
+        for row in pq.read_table(part, columns=["responses", "truncated", "response_ids"]).to_pylist():
             prompts += 1
             responses += len(row["responses"])
             truncated += sum(row["truncated"])
             empty += sum(not response.strip() for response in row["responses"])
             chars += sum(map(len, row["responses"]))
-            tokens += sum(row["num_tokens"])
+            tokens += sum(map(len, row["response_ids"]))
     return {
         "prompts": prompts,
         "responses": responses,

@@ -4,7 +4,7 @@ Hidden states are gathered before the output head, and the head runs over chunks
 [positions, vocabulary] is never held at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -106,6 +106,17 @@ def compare_logits(model: Any) -> tuple[float, float]:
         if softcap := getattr(model.config, "final_logit_softcapping", None):
             got = softcap * torch.tanh(got / softcap)
     return (expected - got).abs().max().item(), 1e-4 * max(1.0, expected.abs().max().item())
+
+
+def choose_groups(groups: Iterable[Sequence[Rendered]]) -> list[Sequence[Rendered]]:
+    """Return what shows a layout's faults, of the responses of some prompts: the shortest group and the two longest."""
+    ordered = sorted(groups, key=longest_of)
+    return ordered[:1] + ordered[1:][-2:]
+
+
+def longest_of(group: Sequence[Rendered]) -> int:
+    """Return the tokens of a prompt with its longest response."""
+    return max(len(sample.ids_T) for sample in group)
 
 
 def check_layout(

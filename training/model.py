@@ -1,6 +1,7 @@
 """Causal language models on disk and in memory: local folders, safetensors, no code from outside."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from training.config import Device, Precision, Runtime
 from training.weights import digest_weights
 
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
+BATCH_STATE = ("padding", "truncation")  # of a tokenizer, left over from its last call
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -144,16 +146,34 @@ def keep_entry(forward: Callable[..., Any], *arguments: Any, **options: Any) -> 
 
 @dataclass(frozen=True)
 class ModelDigests:
-    """Which policy a number was computed with: its weights, and the chat template that makes ids of messages."""
+    """Which policy a number was computed with: its weights, and the chat template and tokenizer that make ids of messages."""
 
     weights_sha256: str
     template_sha256: str
+    tokenizer_sha256: str
 
 
 def digest_model(folder: Path, tokenizer: Any) -> ModelDigests:
-    """Return the digests of a model folder: of its safetensors files by name, and of its tokenizer's chat template."""
+    """Return the digests of a model folder: of its safetensors files by name, and of its tokenizer."""
+    return ModelDigests(weights_sha256=digest_weights(folder), **digest_rendering(tokenizer))
+
+
+def digest_rendering(tokenizer: Any) -> dict[str, str]:
+    """Return the digests of what makes ids of messages: of a tokenizer's chat template, and of the tokenizer."""
     template = hashlib.sha256(tokenizer.get_chat_template().encode())
-    return ModelDigests(weights_sha256=digest_weights(folder), template_sha256=template.hexdigest())
+    return {"template_sha256": template.hexdigest(), "tokenizer_sha256": digest_tokenizer(tokenizer)}
+
+
+def digest_tokenizer(tokenizer: Any) -> str:
+    """Return 64 hex digits of SHA-256 over what a tokenizer does, the same however its files are written."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # written in Python: its vocabulary, and which class reads it
+        state = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    else:
+        state = json.loads(backend.to_str())
+    what = {name: value for name, value in state.items() if name not in BATCH_STATE}
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([what, special], sort_keys=True).encode()).hexdigest()
 
 
 def check_model_folder(folder: Path, *, weights: bool = True) -> None:

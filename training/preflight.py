@@ -25,7 +25,7 @@ from training.data.examples import Example
 from training.data.rows import find_rows_file
 from training.distributed import World
 from training.job import Interrupted, Job, write_json
-from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, sum_logps
+from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, choose_groups, sum_logps
 from training.loop import halve_budget
 from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
 from training.model import DTYPES
@@ -195,7 +195,7 @@ def check_run(ready: Ready) -> Report:
 
 def check_layout_of(ready: Ready) -> int:
     """Make the model ready for the run's layout and return how many rows were looked at; ValueError as `check_layout`."""
-    groups = choose_groups(ready.examples)
+    groups = choose_groups(example.samples for example in ready.examples)
     with as_layers(ready.world, precision=ready.precision):
         check_layout(
             ready.policy,
@@ -577,12 +577,6 @@ class Checks:
             return []
         texts = {row["row_id"]: row["prompt"][-1]["content"] for row in self._read_rows(row_ids)}
         return [{"row_id": row_id, "excerpt": shorten(texts.get(row_id, ""))} for row_id in row_ids]
-
-
-def choose_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
-    """Return the responses of the shortest row and of the two longest."""
-    ordered = sorted(examples, key=lambda example: max(len(sample.ids_T) for sample in example.samples))
-    return [example.samples for example in ordered[:1] + ordered[1:][-2:]]
 
 
 @dataclass(frozen=True)

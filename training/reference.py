@@ -8,6 +8,7 @@ import json
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import torch
 
 from training.config import ReferenceScoreConfig, Runtime
 from training.data.batch import cut, lay_out
+from training.data.manifest import check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.job import Job, write_json
-from training.logprobs import check_head, check_layout, sum_logps
+from training.logprobs import check_head, check_layout, choose_groups, longest_of, sum_logps
 from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
 from training.render import Rendered, Renderer, UnusableRow
@@ -36,7 +38,7 @@ SCHEMA = pa.schema(
     ]
 )
 WINDOW_ROWS = 64
-COLUMNS = ["row_id", "prompt", "responses", "truncated"]
+COLUMNS = ["row_id", "prompt", "responses", "truncated", "response_ids"]
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ def run(job: Job) -> None:
     model, tokenizer = load_policy(job.inputs["reference"], precision=config.precision, device=device)
     check_head(model)
     check_context(model, config.max_tokens)
+    check_tokens(job.inputs["rows"], read_rows_manifest(job.inputs["rows"]), tokenizer)
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
-    prepare_layout(scorer)
+    prepare_layout(scorer, find_extremes(scorer))
     parts = score_windows(scorer)
     summary = assemble(parts, job)
     if summary["rows"] == 0:
@@ -78,14 +81,33 @@ def run(job: Job) -> None:
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
-def prepare_layout(scorer: Scorer) -> None:
-    """Make the model ready for the layout, after a look at the longest rows of the first window."""
+def prepare_layout(scorer: Scorer, groups: Iterable[Sequence[Rendered]]) -> None:
+    """Make the model ready for the layout, after a look at the longest of all groups that are to be scored."""
+    if chosen := choose_groups(groups):
+        check_layout(scorer.model, chosen, layout=scorer.runtime.layout, device=scorer.device)
+
+
+def find_extremes(scorer: Scorer) -> list[Sequence[Rendered]]:
+    """Return a short row and the two longest of the whole file, rendered.
+
+    Not all are rendered for it, which takes its time: a token is a byte at least, so a row with fewer bytes than the longest so far
+    has tokens is no longer than they are, but for the template's own.
+    """
+    chosen: list[Sequence[Rendered]] = []
     for window in read_rows(scorer.job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS):
-        rendered, _ = render_rows(scorer.renderer, window.to_pylist())
-        longest = sorted(rendered.values(), key=lambda samples: max(len(sample.ids_T) for sample in samples))
-        if longest:
-            check_layout(scorer.model, longest[-2:], layout=scorer.runtime.layout, device=scorer.device)
-            return
+        scorer.job.check_stop()
+        least = longest_of(chosen[1]) if len(chosen) == 3 else 0
+        rows = [row for row in window.to_pylist() if bound_tokens(row) >= least]
+        rendered, _ = render_rows(scorer.renderer, rows)
+        chosen = choose_groups([*chosen, *rendered.values()])
+    return chosen
+
+
+def bound_tokens(row: dict[str, Any]) -> int:
+    """Return how many tokens a prompt with its longest response has at most, without those of the template."""
+    prompt = sum(len(message["content"].encode()) for message in row["prompt"])
+    responses = row["response_ids"] or [response.encode() for response in row["responses"]]
+    return prompt + max(map(len, responses))
 
 
 def score_windows(scorer: Scorer) -> list[Path]:
@@ -146,7 +168,7 @@ def render_rows(
     dropped: list[dict[str, str]] = []
     for row in rows:
         try:
-            rendered[row["row_id"]] = renderer.row(row["prompt"], row["responses"], row["truncated"])
+            rendered[row["row_id"]] = renderer.stored(row)
         except UnusableRow as unusable:
             dropped.append({"row_id": row["row_id"], "reason": unusable.reason, "detail": str(unusable)})
     return rendered, dropped

@@ -2,13 +2,17 @@
 
 Trained tokens come from spans, never from the pad id, so a tokenizer that pads with its stop token still learns to stop. A span is
 held to its response: a template that writes something of its own into the answer would have it trained as if its author had.
+
+What was sampled here is not read from its text again, which may be other tokens, and other log-probabilities: the policy is free to
+write what its tokenizer would not (special tokens, half a character, "a" + "b" for "ab").
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 # T tokens of prompt and response, K responses of a row
 
@@ -36,8 +40,23 @@ class Rendered:
 
 
 def render_prompt(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
-    """Return the ids of a conversation up to and including the cue for the assistant's next turn."""
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
+    """Return the ids of a conversation up to and including the cue for the assistant's next turn; UnusableRow as `apply_template`."""
+    ids: list[int] = apply_template(tokenizer, prompt, add_generation_prompt=True)
+    return ids
+
+
+def apply_template(tokenizer: Any, conversations: list[Any], *, add_generation_prompt: bool = False) -> Any:
+    """Return the ids of a conversation, or of each of several; UnusableRow where the template refuses it."""
+    try:
+        return tokenizer.apply_chat_template(
+            conversations, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+        )
+    except TemplateError as refusal:
+        raise UnusableRow(
+            "template_refuses",
+            f"the chat template refuses the conversation ({refusal}); expected one that it takes; leave out what it names, or take "
+            "another template",
+        ) from refusal
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
@@ -72,6 +91,27 @@ class Renderer:
                 "response, or the model never learns to stop; take a template with an end-of-turn token"
             )
 
+    def stored(self, row: Mapping[str, Any], places: Sequence[int] | None = None) -> list[Rendered]:
+        """Render the responses of a row of the schema at some places, all of them by default, or raise UnusableRow.
+
+        Those that were sampled here are the tokens that were drawn, others are rendered from their text as by `row`.
+        """
+        chosen = range(len(row["responses"])) if places is None else places
+        if row["response_ids"] is not None:
+            return self.sampled(row["prompt"], [row["response_ids"][k] for k in chosen])
+        truncated = row["truncated"] or [False] * len(row["responses"])
+        return self.row(row["prompt"], [row["responses"][k] for k in chosen], [truncated[k] for k in chosen])
+
+    def sampled(self, prompt: list[dict[str, str]], response_ids: Sequence[Sequence[int]]) -> list[Rendered]:
+        """Render a prompt with each of its K responses as drawn, each ending with a stop token unless it was cut."""
+        prompt_ids = render_prompt(self._tokenizer, prompt)
+        for ids in response_ids:
+            self._check_length(len(prompt_ids) + len(ids))
+        return [
+            Rendered(ids_T=np.asarray([*prompt_ids, *ids], dtype=np.int32), start=len(prompt_ids))
+            for ids in response_ids
+        ]
+
     def row(
         self, prompt: list[dict[str, str]], responses: Sequence[str], truncated: Sequence[bool] | None = None
     ) -> list[Rendered]:
@@ -100,15 +140,25 @@ class Renderer:
                 "response, or the template rewrites earlier turns",
             )
         found = self._markers_in(ids, start=start)
-        if len(found) != self._num_end_markers:
+        if len(found) < self._num_end_markers:
+            raise UnusableRow(
+                "no_stop_token",
+                f"the chat template writes {len(found)} special tokens after the response {response!r:.80}, {self._num_end_markers} after "
+                "others; expected as many after each, or the model would not learn where it ends; take a template that ends every "
+                "assistant's turn alike",
+            )
+        if len(found) > self._num_end_markers:
             raise UnusableRow("marker_in_response", f"a response holds a special token (id {ids[found[0]]})")
         end = found[0] if cut_short else found[0] + 1
         if end == start:
             raise UnusableRow("empty_response", "a truncated response has no tokens to train")
-        if end > self._max_tokens:
-            raise UnusableRow("too_long", f"{end} tokens, the longest allowed is {self._max_tokens}")
+        self._check_length(end)
         respaced = self._is_respaced(ids[start : found[0]], response)
         return Rendered(ids_T=np.asarray(ids[:end], dtype=np.int32), start=start, respaced=respaced)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self._max_tokens:
+            raise UnusableRow("too_long", f"{tokens} tokens, the longest allowed is {self._max_tokens}")
 
     def _is_respaced(self, ids: list[int], response: str) -> bool:
         """Return whether white space at its ends is all that sets these ids apart from the response; UnusableRow if more does."""
@@ -131,7 +181,7 @@ class Renderer:
 
     def _conversations(self, prompt: list[dict[str, str]], responses: Sequence[str]) -> list[list[int]]:
         turns = [[*prompt, {"role": "assistant", "content": response}] for response in responses]
-        ids: list[list[int]] = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        ids: list[list[int]] = apply_template(self._tokenizer, turns)
         return ids
 
     def _markers_in(self, ids: list[int], *, start: int) -> list[int]:

@@ -18,7 +18,7 @@ from training.config import Layout, LoraConfig, Precision, ResponseRegime, Runti
 from training.cross import plan_batches, read_cross
 from training.data.batch import MicroBatch, collate, cut, lay_out
 from training.data.examples import Example, load_examples, read_dropped, read_scores
-from training.data.manifest import RowsManifest, check_reference, check_samples, read_rows_manifest
+from training.data.manifest import RowsManifest, check_reference, check_samples, check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter
 from training.devices import device_peak, name_device
 from training.distributed import World, open_world
@@ -139,6 +139,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     base = digest_model(job.inputs["base"], tokenizer) if world.is_first else None
     if base is not None:
         check_columns(job, config, manifest, base)
+    check_tokens(job.inputs["rows"], manifest, tokenizer)
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     examples, dropped = gather_examples(job, config, renderer, regime=manifest.regime)
     columns = gather_columns(examples)

@@ -10,14 +10,13 @@ import torch
 
 from evaluation.config import Backend, BenchmarkConfig
 from training.config import Precision, Runtime
-from training.model import resolve_device
+from training.model import digest_tokenizer, resolve_device
 
 PROBE_FIRST, PROBE_LAST = 16, 8
 DRAWS_OR_NAMES = {  # of a model's generation config: what greedy search does not ask for, and what is no setting
     "transformers_version", "_from_model_config", "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff",
     "eta_cutoff", "bos_token_id", "pad_token_id", "use_cache",
 }  # fmt: skip
-BATCH_STATE = ("padding", "truncation")  # of a tokenizer, left over from its last call
 
 Row = dict[str, Any]
 
@@ -126,14 +125,6 @@ def digest_items(samples: Mapping[str, list[Row]], *fields: str) -> str:
         for item in items
     )
     return hashlib.sha256(json.dumps(list(lines)).encode()).hexdigest()
-
-
-def digest_tokenizer(tokenizer: Any) -> str:
-    """Return a digest of what a fast tokenizer does, the same however its files are written."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    what = {name: value for name, value in state.items() if name not in BATCH_STATE}
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
-    return hashlib.sha256(json.dumps([what, special], sort_keys=True).encode()).hexdigest()
 
 
 def probe(model: Any, request: tuple[str, Any]) -> list[int]:

@@ -191,3 +191,18 @@ def test_following_a_file_that_was_cut_and_has_grown_past_its_old_end_loses_no_l
     next(lines)
     path.write_bytes(b'{"step": 1}\n{"step": 22, "time": 1.5}\n{"step": 3}\n')
     assert [line["step"] for line in next(lines)] == [1, 22, 3]
+
+
+def test_a_broken_line_is_left_out_and_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Half a line that a cut one grew into, bytes that are no text, JSON that is no object; the work they tell of goes on."""
+    path = tmp_path / "metrics.jsonl"
+    lines = follow(path)
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "ti{"step": 3}\n\x00\xff\x00\n{"step": 4}\n')
+    assert [line["step"] for line in next(lines)] == [1, 4]
+    with path.open("ab") as file:
+        file.write(b'17\n\n{"step": 5}\n')
+    assert [line["step"] for line in next(lines)] == [5]
+    (record,) = caplog.records
+    assert (
+        record.levelname == "WARNING" and f'{path}: left out b\'{{"step": 2, "ti{{"step": 3}}\'' in record.getMessage()
+    )

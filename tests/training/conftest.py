@@ -1,6 +1,7 @@
 """Rows, score columns and jobs on disk, as the other steps of a run leave them."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,31 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
         return Job(name=name, config=config, runtime=runtime, inputs=inputs, output=output, work=work)
 
     return make
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path: Path, tiny_policy: Path) -> Path:
+    """Return a folder with the tiny policy's weights and template, whose tokenizer knows one merge less."""
+    folder = tmp_path / "other-tokenizer"
+    shutil.copytree(tiny_policy, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+@pytest.fixture
+def longrope_policy(tmp_path: Path, tiny_policy: Path) -> Path:
+    """Return a folder of the tiny policy with LongRoPE: beside a row of more than 64 tokens all have other frequencies."""
+    folder = tmp_path / "longrope"
+    shutil.copytree(tiny_policy, folder)
+    config = json.loads((folder / "config.json").read_text())
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 8.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [4.0, 6.0, 8.0, 8.0],
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    return folder
 
 
 @pytest.fixture

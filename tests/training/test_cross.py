@@ -205,6 +205,25 @@ def test_a_reference_that_gives_no_number_is_named(
         score(make_job, inputs | {"base": folder})
 
 
+def test_the_longest_pairs_are_looked_at_before_any_is_scored(
+    inputs: dict[str, Path],
+    longrope_policy: Path,
+    make_job: Callable[..., Job],
+    make_row: Any,
+    write_rows: Any,
+    tmp_path: Path,
+) -> None:
+    """Beyond 64 tokens this model computes otherwise: no row is as long, but a prompt of one with a response of another is."""
+    made = [make_row(f"Why {'zq' * 15}?", ["Yes", "No"]), make_row("Why?", ["Yes", "zq" * 15])]
+    rows = write_rows(tmp_path / "long", made)
+    scoring = {"rows": rows, "reference": longrope_policy}
+    job = make_job("score_reference", "short", config={"max_tokens": 128}, inputs=scoring)
+    reference.run(job)
+    folders = inputs | {"rows": rows, "base": longrope_policy, "reference": job.output}
+    with pytest.raises(ValueError, match="llama, layout tree, float32: log-probabilities differ"):
+        score(make_job, folders, "pairs")
+
+
 def test_refusals(
     inputs: dict[str, Path],
     make_job: Callable[..., Job],

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList
 
-from training import generate
+from training import generate, reference
 from training.config import Device, GenerateConfig, Precision, ResponseRegime
+from training.data.examples import load_examples, read_scores, select_all
 from training.data.manifest import read_rows_manifest
 from training.data.schema import SCHEMA
 from training.job import Interrupted, Job
 from training.model import digest_model, load_policy, resolve_device
-from training.render import render_prompt
+from training.render import Renderer, render_prompt
 from training.sampling import InverseCdf, cut_at_stop, draw_noise, find_stop_ids, generate_batch
 
 
@@ -178,11 +180,51 @@ def test_the_manifest_says_who_answered_and_how(rows: Path, tiny_policy: Path, m
 
 def test_truncated_means_that_no_stop_token_came(rows: Path, tiny_policy: Path, make_job: Callable[..., Job]) -> None:
     job = run(make_job, "t", inputs={"rows": rows, "policy": tiny_policy}, samples_per_prompt=3, max_new_tokens=90)
-    got = [row for path in sorted((job.work / "parts").iterdir()) for row in pq.read_table(path).to_pylist()]
-    flags = [(cut, n) for row in got for cut, n in zip(row["truncated"], row["num_tokens"], strict=True)]
+    got = read(job)
+    flags = [(cut, len(ids)) for row in got for cut, ids in zip(row["truncated"], row["response_ids"], strict=True)]
     assert {cut for cut, _ in flags} == {True, False}  # a random policy stops at one token in 384
     assert all(n == 90 for cut, n in flags if cut) and min(n for cut, n in flags if not cut) < 90
     assert not any("<|im_end|>" in response for row in got for response in row["responses"])
+
+
+def test_what_is_scored_and_trained_are_the_tokens_that_were_drawn(
+    rows: Path, tiny_policy: Path, make_job: Callable[..., Job]
+) -> None:
+    """A random policy writes special tokens, broken characters and odd pieces: most of its texts are other tokens when read again."""
+    job = run(
+        make_job,
+        "t",
+        inputs={"rows": rows, "policy": tiny_policy},
+        split="train",
+        samples_per_prompt=3,
+        max_new_tokens=40,
+    )
+    scored = make_job(
+        "score_reference", "scored", config={"max_tokens": 160}, inputs={"rows": job.output, "reference": tiny_policy}
+    )
+    reference.run(scored)
+    model, tokenizer = load_policy(tiny_policy, precision=Precision.float32, device=resolve_device(Device.cpu))
+    plain, renderer = LlamaForCausalLM.from_pretrained(tiny_policy), Renderer(tokenizer, max_tokens=160)
+    logps = read_scores(scored.output, "logp")
+    examples, dropped = load_examples(
+        job.output, renderer, select=select_all, reference=read_scores(scored.output, "logp", columns=["num_tokens"])
+    )
+    assert not dropped and len(examples) == 16
+    changed = 0
+    for example, row in zip(examples, read(job), strict=True):
+        prompt = render_prompt(tokenizer, row["prompt"])
+        for sample, drawn, text, logp in zip(
+            example.samples, row["response_ids"], row["responses"], logps[row["row_id"]]["logp"], strict=True
+        ):
+            assert sample.ids_T.tolist() == [*prompt, *drawn] and sample.start == len(prompt)
+            with torch.no_grad():
+                logp_TV = plain(torch.tensor([[*prompt, *drawn]])).logits[0].double().log_softmax(-1)
+            assert logp == pytest.approx(
+                sum(logp_TV[len(prompt) - 1 + t, token].item() for t, token in enumerate(drawn)), abs=1e-3
+            )
+            again = tokenizer.encode(text, add_special_tokens=False)
+            changed += again != [token for token in drawn if token not in find_stop_ids(model, tokenizer)]
+    assert changed > 24  # of 48
 
 
 def test_empty_answers_are_kept_and_counted(
@@ -240,10 +282,29 @@ def test_long_prompts_are_dropped_and_named(rows: Path, tiny_policy: Path, make_
     assert sorted(dropped) == sorted(row_id for row_id, length in lengths.items() if length > cap) != []
     assert sorted(dropped + [row["row_id"] for row in read(job)]) == sorted(lengths)
     assert json.loads((job.output / "summary.json").read_text())["dropped"] == len(dropped)
-    with pytest.raises(ValueError, match="all 16 prompts of the heldout split have more than 8 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"all prompts of the heldout split were dropped \(16 too_long\); raise max_prompt_tokens, which is 8",
+    ):
         run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=8)
     with pytest.raises(ValueError, match="context of 1024 tokens"):
         run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=1020)
+
+
+def test_prompts_that_the_template_refuses_are_dropped_and_named(
+    rows: Path, tiny_policy: Path, make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_policy, tmp_path / "choosy")
+    template = (folder / "chat_template.jinja").read_text()
+    refuse = "{% if '7?' in messages[0].content %}{{ raise_exception('no sevens') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuse + template)
+    job = run(make_job, "choosy", inputs={"rows": rows, "policy": folder}, split="train")
+    source = {row["row_id"]: row for row in pq.read_table(rows / "rows.parquet").to_pylist() if row["split"] == "train"}
+    refused = {row_id for row_id, row in source.items() if "7?" in row["prompt"][0]["content"]}
+    dropped = [json.loads(line) for line in (job.output / "dropped.jsonl").read_text().splitlines()]
+    assert {entry["row_id"] for entry in dropped} == refused and len(refused) == 3  # 7, 17, 27
+    assert all(entry["reason"] == "template_refuses" and "(no sevens)" in entry["detail"] for entry in dropped)
+    assert {row["row_id"] for row in read(job)} == source.keys() - refused
 
 
 def test_an_empty_split_is_refused(

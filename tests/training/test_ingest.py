@@ -74,6 +74,7 @@ def test_a_row_stands_in_the_schema_as_the_source_meant_it(tmp_path: Path) -> No
         "preferred": 0,
         "truncated": None,
         "logq": None,
+        "response_ids": None,
         "source": "rows.jsonl",
         "line": 4,
     }
@@ -221,6 +222,20 @@ def test_rows_that_contradict_each_other_both_go(tmp_path: Path) -> None:
         11: ("contradiction", "rows.jsonl:5 prefers the other way round"),
     }
     assert json.loads((job.output / "summary.json").read_text())["prompts"] == 9
+
+
+@pytest.mark.parametrize("regime", [{"responses": "from_reference", **EXACT}, {"responses": "from_behaviour"}])
+def test_judgements_of_samples_may_differ(tmp_path: Path, regime: dict[str, Any]) -> None:
+    """The likeliest answers are drawn and judged most often; leaving out those that judges disagree on would leave out the policy."""
+    drawn = [
+        {"prompt": "Is it?", "responses": ["Yes", "No"], "preferred": preferred, "logq": [-0.5, -1.5]}
+        for preferred in (0, 1, 0)
+    ]
+    others = [{"prompt": f"Question {n}?", "responses": ["Yes", "No"], "logq": [-0.5, -1.5]} for n in range(20)]
+    job = ingest(tmp_path, [*drawn, *others], **regime)
+    assert [row["preferred"] for row in kept(job)][:3] == [0, 1, 0] and quarantined(job) == []
+    assert len({row["row_id"] for row in kept(job)}) == 23
+    assert json.loads((job.output / "summary.json").read_text())["prompts"] == 21
 
 
 def test_contradictions_are_found_between_sets_of_responses(tmp_path: Path) -> None:

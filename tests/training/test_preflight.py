@@ -24,6 +24,7 @@ from training.data.batch import MicroBatch
 from training.data.rows import RowsWriter
 from training.distributed import World
 from training.job import Job, write_json
+from training.logprobs import choose_groups, longest_of
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
 from training.preflight import FILE, Check, Checks, Ready, Report, check_run
@@ -108,9 +109,9 @@ def test_the_layout_is_tried_on_the_shortest_row_too_and_as_it_will_train(
 ) -> None:
     ready = prepare(make_job("train", "a", config={**SFT, "precision": "bfloat16"}, inputs=inputs))
     sizes = [max(len(sample.ids_T) for sample in example.samples) for example in ready.examples]
-    chosen = [max(len(sample.ids_T) for sample in samples) for samples in preflight.choose_groups(ready.examples)]
-    assert chosen == [min(sizes), *sorted(sizes)[-2:]]
-    assert len(preflight.choose_groups(ready.examples[:1])) == 1
+    groups = [example.samples for example in ready.examples]
+    assert [longest_of(group) for group in choose_groups(groups)] == [min(sizes), *sorted(sizes)[-2:]]
+    assert len(choose_groups(groups[:1])) == 1
     assert "3 rows, the longest and the shortest" in find(check_run(ready), "layout").line
 
 

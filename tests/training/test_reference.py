@@ -132,10 +132,34 @@ def test_all_rows_dropped_is_an_error(tiny_policy: Path, rows: Path, make_job: C
         reference.run(long)
 
 
-def test_the_manifest_names_weights_and_template(
-    rows: Path, tiny_policy: Path, tmp_path: Path, make_job: Callable[..., Job]
+def test_the_longest_rows_of_the_whole_file_are_looked_at_before_any_is_scored(
+    longrope_policy: Path, tmp_path: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
 ) -> None:
-    """Any other weights or template have another digest; where the folder lies and what else is in it does not count."""
+    """Beyond 64 tokens this model computes otherwise; the first two windows have no row that long."""
+    short = [make_row(f"Question {i}?", ["Yes", f"No {i}"]) for i in range(2 * reference.WINDOW_ROWS)]
+    long = [make_row(f"Question {i}?", ["Yes", f"{'very ' * 40}{i}"]) for i in range(2)]
+    for layout in ("rows", "tree"):
+        for name, made in (("short", short), ("long", [*short, *long])):
+            rows = write_rows(tmp_path / name, made)
+            job = make_job(
+                "score_reference",
+                f"{name}-{layout}",
+                config={"max_tokens": 400},
+                inputs={"rows": rows, "reference": longrope_policy},
+                layout=layout,
+            )
+            if name == "short":
+                reference.run(job)
+                continue
+            with pytest.raises(ValueError, match=rf"llama, layout {layout}, float32: log-probabilities differ"):
+                reference.run(job)
+            assert not list(job.work.rglob("*.parquet"))
+
+
+def test_the_manifest_names_weights_template_and_tokenizer(
+    rows: Path, tiny_policy: Path, other_tokenizer: Path, tmp_path: Path, make_job: Callable[..., Job]
+) -> None:
+    """Any other weights, template or tokenizer have another digest; where the folder lies, how its files are written and what else is in it does not count."""
 
     def digests(name: str, change: Callable[[Path], None]) -> dict[str, str]:
         folder = tmp_path / name / "model"
@@ -158,8 +182,21 @@ def test_the_manifest_names_weights_and_template(
         template = folder / "chat_template.jinja"
         template.write_text(template.read_text().replace("user", "human") + "{# other #}")
 
-    same = digests("same", lambda folder: (folder / "README.md").write_text("hello") and None)
-    weights, template = digests("weights", nudge), digests("template", speak)
+    def read_otherwise(folder: Path) -> None:
+        shutil.copy(other_tokenizer / "tokenizer.json", folder)
+
+    def write_otherwise(folder: Path) -> None:
+        (folder / "README.md").write_text("hello")
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer, indent=3))
+
+    same = digests("same", write_otherwise)
+    weights, template, tokenizer = (
+        digests("weights", nudge),
+        digests("template", speak),
+        digests("tokenizer", read_otherwise),
+    )
+    assert tokenizer == same | {"tokenizer_sha256": tokenizer["tokenizer_sha256"]} != same
     assert weights["weights_sha256"] != same["weights_sha256"] == template["weights_sha256"]
     assert template["template_sha256"] != same["template_sha256"] == weights["template_sha256"]
     direct = digests("direct", lambda folder: None)

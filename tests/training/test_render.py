@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -118,6 +119,39 @@ def test_white_space_at_the_ends_is_the_templates_and_counted(tokenizer: Any, la
     use_template(tokenizer, "{{ content | upper }}")
     with pytest.raises(UnusableRow, match="writes 'MIX' for the response 'Mix'"):
         Renderer(tokenizer, max_tokens=400).row(PROMPT, ["Mix"])
+
+
+def test_a_template_that_leaves_an_answer_open_is_named(tokenizer: Any) -> None:
+    """It ends the short answer of the template's own trial, and not every other."""
+    whole = tokenizer.chat_template
+    tokenizer.chat_template = whole.replace("<|im_end|>", "{% if message.content | length < 30 %}<|im_end|>{% endif %}")
+    renderer = Renderer(tokenizer, max_tokens=400)
+    assert renderer.row(PROMPT, ["Mix flour."])[0].ids_T[-1] == tokenizer.eos_token_id
+    words = r"writes 0 special tokens after the response 'Mix flour.*', 1 after others.*take a template that ends every"
+    with pytest.raises(UnusableRow, match=words) as caught:
+        renderer.row(PROMPT, ["Mix flour, water, salt and yeast, and bake it."])
+    assert caught.value.reason == "no_stop_token"
+
+
+def test_what_was_sampled_here_is_trained_token_by_token(tokenizer: Any) -> None:
+    """Special tokens, half a character, two tokens where the tokenizer would write one: no text gives them back."""
+    (token,) = tokenizer.encode("is", add_special_tokens=False)
+    pair = tokenizer.convert_tokens_to_ids(["i", "s"])
+    half = tokenizer.encode("\u20ac", add_special_tokens=False)[:1]
+    eos, other = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_start|>")
+    drawn = [[*pair, eos], [token, other, token, eos], [token, *half]]
+    texts = tokenizer.batch_decode(drawn, skip_special_tokens=True)
+    row = {"prompt": PROMPT, "responses": texts, "truncated": [False, False, True], "response_ids": drawn}
+    renderer = Renderer(tokenizer, max_tokens=200)
+    rendered = renderer.stored(row)
+    assert [sample.ids_T[sample.start :].tolist() for sample in rendered] == drawn
+    assert all(sample.ids_T[: sample.start].tolist() == render_prompt(tokenizer, PROMPT) for sample in rendered)
+    assert [s.ids_T.tolist() for s in renderer.stored(row, [2, 0])] == [rendered[k].ids_T.tolist() for k in (2, 0)]
+    again = renderer.row(PROMPT, texts, row["truncated"])
+    assert not any(np.array_equal(a.ids_T, b.ids_T) for a, b in zip(rendered, again, strict=True))
+    longest = max(len(sample.ids_T) for sample in rendered)
+    with pytest.raises(UnusableRow, match=f"{longest} tokens, the longest allowed is {longest - 1}"):
+        Renderer(tokenizer, max_tokens=longest - 1).stored(row)
 
 
 def test_a_tokenizer_that_composes_accents_gives_back_another_text_and_is_no_rewriting(tokenizer: Any) -> None:

@@ -348,7 +348,12 @@ def test_rows_the_reference_dropped_are_dropped_and_counted(
 
 
 def test_samples_of_the_base_itself_are_trained_on_as_they_lie(
-    inputs: dict[str, Path], make_job: Callable[..., Job], tiny_policy: Path, write_rewards: Any, tmp_path: Path
+    inputs: dict[str, Path],
+    make_job: Callable[..., Job],
+    tiny_policy: Path,
+    other_tokenizer: Path,
+    write_rewards: Any,
+    tmp_path: Path,
 ) -> None:
     """Generated rows are rows: sampled, scored and weighed without another ingestion, cut samples without a stop token."""
     settings = {"split": "train", "samples_per_prompt": 3, "max_new_tokens": 12}
@@ -384,10 +389,23 @@ def test_samples_of_the_base_itself_are_trained_on_as_they_lie(
     refuse("does not state top_k", top_k=None)
     digests = json.loads((sampled.output / "manifest.json").read_text())["policy"]
     refuse(r"the samples of a model with other weights \(sha256 0000", policy=digests | {"weights_sha256": "0" * 64})
+    sft = {**DPO, "objective": "sft", "responses": "all", "epochs": 1}
+    train.run(make_job("train", "sft", config=sft, inputs=folders))
+    words = "the responses are tokens of a model with other tokenizer.*sample with this model, or ingest"
+    with pytest.raises(ValueError, match=words):
+        train.run(make_job("train", "refused", config=sft, inputs={**folders, "base": other_tokenizer}))
+    scoring = make_job(
+        "score_reference",
+        "refused",
+        config={"max_tokens": 128},
+        inputs={"rows": sampled.output, "reference": other_tokenizer},
+    )
+    with pytest.raises(ValueError, match=words):
+        reference.run(scoring)
 
 
-def test_reference_log_probabilities_of_another_model_or_template_are_refused(
-    inputs: dict[str, Path], make_job: Callable[..., Job], tiny_policy: Path, tmp_path: Path
+def test_reference_log_probabilities_of_another_model_template_or_tokenizer_are_refused(
+    inputs: dict[str, Path], make_job: Callable[..., Job], tiny_policy: Path, other_tokenizer: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other-model"
     shutil.copytree(tiny_policy, other)
@@ -400,12 +418,23 @@ def test_reference_log_probabilities_of_another_model_or_template_are_refused(
     template = (spoken / "chat_template.jinja").read_text()
     (spoken / "chat_template.jinja").write_text(template + "{# means nothing, and might have #}")
     for objective in (VAR, DPO):
-        for base, words in ((other, "logp_ref of a model with other weights"), (spoken, "with other chat template")):
+        for base, words in (
+            (other, "logp_ref of a model with other weights"),
+            (spoken, "with other chat template"),
+            (other_tokenizer, "with other tokenizer"),
+        ):
             job = make_job("train", "refused", config=objective, inputs={**inputs, "base": base})
             with pytest.raises(ValueError, match=f"{words}.*score the rows with this base as reference"):
                 train.run(job)
     sft = make_job("train", "sft", config={**DPO, "objective": "sft", "epochs": 1}, inputs={**inputs, "base": other})
     train.run(sft)  # it reads no log-probabilities
+    manifest = json.loads((inputs["reference"] / "manifest.json").read_text())
+    del manifest["model"]["tokenizer_sha256"]
+    (inputs["reference"] / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError, match=r"manifest\.json: no tokenizer_sha256 of the model; .*score the rows with this base"
+    ):
+        train.run(make_job("train", "refused", config=VAR, inputs=inputs))
     (inputs["reference"] / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"reference folder .*: no manifest\.json"):
         train.run(make_job("train", "refused", config=VAR, inputs=inputs))

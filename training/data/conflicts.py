@@ -1,7 +1,11 @@
 """What has been seen, on disk: finds duplicate rows and contradictory preferences in any number of rows in constant memory.
 
-A preference of one response over another is an edge between two texts under one prompt. Edges that point both ways
-contradict each other, and no rule could say who was right: every row that holds one of them goes.
+A preference of one response over another is an edge between two texts under one prompt. In a fixed set, which holds a comparison once,
+edges that point both ways contradict each other, and no rule could say who was right: every row that holds one of them goes.
+
+Among samples they stay. Rows are draws: likely responses are drawn again and again, and where judgements are noisy the more often the
+more likely some disagree, so leaving those rows out would take the likeliest responses from what stands for the policy. And both
+judgements together are what Bradley and Terry's model asks for: a share of preferences, not a verdict.
 """
 
 import hashlib

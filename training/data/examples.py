@@ -113,8 +113,7 @@ def make_example(
     reference: dict[str, dict[str, list[float]]] | None,
 ) -> Example:
     """Render the chosen responses of a row and pick their columns."""
-    truncated = row["truncated"] or [False] * len(row["responses"])
-    samples = renderer.row(row["prompt"], [row["responses"][k] for k in places], [truncated[k] for k in places])
+    samples = renderer.stored(row, places)
     num_tokens_K = np.array([sample.num_trained for sample in samples])
     logp_ref_K = pick(row, reference, "logp", places)
     if reference is not None:

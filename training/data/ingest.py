@@ -93,7 +93,8 @@ def run(job: Job) -> None:
         RowsWriter(job.output / "rows.parquet", SCHEMA) as out,
     ):
         _collect(job, config, seen=seen, quarantine=quarantine, counts=counts, candidates=candidates)
-        seen.find_contradictions()
+        if config.responses is ResponseRegime.support:
+            seen.find_contradictions()
         _keep(job, seen=seen, quarantine=quarantine, counts=counts, candidates=candidates, out=out)
         prompts = seen.count_prompts()
         _check_counts(counts, config=config, source=source, prompts=prompts)
@@ -173,6 +174,7 @@ def _understand(
         "preferred": parsed.preferred,
         "truncated": parsed.truncated,
         "logq": parsed.logq,
+        "response_ids": None,  # of text from outside nobody knows the tokens
         "source": row.source,
         "line": row.line,
     }

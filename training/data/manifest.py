@@ -4,12 +4,15 @@
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from training.config import ResponseRegime
-from training.model import ModelDigests
+from training.model import ModelDigests, digest_rendering
 
+PARTS = {"weights_sha256": "weights", "template_sha256": "chat template", "tokenizer_sha256": "tokenizer"}
 EXACT = {"temperature": 1.0, "top_p": 1.0, "top_k": 0.0}  # the settings at which samples are those of the policy itself
 
 
@@ -35,7 +38,28 @@ def read_rows_manifest(rows: Path) -> RowsManifest:
         )
     sampling = {name: float(found[name]) for name in EXACT if found.get(name) is not None}
     policy = found.get("policy")
-    return RowsManifest(ResponseRegime(regime), sampling, ModelDigests(**policy) if policy else None)
+    sampler = read_digests(policy, path, remedy="sample again") if policy else None
+    return RowsManifest(ResponseRegime(regime), sampling, sampler)
+
+
+def read_digests(found: Mapping[str, str], path: Path, *, remedy: str) -> ModelDigests:
+    """Return the digests that a manifest states; ValueError where one is missing, as from before it was taken."""
+    if missing := [name for name in PARTS if name not in found]:
+        raise ValueError(
+            f"{path}: no {', '.join(missing)} of the model; got {sorted(found)}, expected {list(PARTS)}; {remedy}"
+        )
+    return ModelDigests(**found)
+
+
+def check_tokens(rows: Path, manifest: RowsManifest, tokenizer: Any) -> None:
+    """Raise ValueError where responses that were sampled here, and so are kept as tokens, are those of another tokenizer or template."""
+    if manifest.policy is not None:
+        check_same(
+            asdict(manifest.policy),
+            digest_rendering(tokenizer),
+            what=f"rows folder {rows}: the responses are tokens",
+            remedy="sample with this model, or ingest the rows, which keeps the text of the responses alone",
+        )
 
 
 def check_samples(rows: Path, manifest: RowsManifest, base: ModelDigests) -> None:
@@ -59,27 +83,23 @@ def check_samples(rows: Path, manifest: RowsManifest, base: ModelDigests) -> Non
             f"distribution than the reference; {remedy}"
         )
     if manifest.policy is not None:
-        check_same_model(manifest.policy, base, what=f"rows folder {rows}: the samples", remedy=remedy)
+        check_same(asdict(manifest.policy), asdict(base), what=f"rows folder {rows}: the samples", remedy=remedy)
 
 
 def check_reference(scores: Path, base: ModelDigests) -> None:
-    """Raise ValueError unless stored reference log-probabilities are of the base's own weights and chat template."""
+    """Raise ValueError unless stored reference log-probabilities are of the base's own weights, chat template and tokenizer."""
     path = scores / "manifest.json"
     if not path.is_file():
         raise ValueError(f"reference folder {scores}: no manifest.json; expected one; score the rows again")
-    scored = ModelDigests(**json.loads(path.read_text())["model"])
-    check_same_model(
-        scored, base, what=f"reference folder {scores}: logp_ref", remedy="score the rows with this base as reference"
-    )
+    remedy = "score the rows with this base as reference"
+    scored = read_digests(json.loads(path.read_text())["model"], path, remedy=remedy)
+    check_same(asdict(scored), asdict(base), what=f"reference folder {scores}: logp_ref", remedy=remedy)
 
 
-def check_same_model(got: ModelDigests, base: ModelDigests, *, what: str, remedy: str) -> None:
-    """Raise ValueError naming whether weights or chat template differ."""
-    for name, theirs, ours in (
-        ("weights", got.weights_sha256, base.weights_sha256),
-        ("chat template", got.template_sha256, base.template_sha256),
-    ):
-        if theirs != ours:
+def check_same(got: Mapping[str, str], expected: Mapping[str, str], *, what: str, remedy: str) -> None:
+    """Raise ValueError naming which of the expected digests is another: of weights, chat template or tokenizer."""
+    for name, ours in expected.items():
+        if got[name] != ours:
             raise ValueError(
-                f"{what} of a model with other {name} (sha256 {theirs[:12]}, the base has {ours[:12]}); {remedy}"
+                f"{what} of a model with other {PARTS[name]} (sha256 {got[name][:12]}, here it is {ours[:12]}); {remedy}"
             )

@@ -20,6 +20,8 @@ SCHEMA = pa.schema(
         pa.field("truncated", pa.list_(pa.bool_())),  # sampled responses cut by the answer cap; null for given ones
         # log q of each response under the policy that sampled it: nats, over its trained tokens; null where none is needed
         pa.field("logq", pa.list_(pa.float64())),
+        # the tokens of each response that was sampled here, as they were drawn, with its stop token; null for text from outside
+        pa.field("response_ids", pa.list_(pa.list_(pa.int32()))),
         pa.field("source", pa.string(), nullable=False),  # file, or policy digest, the row came from
         pa.field("line", pa.int64(), nullable=False),  # 1-based line in the source
     ]

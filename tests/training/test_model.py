@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
 
-from evaluation.harness.profile import digest_tokenizer
+from training.model import digest_tokenizer
 
 
 def test_a_tokenizer_is_the_same_when_saved_again_and_after_use(tiny_policy: Path, tmp_path: Path) -> None:
@@ -21,3 +21,8 @@ def test_another_token_is_another_tokenizer(tiny_policy: Path) -> None:
     digest = digest_tokenizer(tokenizer)
     tokenizer.add_tokens(["zebra"])
     assert digest_tokenizer(tokenizer) != digest
+
+
+def test_a_tokenizer_written_in_python_has_a_digest_too() -> None:
+    digest = digest_tokenizer(ByT5Tokenizer())
+    assert digest == digest_tokenizer(ByT5Tokenizer()) != digest_tokenizer(ByT5Tokenizer(extra_ids=3))
