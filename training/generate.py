@@ -29,6 +29,7 @@ from training.render import UnusableRow, render_prompt
 from training.sampling import draw_noise, find_stop_ids, generate_batch
 
 WINDOW_PROMPTS = 64
+BATCH_ROWS = 128  # samples drawn together, where one prompt has no more
 
 
 @dataclass(frozen=True)
@@ -184,13 +185,15 @@ def is_finished(part: Path, row_ids: list[str]) -> bool:
 def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) -> int:
     """Answer some prompts K times each, write their part, return the number of new tokens."""
     config, K = generator.config, generator.config.samples_per_prompt
-    items = [(prompt, sample) for prompt in prompts for sample in range(K)]
-    answers: list[list[int]] = [[] for _ in items]
-    # The budget bounds the pass over the prompts. A later pass has one token a sample, and costs the same for few as for many.
-    for members in pack_by_tokens([len(prompt.ids) for prompt, _ in items], budget=generator.budget):
-        new = run_in_halves(generator.answer, [items[n] for n in members])
-        for n, tokens in zip(members, new, strict=True):
-            answers[n] = tokens
+    answers: list[list[int]] = [[] for _ in range(len(prompts) * K)]
+    # The budget bounds the pass over the prompts, each read once. A later pass has one token a sample, and costs nearly the same for few as
+    # for many, but what it keeps is theirs: so a prompt counts for no less than its share of the rows.
+    lengths = [max(len(prompt.ids), generator.budget * K // BATCH_ROWS) for prompt in prompts]
+    for members in pack_by_tokens(lengths, budget=generator.budget):
+        places = [n * K + sample for n in members for sample in range(K)]
+        new = run_in_halves(generator.answer, [(prompts[place // K], place % K) for place in places])
+        for place, tokens in zip(places, new, strict=True):
+            answers[place] = tokens
     texts = generator.tokenizer.batch_decode(answers, skip_special_tokens=True)
     with RowsWriter(part, SCHEMA) as out:
         out.write(

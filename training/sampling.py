@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from training.cache import keeps_every_token, read_prompts_once
 from training.config import GenerateConfig
 from training.render import render_prompt, special_ids
 
@@ -98,7 +99,7 @@ def generate_batch(
 ) -> list[list[int]]:
     """Return the new tokens after each prompt, up to `max_new_tokens`, the stop token last where the model wrote one.
 
-    `check_stop` is called before every token; what it raises ends the batch. With `to_the_end` the model goes on to the last token
+    A prompt that several rows have is read once. `check_stop` is called before every token; what it raises ends the batch. With `to_the_end` the model goes on to the last token
     even where all have stopped. Nothing of the model's own generation settings is used: they often carry top_k = 50 or a repetition
     penalty, and a sample of that is no sample of the policy. The model is as before afterwards.
     """
@@ -108,7 +109,7 @@ def generate_batch(
     for row, prompt in enumerate(prompts):
         ids_BT[row, T - len(prompt) :] = torch.tensor(prompt)
         mask_BT[row, T - len(prompt) :] = 1
-    device = model.device
+    ids_BT, mask_BT = ids_BT.to(model.device), mask_BT.to(model.device)
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=config.max_new_tokens,
@@ -119,15 +120,21 @@ def generate_batch(
         model.generation_config,
         settings,
     )  # generate() fills what is unset from the model's own
-    noise = torch.from_numpy(noise_BS).to(device)
+    noise = torch.from_numpy(noise_BS).to(model.device)
     draw = [InverseCdf(noise, config=config)] if config.temperature > 0 else []
     try:
         with torch.no_grad():  # weights gathered under inference mode could not be trained afterwards
+            held = (
+                {"past_key_values": read_prompts_once(model, ids_BT, mask_BT)}
+                if keeps_every_token(model.config)
+                else {}
+            )
             out_BS = model.generate(
-                input_ids=ids_BT.to(device),
-                attention_mask=mask_BT.to(device),
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([Heed(check_stop), *draw]),
+                **held,
             )[:, T:].tolist()
     finally:
         model.generation_config = own

@@ -31,46 +31,16 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from evaluation.harness.calls import Answer, Call, Engine, Row, Score, Writing
+from training.cache import keeps_every_token, make_roomy_cache
 from training.config import Precision
 from training.memory import run_in_halves
 from training.model import DTYPES
 
-ROOM = 128  # tokens for which a cache makes room at a time
 LOOK_BACK = 2  # tokens beyond a stop string's own in which it is looked for, as stock does
 MAX_GAP = {
     torch.float32: 1e-3,
     torch.bfloat16: 1e-1,
 }  # of probe logits, relative to the largest; a wrong position is far off
-
-
-class RoomyLayer(DynamicLayer):
-    """Keys and values with room for tokens to come. The stock layer copies all that it holds for every new token."""
-
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._room: tuple[Tensor, Tensor] | None = None
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append the new states and return all of them, views of a larger tensor."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        old = self.get_seq_length()
-        new = old + key_states.shape[2]
-        if self._room is None or self._room[0].shape[2] < new or len(self._room[0]) != len(key_states):
-            wide = [
-                states.new_empty((*states.shape[:2], new + ROOM, states.shape[3]))
-                for states in (key_states, value_states)
-            ]
-            if old:
-                wide[0][:, :, :old], wide[1][:, :, :old] = self.keys, self.values
-            self._room = (wide[0], wide[1])
-        keys, values = self._room
-        keys[:, :, old:new], values[:, :, old:new] = key_states, value_states
-        self.keys, self.values = keys[:, :, :new], values[:, :, :new]
-        return self.keys, self.values
 
 
 @dataclass(frozen=True)
@@ -157,7 +127,7 @@ class TransformersEngine(Engine):
         self._held: tuple[list[int], Cache | None] = ([], None)  # the prefix that was read last
         kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
         self.shares_reading = bool(kinds) and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        self.shares_writing = kinds == {DynamicLayer}
+        self.shares_writing = keeps_every_token(model.config)
         self._roomy = self.shares_writing
         if self.shares_reading:
             read_gap, written_gap = probe_sharing(self)
@@ -231,7 +201,8 @@ class TransformersEngine(Engine):
         """Return the answer of each row of one batch."""
         ids_BT, mask_BT = lay_out_prompts(rows, shared=shared, pad_id=self.tokenizer.pad_token_id)
         T = ids_BT.shape[1]
-        cache = self.roomy_cache(prefix, rows=len(rows)) if self._roomy else None
+        begins = () if prefix is None else view_layers(prefix, len(rows))
+        cache = make_roomy_cache(self.model.config, begins) if self._roomy else None
         written: list[Written] = self.model.generate(
             input_ids=ids_BT.to(self.model.device),
             attention_mask=mask_BT.to(self.model.device),
@@ -244,14 +215,6 @@ class TransformersEngine(Engine):
             **({} if cache is None else {"past_key_values": cache}),
         )
         return [Answer(self.tokenizer.decode(each.ids, skip_special_tokens=True), each.stopped) for each in written]
-
-    def roomy_cache(self, prefix: Cache | None, *, rows: int) -> Cache:
-        """Return a cache that begins with the prefix in every row."""
-        layers = [RoomyLayer() for _ in DynamicCache(config=self.model.config).layers]
-        if prefix is not None:
-            for layer, old in zip(layers, prefix.layers, strict=True):
-                layer.update(*(states.expand(rows, -1, -1, -1) for states in (old.keys, old.values)))
-        return Cache(layers=layers)
 
 
 def load_model(folder: Path, *, precision: Precision, device: torch.device) -> Any:
@@ -273,9 +236,15 @@ def repeat_prefix(prefix: Cache, rows: int) -> Cache:
     """Return a cache in which every row begins with the prefix; its tensors are views, which layers join and never write to."""
     repeated = copy.copy(prefix)
     repeated.layers = [copy.copy(layer) for layer in prefix.layers]
-    for layer in repeated.layers:
-        layer.keys, layer.values = (states.expand(rows, -1, -1, -1) for states in (layer.keys, layer.values))
+    for layer, (keys, values) in zip(repeated.layers, view_layers(prefix, rows), strict=True):
+        layer.keys, layer.values = keys, values
     return repeated
+
+
+def view_layers(prefix: Cache, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each layer's keys and values of a prefix as those of so many rows, without copying them."""
+    for layer in prefix.layers:
+        yield layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1)
 
 
 def lay_out_prompts(rows: Sequence[Row], *, shared: int, pad_id: int) -> tuple[Tensor, Tensor]:

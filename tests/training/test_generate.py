@@ -17,11 +17,13 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList
 
+from tests.architectures import CONFIGS, make_model
 from training import generate, reference
 from training.config import Device, GenerateConfig, Precision, ResponseRegime
-from training.data.examples import load_examples, read_scores, select_all
+from training.data.examples import load_examples, read_scores
 from training.data.manifest import read_rows_manifest
 from training.data.schema import SCHEMA
+from training.data.selection import select_all
 from training.job import Interrupted, Job
 from training.model import digest_model, load_policy, resolve_device
 from training.render import Renderer, render_prompt
@@ -73,6 +75,28 @@ def test_the_batch_does_not_change_an_answer(tiny_policy: Path, temperature: flo
 
     assert answer(1) == answer(2) == answer(8)
     assert len({tuple(tokens) for tokens in answer(8)}) > 1
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_prompt_of_several_samples_is_read_once(family: str) -> None:
+    """And every sample is what it is alone. Layers with windows do not keep every token: there each row is read."""
+    model = make_model(family)
+    config = GenerateConfig(max_new_tokens=8, temperature=1.0, seed=5)
+    prompts = [[3, 5, 7, 11, 13, 17, 19], [2, 4, 8]]
+    items = [(n, sample) for n in (0, 1) for sample in range(4)]
+    noise_BS = np.stack([draw_noise(f"{n:032x}", sample, config=config) for n, sample in items])
+
+    def answer(members: slice) -> list[list[int]]:
+        ids = [prompts[n] for n, _ in items[members]]
+        return generate_batch(model, ids, noise_BS=noise_BS[members], stop_ids=[0], config=config, check_stop=go_on)
+
+    alone = [answer(slice(place, place + 1))[0] for place in range(len(items))]
+    read: list[tuple[int, ...]] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(tuple(args[0].shape)))
+    assert answer(slice(None)) == alone
+    assert len({tuple(tokens) for tokens in alone}) > 2
+    windows = family in ("mistral", "gemma2", "gemma3")
+    assert read[:2] == ([(8, 7), (8, 1)] if windows else [(2, 6), (8, 1)])
 
 
 def test_greedy_is_the_argmax_of_the_plain_model(tiny_policy: Path) -> None:
