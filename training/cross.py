@@ -27,7 +27,7 @@ from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
 from training.objectives.cross import Cross
 from training.objectives.var import check_regime
-from training.reference import Scorer, prepare_layout, score_groups
+from training.reference import Scorer, score_groups
 from training.render import Rendered, Renderer, UnusableRow
 from training.reward.scorer import RewardScorer, load_scorer
 
@@ -74,7 +74,6 @@ def run(job: Job) -> None:
     batches = plan_batches(examples, config)
     summary = check_cost(batches, max_pairs=MAX_PAIRS)
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
-    prepare_layout(scorer)
     rewards = load_scorer(
         job.inputs["scorer"],
         render=config.reward.render,

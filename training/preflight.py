@@ -25,7 +25,7 @@ from training.data.examples import Example
 from training.data.rows import find_rows_file
 from training.distributed import World
 from training.job import Interrupted, Job, write_json
-from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, sum_logps
+from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, choose_extremes, sum_logps
 from training.loop import halve_budget
 from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
 from training.model import DTYPES
@@ -587,9 +587,8 @@ def is_weighted_likelihood(objective: Objective) -> bool:
 
 
 def choose_groups(examples: Sequence[Example]) -> list[Sequence[Rendered]]:
-    """Return the responses of the shortest row and of the two longest."""
-    ordered = sorted(examples, key=lambda example: max(len(sample.ids_T) for sample in example.samples))
-    return [example.samples for example in ordered[:1] + ordered[1:][-2:]]
+    """Return the responses of the rows with the shortest and the two longest."""
+    return choose_extremes([example.samples for example in examples])
 
 
 @dataclass(frozen=True)

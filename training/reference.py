@@ -8,7 +8,8 @@ import json
 import os
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from training.config import ReferenceScoreConfig, Runtime
 from training.data.batch import cut, lay_out
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.job import Job, write_json
-from training.logprobs import check_head, check_layout, sum_logps
+from training.logprobs import check_head, check_layout, choose_extremes, sum_logps
 from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
 from training.render import Rendered, Renderer, UnusableRow
@@ -48,6 +49,7 @@ class Scorer:
     runtime: Runtime
     device: torch.device
     job: Job
+    looked_at: list[Sequence[Rendered]] = field(default_factory=list)  # the shortest and the longest up to now
 
 
 def run(job: Job) -> None:
@@ -61,7 +63,6 @@ def run(job: Job) -> None:
     check_context(model, config.max_tokens)
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
-    prepare_layout(scorer)
     parts = score_windows(scorer)
     summary = assemble(parts, job)
     if summary["rows"] == 0:
@@ -78,14 +79,20 @@ def run(job: Job) -> None:
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
-def prepare_layout(scorer: Scorer) -> None:
-    """Make the model ready for the layout, after a look at the longest rows of the first window."""
-    for window in read_rows(scorer.job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS):
-        rendered, _ = render_rows(scorer.renderer, window.to_pylist())
-        longest = sorted(rendered.values(), key=lambda samples: max(len(sample.ids_T) for sample in samples))
-        if longest:
-            check_layout(scorer.model, longest[-2:], layout=scorer.runtime.layout, device=scorer.device)
-            return
+def look_at_layout(scorer: Scorer, groups: Sequence[Sequence[Rendered]]) -> None:
+    """Make the model ready for the layout. ValueError where, in it, the shortest and longest prompts up to now are not what they are alone.
+
+    What is shorter or longer than all before is looked at when it comes: a long row may change those beside it (LongRoPE).
+    """
+    extremes = choose_extremes([*scorer.looked_at, *groups])
+    if measure_rows(extremes) != measure_rows(scorer.looked_at):
+        check_layout(scorer.model, extremes, layout=scorer.runtime.layout, device=scorer.device)
+        scorer.looked_at[:] = extremes
+
+
+def measure_rows(groups: Sequence[Sequence[Rendered]]) -> list[int]:
+    """Return the tokens of each row."""
+    return [len(sample.ids_T) for group in groups for sample in group]
 
 
 def score_windows(scorer: Scorer) -> list[Path]:
@@ -153,7 +160,11 @@ def render_rows(
 
 
 def score_groups(scorer: Scorer, groups: list[list[Rendered]]) -> tuple[list[list[float]], int]:
-    """Return the log-probabilities of each group's responses, in nats, and the tokens that went through the model."""
+    """Return the log-probabilities of each group's responses, in nats, and the tokens that went through the model.
+
+    ValueError where the layout gives others than each response alone.
+    """
+    look_at_layout(scorer, groups)
     samples = [sample for group in groups for sample in group]
     counts = [len(group) for group in groups]
     group_R = np.repeat(np.arange(len(groups)), counts)
