@@ -5,6 +5,7 @@ itself; when this process is told to stop, it passes the signal on and gives the
 never through a thread: Prefect delivers a cancellation to the main thread alone.
 """
 
+import errno
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ logger = logging.getLogger("varflow.child")
 LISTEN_SECONDS = 0.5
 STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this process
 LOG_TAIL_LINES = 25
+NO_SPACE = os.strerror(errno.ENOSPC)
 PREFLIGHT_FILE = "preflight.json"  # of training.preflight, which needs torch
 
 
@@ -193,17 +195,24 @@ def _raise_for_exit(job: ChildJob, status: int) -> None:
             raise UserError(f"{job.name}: {error['message']}")
         killed = describe_exit(-signal.SIGKILL) in error["message"]  # one of several ranks
         found = _describe_probe(job) if killed else ""
+        if NO_SPACE in error["message"]:
+            found = f"; {_advise_room(job)}"
         raise StepFailed(f"{job.name}: {error['type']}: {error['message']}{found}\nlog: {log}")
     if status == EXIT_CANNOT_WRITE:
-        raise StepFailed(
-            f"{job.name}: No space left on device: {shutil.disk_usage(job.folder).free} bytes are free at {job.folder}; make "
-            "room, or set VARFLOW_HOME to a folder on another disk, and run the same command again"
-        )
+        raise StepFailed(f"{job.name}: {NO_SPACE}: {_advise_room(job)}")
     if status == EXIT_INTERRUPTED:
         raise StepFailed(f"{job.name}: stopped on request; run the same command again to go on from its checkpoint")
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
     found = _describe_probe(job) if status == -signal.SIGKILL else ""
     raise StepFailed(f"{job.name}: {describe_exit(status)}{found}; the last lines of {log}:\n{tail}")
+
+
+def _advise_room(job: ChildJob) -> str:
+    """Say what to do about a full disk."""
+    return (
+        f"{shutil.disk_usage(job.folder).free} bytes are free at {job.folder}; make room, or set VARFLOW_HOME to a folder on another "
+        "disk, and run the same command again"
+    )
 
 
 def _describe_probe(job: ChildJob) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from training.config import Layout
 from training.data.batch import MicroBatch, collate, lay_out
 from training.render import Rendered
-from training.tree import compile_on, enable_trees
+from training.tree import ATTENTION, compile_on, enable_trees
 
 # B sequences, T tokens, P positions that predict a trained token, C positions of a chunk, H hidden, V vocabulary
 
@@ -59,8 +59,16 @@ def sum_logps(model: Any, micro: MicroBatch) -> Tensor:
 
 
 def trained_logps(model: Any, micro: MicroBatch) -> Tensor:
-    """Return logp_P: the log-probability of every trained token of the micro-batch, sample after sample."""
+    """Return logp_P: the log-probability of every trained token of the micro-batch, sample after sample.
+
+    ValueError for trees where the model's attention was not made ready for them: it would take siblings for one long answer.
+    """
     tree = micro.tree
+    if tree and model.config._attn_implementation != ATTENTION:
+        raise ValueError(
+            f"model type {model.config.model_type}: got a micro-batch of trees for the attention {model.config._attn_implementation!r}, "
+            f"expected {ATTENTION!r}; call check_layout or enable_trees first, or collate separate rows"
+        )
     output = model.base_model(
         input_ids=micro.ids_BT,
         attention_mask=tree.no_mask() if tree else micro.attention_BT,
@@ -79,7 +87,8 @@ def trained_logps(model: Any, micro: MicroBatch) -> Tensor:
 def check_head(model: Any) -> None:
     """Raise ValueError unless hidden states times output embedding, capped as the config says, are the model's logits.
 
-    Some architectures scale their logits behind the head; log-probabilities computed here would be of another model.
+    Some architectures scale their logits behind the head; log-probabilities computed here would be of another model. So would be
+    what is saved of one that changes its weights as it computes (RWKV, which divides them in evaluation mode).
     """
     policy = as_policy(model)
     kind = policy.model.config.model_type
@@ -88,7 +97,14 @@ def check_head(model: Any) -> None:
         raise ValueError(
             f"model type {kind}: output head is {type(head).__name__}; expected a linear layer; not supported"
         )
+    parameters = list(policy.parameters())
+    versions = [parameter._version for parameter in parameters]
     gap, bound = policy(compare_logits)
+    if versions != [parameter._version for parameter in parameters]:
+        raise ValueError(
+            f"model type {kind}: a forward pass changes its weights; expected them to stay; what is saved would be another model; "
+            "this architecture is not supported"
+        )
     if not gap <= bound:
         raise ValueError(
             f"model type {kind}: its logits differ by {gap:.3g} from hidden states times output embedding (scaled "

@@ -127,7 +127,8 @@ def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) 
     key. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
     """
     hidden = config.hidden_size
-    attention = config.num_attention_heads * (getattr(config, "head_dim", None) or hidden // config.num_attention_heads)
+    heads = getattr(config, "num_attention_heads", 0)  # none where there is no attention (Mamba)
+    attention = heads * (getattr(config, "head_dim", None) or hidden // max(heads, 1))
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     norms = 6 * hidden * FLOAT32 if precision == Precision.float32 else 2 * hidden * (2 * FLOAT32 + 2)
     width = FLOAT32 if precision == Precision.float32 else 2

@@ -222,7 +222,8 @@ def save_policy(model: Any, tokenizer: Any, folder: Path, *, weights: dict[str, 
 
 def check_context(model: Any, max_tokens: int) -> None:
     """Raise ValueError when rows may be longer than the positions the model has."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's name
     if context is not None and max_tokens > context:
         raise ValueError(
             f"max_tokens: got {max_tokens}, the model {model.config.model_type} has a context of {context} tokens; "

@@ -23,6 +23,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 # T tokens of the flat sequence; q, k tokens of a segment; heads N of size D
 
 ATTENTION = "varflow_tree"
+# Kinds of layers in which attention alone takes anything from token to token, and by no more than positions and a window.
+LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 @dataclass(frozen=True)
@@ -115,14 +117,21 @@ def causal_mask(q: int, k: int, window: int | None, dtype: torch.dtype, device: 
 
 
 def enable_trees(model: Any) -> None:
-    """Let a model's attention take a `tree`. ValueError where its attention is its own and takes no other."""
+    """Let a model's attention take a `tree`. ValueError where its attention is its own and takes no other, and where something
+    else takes part: a state (linear attention, Mamba) or a convolution runs along the sequence, from a response to its sibling."""
+    kind = model.config.model_type
+    others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS)
+    if others or model._is_stateful:
+        raise ValueError(
+            f"model type {kind}: its layers ({', '.join(others) or 'with a state'}) join tokens by more than attention, so a response would "
+            "see its siblings and prompts cannot be shared; set runtime.layout to rows"
+        )
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of plain calls, whose windows are in the mask alone
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:
         raise ValueError(
-            f"model type {model.config.model_type}: its attention cannot be replaced, so prompts cannot be shared; set "
-            "runtime.layout to rows"
+            f"model type {kind}: its attention cannot be replaced, so prompts cannot be shared; set runtime.layout to rows"
         )
 
 
@@ -130,11 +139,10 @@ def enable_trees(model: Any) -> None:
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query [1, N, T, D] in, [1, T, N, D] out. Without a tree it is plain SDPA."""
+    """Attention as transformers calls it: query [1, N, T, D] in, [1, T, N, D] out. Without a tree it is the stock one."""
     tree: Tree | None = options.pop("tree", None)
     if tree is None:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return out, None
+        return attend_plain(module, query, key, value, attention_mask, **options), None
     window, softcap = options.get("sliding_window"), options.get("softcap")
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
@@ -142,6 +150,25 @@ def attend(
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     return attend_segments(query, key, value, tree, window=window, softcap=softcap, scaling=scaling), None
+
+
+def attend_plain(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> Tensor:
+    """Attend as SDPA does; it has no cap for scores, so where there is one they are capped here under SDPA's mask."""
+    softcap = options.get("softcap")
+    if softcap is None:
+        out: Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
+        return out
+    mask = attention_mask
+    if mask is None:
+        mask = causal_mask(query.shape[2], key.shape[2], None, query.dtype, query.device)
+    elif mask.dtype == torch.bool:
+        # A number and not -inf: padding on the left sees nothing, and of that softmax would make NaN.
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    groups, scaling = query.shape[1] // key.shape[1], options.get("scaling") or query.shape[-1] ** -0.5
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    return attend_dense(query, key, value, mask, softcap=softcap, scaling=scaling).transpose(1, 2)
 
 
 def attend_segments(

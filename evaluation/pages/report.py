@@ -28,6 +28,15 @@ from training.config import Config
 
 ForestRow = tuple[str, str, float, float, float]  # name, series, value, low, high
 
+# Of training: by chart its axis, and the metric of each name in the legend.
+CURVES = {
+    "loss": ("loss, nats per token", {"trained": "train/loss", "held out": "heldout/loss"}),
+    "ess": ("effective sample size, share", {"effective sample size": "train/ess"}),
+    "grad_norm": ("gradient norm before clipping", {"gradient norm": "train/grad_norm"}),
+    "learning_rate": ("learning rate", {"learning rate": "train/learning_rate"}),
+    "tokens_per_second": ("tokens a second", {"tokens a second": "train/tokens_per_second"}),
+    "flop_share": ("share of the device's rate", {"share": "train/flop_share"}),
+}
 MOST_ANSWERED_STEPS = 8
 MOST_WEIGHTS = 1_000_000  # read for the histogram; more add nothing that a reader could see
 
@@ -183,10 +192,8 @@ def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:
         charts["gains"] = report_plots.plot_gains(gains, target) if target else None
     if data.metrics:
         lines = read_metrics(data.metrics)
-        losses = {"trained": "train/loss", "held out": "heldout/loss"}
-        charts["loss"] = report_plots.plot_curves(lines, losses, title="loss, nats per token")
-        sizes = {"effective sample size": "train/ess"}
-        charts["ess"] = report_plots.plot_curves(lines, sizes, title="effective sample size, share")
+        for name, (title, series) in CURVES.items():
+            charts[name] = report_plots.plot_curves(lines, series, title=title)
     if data.weights:
         charts["weights"] = report_plots.plot_weights(read_weights(data.weights))
     model = data.reward_model or {}

@@ -109,7 +109,9 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
     """A full report over written files, with every text that a model or user can choose being hostile."""
     draw = np.random.default_rng(0)
     gain_P = draw.normal(0.4, 1.0, 80)
-    lines = [{"time": i, "step": i, "total": 40, "train/loss": 3 / (i + 1) + 1, "train/ess": 0.7} for i in range(40)]
+    figures = {"ess": 0.7, "grad_norm": 2.5, "learning_rate": 1e-3, "tokens_per_second": 900.0, "flop_share": 0.625}
+    constant = {f"train/{name}": value for name, value in figures.items()}
+    lines = [{"time": i, "step": i, "total": 40, "train/loss": 3 / (i + 1) + 1, **constant} for i in range(40)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     weights = draw.dirichlet([1, 1], 300) * 2
     table = {"row_id": [f"{i:032x}" for i in range(300)], "weight": weights.tolist()}
@@ -233,6 +235,7 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     assert "#step-" + "a" * 16 in hrefs and "http://127.0.0.1:5000/#/runs/1" in hrefs
     assert set(page.charts) == {
         *("guards", "rewards", "gains", "loss", "ess", "weights", "accuracy", "quarantine", "cost"),
+        *("grad_norm", "learning_rate", "tokens_per_second", "flop_share"),
         *("alignment_gains", "alignment_wins", "reward_tests"),
     }
 
@@ -316,6 +319,14 @@ def test_shows_which_benchmark_items_stand_in_the_training_data(page: Page) -> N
     assert "mmlu_task, document 1" in part and "dddddddddddd" in part
 
 
+def test_each_curve_of_training_is_its_own_metric_over_the_steps(page: Page) -> None:
+    told = {"grad_norm": 2.5, "learning_rate": 1e-3, "tokens_per_second": 900.0, "flop_share": 0.625, "ess": 0.7}
+    for name, value in told.items():
+        (trace,) = page.charts[name]["data"]
+        assert (trace["x"], trace["y"]) == (list(range(40)), [value] * 40), name
+    assert page.charts["loss"]["data"][0]["y"][:2] == [4.0, 2.5]
+
+
 def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:
     for name, figure in page.charts.items():
         assert go.Figure(figure).data, name  # validates every property
@@ -385,6 +396,7 @@ def test_plain_fine_tuning_has_a_loss_and_no_weights(tmp_path: Path) -> None:
     page = Page(render_report(data))
     assert "This objective has no weights, so no effective sample size." in page.text
     assert "loss" in page.charts and "ess" not in page.charts and "weights" not in page.charts
+    assert "The share of the device's rate was not measured" in page.text and "flop_share" not in page.charts
 
 
 def test_durations_read_as_people_say_them() -> None:

@@ -177,6 +177,19 @@ def test_dpo_is_trls(
     assert_same(ours, theirs, policy, bound=bound)
 
 
+@pytest.mark.parametrize("beta", [0.01, 1.0, 5.0])
+@pytest.mark.usefixtures("wide_norm")
+def test_dpo_is_trls_at_any_beta(
+    beta: float, tiny_policy: Path, tmp_path: Path, policy: Any, reference: Any, examples: Any, accumulate: Any
+) -> None:
+    """From nearly linear to nearly saturated."""
+    chosen = [first(example, 2) for example in examples]
+    ours = accumulate(policy, chosen, Dpo(beta=beta))
+    trainer = dpo_trainer(tiny_policy, tmp_path, policy, reference, beta=beta)
+    trainer.ref_model = Wide(reference)
+    assert_same(ours, trainer.compute_loss(Wide(policy), trl_pairs(trainer, chosen)), policy, bound=1e-9)
+
+
 def test_the_figures_of_dpo_are_trls(
     tiny_policy: Path, tmp_path: Path, policy: Any, reference: Any, examples: Any, figures_of: Any
 ) -> None:
@@ -207,10 +220,12 @@ def test_label_smoothing_is_trls(
 
 
 @pytest.mark.parametrize(("head", "bound"), HEADS)
+@pytest.mark.parametrize("num_responses", [1, 3])
 @pytest.mark.usefixtures("wide_norm")
 def test_sft_is_trls(
     head: Callable[[Any], Any],
     bound: float,
+    num_responses: int,
     tiny_policy: Path,
     tmp_path: Path,
     policy: Any,
@@ -218,7 +233,7 @@ def test_sft_is_trls(
     accumulate: Any,
 ) -> None:
     """On a batch that is the whole data set N * Tbar is the number of trained tokens, by which TRL divides."""
-    chosen = [first(example, 1) for example in examples]
+    chosen = [first(example, num_responses) for example in examples]
     ours = accumulate(policy, chosen, Sft())
     trainer = SFTTrainer(
         model=policy,
@@ -226,7 +241,7 @@ def test_sft_is_trls(
         train_dataset=Dataset.from_list([{"prompt": USER, "completion": GOOD}]),
         processing_class=AutoTokenizer.from_pretrained(tiny_policy),
     )
-    ids = [split(example.samples[0]) for example in chosen]
+    ids = [split(sample) for example in chosen for sample in example.samples]
     rows = [{"input_ids": p + c, "labels": [-100] * len(p) + c} for p, c in ids]
     theirs = trainer.compute_loss(head(policy), trainer.data_collator(rows))
     assert_same(ours, theirs, policy, bound=bound)

@@ -41,6 +41,10 @@ PACKAGE = """
         (job.work / "saved").touch()
         job.check_stop()
 
+    def overflow(job):
+        with open("/dev/full", "w") as disk:
+            disk.write("a checkpoint")
+
     def vanish(job):
         print("last words", flush=True)
         import os, signal
@@ -53,7 +57,7 @@ PACKAGE = """
         raise_failure(job, {1: failure}, ranks=2)
 
     if __name__ == "__main__":
-        table = {"steps": steps, "refuse": refuse, "stubborn": stubborn, "polite": polite, "vanish": vanish, "bereft": bereft}
+        table = {"steps": steps, "refuse": refuse, "stubborn": stubborn, "polite": polite, "vanish": vanish, "overflow": overflow, "bereft": bereft}
         sys.exit(main(table, sys.argv[1:]))
 """
 
@@ -95,6 +99,15 @@ def test_every_metric_line_arrives_once_and_the_summary_is_there(make_job) -> No
 def test_the_users_mistake_comes_back_in_the_childs_words(make_job) -> None:
     with pytest.raises(UserError, match="refuse: row 7: got nothing, expected text; fix the row"):
         run_child(make_job("refuse"), on_metrics=lambda _: None)
+
+
+def test_a_full_disk_is_told_with_what_is_free_and_what_to_do(make_job) -> None:
+    job = make_job("overflow")
+    with pytest.raises(
+        StepFailed, match=r"overflow: OSError: .*No space left on device; \d+ bytes are free at .*make room, or"
+    ) as told:
+        run_child(job, on_metrics=lambda _: None)
+    assert str(job.folder) in str(told.value)
 
 
 def test_a_killed_child_is_named_so_with_the_end_of_its_log(make_job) -> None:

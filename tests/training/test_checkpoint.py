@@ -233,11 +233,11 @@ def write_job(folder: Path, inputs: dict[str, str]) -> Path:
     return folder / "job.json"
 
 
-def start(job_file: Path) -> subprocess.Popen[bytes]:
+def start(job_file: Path, *, within: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with (job_file.parent / "log").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "training", str(job_file)], env=environment, stdout=log, stderr=log
+            [*within, sys.executable, "-m", "training", str(job_file)], env=environment, stdout=log, stderr=log
         )
 
 
@@ -282,3 +282,30 @@ def test_killed_and_stopped_runs_end_bit_identical(tmp_path: Path, train_inputs:
     assert read_figures(cut.parent) == read_figures(whole.parent), context
     assert len(read_figures(cut.parent)) == 12
     assert read_summary(cut.parent) == read_summary(whole.parent)
+
+
+@pytest.mark.parametrize("every", [3, 0])
+def test_a_disk_that_is_full_when_a_run_saves_costs_the_steps_since_its_checkpoint(
+    tmp_path: Path, train_inputs: dict[str, str], every: int
+) -> None:
+    """Real child processes: stopped with a checkpoint, full at the next one or at the trained model, then with room to the end."""
+    whole = write_job(tmp_path / "whole", train_inputs)
+    cut = write_job(tmp_path / "cut", train_inputs)
+    cut.write_text(cut.read_text().replace('"checkpoint_every_steps": 3', f'"checkpoint_every_steps": {every}'))
+    train.run(Job.read(whole))
+    assert interrupt(cut, signal.SIGTERM, after_steps=4) == EXIT_INTERRUPTED, (cut.parent / "log").read_text()
+    checkpoints = cut.parent / "work" / "checkpoints"
+    (before,) = (path.name for path in checkpoints.glob("step-*[0-9]"))
+    # No file above 64 KiB, as if a disk were full there: metrics fit, neither weights nor their moments do.
+    limited = start(cut, within=("bash", "-c", 'ulimit -f 64 && exec "$@"', "full"))
+    assert limited.wait() == 1, (cut.parent / "log").read_text()
+    error = json.loads((cut.parent / "work" / "error.json").read_text())
+    assert "File too large" in error["message"], error
+    assert [path.name for path in checkpoints.glob("step-*[0-9]")] == [before]
+    assert not (cut.parent / "output" / "model.safetensors").exists()
+    assert not (cut.parent / "output" / "summary.json").exists()
+    train.run(Job.read(cut))
+    for name in ("model.safetensors", "weights.parquet"):
+        assert (cut.parent / "output" / name).read_bytes() == (whole.parent / "output" / name).read_bytes()
+    assert read_figures(cut.parent) == read_figures(whole.parent)
+    assert not list((cut.parent / "output").glob(".partial"))

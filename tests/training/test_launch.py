@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.child import STOP_SECONDS, ChildJob, UserError, run_child
+from tasks.child import STOP_SECONDS, ChildJob, StepFailed, UserError, run_child
 from tests.hosts import Host
 from training import train
 from training.config import Runtime
@@ -284,3 +284,34 @@ def test_what_one_rank_fails_of_fails_the_job_in_its_words(tmp_path: Path, train
     assert not [
         p for p in psutil.process_iter(["cmdline"]) if str(job.folder / "job.json") in (p.info["cmdline"] or [])
     ]
+
+
+def test_a_training_that_the_kernel_kills_is_told_with_what_its_preflight_measured(
+    tmp_path: Path, train_inputs: dict[str, str]
+) -> None:
+    """The real job. That it was for want of memory nobody can know from outside; what it took and what was free is told beside it."""
+    inputs = {name: Path(path) for name, path in train_inputs.items()}
+    environment = {"PATH": os.environ["PATH"], **ENVIRONMENT}
+    runtime = {"device": "cpu", "threads": 1}
+    config = CONFIG | {"epochs": 2000}  # it is not over before it is killed
+    job = ChildJob("training", "train", config, runtime, inputs, tmp_path / "attempt", environment)
+    job.folder.mkdir()
+
+    def kill(lines: list[dict[str, float]]) -> None:
+        if lines:  # of the first steps: the preflight is done
+            (child,) = (
+                process for process in psutil.Process().children() if str(job.folder) in " ".join(process.cmdline())
+            )
+            child.kill()
+
+    with pytest.raises(StepFailed) as told:
+        run_child(job, on_metrics=kill)
+    memory = json.loads((job.output / "preflight.json").read_text())["memory"]
+    assert "its process was killed (SIGKILL): by hand, or by the kernel for want of memory (see `dmesg`)" in str(
+        told.value
+    )
+    assert (
+        f"before training a micro-batch of {memory['microbatch_tokens']} tokens took {memory['peak_bytes'] / 2**30:.2f} GiB beside weights"
+        in str(told.value)
+    )
+    assert f"{memory['free_bytes'] / 2**30:.2f} GiB were free" in str(told.value)

@@ -125,6 +125,46 @@ def test_in_bfloat16_chunks_add_up_as_one_does(monkeypatch: pytest.MonkeyPatch) 
     assert (many - one).abs().max() / scale < 3e-3
 
 
+@pytest.mark.parametrize("chunk_elements", [1, 61 * 3, 61 * 7 + 5, 2**24])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_bfloat16_rounds_logits_and_their_gradients_once(
+    chunk_elements: int, softcap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against float64 on the same rounded operands: a logit moves by 2^-9 of itself, so a log-probability by twice that of the largest
+    logit. Gradients leave through one rounded matrix product more. Chunks of one position, of three (16 are no multiple), of one vocabulary
+    and some, and of all."""
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(16, 32).bfloat16(), torch.randn(61, 32).bfloat16()
+    bias, target, grad = torch.randn(61), torch.arange(16) * 7 % 61, torch.randn(16)
+
+    def run(dtype: torch.dtype, *, narrow: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        operands = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight, bias)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
+            logp = ChunkedLogp.apply(*operands[:2], operands[2] if biased else None, target, softcap)
+        logp.backward(grad.to(logp.dtype))
+        return logp.detach(), [operand.grad for operand in operands if operand.grad is not None]
+
+    exact, exact_gradients = run(torch.float64, narrow=False)
+    got, got_gradients = run(torch.float32, narrow=True)
+    assert got.dtype == torch.float32 and all(gradient.dtype == torch.float32 for gradient in got_gradients)
+    largest = (hidden.double() @ weight.double().T).abs().max()
+    assert 0 < (got - exact).abs().max() <= 2 * 2**-9 * largest
+    assert len(got_gradients) == len(exact_gradients) == 2 + biased
+    for a, b in zip(got_gradients, exact_gradients, strict=True):
+        assert (a - b).abs().max() <= 2e-2 * b.abs().max() and (a - b).mean().abs() <= 2e-3 * b.abs().max()
+
+
+def test_the_log_sum_of_bfloat16_logits_is_taken_in_float32() -> None:
+    """Of equal logits over 50 000 tokens it is log 50 000 = 10.8198; bfloat16 has 10.8125 there, and a sum kept in it ends at 256."""
+    hidden, weight = torch.zeros(3, 8), torch.randn(50_000, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = ChunkedLogp.apply(hidden, weight, None, torch.tensor([0, 7, 49_999]))
+    assert logp.dtype == torch.float32
+    assert (logp.double() + np.log(50_000)).abs().max() < 2e-6
+
+
 def test_never_holds_positions_times_vocabulary() -> None:
     """Every tensor made in forward and backward stays at or under a chunk, or the head's own size."""
     from torch.utils._python_dispatch import TorchDispatchMode

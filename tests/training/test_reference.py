@@ -121,6 +121,38 @@ def test_parts_of_other_rows_are_not_taken(
     assert list(read(again)) == [make_row("Another?", ["One", "Two"])["row_id"]]
 
 
+@pytest.mark.parametrize("layout", ["tree", "rows"])
+def test_a_long_row_that_changes_those_beside_it_is_refused_in_whichever_window_it_comes(
+    layout: str,
+    tiny_policy: Path,
+    tmp_path: Path,
+    make_job: Callable[..., Job],
+    make_row: Any,
+    write_rows: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """LongRoPE has other frequencies for all rows of a pass with one beyond its first length, here 64 tokens."""
+    monkeypatch.setattr(reference, "WINDOW_ROWS", 2)
+    policy = shutil.copytree(tiny_policy, tmp_path / "policy")
+    config = json.loads((policy / "config.json").read_text())
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 16.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+    }  # fmt: skip
+    (policy / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    made = [make_row(f"Question {i}?", [f"Answer {i}", "word " * 30 if i == 5 else "No"]) for i in range(8)]
+
+    def score(name: str, rows: list[dict[str, Any]], max_tokens: int) -> dict[str, dict[str, Any]]:
+        folders = {"rows": write_rows(tmp_path / name, rows), "reference": policy}
+        job = make_job("score_reference", name, config={"max_tokens": max_tokens}, inputs=folders, layout=layout)
+        reference.run(job)
+        return read(job)
+
+    with pytest.raises(ValueError, match=rf"model type llama, layout {layout}, float32: log-probabilities differ by"):
+        score("mixed", made, 256)
+    assert len(score("short", made, 64)) == 7  # as the message of separate rows says: none is that long then
+
+
 def test_all_rows_dropped_is_an_error(tiny_policy: Path, rows: Path, make_job: Callable[..., Job]) -> None:
     job = make_job("score_reference", "a", config={"max_tokens": 8}, inputs={"rows": rows, "reference": tiny_policy})
     with pytest.raises(ValueError, match=r"all 22 rows were dropped \(1 marker_in_response, 21 too_long\)"):

@@ -34,13 +34,19 @@ class Example:
 
 
 def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> dict[str, dict[str, list[float]]]:
-    """Return the stored lists of a score folder by row id: `column` and, where asked for, others."""
+    """Return the stored lists of a score folder by row id: `column` and, where asked for, others. ValueError for a row with two scores."""
     path = folder / "scores.parquet"
     if not path.is_file():
         raise ValueError(f"{column} folder {folder}: no scores.parquet; expected one; score the rows again")
     names = [column, *columns]
-    table = pq.read_table(path, columns=["row_id", *names])
-    return {row["row_id"]: {name: row[name] for name in names} for row in table.to_pylist()}
+    rows = pq.read_table(path, columns=["row_id", *names]).to_pylist()
+    twice = [row_id for row_id, count in Counter(row["row_id"] for row in rows).items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"{column} folder {folder}: {len(twice)} rows are there more than once (first: {', '.join(twice[:3])}); expected each once; "
+            "score the rows again"
+        )
+    return {row["row_id"]: {name: row[name] for name in names} for row in rows}
 
 
 def read_dropped(folder: Path) -> set[str]:

@@ -1,0 +1,200 @@
+"""Bad input through the real job, as its parent sees it: exit status 2 and one message that says what, where, got, expected and next,
+or a rule that is counted; never a model in its place."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM
+
+from training.__main__ import JOBS
+from training.data.rows import RowsWriter
+from training.job import EXIT_USER_ERROR, Job, run_job
+
+VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
+SFT = {"objective": "sft", "responses": "all", "batch_prompts": 4, "max_tokens": 128}
+
+
+@pytest.fixture
+def end(tmp_path: Path) -> Callable[..., tuple[int, str, Path]]:
+    """Return a function that runs a job file to its end: (exit status, message of error.json, output); equal names share folders."""
+
+    def run(name: str, job: str, config: dict[str, Any], inputs: dict[str, Path], **runtime: Any) -> Any:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        raw = {
+            "job": job, "config": config, "runtime": {"device": "cpu", "threads": 1} | runtime,
+            "inputs": {key: str(path) for key, path in inputs.items()},
+            "output": str(folder / "output"), "work": str(folder / "work"),
+        }  # fmt: skip
+        (folder / "job.json").write_text(json.dumps(raw))
+        (folder / "work" / "error.json").unlink(missing_ok=True)
+        status = run_job(JOBS, Job.read(folder / "job.json"))
+        error = folder / "work" / "error.json"
+        return status, json.loads(error.read_text())["message"] if error.exists() else "", folder / "output"
+
+    return run
+
+
+@pytest.fixture
+def inputs(
+    tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any, write_rewards: Any, end: Any
+) -> dict[str, Path]:
+    """Eight prompts with their rewards and the reference column of the very policy."""
+    made = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 4)}long", "No"]) for i in range(8)]
+    rows = write_rows(tmp_path / "rows", made)
+    rewards = write_rewards(tmp_path / "rewards", {r["row_id"]: [float(i), 0.5] for i, r in enumerate(made)})
+    folders = {"rows": rows, "reference": tiny_policy}
+    status, told, reference = end("reference", "score_reference", {"max_tokens": 128}, folders)
+    assert status == 0, told
+    return {"rows": rows, "base": tiny_policy, "rewards": rewards, "reference": reference}
+
+
+@pytest.fixture
+def refuse(inputs: dict[str, Path], end: Any) -> Callable[..., str]:
+    """Return a function that holds a training to being refused, with nothing left that looks like a model; it gives the message."""
+
+    def run(config: dict[str, Any] | None = None, **changed: Path | None) -> str:
+        given = {name: path for name, path in (inputs | changed).items() if path is not None}
+        status, told, output = end("refused", "train", VAR | (config or {}), given)
+        assert status == EXIT_USER_ERROR, told
+        assert not [path for path in output.iterdir() if path.suffix == ".safetensors" or path.name == "summary.json"]
+        return str(told)
+
+    return run
+
+
+def rewrite(folder: Path, target: Path, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Path:
+    """Copy a folder of scores with other rows in it."""
+    shutil.copytree(folder, target)
+    table = pq.read_table(folder / "scores.parquet")
+    with RowsWriter(target / "scores.parquet", table.schema) as out:
+        out.write(change(table.to_pylist()))
+    return target
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_a_lambda_that_is_none(value: float, refuse: Callable[..., str]) -> None:
+    told = refuse({"lambda_": value})
+    assert "lambda_" in told and ("greater than 0" in told or "finite number" in told)
+
+
+def test_a_group_of_one_under_per_prompt(
+    refuse: Callable[..., str], inputs: dict[str, Path], end: Any, make_row: Any, write_rows: Any, write_rewards: Any
+) -> None:
+    """Among samples of the reference it is an error that names the rows; of a fixed set it is dropped, and counted."""
+    base = inputs["rows"].parent
+    made = [make_row(f"Question {i}?", ["Yes", "No"][: 1 if i == 3 else 2]) for i in range(6)]
+    rewards = write_rewards(base / "some", {r["row_id"]: [1.0, 0.0][: len(r["responses"])] for r in made})
+    config = {"reference_factor": "none"}
+    sampled = write_rows(base / "sampled", made, regime="from_reference")
+    told = refuse(config, rows=sampled, rewards=rewards, reference=None)
+    assert f"rows have a single response (first: {made[3]['row_id']})" in told
+    fixed = write_rows(base / "fixed", made)
+    status, told, output = end(
+        "kept", "train", VAR | config, {"rows": fixed, "rewards": rewards, "base": inputs["base"]}
+    )
+    assert status == 0, told
+    summary = json.loads((output / "summary.json").read_text())
+    assert (summary["rows"], summary["dropped_too_few_responses"]) == (5, 1)
+
+
+def test_rewards_that_are_missing_or_no_numbers(
+    refuse: Callable[..., str], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    def change(name: str, edit: Callable[[dict[str, Any]], dict[str, Any]], *, rows: int) -> Path:
+        return rewrite(
+            inputs["rewards"], tmp_path / name, lambda all_rows: [edit(r) for r in all_rows[:rows]] + all_rows[rows:]
+        )
+
+    for value in (math.nan, math.inf, None):
+        other = change(f"with-{value}", lambda row, value=value: {**row, "reward": [1.0, value]}, rows=2)
+        assert "values are NaN or infinite" in (told := refuse(rewards=other)) and "first: " in told, value
+    fewer = rewrite(inputs["rewards"], tmp_path / "fewer", lambda rows: rows[2:])
+    told = refuse(rewards=fewer)
+    assert "2 rows of the train split have no reward" in told and str(inputs["rows"]) in told and "score again" in told
+
+
+@pytest.mark.parametrize("column", ["rewards", "reference"])
+def test_a_row_with_two_scores(
+    column: str, refuse: Callable[..., str], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    twice = rewrite(inputs[column], tmp_path / "twice", lambda rows: [*rows, rows[3]])
+    told = refuse(**{column: twice})
+    assert f"folder {twice}: 1 rows are there more than once (first: " in told and "score the rows again" in told
+
+
+def test_samples_that_were_not_drawn_from_the_reference_as_it_is(
+    refuse: Callable[..., str], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    for sampling, words in (
+        ({"temperature": 0.7}, "were sampled with temperature 0.7"),
+        ({"top_k": 50}, "were sampled with top_k 50"),
+        ({"top_p": 0.9}, "were sampled with top_p 0.9"),
+        ({"temperature": None}, "does not state temperature"),
+    ):
+        rows = shutil.copytree(inputs["rows"], tmp_path / "drawn", dirs_exist_ok=True)
+        stated = {"regime": "from_reference", "temperature": 1.0, "top_p": 1.0, "top_k": 0} | sampling
+        (rows / "manifest.json").write_text(json.dumps(stated))
+        assert words in (told := refuse({"reference_factor": "none"}, rows=rows)) and str(rows) in told
+
+
+def test_rows_that_may_be_longer_than_the_models_context(refuse: Callable[..., str]) -> None:
+    assert (
+        refuse({"max_tokens": 4096})
+        == "max_tokens: got 4096, the model llama has a context of 1024 tokens; set max_tokens to 1024 or less"
+    )
+
+
+def test_a_tokenizer_with_more_ids_than_the_model_has_embeddings(
+    refuse: Callable[..., str], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(inputs["base"], tmp_path / "short")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(base)
+    told = refuse(base=base)
+    assert f"model {base}: the tokenizer's largest id is" in told and "the embedding has 100 rows" in told
+
+
+def test_a_reference_that_was_scored_with_another_vocabulary(
+    refuse: Callable[..., str], inputs: dict[str, Path], end: Any, tmp_path: Path
+) -> None:
+    """The same weights and template, as many tokens, other ids: neither digests nor counts tell, the preflight's own numbers do."""
+    other = shutil.copytree(inputs["base"], tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["e"], vocabulary["z"] = vocabulary["z"], vocabulary["e"]
+    vocabulary["o"], vocabulary["q"] = vocabulary["q"], vocabulary["o"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    folders = {"rows": inputs["rows"], "reference": other}
+    status, told, reference = end("scored", "score_reference", {"max_tokens": 128}, folders)
+    assert status == 0, told
+    told = refuse(reference=reference)
+    assert "preflight: 1 of 10 checks failed, nothing was trained" in told
+    assert "- reference: the policy has the reference's weights, yet the stored log-probabilities" in told
+    assert "expected at most" in told and "score the reference again" in told
+
+
+def test_a_checkpoint_that_was_cut_short(inputs: dict[str, Path], end: Any) -> None:
+    """It is named, and deleting it starts over: the same weights as without it."""
+    runtime = {"checkpoint_every_steps": 1}
+    status, told, output = end("whole", "train", SFT, inputs, **runtime)
+    assert status == 0, told
+    expected = (output / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "summary.json"):
+        (output / name).unlink()
+    (checkpoint,) = (output.parent / "work" / "checkpoints").glob("step-*")
+    (shard,) = (checkpoint / "tensors").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    status, told, _ = end("whole", "train", SFT, inputs, **runtime)
+    assert status == EXIT_USER_ERROR and not (output / "model.safetensors").exists()
+    assert f"checkpoint {checkpoint}: damaged" in told and "delete it to start over" in told
+    shutil.rmtree(checkpoint)
+    assert end("whole", "train", SFT, inputs, **runtime)[0] == 0
+    assert (output / "model.safetensors").read_bytes() == expected
