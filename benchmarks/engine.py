@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.training import LONGEST_PAIR
@@ -22,13 +21,13 @@ from training.config import (
     Runtime,
     Schedule,
 )
-from training.data.batch import collate, cut, lay_out
+from training.data.batch import collate, cut, lay_out, plan_steps
 from training.data.examples import Example
 from training.data.ingest import run as ingest
 from training.data.rows import read_rows
 from training.devices import device_peak, name_device
 from training.distributed import World
-from training.flops import count_flops
+from training.flops import Flops, count_flops
 from training.job import Job
 from training.logprobs import check_layout, sum_logps
 from training.loop import Settings, Trainer, make_optimiser
@@ -40,6 +39,7 @@ from training.render import Rendered, Renderer, UnusableRow
 from training.steps import Steps
 from training.train import PolicyForward
 
+ORDER_SEED = 0  # of the rows: VAR's, which peers follow
 SETTINGS = Settings(
     learning_rate=1e-6,
     weight_decay=0.0,
@@ -51,15 +51,82 @@ SETTINGS = Settings(
 )
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A usable row of HH-RLHF, as ingestion makes it and as it goes through the model."""
+
+    row: dict[str, Any]
+    samples: list[Rendered]  # both responses, in the row's order
+
+    @property
+    def chosen(self) -> Rendered:
+        """The preferred response."""
+        return self.samples[self.row["preferred"]]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longer response and its prompt."""
+        return max(len(sample.ids_T) for sample in self.samples)
+
+
 def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
-    """Time VAR steps through the engine's own loop, and the scoring of the reference before them."""
+    """Time VAR steps through the engine's own loop, and the scoring of the reference before them.
+
+    With `variants` (rows of another length or number of responses, layers compiled or not) their steps are taken in turn by one model, with
+    the device's rate measured before, between and after all of them, and the result has a list of them.
+    """
     tokenizer, model = open_model(spec)
     world = World(torch.device(spec["device"]))
-    settings = replace(SETTINGS, precision=Precision(spec["precision"]))
     model = prepare_model(model, tokenizer, Path(spec["model"])).to(world.device).eval()
-    examples = make_examples(spec, Renderer(tokenizer, max_tokens=8192))
-    check_layout(model, [examples[0].samples[:2]], layout=Layout.tree, device=world.device)
-    scoring, scored = score(model, examples[: spec["batch_pairs"]], spec)
+    check_layout(model, [make_synthetic(256, 0, model).samples], layout=Layout.tree, device=world.device)
+    variants = [spec | variant for variant in spec.get("variants", [{}])]
+    pairs = [] if all("length" in variant for variant in variants) else pick_pairs(spec, tokenizer)
+    scored = [] if "variants" in spec else pairs[: spec["batch_pairs"]]
+    scoring = score(model, scored, spec) if scored else 0.0
+    keep_freed_memory()  # as a run does
+    lanes = make_lanes(variants, pairs, model, world)
+    rates = take_turns(lanes, spec["steps"])
+    described = [lane.describe(count_flops(model)) for lane in lanes]
+    found = {
+        "gemm_rate": float(np.median(rates)),
+        **({"variants": described} if "variants" in spec else described[0]),
+        "scoring_seconds": scoring,
+        "scored_pairs": len(scored),
+        "device": name_device(world.device),
+        "peak_bytes": read_resident_peak(),  # before anything is profiled
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    if spec.get("profile"):
+        lanes[0].trainer.progress.step = 1
+        found["profile"] = profile_step(lanes[0].trainer)
+    return found
+
+
+def make_lanes(variants: list[dict[str, Any]], pairs: list[Pair], model: Any, world: World) -> list["Lane"]:
+    """Return a trainer of the same model and optimiser for each variant's rows; layers are compiled where one of them wants it."""
+    spec = variants[0]
+    settings = replace(SETTINGS, precision=Precision(spec["precision"]))
+    runtime = Runtime(
+        microbatch_tokens=10**9 if spec.get("one_microbatch") else spec["microbatch_tokens"],
+        compile=any(variant.get("compile") for variant in variants),
+        activation_checkpointing=spec.get("activation_checkpointing", False),
+    )
+    optimiser = make_optimiser(model, settings)
+    forward = PolicyForward(world.device, Layout.tree, count_flops(model))
+    prepare_layers(model, runtime, device=world.device)
+    folder = Path(spec["folder"])
+    job = Job(name="train", config={}, runtime={}, inputs={}, output=folder, work=folder)
+    lanes = []
+    for variant in variants:
+        work = make_steps(variant, make_examples(variant, pairs, model), forward)
+        trainer = Trainer(model, optimiser, work, settings, runtime, job, Progress(), world)
+        lanes.append(Lane(trainer, "force_eager" if runtime.compile and not variant.get("compile") else "default"))
+    return lanes
+
+
+def make_steps(spec: dict[str, Any], examples: list[Example], forward: PolicyForward) -> Steps:
+    """Return VAR's steps over some rows, one of them to warm up."""
     objective = Var(
         lambda_=1.0,
         regime=ResponseRegime.support,
@@ -67,48 +134,59 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
         reference_factor=ReferenceFactor.mean,
     )
     per_step = len(examples) // (spec["steps"] + 1)
-    forward = PolicyForward(world.device, Layout.tree, count_flops(model))
-    work = Steps(examples, objective, forward, batch_prompts=per_step, epochs=1, seed=0)
-    budget = 10**9 if spec.get("one_microbatch") else spec["microbatch_tokens"]
-    folder = Path(spec["folder"])
-    job = Job(name="train", config={}, runtime={}, inputs={}, output=folder, work=folder)
-    runtime = Runtime(
-        microbatch_tokens=budget,
-        compile=spec.get("compile", False),
-        activation_checkpointing=spec.get("activation_checkpointing", False),
-    )
-    keep_freed_memory()  # as a run does
-    prepare_layers(model, runtime, device=world.device)
-    progress = Progress()
-    trainer = Trainer(model, make_optimiser(model, settings), work, settings, runtime, job, progress, world)
-    trainer.take_step()
-    gemm = gemm_rate if world.device.type == "cpu" else lambda: device_peak(world.device, settings.precision) or np.nan
-    rates, seconds, before = [gemm()], 0.0, replace(progress)
-    for _ in range(spec["steps"]):
-        started = read_clock(world.device)
-        trainer.take_step()
-        seconds += read_clock(world.device) - started
-        rates.append(gemm())
-    found = {
-        "seconds": seconds,
-        "pairs": per_step * spec["steps"],
-        "tokens": progress.tokens - before.tokens,
-        "row_tokens": sum(len(s.ids_T) for step in range(1, spec["steps"] + 1) for s in work.samples(step)),
-        "useful_flops": progress.flops - before.flops,
-        "gemm_rate": float(np.median(rates)),
-        "scoring_seconds": scoring,
-        "scored_pairs": scored,
-        "device": name_device(world.device),
-        "peak_bytes": read_resident_peak(),  # before anything is counted or profiled
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-    if spec.get("profile"):
-        progress.step = 1
-        found["profile"] = profile_step(trainer)
-    if world.device.type == "cpu":
-        found["flops"] = count_all_flops(model, work, range(1, spec["steps"] + 1), budget=budget)
-    return found
+    return Steps(examples, objective, forward, batch_prompts=per_step, epochs=1, seed=ORDER_SEED)
+
+
+@dataclass
+class Lane:
+    """A trainer beside others of the same model, and the seconds of its timed steps, which are all but the first."""
+
+    trainer: Trainer
+    stance: str  # torch.compile's: force_eager where the model's layers are compiled, but not for this lane
+    seconds: list[float] = field(default_factory=list)
+
+    def take_step(self) -> float:
+        """Take the next step and return its seconds."""
+        device = self.trainer.world.device
+        with torch.compiler.set_stance(self.stance):
+            started = read_clock(device)
+            self.trainer.take_step()
+            return read_clock(device) - started
+
+    def describe(self, count: Flops | None) -> dict[str, Any]:
+        """Return what the timed steps took and what went through the model; `flops` are of use (training/flops.py): no padding, no masked
+        pair of attention, nothing that is computed a second time. Of these, `attention_flops`."""
+        work, done = self.trainer.work, self.trainer.progress
+        assert isinstance(work, Steps)
+        steps = range(1, len(self.seconds) + 1)
+        positions = sum(sample.num_trained for step in steps for sample in work.samples(step))
+        others = count.step(tokens=done.tokens, positions=positions, segments=[]) if count else done.flops
+        return {
+            "seconds": sum(self.seconds),
+            "pairs": sum(len(work.rows(step)) for step in steps),
+            "tokens": done.tokens,
+            "flops": done.flops,
+            "attention_flops": done.flops - others,
+            "microbatches": max(len(work.cut(step, budget=self.trainer.budget)) for step in steps),
+        }
+
+
+def take_turns(lanes: list[Lane], steps: int) -> list[float]:
+    """Warm up, then let the lanes take their steps in turn; return the device's rates, measured before, between and after them."""
+    world, precision = lanes[0].trainer.world, lanes[0].trainer.settings.precision
+    measure = gemm_rate if world.device.type == "cpu" else lambda: device_peak(world.device, precision) or np.nan
+    for warming in {
+        lane.stance: lane for lane in lanes
+    }.values():  # the last, which is the largest, of those that run the same code
+        warming.take_step()
+    for lane in lanes:
+        lane.trainer.progress = Progress(step=1)
+    rates = [measure()]
+    for _ in range(steps):
+        for lane in lanes:
+            lane.seconds.append(lane.take_step())
+            rates.append(measure())
+    return rates
 
 
 def profile_step(trainer: Trainer, longest: int = 25) -> dict[str, float]:
@@ -150,49 +228,47 @@ def open_model(spec: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def measure_plain_sft(spec: dict[str, Any]) -> dict[str, Any]:
-    """Time a plain PyTorch loop for SFT on the chosen: rows of like length together, logits where the response is predicted."""
+    """Time a plain PyTorch loop for SFT on the chosen, with every micro-batch in turn on the same step's rows: rows of like length together,
+    logits where the response is predicted."""
     tokenizer, model = open_model(spec)
-    examples = make_examples(spec, Renderer(tokenizer, max_tokens=8192))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
-    chosen = [example.samples[0] for example in examples]
-    seconds = 0.0
-    for step in range(spec["steps"] + 1):
+
+    def take_step(pairs: list[Pair], size: int) -> float:
         started = time.monotonic()
-        pairs = spec["batch_pairs"]
-        batch = sorted(chosen[step * pairs : (step + 1) * pairs], key=lambda sample: len(sample.ids_T))
+        batch = sorted((pair.chosen for pair in pairs), key=lambda sample: len(sample.ids_T))
         count = sum(sample.num_trained for sample in batch)
-        for begin in range(0, pairs, 4):
-            micro = collate(batch[begin : begin + 4], device=torch.device("cpu"))
+        for begin in range(0, len(batch), size):
+            micro = collate(batch[begin : begin + size], device=torch.device("cpu"))
             hidden = model.base_model(input_ids=micro.ids_BT, use_cache=False).last_hidden_state
             logits = model.lm_head(hidden.flatten(0, 1)[micro.predictor_P])
             (torch.nn.functional.cross_entropy(logits, micro.target_P, reduction="sum") / count).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        seconds += (time.monotonic() - started) * (step > 0)
-    return {"seconds": seconds, "pairs": spec["batch_pairs"] * spec["steps"]}
+        return time.monotonic() - started
+
+    warm, *steps = order_pairs(spec, tokenizer)
+    take_step(warm, spec["batch_pairs"])
+    seconds = dict.fromkeys(spec["microbatches"], 0.0)
+    for pairs in steps:
+        for size in seconds:
+            seconds[size] += take_step(pairs, size)
+    return {
+        "seconds_per_pair": {size: total / (spec["batch_pairs"] * spec["steps"]) for size, total in seconds.items()}
+    }
 
 
-def score(model: Any, examples: list[Example], spec: dict[str, Any]) -> tuple[float, int]:
-    """Return the seconds that the reference's log-probabilities of some rows take, and their number."""
-    samples = [sample for example in examples for sample in example.samples]
-    group_R = np.repeat(np.arange(len(examples)), [len(example.samples) for example in examples])
+def score(model: Any, pairs: list[Pair], spec: dict[str, Any]) -> float:
+    """Return the seconds that the reference's log-probabilities of some pairs take."""
+    samples = [sample for pair in pairs for sample in pair.samples]
+    group_R = np.repeat(np.arange(len(pairs)), 2)
     device, narrow = torch.device(spec["device"]), spec["precision"] == Precision.bfloat16
     started = read_clock(device)
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
         for members in cut(samples, group_R, budget=spec["microbatch_tokens"], whole_groups=False, layout=Layout.tree):
             chosen = [samples[index] for index in members]
             sum_logps(model, lay_out(chosen, group_R[members], device=device, layout=Layout.tree))
-    return read_clock(device) - started, len(examples)
-
-
-def count_all_flops(model: Any, work: Steps, steps: range, *, budget: int) -> float:
-    """Return the floating-point operations of some steps, forward and backward, as PyTorch's own counter sees them."""
-    with FlopCounterMode(display=False) as counter:
-        for step in steps:
-            for members in work.cut(step, budget=budget):
-                work.part(model, work.load(step, members)).loss.backward()
-    return float(counter.get_total_flops())
+    return read_clock(device) - started
 
 
 def gemm_rate(size: int = 2048, repeats: int = 3) -> float:
@@ -209,21 +285,36 @@ def gemm_rate(size: int = 2048, repeats: int = 3) -> float:
 # --- rows ---
 
 
-def make_examples(spec: dict[str, Any], renderer: Renderer) -> list[Example]:
-    """Return the batch's rows for every step, one step more than is timed: pairs as they are, or with more responses or other lengths."""
-    count = spec["batch_pairs"] * (spec["steps"] + 1)
-    if length := spec.get("length"):
-        return [make_synthetic(length, index) for index in range(max(1, 4096 // length) * (spec["steps"] + 1))]
-    groups = []
+def pick_pairs(spec: dict[str, Any], tokenizer: Any) -> list[Pair]:
+    """Return the pairs that all methods train on: a batch for every step, one step more than is timed. ValueError where there are too few."""
+    renderer = Renderer(tokenizer, max_tokens=LONGEST_PAIR)
+    wanted = spec["batch_pairs"] * (spec["steps"] + 1)
+    pairs: list[Pair] = []
     for row in read_pairs(spec):
         try:
-            samples = renderer.row(row["prompt"], row["responses"], row["truncated"])
+            pairs.append(Pair(row, renderer.row(row["prompt"], row["responses"], row["truncated"])))
         except UnusableRow:
             continue
-        if max(len(sample.ids_T) for sample in samples) <= LONGEST_PAIR:
-            groups.append(samples)
-        if len(groups) == count:
-            break
+        if len(pairs) == wanted:
+            return pairs
+    raise ValueError(
+        f"{spec['data']}: {len(pairs)} usable pairs of at most {LONGEST_PAIR} tokens; expected {wanted}, {spec['batch_pairs']} for each "
+        "step and for one that warms up; give more rows, or time fewer steps"
+    )
+
+
+def order_pairs(spec: dict[str, Any], tokenizer: Any) -> list[list[Pair]]:
+    """Return the pairs of every step, the same in each as VAR's: what peers train on."""
+    pairs = pick_pairs(spec, tokenizer)
+    plan = plan_steps(len(pairs), batch_prompts=spec["batch_pairs"], epochs=1, seed=ORDER_SEED)
+    return [[pairs[index] for index in step] for step in plan]
+
+
+def make_examples(spec: dict[str, Any], pairs: list[Pair], model: Any) -> list[Example]:
+    """Return a variant's rows: pairs as they are, or with more responses, or synthetic ones of another length."""
+    if length := spec.get("length"):
+        return [make_synthetic(length, index, model) for index in range(spec["pairs"] * (spec["steps"] + 1))]
+    groups = [pair.samples for pair in pairs]
     if wanted := spec.get("responses"):
         groups = [add_responses(group, groups[n:] + groups[:n], wanted) for n, group in enumerate(groups)]
     return [make_example(f"row{n}", group) for n, group in enumerate(groups)]
@@ -252,11 +343,11 @@ def add_responses(group: list[Rendered], others: list[list[Rendered]], wanted: i
     return grown
 
 
-def make_synthetic(length: int, index: int) -> Example:
+def make_synthetic(length: int, index: int, model: Any) -> Example:
     """Return a pair of `length` tokens in all: a prompt of 70 %, as in HH-RLHF, and two responses."""
     rng = np.random.default_rng(index)
     prompt, response = int(0.7 * length), int(0.15 * length)
-    ids = rng.integers(100, 40_000, size=prompt + 2 * response).astype(np.int32)
+    ids = rng.integers(100, model.config.vocab_size, size=prompt + 2 * response).astype(np.int32)
     first, second = ids[: prompt + response], np.r_[ids[:prompt], ids[prompt + response :]]
     return make_example(f"row{index}", [Rendered(ids_T=part, start=prompt) for part in (first, second)])
 

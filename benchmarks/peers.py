@@ -1,8 +1,8 @@
 """TRL's trainers on the same rows, timed in the process of `benchmarks.training`: what a user would take instead."""
 
-import itertools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,10 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.engine import open_model, read_pairs
+from benchmarks.engine import Pair, open_model, order_pairs, read_clock
 from benchmarks.reward_runs import Curve, Meter, pick_rows, say
 from benchmarks.training import LONGEST_PAIR
 from training.data.rows import read_rows
-from training.render import Renderer, UnusableRow
 
 GRPO_MICROBATCH = 16  # responses
 DPO_MICROBATCH = 2  # pairs: the best of those that `--only dpo` sweeps
@@ -25,18 +24,43 @@ GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns"
 
 
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
-    """Times every step but the first."""
+    """Times every step but the first, and counts what the policy is fed in them."""
 
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._begun = 0.0
+    def __init__(self, model: Any) -> None:
+        self._model, self._device = model, model.device
+        self._seconds = self._begun = 0.0
+        # Of forward passes: tokens, still on the device, and the same with padding.
+        self._seen: list[tuple[Any, int]] = []
+        self._counted: list[tuple[Any, int]] = []
+        model.register_forward_pre_hook(self._feed, with_kwargs=True)
+
+    def _feed(self, model: Any, arguments: Any, options: Any) -> None:
+        padded, mask = options["input_ids"].numel(), options.get("attention_mask")
+        self._seen.append((padded if mask is None else mask.sum(), padded))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._begun = time.monotonic()
+        self._seen.clear()  # of log-probabilities that were computed before
+        self._begun = read_clock(self._device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step > 1:
-            self.seconds += time.monotonic() - self._begun
+            self._seconds += read_clock(self._device) - self._begun
+            self._counted += self._seen
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._loss = state.log_history[-1]["train_loss"]
+
+    def result(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Return `seconds`, `pairs`, the `tokens` that went through the policy, without and with padding, whether it recomputes, and the
+        mean `loss` of all steps."""
+        return {
+            "loss": self._loss,
+            "seconds": self._seconds,
+            "pairs": spec["batch_pairs"] * spec["steps"],
+            "tokens": sum(int(tokens) for tokens, _ in self._counted),
+            "padded_tokens": sum(padded for _, padded in self._counted),
+            "recomputes": self._model.is_activation_checkpointing,
+        }
 
 
 class TimedDPO(DPOTrainer):  # type: ignore[misc]
@@ -59,30 +83,27 @@ def measure_dpo(spec: dict[str, Any]) -> dict[str, Any]:
         "precompute_ref_log_probs": True,
         "precompute_ref_batch_size": spec["microbatch"],
         "activation_checkpointing": False,
-        **GROUPED,
     }
     arguments = DPOConfig(**shared(spec), **(tuned if spec["tuned"] else {}))
     reference = None if spec["tuned"] else open_model(spec)[1]  # TRL would look for the folder of random weights
-    watch = Stopwatch()
+    rows, watch = arrange(spec, tokenizer, length=lambda pair: pair.longest), Stopwatch(model)
     trainer = TimedDPO(
-        model=model, ref_model=reference, args=arguments, train_dataset=make_dataset(spec, tokenizer), processing_class=tokenizer,
-        callbacks=[watch],
+        model=model, ref_model=reference, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch],
     )  # fmt: skip
     trainer.train()
-    pairs = spec["batch_pairs"] * spec["steps"]
-    scored = {"scoring_seconds": trainer.scoring_seconds, "scored_pairs": pairs + spec["batch_pairs"]}
-    return {"seconds": watch.seconds, "pairs": pairs} | scored
+    return watch.result(spec) | {"scoring_seconds": trainer.scoring_seconds, "scored_pairs": len(rows)}
 
 
 def measure_sft(spec: dict[str, Any]) -> dict[str, Any]:
-    """Time TRL's SFT on prompt and chosen, the loss on the chosen alone."""
+    """Time TRL's SFT on prompt and chosen, the loss on the chosen alone: by default, or tuned."""
     tokenizer, model = open_model(spec)
-    pairs = make_dataset(spec, tokenizer)
+    pairs = arrange(spec, tokenizer, length=lambda pair: len(pair.chosen.ids_T))
     rows = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
-    watch = Stopwatch()
-    arguments = SFTConfig(**shared(spec), completion_only_loss=True)
+    watch = Stopwatch(model)
+    tuned = {"activation_checkpointing": False, "padding_free": True, "max_length": None}  # no row is too long
+    arguments = SFTConfig(**shared(spec) | (tuned if spec["tuned"] else {}), completion_only_loss=True)
     SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]).train()
-    return {"seconds": watch.seconds, "pairs": spec["batch_pairs"] * spec["steps"]}
+    return watch.result(spec)
 
 
 # --- for the reward comparisons ---
@@ -199,22 +220,17 @@ def shared(spec: dict[str, Any]) -> dict[str, Any]:
         "max_steps": spec["steps"] + 1,
         "learning_rate": 1e-6,
         "max_length": 2 * LONGEST_PAIR,
+        "train_sampling_strategy": "sequential",
     }
 
 
-def make_dataset(spec: dict[str, Any], tokenizer: Any) -> Dataset:
-    """Return the pairs that our engine trains on, in TRL's conversational form."""
-    renderer = Renderer(tokenizer, max_tokens=LONGEST_PAIR)
-
-    def usable() -> Any:
-        for row in read_pairs(spec):
-            try:
-                renderer.row(row["prompt"], row["responses"], row["truncated"])
-            except UnusableRow:
-                continue
-            yield as_pair(row)
-
-    return Dataset.from_list(list(itertools.islice(usable(), spec["batch_pairs"] * (spec["steps"] + 1))))
+def arrange(spec: dict[str, Any], tokenizer: Any, *, length: Callable[[Pair], int]) -> Dataset:
+    """Return the pairs in TRL's conversational form, every step's the same as VAR's; tuned, those of like length together within a step, which
+    is what TRL's own grouping does with so few rows."""
+    steps = order_pairs(spec, tokenizer)
+    if spec["tuned"]:
+        steps = [sorted(step, key=length, reverse=True) for step in steps]
+    return Dataset.from_list([as_pair(pair.row) for step in steps for pair in step])
 
 
 def as_pair(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,20 +1,30 @@
 """How fast the training engine is, against the machine's own matrix multiply and against what a user would take instead.
 
 `python -m benchmarks.training --data FOLDER --json [--only NAME] [--quick]`, where FOLDER holds HH-RLHF's `helpful-base`; TRL comes with
-the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same number of steps; every measurement runs in
-a process of its own, one after the other; the first step of each warms up and does not count.
+the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same steps; every measurement runs in a process of its
+own, one after the other; the first step of each warms up and does not count. What is the same code (layers compiled or not, eight
+responses or two, lengths, the plain loop's micro-batches) is measured in one process that takes their steps in turn.
 
-Keys: `gemm_share`, `gemm_share_compiled` (FLOPs of a VAR step over its time, as a share of the measured rate of a large float32 matrix
-product; with `runtime.compile`, which takes a C++ compiler),
-`var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (both with the time of their
-reference log-probabilities), `var_vs_sft_time` (VAR on both responses over TRL SFT on the chosen alone),
-`var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone), `var_vs_dpo_peak_memory`, `var_vs_dpo_tuned_peak_memory` (all
-pairs of the step at once on both sides; default and VAR compute activations again, tuned and VAR keep them),
-`k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length`; and, by minutes of training each (benchmarks/rewards.py says how),
-`var_vs_grpo_time_to_reward` (a lower bound where `…_censored`) and `var_vs_dpo_reward_gain` with `…_ci`.
+Keys: `gemm_share`, `gemm_share_compiled` (FLOPs of a VAR step over its time, as a share of the rate of a large float32 matrix product, which is
+measured before, between and after both's steps and taken as their median; with `runtime.compile`, which takes a C++ compiler),
+`var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (over the faster of both, with the time
+of the reference log-probabilities on both sides), `var_vs_sft_time`, `var_vs_sft_tuned_time` (VAR on both responses over TRL SFT on the chosen alone, by
+default and tuned), `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone, at its best micro-batch),
+`var_vs_dpo_peak_memory`, `var_vs_dpo_tuned_peak_memory` (all pairs of the step at once on both sides; default and VAR compute activations again,
+tuned and VAR keep them), `k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length` and, over what attention's share of the FLOPs lets
+expect from the shortest length, `tokens_per_second_over_predicted_by_length`; and, by minutes of training each (benchmarks/rewards.py says
+how), `var_vs_grpo_time_to_reward` (a lower bound where `…_censored`) and `var_vs_dpo_reward_gain` with `…_ci`.
 
-`default` is TRL as a user gets it, but for bfloat16, which a CPU does badly; `tuned` has precomputed reference log-probabilities, batches
-grouped by length, no recomputation of activations, and the best micro-batch of the sweep that is printed.
+FLOPs are those of use, counted from shapes (training/flops.py): no padding, of attention the pairs that the mask lets see each other, and
+nothing that is computed a second time.
+
+`default` is TRL as a user gets it (DPO with a reference beside the policy, activations computed again, micro-batch of 8 pairs) but for two
+things: bfloat16, which a CPU does badly, and the order of rows, which is ours, so that a step has the same rows on all sides. `tuned` has
+precomputed reference log-probabilities, rows of like length together within a step, no recomputation of activations, for SFT the rows of a
+micro-batch as one sequence without padding (`padding_free`), and the best micro-batch of the sweep that is printed. The plain loop has rows of
+like length together, no recomputation and its best micro-batch.
+
+`--quick` leaves out what `quick_leaves_out` says: most of the steps that are timed, some micro-batches and lengths, and the comparisons by reward.
 """
 
 import argparse
@@ -30,7 +40,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +56,23 @@ SHARED: dict[str, Any] = {
     "device": "cpu",
     "precision": "float32",
 }
-TUNED_MICROBATCHES = (2, 4, 8)
-LENGTHS = (256, 512, 1024, 2048, 4096)
 LONGEST_PAIR = 512  # tokens of prompt and longest response
 PROGRESS = "benchmark: "  # what a child's line of progress on stderr begins with
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of the throughput groups is measured; what is compared with what is the same."""
+
+    steps: int = 5  # that are timed
+    dpo_microbatches: Sequence[int] = (1, 2, 4, 8)  # pairs, of the sweep
+    sft_microbatches: Sequence[int] = (1, 2, 4, 8)  # rows, likewise, of TRL's and of the plain loop
+    lengths: Sequence[int] = (256, 512, 1024, 2048, 4096)  # tokens of a pair, the shortest first
+
+
+QUICK = Extent(steps=1, dpo_microbatches=(1, 2), sft_microbatches=(1, 2), lengths=(256, 1024, 4096))
+# By the processes of an earlier run: about what each group takes with --quick, on two idle cores.
+QUICK_SECONDS = {"gemm": 55, "dpo": 445, "sft": 145, "groups": 60, "lengths": 100}
 
 
 def main() -> None:
@@ -59,7 +83,10 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer steps, and no grpo or reward_gain: within 15 minutes on two idle cores",
+        help="fewer steps, micro-batches and lengths, and no grpo or reward_gain: within 15 minutes on two idle cores",
+    )
+    parser.add_argument(
+        "--plot", type=Path, help="HTML file to write with tokens per second by length, as measured and predicted"
     )
     parser.add_argument(
         "--scratch", type=Path, help="folder for what is measured; a later run goes on from what is there"
@@ -83,20 +110,61 @@ def main() -> None:
         for name in ("smollm2-135m-instruct", "minilm-l6-v2")
     )
     shared = SHARED | {"model": str(model), "encoder": str(encoder), "data": str(options.data.resolve())}
-    shared["steps"] = 2 if options.quick else 5
+    extent = QUICK if options.quick else Extent()
     with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as temporary:
         scratch = (options.scratch or Path(temporary)).resolve()
-        bench = Bench(shared, scratch, talk=not options.json, sizes=Sizes(**options.sizes))
-        result: dict[str, Any] = {}
-        for name in options.only or (name for name in GROUPS if not (options.quick and name in LONG_GROUPS)):
-            result |= GROUPS[name](bench)
+        bench = Bench(
+            shared | {"steps": extent.steps},
+            scratch,
+            talk=not options.json,
+            sizes=Sizes(**options.sizes),
+            extent=extent,
+        )
+        chosen = options.only or [name for name in GROUPS if not (options.quick and name in LONG_GROUPS)]
+        result = run_groups(bench, chosen, expected=QUICK_SECONDS if options.quick else {})
+    if options.plot and "tokens_per_second_by_length" in result:
+        plot_lengths(result, options.plot)
     machine = {
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "batch_pairs": BATCH_PAIRS,
-        "steps": shared["steps"],
+        "steps": extent.steps,
     }
-    print(json.dumps(result | machine))
+    print(json.dumps(result | machine | ({"quick_leaves_out": describe_quick()} if options.quick else {})))
+
+
+def run_groups(bench: "Bench", names: Sequence[str], *, expected: dict[str, int]) -> dict[str, Any]:
+    """Measure groups one after the other, telling how far it is and, where that is known, how long it takes."""
+    result: dict[str, Any] = {}
+    for n, name in enumerate(names):
+        left = [expected.get(other) for other in names[n:]]
+        told = f", about {left[0]} s, and {sum(filter(None, left))} s to the end" if None not in left else ""
+        bench.say(f"group {n + 1} of {len(names)}: {name}{told}")
+        result |= GROUPS[name](bench)
+    bench.say("done")
+    return result
+
+
+def describe_quick() -> dict[str, Any]:
+    """Return what `--quick` leaves out of a whole run."""
+    whole = Extent()
+    return {
+        "steps": whole.steps - QUICK.steps,
+        "dpo_microbatches": sorted({*whole.dpo_microbatches} - {*QUICK.dpo_microbatches}),
+        "sft_microbatches": sorted({*whole.sft_microbatches} - {*QUICK.sft_microbatches}),
+        "lengths": sorted({*whole.lengths} - {*QUICK.lengths}),
+        "groups": LONG_GROUPS,
+    }
+
+
+def plot_lengths(result: dict[str, Any], path: Path) -> None:
+    """Write tokens per second by length, as measured and as attention's share of the FLOPs lets expect, as a page."""
+    from plotly.graph_objects import Figure, Scatter
+
+    figure = Figure(layout={"xaxis": {"title": "tokens a pair", "type": "log"}, "yaxis": {"title": "tokens/s", "rangemode": "tozero"}})  # fmt: skip
+    for name, key in (("measured", "tokens_per_second_by_length"), ("predicted", "tokens_per_second_predicted_by_length")):  # fmt: skip
+        figure.add_trace(Scatter(x=list(result[key]), y=list(result[key].values()), name=name, mode="lines+markers"))
+    figure.write_html(path)
 
 
 class MeasurementFailed(SystemExit):
@@ -106,8 +174,16 @@ class MeasurementFailed(SystemExit):
 class Bench:
     """Runs measurements in processes of their own, each once: what is found is kept in the scratch folder."""
 
-    def __init__(self, shared: dict[str, Any], scratch: Path, *, talk: bool, sizes: Sizes | None = None) -> None:
-        self.scratch, self.sizes = scratch, sizes or Sizes()
+    def __init__(
+        self,
+        shared: dict[str, Any],
+        scratch: Path,
+        *,
+        talk: bool,
+        sizes: Sizes | None = None,
+        extent: Extent | None = None,
+    ) -> None:
+        self.scratch, self.sizes, self.extent = scratch, sizes or Sizes(), extent or Extent()
         self._shared, self._talk, self._started = shared, talk, time.monotonic()  # shared: what all measurements have
 
     def measure(self, kind: str, **options: Any) -> dict[str, Any]:
@@ -129,19 +205,22 @@ class Bench:
         result: dict[str, Any] = json.loads(kept.read_text())["found"]
         return result
 
+    def say(self, told: str) -> None:
+        """Print a line on stderr, behind the seconds since the start."""
+        print(f"[{time.monotonic() - self._started:.0f} s] {told}", file=sys.stderr, flush=True)
+
     def _run(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
         """Run a child, hand on its lines of progress, and return its last line."""
         command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(spec)]
         last = collections.deque[str](maxlen=60)
-        print(f"[{time.monotonic() - self._started:.0f} s] {name}", file=sys.stderr, flush=True)
+        self.say(name)
         with tempfile.TemporaryFile("w+") as out:
             child = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
             assert child.stderr is not None
             for line in child.stderr:
                 last.append(line)
                 if line.startswith(PROGRESS):
-                    told = f"[{time.monotonic() - self._started:.0f} s] {name}: {line.removeprefix(PROGRESS)}"
-                    print(told, end="", file=sys.stderr, flush=True)
+                    self.say(f"{name}: {line.removeprefix(PROGRESS).rstrip()}")
             if child.wait():
                 raise MeasurementFailed(f"benchmarks.training: {name} failed:\n{''.join(last)[-3000:]}")
             out.seek(0)
@@ -153,13 +232,14 @@ class Bench:
 
 
 def compare_with_gemm(bench: Bench) -> dict[str, Any]:
-    """VAR's FLOP rate as a share of the machine's, with layers as they are and compiled."""
-    var, compiled = bench.measure("var"), bench.measure("var", compile=True)
+    """VAR's FLOP rate as a share of the machine's, with layers as they are and compiled, step by step in turn."""
+    found = bench.measure("gemm", variants=[{}, {"compile": True}])
+    var, compiled = found["variants"]
     return {
-        "gemm_share": flop_share(var),
-        "gemm_share_compiled": flop_share(compiled),
+        "gemm_share": var["flops"] / var["seconds"] / found["gemm_rate"],
+        "gemm_share_compiled": compiled["flops"] / compiled["seconds"] / found["gemm_rate"],
         "compiled_pairs_per_second": compiled["pairs"] / compiled["seconds"],
-        "gemm_gflops_per_second": var["gemm_rate"] / 1e9,
+        "gemm_gflops_per_second": found["gemm_rate"] / 1e9,
         "var_pairs_per_second": var["pairs"] / var["seconds"],
         "var_tokens_per_second": var["tokens"] / var["seconds"],
     }
@@ -168,44 +248,57 @@ def compare_with_gemm(bench: Bench) -> dict[str, Any]:
 def compare_with_dpo(bench: Bench) -> dict[str, Any]:
     """VAR against TRL's DPO: as it comes, and tuned."""
     var, default = bench.measure("var"), bench.measure("dpo", microbatch=BATCH_PAIRS, tuned=False)
-    sweep = {size: bench.measure("dpo", microbatch=size, tuned=True) for size in TUNED_MICROBATCHES}
-    best = min(sweep, key=lambda size: seconds_per_pair(sweep[size]))
-    tuned = sweep[best]
+    best, sweep = sweep_microbatches(bench, "dpo", bench.extent.dpo_microbatches)
+    tuned, tuned_at_once = sweep[best], bench.measure("dpo", microbatch=BATCH_PAIRS, tuned=True)
     scored = seconds_per_pair(var) + var["scoring_seconds"] / var["scored_pairs"]
     tuned_scored = seconds_per_pair(tuned) + tuned["scoring_seconds"] / tuned["scored_pairs"]
-    at_once = bench.measure("var", one_microbatch=True)
+    at_once = var if var["microbatches"] == 1 else bench.measure("var", one_microbatch=True)
     recomputing = bench.measure("var", one_microbatch=True, activation_checkpointing=True)  # as TRL's does by default
     return {
         "var_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(var),
         "var_vs_dpo_tuned_speed": seconds_per_pair(tuned) / seconds_per_pair(var),
         "var_vs_dpo_speed_with_scoring": min(seconds_per_pair(default), tuned_scored) / scored,
         "var_vs_dpo_peak_memory": recomputing["peak_bytes"] / default["peak_bytes"],
-        "var_vs_dpo_tuned_peak_memory": at_once["peak_bytes"] / sweep[BATCH_PAIRS]["peak_bytes"],
+        "var_vs_dpo_tuned_peak_memory": at_once["peak_bytes"] / tuned_at_once["peak_bytes"],
         "var_recomputing_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(recomputing),
         "dpo_tuned_microbatch": best,
         "dpo_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in sweep.items()},
         "dpo_seconds_per_pair": seconds_per_pair(default),
         "var_seconds_per_pair": seconds_per_pair(var),
         "dpo_peak_gib": default["peak_bytes"] / 2**30,
-        "dpo_tuned_peak_gib": sweep[BATCH_PAIRS]["peak_bytes"] / 2**30,
+        "dpo_tuned_peak_gib": tuned_at_once["peak_bytes"] / 2**30,
         "var_peak_gib": at_once["peak_bytes"] / 2**30,
         "var_recomputing_peak_gib": recomputing["peak_bytes"] / 2**30,
     }
 
 
 def compare_with_sft(bench: Bench) -> dict[str, Any]:
-    """VAR on both responses against SFT on the chosen alone: TRL's, and a plain loop."""
-    var, sft = bench.measure("var"), bench.measure("sft", microbatch=BATCH_PAIRS)
-    plain = bench.measure("plain", microbatch=BATCH_PAIRS)
+    """VAR on both responses against SFT on the chosen alone: TRL's as it comes and tuned, and a plain loop."""
+    var, default = bench.measure("var"), bench.measure("sft", microbatch=BATCH_PAIRS, tuned=False)
+    best, sweep = sweep_microbatches(bench, "sft", bench.extent.sft_microbatches)
+    plain = bench.measure("plain", microbatches=bench.extent.sft_microbatches)["seconds_per_pair"]
+    best_plain = min(plain, key=lambda size: plain[size])
     return {
-        "var_vs_sft_time": seconds_per_pair(var) / seconds_per_pair(sft),
-        "var_vs_plain_loop_time": seconds_per_pair(var) / seconds_per_pair(plain),
+        "var_vs_sft_time": seconds_per_pair(var) / seconds_per_pair(default),
+        "var_vs_sft_tuned_time": seconds_per_pair(var) / seconds_per_pair(sweep[best]),
+        "var_vs_plain_loop_time": seconds_per_pair(var) / plain[best_plain],
+        "sft_microbatch": BATCH_PAIRS,
+        "sft_tuned_microbatch": best,
+        "sft_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in sweep.items()},
+        "plain_loop_microbatch": int(best_plain),
+        "plain_loop_sweep_seconds_per_pair": plain,
     }
 
 
+def sweep_microbatches(bench: Bench, kind: str, sizes: Sequence[int]) -> tuple[int, dict[int, dict[str, Any]]]:
+    """Return the micro-batch with which a tuned peer is fastest, and what was measured with each."""
+    found = {size: bench.measure(kind, microbatch=size, tuned=True) for size in sizes}
+    return min(found, key=lambda size: seconds_per_pair(found[size])), found
+
+
 def compare_group_sizes(bench: Bench) -> dict[str, Any]:
-    """Eight responses a prompt against two, over the ratio of their FLOPs."""
-    two, eight = (bench.measure("var", responses=k) for k in (2, 8))
+    """Eight responses a prompt against two, over the ratio of their FLOPs, step by step in turn."""
+    two, eight = bench.measure("groups", variants=[{"responses": k} for k in (2, 8)])["variants"]
     return {
         "k8_vs_k2_cost_over_flops": (eight["seconds"] / two["seconds"]) / (eight["flops"] / two["flops"]),
         "k8_vs_k2_flops": eight["flops"] / two["flops"],
@@ -213,19 +306,23 @@ def compare_group_sizes(bench: Bench) -> dict[str, Any]:
 
 
 def compare_lengths(bench: Bench) -> dict[str, Any]:
-    """Tokens per second as prompts and responses grow, and the share of the machine's rate each reaches."""
-    found = {length: bench.measure("var", length=length) for length in LENGTHS}
+    """Tokens per second as prompts and responses grow, steps of as many tokens in turn, against what the FLOPs of a token let expect: matrices
+    cost a token the same at every length, so that they differ by attention alone."""
+    lengths = bench.extent.lengths
+    variants = [{"length": length, "pairs": max(lengths) // length} for length in lengths]
+    measured = bench.measure("lengths", variants=variants)
+    found = dict(zip(lengths, measured["variants"], strict=True))
+    rate = {n: one["tokens"] / one["seconds"] for n, one in found.items()}
+    per_token = {n: one["flops"] / one["tokens"] for n, one in found.items()}
+    first = lengths[0]
+    predicted = {n: rate[first] * per_token[first] / per_token[n] for n in lengths}
     return {
-        "tokens_per_second_by_length": {n: round(one["tokens"] / one["seconds"], 1) for n, one in found.items()},
-        "gemm_share_by_length": {
-            n: round(one["flops"] / one["seconds"] / one["gemm_rate"], 3) for n, one in found.items()
-        },
-    }
-
-
-def flop_share(found: dict[str, Any]) -> float:
-    """Return the share of the machine's rate."""
-    return float(found["flops"] / found["seconds"] / found["gemm_rate"])
+        "tokens_per_second_by_length": {n: round(rate[n], 1) for n in lengths},
+        "tokens_per_second_predicted_by_length": {n: round(predicted[n], 1) for n in lengths},
+        "tokens_per_second_over_predicted_by_length": {n: round(rate[n] / predicted[n], 3) for n in lengths},
+        "attention_flop_share_by_length": {n: round(one["attention_flops"] / one["flops"], 3) for n, one in found.items()},
+        "gemm_share_by_length": {n: round(rate[n] * per_token[n] / measured["gemm_rate"], 3) for n in lengths},
+    }  # fmt: skip
 
 
 def seconds_per_pair(found: dict[str, Any]) -> float:
@@ -251,6 +348,9 @@ LONG_GROUPS = ("grpo", "reward_gain")
 # Where each kind is measured. TRL is imported by its own measurements alone: it takes seconds, and memory.
 KINDS = {
     "var": "engine.measure_var",
+    "gemm": "engine.measure_var",
+    "groups": "engine.measure_var",
+    "lengths": "engine.measure_var",
     "plain": "engine.measure_plain_sft",
     "dpo": "peers.measure_dpo",
     "sft": "peers.measure_sft",

@@ -7,9 +7,12 @@ steps; every measurement in a process of its own; a first step warms up and does
 
 Keys: `mfu` = 3 F / (seconds x peak), F the operations of a forward pass that the mathematics needs (training/flops.py: no padding, no
 masked pair, nothing that is computed a second time), peak the data sheet's dense bfloat16 rate (training/devices.py);
-`tokens_per_second`: tokens that went through the model, prompts once; `row_tokens_per_second`: the same pairs counted as two rows each,
-which is what TRL's DPO processes; `var_vs_dpo_tokens` and `var_vs_dpo_tuned_tokens`: that over TRL's, as it comes and at the best micro-batch
-of the sweep that is printed, with reference log-probabilities computed before and rows of like length together.
+`tokens_per_second`, `dpo_tokens_per_second`, `dpo_tuned_tokens_per_second`: tokens that went through the policy that is trained, without padding: ours
+reads a prompt once, TRL's DPO twice; `var_vs_dpo_tokens`, `var_vs_dpo_tuned_tokens`: ours over theirs, each by its own count;
+`var_vs_dpo_pairs`, `var_vs_dpo_tuned_pairs`: pairs per second, which is the work that gets done: larger, as a pair is fewer tokens for us.
+TRL as it comes has a micro-batch of 8, a reference beside the policy and computes activations again; tuned it has reference
+log-probabilities computed before, rows of like length together, no recomputation, and the best micro-batch of the sweep that is printed:
+doubled until it gets slower (`sweep_ended`: `slower`), has no room (`memory`), is the whole batch (`batch`) or `--sweep-seconds` are over (`time`).
 
 Without a GPU it says so and ends with status 1. `--device cpu` goes through the same motions with any model, to try the command.
 """
@@ -19,6 +22,7 @@ import json
 import platform
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from training.plan import ARCHITECTURES
 
 BATCH_PAIRS = 64
 TRL_MICROBATCH = 8  # its own default
-MICROBATCHES = (4, 8, 16, 32, 64)
+FIRST_MICROBATCH = 4  # of the sweep
 SHARED = {"batch_pairs": BATCH_PAIRS, "microbatch_tokens": 16_384, "precision": "bfloat16", "compile": True}
 
 
@@ -41,6 +45,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with HH-RLHF's helpful-base/*.jsonl.gz")
     parser.add_argument("--architecture", type=Path, default=ARCHITECTURES / "llama-3.2-1b.json", help="a config.json")
     parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--sweep-seconds", type=float, default=300.0, help="no micro-batch is begun later in the sweep")
     parser.add_argument("--profile", action="store_true", help="say what a step of ours spends the device's time on")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
@@ -53,46 +58,61 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as scratch:
         paths = {"model": str(model), "data": str(options.data.resolve())}
         given = {"architecture": str(options.architecture), "device": options.device, "steps": options.steps}
-        result = compare(Bench(SHARED | paths | given, Path(scratch), talk=not options.json), profile=options.profile)
+        bench = Bench(SHARED | paths | given, Path(scratch), talk=not options.json)
+        result = compare(bench, batch_pairs=BATCH_PAIRS, sweep_seconds=options.sweep_seconds, profile=options.profile)
     print(json.dumps(result | {"torch": torch.__version__, "python": platform.python_version(), **given, **SHARED}))
 
 
-def compare(bench: Bench, *, profile: bool) -> dict[str, Any]:
+def compare(bench: Bench, *, batch_pairs: int, sweep_seconds: float, profile: bool) -> dict[str, Any]:
     """Return VAR's rates and what they are of TRL's."""
     var = bench.measure("var", profile=profile)
-    rows_per_pair = var["row_tokens"] / var["pairs"]
-    default = seconds_per_pair(bench.measure("dpo", microbatch=TRL_MICROBATCH, tuned=False))
-    tuned = sweep(bench)
-    best = min(tuned, key=lambda size: tuned[size])
+    default = bench.measure("dpo", microbatch=TRL_MICROBATCH, tuned=False)
+    swept, ended = sweep(bench, most=batch_pairs, seconds=sweep_seconds)
+    best = min(swept, key=lambda size: seconds_per_pair(swept[size]))
+    tuned = swept[best]
     return {
         "device": var["device"],
         "parameters": var["parameters"],
-        "mfu": var["useful_flops"] / var["seconds"] / var["gemm_rate"],
-        "tokens_per_second": var["tokens"] / var["seconds"],
-        "row_tokens_per_second": rows_per_pair / seconds_per_pair(var),
+        "mfu": var["flops"] / var["seconds"] / var["gemm_rate"],
+        "tokens_per_second": tokens_per_second(var),
+        "dpo_tokens_per_second": tokens_per_second(default),
+        "dpo_tuned_tokens_per_second": tokens_per_second(tuned),
+        "pairs_per_second": 1 / seconds_per_pair(var),
+        "var_vs_dpo_tokens": tokens_per_second(var) / tokens_per_second(default),
+        "var_vs_dpo_tuned_tokens": tokens_per_second(var) / tokens_per_second(tuned),
+        "var_vs_dpo_pairs": seconds_per_pair(default) / seconds_per_pair(var),
+        "var_vs_dpo_tuned_pairs": seconds_per_pair(tuned) / seconds_per_pair(var),
         "var_peak_device_gib": var["peak_device_bytes"] / 2**30,
-        "dpo_row_tokens_per_second": rows_per_pair / default,
-        "dpo_tuned_row_tokens_per_second": rows_per_pair / tuned[best],
-        "var_vs_dpo_tokens": default / seconds_per_pair(var),
-        "var_vs_dpo_tuned_tokens": tuned[best] / seconds_per_pair(var),
         "dpo_microbatch": TRL_MICROBATCH,
         "dpo_tuned_microbatch": best,
-        "dpo_tuned_sweep_seconds_per_pair": tuned,
+        "dpo_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in swept.items()},
+        "sweep_ended": ended,
         "profile": var.get("profile", {}),
     }
 
 
-def sweep(bench: Bench) -> dict[int, float]:
-    """Return tuned TRL's seconds a pair by micro-batch, up to the largest that the device has room for."""
-    found: dict[int, float] = {}
-    for size in MICROBATCHES:
+def tokens_per_second(found: dict[str, Any]) -> float:
+    """Return the tokens without padding that went through the policy in a second."""
+    return float(found["tokens"] / found["seconds"])
+
+
+def sweep(bench: Bench, *, most: int, seconds: float) -> tuple[dict[int, dict[str, Any]], str]:
+    """Return what tuned TRL was measured at by micro-batch, each twice the one before, and why it went no further."""
+    found: dict[int, dict[str, Any]] = {}
+    size, ends = FIRST_MICROBATCH, time.monotonic() + seconds
+    while size <= most:
+        if found and time.monotonic() > ends:
+            return found, "time"
         try:
-            found[size] = seconds_per_pair(bench.measure("dpo", microbatch=size, tuned=True))
-        except MeasurementFailed:
-            if not found:
+            found[size] = bench.measure("dpo", microbatch=size, tuned=True)
+        except MeasurementFailed as failed:
+            if not found or "out of memory" not in str(failed):
                 raise
-            break
-    return found
+            return found, "memory"
+        if size > FIRST_MICROBATCH and seconds_per_pair(found[size]) > seconds_per_pair(found[size // 2]):
+            return found, "slower"
+        size *= 2
+    return found, "batch"
 
 
 if __name__ == "__main__":

@@ -82,14 +82,3 @@ def test_gains_over_the_base_at_equal_time(bench: Bench) -> None:
         assert min(found["reward_gain_seconds"][method]) >= 0.5
         assert min(found["reward_gain_pairs"][method]) >= 8
     assert found["reward_gain_var_se"] > 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("tuned", [True, False])
-def test_trl_is_timed_on_random_weights_with_its_reference_before_or_beside(
-    bench: Bench, tiny_policy: Path, tuned: bool
-) -> None:
-    found = bench.measure("dpo", microbatch=4, tuned=tuned, architecture=str(tiny_policy / "config.json"))
-    assert found["pairs"] == 8
-    assert found["seconds"] > 0
-    assert (found["scoring_seconds"] > 0) == tuned
