@@ -14,7 +14,9 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from training.config import Runtime
 
@@ -79,8 +81,12 @@ ALONE = World(torch.device("cpu"))
 
 @contextmanager
 def open_world(runtime: Runtime, device: torch.device) -> Iterator[World]:
-    """Join the ranks that torch's launcher started; without it this process is alone and no process group is made."""
+    """Join the ranks that torch's launcher started; without it this process is alone and no process group is made.
+
+    ValueError where there are not as many ranks as the runtime says.
+    """
     if not dist.is_torchelastic_launched():
+        require_size(1, runtime)
         yield World(device)
         return
     if device.type == "cuda":
@@ -92,9 +98,19 @@ def open_world(runtime: Runtime, device: torch.device) -> Iterator[World]:
         os.putenv("GLOO_SOCKET_IFNAME", find_interface(runtime.rendezvous))  # gloo reads it here and now
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, device_id=device if device.type == "cuda" else None)
+    require_size(dist.get_world_size(), runtime)
     yield join_world(device, replicas=runtime.replicas)
     # Only after success: a rank that failed must say so before the others see its connections close.
     dist.destroy_process_group()
+
+
+def require_size(size: int, runtime: Runtime) -> None:
+    """Raise ValueError unless a job runs on as many ranks as it asks for: one alone would train the same model, unsharded."""
+    if size != runtime.world_size:
+        raise ValueError(
+            f"runtime.ranks: got {size} ranks, expected {runtime.world_size} ({runtime.nodes} machines of {runtime.ranks}); start the "
+            "job with `python -m training JOB.json` on each machine, which starts its ranks itself"
+        )
 
 
 def find_interface(rendezvous: str) -> str:
@@ -127,6 +143,28 @@ def join_world(device: torch.device, *, replicas: int) -> World:
         raise ValueError(
             f"runtime.replicas: got {replicas} for {size} ranks; expected a divisor of the number of ranks"
         )
-    names = ("replicate", "shard") if replicas > 1 else ("shard",)
-    shape = (replicas, size // replicas) if replicas > 1 else (size,)
-    return World(device, rank, size, init_device_mesh(device.type, shape, mesh_dim_names=names))
+    return World(device, rank, size, make_mesh(device, size=size, replicas=replicas))
+
+
+def make_mesh(device: torch.device, *, size: int, replicas: int) -> DeviceMesh:
+    """Return all ranks as shard, or as replicate x shard. The groups that torch makes of a mesh would wait half an hour for a rank."""
+    if replicas == 1:
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+    grid = torch.arange(size).view(replicas, -1)
+    groups = [dist.new_subgroups_by_enumeration(ranks.tolist(), timeout=TIMEOUT)[0] for ranks in (grid.T, grid)]
+    return DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
+
+
+def require_sharded(model: nn.Module, world: World) -> None:
+    """Assert that this rank holds its part of each parameter and no more, as the mesh divides it; alone, that it holds all whole.
+
+    A whole copy on each rank, as data parallelism has it, would train to the same numbers in as many times the memory.
+    """
+    mesh = world.mesh if world.size > 1 else None
+    placements = (*[Replicate()] * (mesh.ndim - 1), Shard(0)) if mesh is not None else None
+    for name, parameter in model.named_parameters():
+        got = (parameter.device_mesh, parameter.placements) if isinstance(parameter, DTensor) else (None, None)
+        assert got == (mesh, placements), (
+            f"parameter {name}: got {got} as mesh and placements, expected {(mesh, placements)}"
+        )

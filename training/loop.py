@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
 from training.config import Precision, Runtime, Schedule
-from training.distributed import ALONE, World
+from training.distributed import ALONE, World, require_sharded
 from training.job import Interrupted, Job
 from training.memory import keep_freed_memory
 from training.metrics import MetricsWriter
@@ -112,6 +112,7 @@ def run_steps(
     the first writes the metrics. Interrupted when any rank was told to stop, after a checkpoint of the last whole step.
     ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
     """
+    require_sharded(model, world)
     keep_freed_memory()
     torch.manual_seed(settings.seed)
     optimiser = make_optimiser(model, settings)

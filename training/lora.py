@@ -16,9 +16,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from training.config import LoraConfig
+from training.config import LoraConfig, Precision
 
 MAX_GAP = 1e-4  # nats per token between what was trained and what is exported
+# On average over tokens, between a policy on its ranks and what is gathered: other kernels and, in bfloat16, another precision.
+MAX_GATHERED_GAP = {Precision.float32: 1e-3, Precision.bfloat16: 0.1}
 
 
 def add_adapter(model: Any, config: LoraConfig) -> None:
@@ -62,6 +64,20 @@ def with_adapter(base: Any, config: LoraConfig, matrices: Mapping[str, Tensor]) 
     for name, matrix in matrices.items():
         parameters[name].copy_(matrix)
     return base
+
+
+def check_gathered(logp: Tensor, *, expected: Tensor, precision: Precision) -> float:
+    """Return how far log-probabilities per token of a gathered adapter on its base are from the sharded policy's, on average.
+
+    ValueError where a part must have gone astray.
+    """
+    gap = float((logp - expected).abs().mean())
+    if not gap <= MAX_GATHERED_GAP[precision]:
+        raise ValueError(
+            f"LoRA export: the gathered adapter is {gap:.3g} nats per token from the policy on its ranks, expected at most "
+            f"{MAX_GATHERED_GAP[precision]} in {precision}; the files would be of another model; report it with the model's type"
+        )
+    return gap
 
 
 def write_adapter(folder: Path, config: LoraConfig, trained: Mapping[str, Tensor]) -> None:

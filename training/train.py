@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from training.config import Layout, LoraConfig, Precision, ResponseRegime, Runtime, StoredColumn
+from training.config import Layout, Precision, ResponseRegime, Runtime, StoredColumn
 from training.cross import plan_batches, read_cross
 from training.data.batch import MicroBatch, collate, cut, lay_out
 from training.data.examples import Example, load_examples, read_dropped, read_scores
@@ -24,9 +25,9 @@ from training.devices import device_peak, name_device
 from training.distributed import World, open_world
 from training.flops import Flops, count_flops
 from training.job import Job
-from training.logprobs import Policy, sum_logps, trained_logps
+from training.logprobs import Policy, as_policy, sum_logps, trained_logps
 from training.loop import Progress, Settings, run_steps
-from training.lora import add_adapter, merge_adapter, with_adapter, write_adapter
+from training.lora import add_adapter, check_gathered, merge_adapter, with_adapter, write_adapter
 from training.model import (
     ModelDigests,
     check_context,
@@ -42,7 +43,7 @@ from training.objectives.weights import describe_weights
 from training.preflight import Ready, check_run
 from training.render import Rendered, Renderer
 from training.samples import FILE, Sampler
-from training.sharding import gather_weights, load_sharded_policy
+from training.sharding import as_layers, gather_weights, load_sharded_policy, reshard
 from training.steps import Forwarded, Steps, gather_columns
 
 LOG = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     exported, weights = policy.model, None
     gaps: dict[str, float] = {}
     if config.lora.rank:
-        exported, gaps = split_adapter(job, config.lora, policy, prepared.ready.examples[:ADAPTER_ROWS], world)
+        exported, gaps = split_adapter(job, config, policy, prepared.ready.examples[:ADAPTER_ROWS], world)
     elif world.size > 1:
         weights = gather_weights(policy.model, world)
     if world.is_first:
@@ -181,29 +182,41 @@ def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: Worl
 
 
 def split_adapter(
-    job: Job, lora: LoraConfig, policy: Policy, examples: Sequence[Example], world: World
+    job: Job, config: TrainConfig, policy: Policy, examples: Sequence[Example], world: World
 ) -> tuple[Any, dict[str, float]]:
     """Return the base with the trained adapter merged into it, and how far both are from what was trained on some prompts.
 
     Every rank calls it; the first one writes the adapter, and alone gets a model: the base is frozen, so none is gathered. A model
-    that was sharded may be too large for a device: on several ranks it is put together again in the first one's memory.
+    that was sharded may be too large for a device: on several ranks it is put together again in the first one's memory, and held
+    to the policy as its ranks have it.
     """
     samples = [example.samples[0] for example in examples]
-    trained = gather_weights(policy.model, world, trained_only=True)
-    if not world.is_first:
-        return None, {}
-    device = world.device if world.size == 1 else torch.device("cpu")
 
     @torch.no_grad()
-    def measure(model: Any) -> Tensor:
-        return torch.cat([trained_logps(model, collate([sample], device=device)) for sample in samples])
+    def measure(model: Any, device: torch.device) -> Tensor:
+        policy = as_policy(model)
+        return torch.cat([policy(trained_logps, collate([sample], device=device)) for sample in samples]).cpu()
 
     def load_base() -> Any:
         return load_policy(job.inputs["base"], precision=Precision.float32, device=device)[0]
 
-    write_adapter(job.output / "adapter", lora, trained)
-    expected = measure(policy.model if world.size == 1 else with_adapter(load_base(), lora, trained))
-    return merge_adapter(load_base(), job.output / "adapter", measure=measure, expected=expected)
+    with as_layers(world, precision=config.precision):
+        expected = measure(policy, world.device)
+    reshard(policy)
+    trained = gather_weights(policy.model, world, trained_only=True)
+    if not world.is_first:
+        return None, {}
+    device = world.device if world.size == 1 else torch.device("cpu")
+    write_adapter(job.output / "adapter", config.lora, trained)
+    gaps: dict[str, float] = {}
+    if world.size > 1:
+        gathered = measure(with_adapter(load_base(), config.lora, trained), device)
+        gaps["gathered_gap"] = check_gathered(gathered, expected=expected, precision=config.precision)
+        expected = gathered
+    merged, others = merge_adapter(
+        load_base(), job.output / "adapter", measure=partial(measure, device=device), expected=expected
+    )
+    return merged, gaps | others
 
 
 class PolicyForward:

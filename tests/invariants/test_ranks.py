@@ -103,6 +103,40 @@ def take_step(world: World, case: Case) -> Outcome:
     )
 
 
+@dataclass
+class Trajectory:
+    """What a rank saw of three steps."""
+
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]  # as the optimiser got them
+    weights: dict[str, Tensor]
+
+
+def take_steps(world: World, case: Case, max_norm: float) -> Trajectory:
+    """Run three clipped steps with the loop's own code."""
+    with wide_norms():
+        policy = Policy(copy.deepcopy(case.model))
+        enable_trees(policy.model)
+        if world.size > 1:
+            shard_policy(policy, world, precision=case.precision)
+        forward = PolicyForward(world.device, Layout.tree)
+        work = Steps(case.examples, case.objective, forward, batch_prompts=3, epochs=1, seed=0)
+        settings = dataclasses.replace(SETTINGS, max_grad_norm=max_norm, weight_decay=0.1)
+        job = Job(name="train", config={}, runtime={}, inputs={}, output=case.folder, work=case.folder)
+        optimiser = make_optimiser(policy, settings)
+        gradients: list[dict[str, Tensor]] = []
+
+        def keep(*_: Any) -> None:
+            gradients.append({n: whole(p.grad).clone() for n, p in policy.named_parameters() if p.grad is not None})
+
+        optimiser.register_step_pre_hook(keep)
+        runtime = Runtime(microbatch_tokens=case.budget)
+        trainer = Trainer(policy, optimiser, work, settings, runtime, job, Progress(), world)
+        figures = [trainer.take_step() for _ in range(work.num_steps)]
+        norms = [line["train/grad_norm"] for line in figures if line is not None]
+        return Trajectory(norms, gradients, {n: whole(p.detach()).clone() for n, p in policy.named_parameters()})
+
+
 def whole(tensor: Any) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -151,6 +185,22 @@ def test_ranks_change_nothing(
         assert_close(got.gradients, expected.gradients, bound=bound)
         if dtype == torch.float64:  # AdamW makes much of a rounding of a small gradient
             assert_close(got.weights, expected.weights, bound=1e-6)
+
+
+def test_clipping_scales_by_the_norm_of_all_ranks_together(make_case: Callable[..., Case], ranks: Ranks) -> None:
+    """Three clipped steps on shards and on replicas of shards: norms, what AdamW gets of them, and the weights after."""
+    case = make_case(rows=9)
+    (first, *_), max_norm = take_steps(ALONE, case, max_norm=1e9).norms, 0.05
+    alone = take_steps(ALONE, case, max_norm=max_norm)
+    assert len(alone.norms) == 3 and alone.norms[0] == first and min(alone.norms) > 2 * max_norm
+    for size, replicas in ((2, 1), (4, 1), (4, 2), (2, 2)):
+        for got in ranks.run(take_steps, size=size, replicas=replicas, case=case, max_norm=max_norm):
+            assert got.norms == pytest.approx(alone.norms, rel=1e-6)
+            assert_close(got.gradients[0], alone.gradients[0], bound=1e-10)
+            for clipped in got.gradients:
+                total = sum(gradient.square().sum().item() for gradient in clipped.values()) ** 0.5
+                assert total == pytest.approx(max_norm, rel=1e-4)
+            assert_close(got.weights, alone.weights, bound=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -1,6 +1,7 @@
 """LoRA: what is trained, what is written, and that adapter, merged weights and the trained model are one."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,19 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from tests.ranks import Ranks
+from tests.training.test_logprobs import plain_logps
 from training import train
 from training.config import LoraConfig, Precision, Runtime
-from training.distributed import World
+from training.data.batch import collate
+from training.distributed import ALONE, World
 from training.job import Job
+from training.logprobs import sum_logps
 from training.lora import add_adapter
 from training.model import load_policy
+from training.render import Rendered
 from training.sharding import gather_weights, load_sharded_policy
 
 LORA = {
@@ -136,3 +141,109 @@ def test_an_adapter_in_bfloat16_on_ranks_is_exported(
     summary = json.loads((job.output / "summary.json").read_text())
     assert summary["adapter_gap"] <= 1e-5 and summary["merged_gap"] <= 1e-5
     assert {tensor.dtype for tensor in load_file(job.output / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.fixture(params=["untied", "tied", "gpt2"])
+def base(request: pytest.FixtureRequest, tmp_path: Path, tiny_policy: Path) -> Path:
+    """A base with an output head of its own, one with the embedding's, and one whose layers are no nn.Linear but Conv1D."""
+    if request.param == "untied":
+        return tiny_policy
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_policy, folder)
+    (folder / "model.safetensors").unlink()
+    if request.param == "tied":
+        model = AutoModelForCausalLM.from_pretrained(tiny_policy)
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            GPT2Config(vocab_size=len(tokenizer), initializer_range=0.15, **shape, **ids)
+        )
+    model.save_pretrained(folder)
+    return folder
+
+
+def train_and_measure(world: World, job: dict[str, Any], runtime: Runtime) -> tuple[list[Rendered], Tensor]:
+    """Train, and return what the export was held to the policy on, and the log-probabilities of the policy that is in memory."""
+    split, kept = train.split_adapter, {}
+
+    def keep(job: Job, config: Any, policy: Any, examples: Any, world: World) -> Any:
+        kept.update(policy=policy, samples=[example.samples[0] for example in examples])
+        return split(job, config, policy, examples, world)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "split_adapter", keep)
+        run_on(world, job, runtime)
+    with torch.no_grad():
+        sums = [sum_logps(kept["policy"], collate([sample], device=world.device)) for sample in kept["samples"]]
+    return kept["samples"], torch.cat(sums)
+
+
+def test_adapter_and_merged_weights_from_disk_are_the_policy_in_memory_on_32_prompts(
+    base: Path, tmp_path: Path, make_row: Any, write_rows: Any, make_job: Callable[..., Job], ranks: Ranks
+) -> None:
+    """Read by the stock libraries, with a softmax over the whole vocabulary; on one rank and sharded over two."""
+    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(40)]
+    inputs = {"rows": write_rows(tmp_path / "forty", rows), "base": base}
+    written = {}
+    for size in (1, 2):
+        job = make_job("train", f"on{size}", config={**LORA, "batch_prompts": 8}, inputs=inputs)
+        folders = {name: getattr(job, name) for name in ("name", "config", "runtime", "inputs", "output", "work")}
+        arguments: dict[str, Any] = {"job": folders, "runtime": Runtime(microbatch_tokens=256)}
+        samples, logp_B = (
+            train_and_measure(ALONE, **arguments)
+            if size == 1
+            else ranks.run(train_and_measure, size=size, **arguments)[0]
+        )
+        assert len({sample.ids_T[: sample.start].tobytes() for sample in samples}) == len(samples) == 32
+        stock, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (base, job.output))
+        with torch.no_grad():
+            before_B = plain_logps(stock, samples)
+            merged_B = plain_logps(merged, samples)
+            adapted_B = plain_logps(PeftModel.from_pretrained(stock, job.output / "adapter"), samples)
+        assert (logp_B - before_B).abs().min() > 1e-2, "something was learnt of each"
+        assert torch.allclose(adapted_B.double(), logp_B, rtol=0, atol=1e-4)
+        assert torch.allclose(merged_B.double(), logp_B, rtol=0, atol=1e-4)
+        assert merged.config.tie_word_embeddings == stock.config.tie_word_embeddings
+        head, embedding = merged.get_output_embeddings().weight, merged.get_input_embeddings().weight
+        assert (head is embedding) == merged.config.tie_word_embeddings
+        summary = json.loads((job.output / "summary.json").read_text())
+        gaps = {name: value for name, value in summary.items() if name.endswith("_gap")}
+        assert gaps.keys() == {"adapter_gap", "merged_gap"} | ({"gathered_gap"} if size > 1 else set())
+        assert max(gaps.values()) <= 1e-5
+        written[size] = load_file(job.output / "adapter" / "adapter_model.safetensors")
+    assert written[1].keys() == written[2].keys()
+    assert max((written[2][name] - tensor).abs().max().item() for name, tensor in written[1].items()) < 1e-5
+
+
+def export_strayed(world: World, job: dict[str, Any]) -> str:
+    """Train with a gathering that puts the parts of each matrix in another order; return what the first rank says."""
+
+    def gather(model: Any, world: World, *, trained_only: bool = False) -> dict[str, Tensor]:
+        return {
+            name: tensor.roll(1, dims=0)
+            for name, tensor in gather_weights(model, world, trained_only=trained_only).items()
+        }
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "gather_weights", gather)
+        if not world.is_first:
+            run_on(world, job, Runtime())
+            return ""
+        with pytest.raises(ValueError) as caught:
+            run_on(world, job, Runtime())
+        return str(caught.value)
+
+
+def test_an_adapter_whose_parts_went_astray_is_not_exported(
+    inputs: dict[str, Path], make_job: Callable[..., Job], ranks: Ranks
+) -> None:
+    job = make_job("train", "astray", config={**LORA, "epochs": 3}, inputs=inputs)
+    folders = {name: getattr(job, name) for name in ("name", "config", "runtime", "inputs", "output", "work")}
+    said, _ = ranks.run(export_strayed, size=2, job=folders)
+    assert "LoRA export: the gathered adapter is " in said and "expected at most 0.001 in float32" in said
+    assert not (job.output / "model.safetensors").exists()

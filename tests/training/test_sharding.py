@@ -1,26 +1,40 @@
 """A policy over several ranks: read in parts, trained as on one rank, stopped together, resumed on any number."""
 
+import dataclasses
 import json
+import re
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_module
 from transformers import AutoModelForCausalLM
 
+from tests.architectures import CONFIGS, VOCABULARY, make_model
 from tests.ranks import Ranks
-from training.config import Precision, Runtime
-from training.distributed import ALONE, World, own_gpu
+from tests.training.test_logprobs import make_samples
+from tests.training.test_loop import Line, settings
+from training import distributed, logprobs
+from training.config import LoraConfig, Precision, Runtime
+from training.data.batch import collate
+from training.distributed import ALONE, World, open_world, own_gpu
 from training.job import Interrupted, Job
+from training.logprobs import Policy, sum_logps
+from training.loop import make_optimiser, run_steps
 from training.model import load_policy
 from training.objectives.sft import SftConfig
-from training.sharding import gather_weights, load_sharded_policy
+from training.sharding import gather_weights, load_sharded_policy, shard_policy
 from training.train import train
 
 CONFIG = SftConfig(responses="all", batch_prompts=4, epochs=4, max_tokens=96, learning_rate=1e-3)
@@ -103,7 +117,14 @@ def make_train_job(tmp_path: Path, train_inputs: dict[str, str]) -> Callable[...
     return make
 
 
-def run_job(world: World, output: Path, work: Path, inputs: dict[str, Path], stop_after: int | None = None) -> str:
+def run_job(
+    world: World,
+    output: Path,
+    work: Path,
+    inputs: dict[str, Path],
+    stop_after: int | None = None,
+    config: SftConfig = CONFIG,
+) -> str:
     """Run a job on this rank; with `stop_after` the last rank alone is told to stop once so many steps are told of."""
     job = Job("train", {}, {}, inputs, output=output, work=work)
 
@@ -116,15 +137,17 @@ def run_job(world: World, output: Path, work: Path, inputs: dict[str, Path], sto
     if stop_after is not None and world.rank == world.size - 1:
         threading.Thread(target=stop, daemon=True).start()
     try:
-        train(job, CONFIG, Runtime(microbatch_tokens=64, checkpoint_every_steps=3), world)
+        train(job, config, Runtime(microbatch_tokens=64, checkpoint_every_steps=3), world)
     except Interrupted:
         return "stopped"
     return "done"
 
 
-def run_on(ranks: Ranks, size: int, job: Job, **options: Any) -> set[str]:
+def run_on(ranks: Ranks, size: int, job: Job, *, replicas: int = 1, **options: Any) -> set[str]:
     arguments = {"output": job.output, "work": job.work, "inputs": job.inputs, **options}
-    return {run_job(ALONE, **arguments)} if size == 1 else set(ranks.run(run_job, size=size, **arguments))
+    if size == 1:
+        return {run_job(ALONE, **arguments)}
+    return set(ranks.run(run_job, size=size, replicas=replicas, **arguments))
 
 
 SPEED = ("time", "train/tokens_per_second", "train/tflops_per_second", "train/flop_share")
@@ -152,6 +175,10 @@ def assert_same_result(job: Job, expected: Job) -> None:
     summary, wanted_summary = (json.loads((j.output / "summary.json").read_text()) for j in (job, expected))
     for name in ("steps", "rows", "tokens", "plan", "dropped", "skipped_steps"):
         assert summary[name] == wanted_summary[name]
+    if (expected.output / "adapter").exists():
+        got, wanted = (load_file(j.output / "adapter" / "adapter_model.safetensors") for j in (job, expected))
+        assert got.keys() == wanted.keys()
+        assert max((got[n] - t).abs().max().item() for n, t in wanted.items()) < 1e-5
 
 
 def test_a_job_on_ranks_gives_the_model_of_one(make_train_job: Callable[..., Job], ranks: Ranks) -> None:
@@ -178,6 +205,74 @@ def test_a_job_stopped_on_two_ranks_goes_on_on_any_number(make_train_job: Callab
             assert (job.output / "model.safetensors").read_bytes() == (whole.output / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2, alpha=8)], ids=["whole", "adapter"])
+def test_two_replicas_of_two_are_stopped_and_go_on_on_other_ranks(
+    lora: LoraConfig, make_train_job: Callable[..., Job], ranks: Ranks
+) -> None:
+    """The checkpoint, of the whole model or an adapter alone, does not tell replicas from one rank."""
+    config = CONFIG.model_copy(update={"lora": lora, "epochs": 2})
+    alone, uncut, stopped = (make_train_job(name) for name in ("alone", "uncut", "stopped"))
+    assert run_on(ranks, 1, alone, config=config) == run_on(ranks, 4, uncut, config=config, replicas=2) == {"done"}
+    assert_same_result(uncut, alone)
+    assert run_on(ranks, 4, stopped, config=config, replicas=2, stop_after=3) == {"stopped"}
+    for size, replicas in ((1, 1), (3, 1), (4, 2)):
+        job = make_train_job(f"resumed-{size}")
+        for part in ("output", "work"):
+            shutil.copytree(stopped.output.parent / part, job.output.parent / part, dirs_exist_ok=True)
+        assert run_on(ranks, size, job, config=config, replicas=replicas) == {"done"}
+        assert_same_result(job, uncut)
+    assert (job.output / "model.safetensors").read_bytes() == (uncut.output / "model.safetensors").read_bytes()
+
+
+def replicate(world: World) -> list[str]:
+    """Give the loop a policy that each rank holds whole, as is, replicated, and sharded over another mesh; return what it says."""
+    job = Job("train", {}, {}, {}, output=Path(), work=Path())
+    said = []
+    for placed in ("whole", "replicated", "elsewhere"):
+        policy = Policy(make_model("llama"))
+        if placed == "replicated":
+            distribute_module(policy, world.mesh)
+        elif placed == "elsewhere":
+            other = init_device_mesh("cpu", (world.size, 1), mesh_dim_names=("replicate", "shard"))
+            shard_policy(policy, dataclasses.replace(world, mesh=other), precision=Precision.float32)
+        with pytest.raises(AssertionError) as caught:
+            run_steps(policy, Line(1), settings(), job=job, runtime=Runtime(), identity={}, world=world)
+        said.append(str(caught.value))
+    return said
+
+
+def test_a_policy_that_every_rank_holds_whole_is_not_trained(ranks: Ranks) -> None:
+    """It would come to the same numbers, so nothing else would show it."""
+    for whole, replicated, elsewhere in ranks.run(replicate, size=2):
+        assert re.match(
+            r"parameter model\.\S+: got \(None, None\) as mesh and placements, expected \(DeviceMesh", whole
+        )
+        assert "(Replicate(),)) as mesh" in replicated and "(Replicate(), Shard(dim=0))) as mesh" in elsewhere
+        assert all(said.endswith(", (Shard(dim=0),))") for said in (whole, replicated, elsewhere))
+
+
+def test_a_job_on_fewer_ranks_than_it_asks_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def join(runtime: Runtime) -> None:
+        with open_world(runtime, ALONE.device):
+            pass
+
+    with pytest.raises(ValueError, match=r"runtime.ranks: got 1 ranks, expected 2 \(1 machines of 2\); start the job"):
+        join(Runtime(ranks=2))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # What a launcher that was told of one process sets.
+    launched = {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": 0, "WORLD_SIZE": 1}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    try:
+        with pytest.raises(ValueError, match=r"got 1 ranks, expected 4 \(1 machines of 4\)"):
+            join(Runtime(ranks=4, threads=1))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_more_ranks_than_gpus_are_refused() -> None:
     count = torch.cuda.device_count()
     with pytest.raises(
@@ -186,6 +281,64 @@ def test_more_ranks_than_gpus_are_refused() -> None:
         own_gpu(count)
 
 
+def read_timeouts(world: World) -> set[timedelta]:
+    assert world.mesh is not None
+    groups = [world.mesh.get_group(dim) for dim in range(world.mesh.ndim)]
+    assert [group.size() for group in groups] == [2, 2]
+    return {group._get_backend(world.device).options._timeout for group in groups}
+
+
+def test_no_exchange_between_replicas_or_parts_waits_longer_than_one_of_all(ranks: Ranks) -> None:
+    assert ranks.run(read_timeouts, size=4, replicas=2) == [{distributed.TIMEOUT}] * 4
+
+
 def test_replicas_must_divide_the_ranks(ranks: Ranks) -> None:
     with pytest.raises(AssertionError, match=r"runtime.replicas: got 2 for 3 ranks; expected a divisor"):
         ranks.run(refuse_policy, size=3, replicas=2, folder=Path())
+
+
+def whole(tensor: Any) -> Tensor:
+    full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+def read_families(world: World) -> dict[str, tuple[Tensor, dict[str, Tensor], dict[str, float]]]:
+    """Return of every family log-probabilities in chunks of three positions, gradients, and the weight decay by name."""
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 3 * VOCABULARY)
+        for name in CONFIGS:
+            policy = Policy(make_model(name, dtype=torch.float64))
+            if world.size > 1:
+                shard_policy(policy, world, precision=Precision.float32)
+                assert all(isinstance(p, DTensor) for p in policy.parameters())
+            logp_B = sum_logps(policy, collate(make_samples(), device=world.device))
+            share_B = logp_B * torch.tensor([0.3, 2.0, 0.0, 1.7], dtype=torch.float64) / world.size
+            share_B.sum().backward()
+            gradients = {n: whole(p.grad) for n, p in policy.named_parameters() if p.grad is not None}
+            groups = make_optimiser(policy, settings(weight_decay=0.3)).param_groups
+            decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+            found[name] = logp_B.detach(), gradients, {n: decay[id(p)] for n, p in policy.named_parameters()}
+    return found
+
+
+def test_every_family_is_sharded_to_the_same_log_probabilities_gradients_and_decay(ranks: Ranks) -> None:
+    """Tied and untied heads, biases, capped logits. Matrices decay, embeddings among them; norms and biases do not."""
+    alone = read_families(ALONE)
+    for size, replicas in ((2, 1), (4, 2)):
+        for found in ranks.run(read_families, size=size, replicas=replicas):
+            for name, (logp_B, gradients, decay) in alone.items():
+                got_B, got_gradients, got_decay = found[name]
+                # Norms compute in float32, in an order that the shape of the batch decides, not the ranks.
+                assert torch.allclose(got_B, logp_B, rtol=0, atol=1e-9), name
+                assert got_gradients.keys() == gradients.keys() and len(gradients) == len(decay)
+                for parameter, gradient in gradients.items():
+                    bound = 1e-9 * max(1.0, gradient.abs().max().item())
+                    assert torch.allclose(got_gradients[parameter], gradient, rtol=0, atol=bound), (name, parameter)
+                assert got_decay == decay
+    for name, (_, _, decay) in alone.items():
+        still = {parameter for parameter, share in decay.items() if share == 0.0}
+        assert still and all("norm" in p or "ln_" in p or p.endswith(".bias") for p in still), name
+        assert not [p for p in decay if p not in still and ("norm" in p or "ln_" in p or p.endswith(".bias"))], name
+        assert any("embed" in p or "wte" in p for p in decay.keys() - still), name
+        assert set(decay.values()) == {0.0, 0.3}
