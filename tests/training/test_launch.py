@@ -293,7 +293,7 @@ def test_a_training_that_the_kernel_kills_is_told_with_what_its_preflight_measur
     inputs = {name: Path(path) for name, path in train_inputs.items()}
     environment = {"PATH": os.environ["PATH"], **ENVIRONMENT}
     runtime = {"device": "cpu", "threads": 1}
-    config = CONFIG | {"epochs": 2000}  # it is not over before it is killed
+    config = CONFIG | {"epochs": 400}  # it is not over before it is killed
     job = ChildJob("training", "train", config, runtime, inputs, tmp_path / "attempt", environment)
     job.folder.mkdir()
 
