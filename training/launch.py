@@ -3,30 +3,38 @@
 `python -m training JOB.json` becomes the agent where the job asks for more than one rank; each rank is
 `python -m training.launch JOB.json AGENT_PID`. The agent minds the parent's pipe and its signals as any child does, and
 passes a stop on as the file `work/stop`; a rank whose agent is gone ends at once, since nobody holds the work folder for it
-any more. A rank that fails writes `work/error.json`, the first one of all, and with it fails the job.
+any more. A rank that fails writes `work/error.json`, the first one of all, and with it fails the job. One that has waited too
+long for another asks all in `work/roll_call` where they are, and fails with what they say.
 
 Several machines: the same job file on each, but for `runtime.node_rank`, with `work` and `output` on a disk they share. The
 agents meet at `runtime.rendezvous`, a port of machine 0, whose ranks are the first ones.
 """
 
+import ctypes
 import hashlib
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
+from training import distributed
 from training.__main__ import JOBS
 from training.config import Runtime
 from training.job import (
@@ -39,16 +47,24 @@ from training.job import (
     end_group,
     heed_signals,
     run_job,
+    write_json,
 )
 
 POLL_SECONDS = 0.1
 MEETING_SECONDS = 600  # of several machines: until all have started the job
 SHUTDOWN_SECONDS = 20  # from the first rank's end to the end of all; a parent that stops the job waits 25 s
 SAME_TIME_SECONDS = 5  # ranks that ended so close to the first did so by themselves
+ANSWER_SECONDS = 5  # for all ranks to say where they are
+PACKAGE = Path(__file__).parent
+PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
 
 
 class RankDied(RuntimeError):  # noqa: N818 - what the user reads
     """A rank was ended from outside."""
+
+
+class RankSilent(RuntimeError):  # noqa: N818 - what the user reads
+    """A rank let the others wait for longer than an exchange may take."""
 
 
 def launch(job: Job, runtime: Runtime) -> None:
@@ -58,6 +74,7 @@ def launch(job: Job, runtime: Runtime) -> None:
     """
     if runtime.node_rank == 0:  # before the others meet it, so that none of them finds an earlier attempt's
         stop_file(job).unlink(missing_ok=True)
+        shutil.rmtree(roll_folder(job), ignore_errors=True)
     # It would warn that it gets no signals on a thread of its own; they are for this thread to mind.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
     agent = Agent(job, runtime)
@@ -156,25 +173,98 @@ def stop_file(job: Job) -> Path:
     return job.work / "stop"
 
 
-def watch_agent(agent: int, stop: Path, event: threading.Event) -> None:
-    """Set the event when the stop file appears; end this process at once when the agent is gone."""
+def roll_folder(job: Job) -> Path:
+    """Return the folder whose presence asks every rank where it is; there they answer."""
+    return job.work / "roll_call"
+
+
+def watch_agent(agent: int, job: Job) -> None:
+    """Stop the job when the stop file appears, answer a roll call; end this process at once when the agent is gone."""
 
     def watch() -> None:
+        answered = False
         while os.getppid() == agent:
-            if stop.exists():
-                event.set()
+            if stop_file(job).exists():
+                job.stop.set()
+            if not answered and roll_folder(job).exists():
+                answered = True
+                answer_roll(job)
             time.sleep(POLL_SECONDS)
         end_group()
 
     threading.Thread(target=watch, name="agent's life", daemon=True).start()
 
 
+def die_with_agent() -> None:
+    """Let the kernel end this process when its agent is gone: stopped, it could not see that. Only Linux does so."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def answer_roll(job: Job) -> None:
+    """Write where in this package the main thread is, and whether it waits there for other ranks."""
+    ident = threading.main_thread().ident
+    assert ident is not None
+    stack = traceback.extract_stack(sys._current_frames()[ident])
+    number, place = find_place(stack)
+    asks = stack[number].filename == __file__  # has waited itself
+    waits = asks or any("/torch/distributed/" in frame.filename for frame in stack[number + 1 :])
+    with suppress(OSError, ValueError):  # a full disk, or no rank any more: then it is no answer
+        write_json(roll_folder(job) / f"{dist.get_rank()}.json", {"place": place, "waits": waits})
+
+
+def find_place(stack: traceback.StackSummary) -> tuple[int, str]:
+    """Return the innermost place of a stack in this package, exchanges themselves left out: its number, and how a person reads it."""
+    files = {str(path) for path in PACKAGE.rglob("*.py")} - {distributed.__file__}
+    number = max(n for n, frame in enumerate(stack) if frame.filename in files)
+    frame = stack[number]
+    return number, f"{Path(frame.filename).relative_to(PACKAGE.parent)}:{frame.lineno}, {frame.name}"
+
+
+def name_silent(run: Callable[[Job], None], job: Job) -> None:
+    """Run a job; where it fails because an exchange took too long, raise RankSilent with the rank that did not come to it."""
+    try:
+        run(job)
+    except RuntimeError as error:
+        if "imed out" not in str(error) or not dist.is_initialized():  # gloo says no more than that, and not of whom
+            raise
+        _, place = find_place(traceback.extract_tb(error.__traceback__))
+        raise RankSilent(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} waited for another at {place} in vain "
+            f"({str(error).splitlines()[0]}); {describe_roll(call_roll(job), size=dist.get_world_size())}; expected all to come there; "
+            "run the same command again to go on from the checkpoint"
+        ) from error
+
+
+def call_roll(job: Job) -> dict[int, dict[str, Any]]:
+    """Ask all ranks where they are and return what they answer in time, by rank."""
+    folder, begin = roll_folder(job), time.monotonic()
+    folder.mkdir(exist_ok=True)
+    answers: list[Path] = []
+    while len(answers) < dist.get_world_size() and time.monotonic() < begin + ANSWER_SECONDS:
+        time.sleep(POLL_SECONDS)
+        answers = list(folder.glob("*.json"))
+    return {int(path.stem): json.loads(path.read_text()) for path in answers}
+
+
+def describe_roll(answers: Mapping[int, Mapping[str, Any]], *, size: int) -> str:
+    """Say which of the ranks are to blame: those that do not answer, or else those that do not wait for others."""
+    silent = [rank for rank in range(size) if rank not in answers]
+    if silent:
+        named = ", ".join(map(str, silent))
+        return f"no answer from rank {named}: its process is stopped or has ended, or its machine is gone"
+    busy = [f"rank {rank} is at {answer['place']}" for rank, answer in sorted(answers.items()) if not answer["waits"]]
+    return "; ".join(busy) if busy else "all wait for each other: what connects their machines is gone"
+
+
 def run_rank(argv: list[str]) -> int:
     """Run the job file `argv[0]` as a rank of the agent with process id `argv[1]`; return the exit status."""
     job = Job.read(Path(argv[0]))
     heed_signals(job.stop)
-    watch_agent(int(argv[1]), stop_file(job), job.stop)
-    return run_job(JOBS, job)
+    die_with_agent()
+    watch_agent(int(argv[1]), job)
+    return run_job({name: partial(name_silent, run) for name, run in JOBS.items()}, job)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.hosts import Host
 from training import train
 from training.config import Runtime
 from training.job import EXIT_INTERRUPTED, Job
-from training.launch import launch
+from training.launch import ANSWER_SECONDS, SHUTDOWN_SECONDS, describe_roll, launch
 
 CONFIG = {
     "objective": "sft",
@@ -33,6 +34,8 @@ CONFIG = {
 }
 NUM_STEPS = 72
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+PATIENCE_SECONDS = 30  # of ranks that are started with `impatient`
+END_SECONDS = PATIENCE_SECONDS + ANSWER_SECONDS + SHUTDOWN_SECONDS + 60
 
 
 @pytest.fixture
@@ -52,7 +55,14 @@ def write_job(tmp_path: Path, train_inputs: dict[str, str]) -> Callable[..., Pat
 class Started:
     """A job's agent, its ranks, and the pipe they hang on."""
 
-    def __init__(self, job_file: Path, *, num_ranks: int = 2, within: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        job_file: Path,
+        *,
+        num_ranks: int = 2,
+        within: Sequence[str] = (),
+        environment: Mapping[str, str] = {},
+    ) -> None:
         self.folder, self.num_ranks = job_file.parent, num_ranks
         self.started = time.time()
         self.log = job_file.with_suffix(".log")
@@ -60,7 +70,7 @@ class Started:
         with self.log.open("wb") as log:
             self.agent = subprocess.Popen(
                 [*within, sys.executable, "-m", "training", str(job_file), str(reader)],
-                env={**os.environ, **ENVIRONMENT},
+                env={**os.environ, **ENVIRONMENT, **environment},
                 stdout=log,
                 stderr=log,
                 pass_fds=(reader,),
@@ -94,9 +104,23 @@ class Started:
         return error
 
 
-def saved_step(job_file: Path) -> int:
+@pytest.fixture
+def impatient(tmp_path: Path) -> Callable[..., dict[str, str]]:
+    """Return a function that gives the environment of processes whose exchanges wait for seconds only, and run more at their start."""
+
+    def write(more: str = "") -> dict[str, str]:
+        folder = tmp_path / "start"
+        folder.mkdir()
+        patience = f"import datetime, training.distributed\ntraining.distributed.TIMEOUT = datetime.timedelta(seconds={PATIENCE_SECONDS})\n"
+        (folder / "sitecustomize.py").write_text(patience + more)
+        return {"PYTHONPATH": str(folder)}
+
+    return write
+
+
+def saved_step(job_file: Path, *, files: int = 2) -> int:
     (newest,) = (job_file.parent / "work" / "checkpoints").glob("step-*[0-9]")
-    assert len(list((newest / "tensors").iterdir())) == 2
+    assert len(list((newest / "tensors").iterdir())) == files
     return int(newest.name.removeprefix("step-"))
 
 
@@ -115,6 +139,7 @@ def test_whatever_ends_a_rank_ends_all_and_the_next_start_goes_on(write_job: Cal
 
     killed = Started(job_file)
     killed.run_to(after_stop + 3)
+    killed.ranks[1].send_signal(signal.SIGSTOP)  # and cannot look for its agent
     killed.agent.kill()
     assert killed.end() == -signal.SIGKILL
     assert after_stop <= saved_step(job_file) < NUM_STEPS
@@ -205,6 +230,125 @@ def test_two_hosts_train_one_model_and_one_that_is_lost_ends_the_job(
     assert alone.end(within=300) == 0, alone.log.read_text()
     weights = [(path.parent / "output" / "model.safetensors").read_bytes() for path in (machines[0], whole)]
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_host_that_falls_silent_ends_the_job_in_bounded_time(
+    hosts: tuple[Host, Host], write_job: Callable[..., Path], impatient: Callable[..., dict[str, str]]
+) -> None:
+    """First the cable is cut, so that all wait for each other; then the second host loses its power: no connection is closed."""
+    meeting = {"nodes": 2, "rendezvous": f"{hosts[0].address}:29400"}
+    machines = [write_job(f"machine{n}", node_rank=n, **meeting) for n in range(2)]
+    second = json.loads(machines[1].read_text())
+    shared = {name: str(machines[0].parent / name) for name in ("output", "work")}
+    machines[1].write_text(json.dumps(second | shared))
+    environment = impatient()
+
+    def start(steps: int) -> list[Started]:
+        started = [
+            Started(path, num_ranks=1, within=host.enter, environment=environment)
+            for path, host in zip(machines, hosts, strict=True)
+        ]
+        for machine in started:
+            machine.folder = machines[0].parent
+            machine.run_to(steps)
+        return started
+
+    parted = start(3)
+    hosts[1].ip("link", "set", hosts[1].cable, "down")
+    assert [machine.end(within=END_SECONDS) for machine in parted] == [1, 1]
+    assert parted[0].error()["type"] == "RankSilent"
+    assert "all wait for each other: what connects their machines is gone" in parted[0].error()["message"]
+
+    hosts[1].ip("link", "set", hosts[1].cable, "up")
+    first, lost = start(3)
+    hosts[1].ip("link", "set", hosts[1].cable, "down")
+    for process in (*lost.ranks, lost.agent):
+        process.kill()
+    assert (first.end(within=END_SECONDS), lost.end()) == (1, -signal.SIGKILL)
+    assert first.error()["type"] == "RankSilent"
+    assert (
+        "no answer from rank 1: its process is stopped or has ended, or its machine is gone" in first.error()["message"]
+    )
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_ends_the_job_in_bounded_time_and_is_named(
+    write_job: Callable[..., Path], impatient: Callable[..., dict[str, str]]
+) -> None:
+    started = Started(write_job("stopped", ranks=2), environment=impatient())
+    started.run_to(3)
+    second = next(rank for rank in started.ranks if rank.environ()["RANK"] == "1")
+    second.send_signal(signal.SIGSTOP)
+    assert started.end(within=END_SECONDS) == 1
+    error = started.error()
+    assert error["type"] == "RankSilent", error
+    assert re.match(
+        r"rank 0 of 2 waited for another at training/\S+\.py:\d+, \w+ in vain \(.*imed out", error["message"]
+    )
+    assert "; no answer from rank 1: its process is stopped" in error["message"]
+
+
+SLEEP = """
+import os, time
+from training.steps import Steps
+load = Steps.load
+def sleep(self, step, members):
+    if os.environ.get("RANK") == "1" and step == 3:
+        time.sleep(10_000)
+    return load(self, step, members)
+Steps.load = sleep
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_to_an_exchange_is_named_with_where_it_is(
+    write_job: Callable[..., Path], impatient: Callable[..., dict[str, str]]
+) -> None:
+    """Of three, so that one that waits, too, is there to be blamed instead."""
+    started = Started(write_job("asleep", ranks=3), num_ranks=3, environment=impatient(SLEEP))
+    started.run_to(3)
+    assert started.end(within=END_SECONDS) == 1
+    error = started.error()
+    assert error["type"] == "RankSilent", error
+    assert re.match(r"rank [02] of 3 waited for another at training/\S+\.py:\d+, \w+ in vain", error["message"])
+    assert re.search(
+        r"in vain \(.*\); rank 1 is at training/loop\.py:\d+, add_up; expected all to come there", error["message"]
+    )
+
+
+def test_a_roll_call_blames_who_does_not_answer_or_else_who_does_not_wait() -> None:
+    waits, works = {"place": "training/loop.py:1, f", "waits": True}, {"place": "training/loop.py:2, g", "waits": False}
+    assert describe_roll({0: waits, 2: works}, size=4).startswith("no answer from rank 1, 3: ")
+    assert describe_roll({0: waits, 1: works, 2: works}, size=3) == (
+        "rank 1 is at training/loop.py:2, g; rank 2 is at training/loop.py:2, g"
+    )
+    assert describe_roll({0: waits, 1: waits}, size=2).startswith("all wait for each other")
+
+
+@pytest.mark.slow
+def test_a_job_of_two_replicas_is_killed_and_goes_on_on_two_ranks_of_one(write_job: Callable[..., Path]) -> None:
+    """Four ranks, sharded over two and replicated; SIGKILL after a checkpoint, then two ranks that share one whole."""
+    job_file = write_job("replicas", ranks=4, replicas=2)
+    killed = Started(job_file, num_ranks=4)
+    killed.run_to(13)
+    killed.agent.kill()
+    assert killed.end() == -signal.SIGKILL
+    assert saved_step(job_file, files=4) >= 10
+    raw = json.loads(job_file.read_text())
+    job_file.write_text(json.dumps(raw | {"runtime": raw["runtime"] | {"ranks": 2, "replicas": 1}}))
+    resumed = Started(job_file)
+    resumed.run_to(14)
+    assert resumed.end(within=300) == 0, resumed.log.read_text()
+
+    alone = write_job("alone")
+    train.run(Job.read(alone))
+    got, expected = (load_file(path.parent / "output" / "model.safetensors") for path in (job_file, alone))
+    assert max((got[name] - tensor).abs().max().item() for name, tensor in expected.items()) < 1e-4
+    summaries = [json.loads((path.parent / "output" / "summary.json").read_text()) for path in (job_file, alone)]
+    assert summaries[0]["plan"] == summaries[1]["plan"] and summaries[0]["tokens"] == summaries[1]["tokens"]
+    lines = (job_file.parent / "output" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
 
 
 def test_a_machine_that_meets_nobody_says_where_it_waited(
