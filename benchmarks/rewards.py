@@ -33,8 +33,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work the comparisons are. On two idle cores, by the rates of single steps: half an hour, or up to an hour where GRPO has
-    to be waited for to the end; and an hour."""
+    """How much work the comparisons are. On two cores: 18 minutes, more where GRPO has to be waited for to the end; and an hour."""
 
     source_rows: int | None = None  # of the source; None: all
     reward_epochs: int = 2

@@ -14,14 +14,14 @@ from tests.training.test_logprobs import plain_logps
 from tests.training.test_loop import settings
 from tests.training.test_tree import make_group
 from training.checkpoint import Progress
-from training.config import Layout, Normaliser, ReferenceFactor, ResponseRegime, Runtime
+from training.config import Layout, ResponseRegime, Runtime
 from training.data.examples import Example
 from training.job import Job
 from training.logprobs import check_layout
 from training.loop import Trainer, make_optimiser
 from training.objectives.objective import Objective
 from training.objectives.sft import Sft
-from training.objectives.var import Var
+from training.objectives.var import Normaliser, ReferenceFactor, Var
 from training.steps import Forwarded, Steps
 from training.train import PolicyForward
 
