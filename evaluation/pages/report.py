@@ -187,6 +187,8 @@ def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:
         charts["loss"] = report_plots.plot_curves(lines, losses, title="loss, nats per token")
         sizes = {"effective sample size": "train/ess"}
         charts["ess"] = report_plots.plot_curves(lines, sizes, title="effective sample size, share")
+        held = {"at most": "train/peak_memory_gib", "after the step": "train/memory_gib"}
+        charts["memory"] = report_plots.plot_curves(lines, held, title="memory, GiB")
     if data.weights:
         charts["weights"] = report_plots.plot_weights(read_weights(data.weights))
     model = data.reward_model or {}
