@@ -216,7 +216,10 @@ def plan_training(
     recipe: Annotated[str, typer.Argument(help="demo, smoke or hh_rlhf; see flows/recipes.py.")],
     changes: Set = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu (this one), H100, H200, A100-80GB ...")] = None,
-    ranks: Annotated[int, typer.Option("--ranks", help="How many of them, weights sharded.")] = 1,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", help="How many of them, weights sharded; else those of the recipe's runtime."),
+    ] = None,
     mfu: Annotated[float | None, typer.Option("--mfu", help="Share of the peak that becomes training.")] = None,
     usd_per_hour: Annotated[float | None, typer.Option("--usd-per-hour", help="Price of one device.")] = None,
     rows: Annotated[int | None, typer.Option("--rows", help="Prompts of the train split, instead of ingested.")] = None,

@@ -32,7 +32,7 @@ class Assumptions:
     """What the user states instead of having it looked up."""
 
     device: str | None = None
-    ranks: int = 1
+    ranks: int | None = None  # None: those of the recipe's runtime
     mfu: float | None = None
     usd_per_hour: float | None = None
     rows: int | None = None
@@ -51,7 +51,7 @@ def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settin
     else:
         mfu = find_mfu(device, sum(p.numel() for p in model.parameters()), store=store) if store else None
     price = settings.usd_per_hour if assumptions.usd_per_hour is None else assumptions.usd_per_hour
-    machine = choose_machine(device, config.train, ranks=assumptions.ranks, mfu=mfu, usd_per_hour=price)
+    machine = choose_machine(device, config.train, config.runtime, ranks=assumptions.ranks, mfu=mfu, usd_per_hour=price)
     folder = None if assumptions.rows or assumptions.tokens or store is None else find_rows(config, store, settings)
     work = assume_workload(assumptions.rows, assumptions.tokens)
     if folder is not None:
@@ -141,7 +141,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     machine, sizes = plan.machine, plan.footprint
     parts = {
         "weights, with what autocast copies": sizes.weights, "gradients": sizes.gradients, "AdamW's moments": sizes.optimiser,
-        "the layer under way, gathered": sizes.gathered,
+        "weights and gradients that are whole: around the layers, of the one under way": sizes.gathered,
         f"activations of a micro-batch of {plan.microbatch_tokens:,} tokens": sizes.activations,
         "a chunk of logits, the head's gradient": sizes.logits,
     }  # fmt: skip

@@ -101,7 +101,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], world: World) -> Non
         str(folder), spread_over_files(tensors, limit=FILE_BYTES * world.size), save_distributed=True
     )
     with own_errors():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=world.size == 1)
+        dcp.save(dict(tensors), storage_writer=writer, process_group=world.files, no_dist=world.size == 1)
     for path in folder.glob(
         f"shard-{world.rank + 1:05d}-*"
     ):  # torch flushes all but the end, which is in a buffer then
@@ -227,7 +227,7 @@ def read_tensors(folder: Path, model: nn.Module, optimiser: torch.optim.Optimize
     assert own.keys() == names, f"checkpoint and model differ in {sorted(own.keys() ^ names)[:5]}"
     moments = make_optimiser_state(model, {name: stored[name] for name in stored if "|" in name})
     with own_errors():
-        dcp.load({**own, **moments}, storage_reader=reader, no_dist=world.size == 1)
+        dcp.load({**own, **moments}, storage_reader=reader, process_group=world.files, no_dist=world.size == 1)
     parameters = dict(model.named_parameters())
     for key, tensor in moments.items():
         name, kind = key.rsplit("|", 1)

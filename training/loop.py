@@ -21,7 +21,7 @@ from training.checkpoint import Progress, read_rng, restore_checkpoint, save_che
 from training.config import Precision, Runtime, Schedule
 from training.distributed import ALONE, World, require_sharded
 from training.job import Interrupted, Job
-from training.memory import keep_freed_memory
+from training.memory import GIB, keep_freed_memory, read_memory
 from training.metrics import MetricsWriter
 
 LOG = logging.getLogger(__name__)
@@ -209,6 +209,7 @@ class Trainer:
             "skipped": float(self.progress.skipped),
             "microbatch_tokens": float(self.budget),
             **self.describe_speed(total.flops / seconds),
+            **self.describe_memory(),
             **total.figures,
             **self.work.describe(step),
         }
@@ -220,6 +221,11 @@ class Trainer:
             return {}
         share = {"flop_share": flops_per_second / self.peak_flops} if self.peak_flops else {}
         return {"tflops_per_second": flops_per_second / 1e12, **share}
+
+    def describe_memory(self) -> dict[str, float]:
+        """Return the GiB that the rank with the most of them holds, and held at most (`read_memory` says since when)."""
+        now, most = read_memory(self.world.device)
+        return {"memory_gib": self.world.max(now / GIB), "peak_memory_gib": self.world.max(most / GIB)}
 
     def accumulate(self, step: int) -> "Total | None":
         """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them.

@@ -1,19 +1,22 @@
 """The memory of a device: what training will take by a formula, what a piece of work took, what is free; and work that adapts."""
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from torch import Tensor
 
 from training.config import Precision
 from training.logprobs import CHUNK_ELEMENTS
+from training.model import find_layers
 
 GIB = 2**30
-FLOAT32 = 4  # bytes
+FLOAT32, BFLOAT16 = 4, 2  # bytes
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
 # What ends a container before the machine's own memory does: (limit, use), of control groups 2 and 1.
 CGROUPS = (
@@ -57,12 +60,12 @@ class MicroBatchSize:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that training holds on each rank."""
+    """Bytes that training holds on each rank; `estimate_footprint` has the formulas."""
 
     weights: int
     gradients: int
     optimiser: int  # AdamW's two moments
-    gathered: int  # the layer under way, whole, where weights are sharded over ranks
+    gathered: int  # weights and gradients of several ranks while they are whole
     activations: int  # what one micro-batch keeps for its backward pass
     logits: int  # of a chunk of positions, and the gradient of the output head, to which that of a chunk is added
 
@@ -79,43 +82,73 @@ def estimate_footprint(
     *,
     precision: Precision,
     ranks: int,
+    replicas: int = 1,
     micro: MicroBatchSize,
     kind: str = "cpu",
     activation_checkpointing: bool = False,
 ) -> Footprint:
-    """Return what training takes on each of `ranks` devices of a kind (cpu, cuda), weights, gradients and moments in float32 and sharded evenly.
+    """Return what training takes on each of `ranks` devices of a kind (cpu, cuda), which hold `replicas` whole models together.
 
-    What is frozen, as all but the adapter is with LoRA, has neither gradients nor moments.
+    Weights, gradients and moments are float32. With N the numbers that a rank holds of the model (`count_slices` over the ranks of a
+    replica), N' those that are trained (the adapter's with LoRA), w the bytes of a number in matrix products (4, in bfloat16 2), L those of the
+    largest layer, A those around the layers (embedding, last norm, output head), V H the head's, of micro-batch and device C the logits of a chunk:
+
+    - weights: 4 N; on one rank in bfloat16 2 more for each number of layers and head, which autocast copies for the whole step.
+    - gradients: 4 N'. optimiser: 8 N'.
+    - gathered, of several ranks: 4 A + 2 w L + (w + 4) L'. FSDP2 gathers what is around the layers as one part, here in float32, and
+      keeps it from the forward pass to the end of the backward one; a layer it lets go of, while the next one is on its way. Gradients of a
+      layer are whole until they are copied, in float32, into what is sent. What is around is there twice where it is gathered, and its
+      gradients are whole at the end: activations and logits are not there then. The head's gradient is counted with its logits.
+    - activations: `estimate_layer` for each layer and 3 H for the last norm; with checkpointing H for each layer, and one layer.
+    - logits: 12 C, and for the head's gradient 4 V H, in bfloat16 2 V H more for that of a chunk; of several ranks in bfloat16 also
+      2 V H for the head as it is multiplied, which is gathered in float32.
     """
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    share = -(-parameters // ranks)
-    trained = -(-count_trained(model) // ranks)
-    layers = model.config.num_hidden_layers
+    parameters = list(model.parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    layers = find_layers(model)
+    in_layers = sum(count(layer.parameters()) for layer in layers)
+    largest = max(layers, key=lambda layer: count(layer.parameters()), default=None)
+    of_layer = list(largest.parameters()) if largest is not None else []
     matrix = model.get_output_embeddings().weight
-    head = matrix.numel()
-    wide = precision == Precision.float32
-    cast = 0 if wide else 2 * share  # autocast keeps a bfloat16 copy of every matrix for the whole step
+    head, shards, wide = matrix.numel(), ranks // replicas, precision == Precision.float32
+    width = FLOAT32 if wide else BFLOAT16
+    cast = 0 if wide or ranks > 1 else BFLOAT16 * (in_layers + head)
+    gathered = (
+        FLOAT32 * (count(parameters) - in_layers)
+        + 2 * width * count(of_layer)
+        + (width + FLOAT32) * count(p for p in of_layer if p.requires_grad)
+    )
     chunk = min(CHUNK_ELEMENTS[kind], micro.positions * model.config.vocab_size)
-    layer = estimate_layer(model.config, precision=precision, micro=micro)
-    # Where layers are computed again: of each what enters it, and all of the one under way.
-    kept = (
-        layers * FLOAT32 * model.config.hidden_size * micro.tokens + layer
-        if activation_checkpointing
-        else layers * layer
-    )
+    head_gradient = (FLOAT32 if wide else FLOAT32 + BFLOAT16) * head * matrix.requires_grad
+    head_cast = 0 if wide or ranks == 1 else BFLOAT16 * head
+    entry = FLOAT32 * model.config.hidden_size * micro.tokens
+    layer, depth = estimate_layer(model.config, precision=precision, micro=micro), model.config.num_hidden_layers
     return Footprint(
-        weights=FLOAT32 * share + cast,
-        gradients=FLOAT32 * trained,
-        optimiser=2 * FLOAT32 * trained,
-        gathered=0 if ranks == 1 else FLOAT32 * max(head, (parameters - head) // layers),
-        activations=kept + 3 * FLOAT32 * model.config.hidden_size * micro.tokens,  # the norm behind the last layer
-        logits=3 * FLOAT32 * chunk + (FLOAT32 if wide else FLOAT32 + 2) * head * matrix.requires_grad,
+        weights=FLOAT32 * count_slices(parameters, shards) + cast,
+        gradients=FLOAT32 * count_slices(trained, shards),
+        optimiser=2 * FLOAT32 * count_slices(trained, shards),
+        gathered=gathered if ranks > 1 else 0,
+        activations=(depth * entry + layer if activation_checkpointing else depth * layer) + 3 * entry,
+        logits=3 * FLOAT32 * chunk + head_gradient + head_cast,
     )
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """Return how many numbers parameters have."""
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def count_slices(parameters: Iterable[Tensor], ranks: int) -> int:
+    """Return how many numbers each of `ranks` holds of parameters as FSDP2 shards them: rows of the first dimension, equally many on
+    every rank, the last ones' padded."""
+    if ranks == 1:
+        return count(parameters)
+    return sum(-(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) for p in parameters)
 
 
 def count_trained(model: Any) -> int:
     """Return how many of a model's parameters training changes."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return count(parameter for parameter in model.parameters() if parameter.requires_grad)
 
 
 def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) -> int:
@@ -152,10 +185,18 @@ def measure_free(device: torch.device) -> int:
         if Path(limit).exists() and (bound := Path(limit).read_text().strip()) != "max":
             free.append(int(bound) - int(Path(use).read_text()))
     if not free:  # no Linux
-        import psutil
-
         return int(psutil.virtual_memory().available)
     return min(free)
+
+
+def read_memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes that this process holds now, and the most that it has held: on the GPU tensors, since the last call; else resident
+    pages, since it began."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return held
+    return psutil.Process().memory_info().rss, read_resident_peak()
 
 
 @dataclass

@@ -5,8 +5,9 @@ The policy is built on torch's meta device, so weights are neither read nor made
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ ASSUMED_ROWS = 10_000
 ASSUMED_TOKENS = 512
 SAMPLED_ROWS = 500
 CHARS_PER_TOKEN = 4.0
+MOST_RANKS = 65_536
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,19 @@ class Workload:
 
 @dataclass(frozen=True)
 class Machine:
-    """What trains: the rate and memory of one of `ranks` equal devices, its price, and where these are known from."""
+    """What trains: the rate and memory of one of `ranks` equal devices, its price, and where these are known from.
+
+    Ranks on CPUs share those of their machine: a rank has its part of the machine's rate and memory.
+    """
 
     name: str
     ranks: int
+    replicas: int  # whole sharded models that the ranks hold together
     peak_flops: float
     mfu: float
     memory_bytes: int
-    usd_per_hour: float | None
+    devices: int  # that are paid for: one a rank, and one a machine where it computes on its CPUs
+    usd_per_hour: float | None  # of a device
     basis: str
     price_basis: str
 
@@ -103,6 +110,7 @@ class Plan:
     footprint: Footprint  # of each rank
     flops: int
     machine: Machine
+    ranks_with_room: int | None  # that would do where these have none; None on CPUs, and where no number would
     hours: float
     usd: float | None
 
@@ -203,33 +211,51 @@ def count_row(prompt: int, responses: Sequence[int], layout: Layout) -> int:
 
 
 def choose_machine(
-    name: str, config: TrainConfig, *, ranks: int, mfu: Mfu | None = None, usd_per_hour: float | None = None
+    name: str,
+    config: TrainConfig,
+    runtime: Runtime,
+    *,
+    ranks: int | None = None,
+    mfu: Mfu | None = None,
+    usd_per_hour: float | None = None,
 ) -> Machine:
-    """Return the machine of a name of the table, or `cpu`: this one, whose rate is measured and whose free memory is taken."""
+    """Return the machine of a name of the table, or `cpu`: this one, whose rate is measured and whose free memory is taken.
+
+    It has the runtime's ranks, or so many on as many machines. ValueError for ranks that its machines or replicas do not divide.
+    """
     share = mfu or Mfu(ASSUMED_MFU, "assumed")
+    ranks = runtime.world_size if ranks is None else ranks
     if not (0 < share.value <= 1 and ranks >= 1):
         raise ValueError(f"--mfu {share.value}, --ranks {ranks}: expected a share above 0 up to 1, and at least 1 rank")
+    for setting, parts in (("nodes", runtime.nodes), ("replicas", runtime.replicas)):
+        if ranks % parts:
+            raise ValueError(
+                f"runtime.{setting}: got {parts} for {ranks} ranks; expected a divisor of the number of ranks; give --ranks, or set "
+                f"runtime.{setting}"
+            )
     said = f"{share.value:.2%} of it, {share.basis}"
     price = find_price(name, given=usd_per_hour)
     usd, paid = (price.usd_per_hour, price.basis) if price else (None, "no price known")
     if name == "cpu":
-        rate = f"float32 rate measured here, {said}"
-        memory = measure_free(torch.device("cpu")) // ranks
-        return Machine("cpu", ranks, measure_gemm(), share.value, memory, usd, rate, paid)
+        together = ranks // runtime.nodes
+        rate, memory = measure_gemm() / together, measure_free(torch.device("cpu")) // together
+        basis = f"{'' if together == 1 else f'one of {together} parts of the '}float32 rate measured here, {said}"
+        return Machine("cpu", ranks, runtime.replicas, rate, share.value, memory, runtime.nodes, usd, basis, paid)
     found = find_accelerator(name)
     if found is None:
         known = ", ".join(device.name for device in ACCELERATORS)
         raise ValueError(f"--device {name!r}: not in the table; expected cpu or one of {known}")
-    rate = f"{config.precision.value} peak of the data sheet, {said}"
-    memory = int(found.memory_gib * GIB)
-    return Machine(found.name, ranks, found.peak_flops(config.precision), share.value, memory, usd, rate, paid)
+    basis = f"{config.precision.value} peak of the data sheet, {said}"
+    rate, memory = found.peak_flops(config.precision), int(found.memory_gib * GIB)
+    return Machine(found.name, ranks, runtime.replicas, rate, share.value, memory, ranks, usd, basis, paid)
 
 
 def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workload, machine: Machine) -> Plan:
     """Return what training a model (of any device, meta too) on a workload takes.
 
-    Operations are those of training.flops, as if all weights were trained; memory is the formula of training.memory for a micro-batch as large as the budget or the
-    rank's share of a step allows, of rows of mean length. ValueError for a model whose operations cannot be counted.
+    Operations are those of training.flops, as if all weights were trained; memory is the formula of training.memory for a micro-batch
+    of `size_microbatch`. Hours are operations / (ranks x a rank's rate x MFU), USD hours x devices x price. ValueError for a model whose
+    operations cannot be counted.
     """
     counted = count_flops(model)
     if counted is None:
@@ -245,20 +271,7 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
         for spans in [list_spans(prompt, responses, layout)]
     )
     flops = round(sampled / len(work.shapes) * work.rows * config.epochs)
-    per_row = work.tokens(layout)
-    micro = max(per_row, min(runtime.microbatch_tokens, config.batch_prompts * per_row / machine.ranks))
-    footprint = estimate_footprint(
-        model,
-        precision=config.precision,
-        ranks=machine.ranks,
-        micro=MicroBatchSize(
-            tokens=round(micro),
-            keys=round(micro / per_row * work.keys(layout)),
-            positions=round(micro / per_row * work.positions()),
-        ),
-        kind="cpu" if machine.name == "cpu" else "cuda",
-        activation_checkpointing=runtime.activation_checkpointing,
-    )
+    footprint = partial(estimate_rank, model, config, runtime, work, machine)
     hours = flops / (machine.ranks * machine.peak_flops * machine.mfu) / 3600
     return Plan(
         model_type=model.config.model_type,
@@ -266,17 +279,54 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
         trained_parameters=count_trained(model),
         layers=model.config.num_hidden_layers,
         rows=work.rows,
-        tokens_per_row=per_row,
+        tokens_per_row=work.tokens(layout),
         data_basis=work.basis,
         steps=steps,
-        tokens=round(per_row * work.rows * config.epochs),
-        microbatch_tokens=round(micro),
-        footprint=footprint,
+        tokens=round(work.tokens(layout) * work.rows * config.epochs),
+        microbatch_tokens=size_microbatch(config, runtime, work, ranks=machine.ranks).tokens,
+        footprint=footprint(ranks=machine.ranks),
         flops=flops,
         machine=machine,
+        ranks_with_room=None if machine.name == "cpu" else find_ranks(footprint, machine),
         hours=hours,
-        usd=None if machine.usd_per_hour is None else hours * machine.ranks * machine.usd_per_hour,
+        usd=None if machine.usd_per_hour is None else hours * machine.devices * machine.usd_per_hour,
     )
+
+
+def size_microbatch(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> MicroBatchSize:
+    """Return a micro-batch of rows of mean length, as large as the budget or the rank's share of a step allows; one row at least."""
+    per_row = work.tokens(runtime.layout)
+    tokens = max(per_row, min(runtime.microbatch_tokens, config.batch_prompts * per_row / ranks))
+    return MicroBatchSize(
+        tokens=round(tokens),
+        keys=round(tokens / per_row * work.keys(runtime.layout)),
+        positions=round(tokens / per_row * work.positions()),
+    )
+
+
+def estimate_rank(
+    model: Any, config: TrainConfig, runtime: Runtime, work: Workload, machine: Machine, *, ranks: int
+) -> Footprint:
+    """Return the memory of each of so many ranks."""
+    return estimate_footprint(
+        model,
+        precision=config.precision,
+        ranks=ranks,
+        replicas=machine.replicas,
+        micro=size_microbatch(config, runtime, work, ranks=ranks),
+        kind="cpu" if machine.name == "cpu" else "cuda",
+        activation_checkpointing=runtime.activation_checkpointing,
+    )
+
+
+def find_ranks(footprint: Callable[..., Footprint], machine: Machine) -> int | None:
+    """Return the first double, fourfold ... of a machine's ranks with room for their share; None where none up to MOST_RANKS has."""
+    ranks = machine.ranks
+    while footprint(ranks=ranks).total > machine.memory_bytes:
+        ranks *= 2
+        if ranks > MOST_RANKS:
+            return None
+    return ranks
 
 
 def list_spans(prompt: int, responses: Sequence[int], layout: Layout) -> list[tuple[int, int]]:
@@ -292,13 +342,9 @@ def require_room(plan: Plan) -> None:
         return
     parts = asdict(plan.footprint)
     most = ", ".join(f"{name} {show_bytes(size)}" for name, size in sorted(parts.items(), key=lambda p: -p[1]) if size)
-    movable = plan.footprint.weights + plan.footprint.gradients + plan.footprint.optimiser
-    fixed = plan.footprint.total - movable
-    left = plan.machine.memory_bytes - fixed
     advice = "set runtime.activation_checkpointing, lower runtime.microbatch_tokens, or take a device with more memory"
-    if plan.machine.name != "cpu" and left > 0:
-        enough = 2 ** math.ceil(math.log2(movable * plan.machine.ranks / left))
-        advice = f"raise --ranks to about {enough}, {advice}"
+    if plan.ranks_with_room is not None:
+        advice = f"raise --ranks to {plan.ranks_with_room}, {advice}"
     raise ValueError(
         f"memory: {plan.model_type} of {plan.parameters / 1e9:.3g} B parameters takes {show_bytes(plan.footprint.total)} on each of "
         f"{plan.machine.ranks} ranks ({most}), got {show_bytes(plan.machine.memory_bytes)} of {plan.machine.name}; expected at most that; {advice}"

@@ -631,7 +631,8 @@ def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
     return estimate_footprint(
         ready.model,
         precision=ready.precision,
-        ranks=ready.world.size // ready.runtime.replicas,
+        ranks=ready.world.size,
+        replicas=ready.runtime.replicas,
         micro=MicroBatchSize(
             tokens=trial.tokens,
             keys=seen if ready.runtime.layout == Layout.tree else 0,

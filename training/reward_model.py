@@ -88,6 +88,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
         seed=config.seed,
     )
     base = digest_weights(job.inputs["base"]) if world.is_first else None
+    world.barrier()  # it reads all of the base, the others but their part
     identity = {"config": config.model_dump(mode="json"), "base": base, "data": steps.digests}
     policy.train()  # the base's own dropout, drawn from the run's seed
     progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)

@@ -62,7 +62,7 @@ def shard_and_read(
     """
     shard_policy(policy, world, precision=precision)
     allocate(policy, world.device)
-    read_weights(policy.model, folder, drawn=drawn or {})
+    read_weights(policy.model, folder, world, drawn=drawn or {})
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def allocate(policy: Policy, device: torch.device) -> None:
     policy.model.tie_weights()  # to_empty has made two parameters of a tied one
 
 
-def read_weights(model: Any, folder: Path, *, drawn: Mapping[str, Tensor]) -> None:
+def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, Tensor]) -> None:
     """Read this rank's part of a model's tensors from safetensors files, or take it of what is drawn for those they lack.
 
     ValueError for tensors that are in neither.
@@ -133,7 +133,11 @@ def read_weights(model: Any, folder: Path, *, drawn: Mapping[str, Tensor]) -> No
             "set runtime.ranks to 1"
         )
     with own_errors():
-        dcp.load({name: tensor.detach() for tensor, name in found.items() if name}, storage_reader=reader)
+        dcp.load(
+            {name: tensor.detach() for tensor, name in found.items() if name},
+            storage_reader=reader,
+            process_group=world.files,
+        )
     fill(model, {name: drawn[name] for name in lacking})
 
 

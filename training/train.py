@@ -138,6 +138,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     check_context(policy.model, config.max_tokens)
     manifest = read_rows_manifest(job.inputs["rows"])
     base = digest_model(job.inputs["base"], tokenizer) if world.is_first else None
+    world.barrier()  # it reads all of the base, the others but their part
     if base is not None:
         check_columns(job, config, manifest, base)
     check_tokens(job.inputs["rows"], manifest, tokenizer)

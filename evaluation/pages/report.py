@@ -36,6 +36,7 @@ CURVES = {
     "learning_rate": ("learning rate", {"learning rate": "train/learning_rate"}),
     "tokens_per_second": ("tokens a second", {"tokens a second": "train/tokens_per_second"}),
     "flop_share": ("share of the device's rate", {"share": "train/flop_share"}),
+    "memory": ("memory, GiB", {"at most": "train/peak_memory_gib", "after the step": "train/memory_gib"}),
 }
 MOST_ANSWERED_STEPS = 8
 MOST_WEIGHTS = 1_000_000  # read for the histogram; more add nothing that a reader could see

@@ -110,6 +110,7 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
     draw = np.random.default_rng(0)
     gain_P = draw.normal(0.4, 1.0, 80)
     figures = {"ess": 0.7, "grad_norm": 2.5, "learning_rate": 1e-3, "tokens_per_second": 900.0, "flop_share": 0.625}
+    figures |= {"memory_gib": 1.5, "peak_memory_gib": 2.5}
     constant = {f"train/{name}": value for name, value in figures.items()}
     lines = [{"time": i, "step": i, "total": 40, "train/loss": 3 / (i + 1) + 1, **constant} for i in range(40)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -233,8 +234,12 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     assert "0.1537 USD, without 2 s that have no price" in page.text and "NVIDIA H100 80GB HBM3 0.1537" in page.text
     hrefs = [attributes.get("href") for tag, attributes in page.tags if tag == "a"]
     assert "#step-" + "a" * 16 in hrefs and "http://127.0.0.1:5000/#/runs/1" in hrefs
+    assert [(line["name"], line["y"][0]) for line in page.charts["memory"]["data"]] == [
+        ("at most", 2.5),
+        ("after the step", 1.5),
+    ]
     assert set(page.charts) == {
-        *("guards", "rewards", "gains", "loss", "ess", "weights", "accuracy", "quarantine", "cost"),
+        *("guards", "rewards", "gains", "loss", "ess", "memory", "weights", "accuracy", "quarantine", "cost"),
         *("grad_norm", "learning_rate", "tokens_per_second", "flop_share"),
         *("alignment_gains", "alignment_wins", "reward_tests"),
     }

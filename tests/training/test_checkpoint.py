@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +26,7 @@ from training.checkpoint import Progress, read_rng, restore_checkpoint, save_che
 from training.distributed import World
 from training.job import EXIT_INTERRUPTED, Job
 
+SLOW_SECONDS = 8.0
 IDENTITY = {"config": {"lambda_": 1.0}, "plan": "abc"}
 CPU = torch.device("cpu")
 SHARD = "tensors/shard-00001-model-00001-of-00001.safetensors"
@@ -172,6 +175,35 @@ def test_each_rank_flushes_what_it_wrote_and_to_the_end(tmp_path: Path, ranks: R
     assert others <= set(flushed[0])
 
 
+def save_slowly(world: World, folder: Path) -> float:
+    """Save a sharded model where rank 1 is slow to write its tensors and the first rank to publish; return the seconds it took."""
+    sync = os.fsync
+    slow = {0: "/tensors", 1: ".safetensors"}[world.rank]
+
+    def slow_sync(descriptor: int) -> None:
+        if str(Path(f"/proc/self/fd/{descriptor}").readlink()).endswith(slow):
+            time.sleep(SLOW_SECONDS)
+        sync(descriptor)
+
+    model, _ = make_trained()
+    fully_shard(model, mesh=world.mesh)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    started = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", slow_sync)
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=SLOW_SECONDS / 2))
+        what = {"model": model, "optimiser": optimiser, "progress": Progress(step=1), "rng": read_rng(CPU)}
+        save_checkpoint(folder, **what, identity={}, world=world)  # type: ignore[arg-type]
+    restore_checkpoint(folder, model=model, optimiser=optimiser, identity={}, world=world)
+    return time.monotonic() - started
+
+
+def test_ranks_wait_longer_for_each_others_files_than_within_a_step(tmp_path: Path, ranks: Ranks) -> None:
+    """The disk takes twice as long, and more, as they wait for anything else."""
+    assert min(ranks.run(save_slowly, size=2, folder=tmp_path)) > 2 * SLOW_SECONDS
+    assert (tmp_path / "step-00000001").is_dir()
+
+
 @pytest.mark.parametrize("name", [SHARD, "rng.safetensors", "state.json"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     save(tmp_path, step=1)
@@ -252,10 +284,17 @@ def interrupt(job_file: Path, number: int, *, after_steps: int) -> int:
 
 
 def read_figures(folder: Path) -> list[dict[str, Any]]:
-    """Return the metrics without what depends on the clock."""
+    """Return the metrics without what is measured: by the clock, and of the process's memory."""
     lines = [json.loads(line) for line in (folder / "output" / "metrics.jsonl").read_text().splitlines()]
-    clocked = ("time", "train/tokens_per_second", "train/tflops_per_second", "train/flop_share")
-    return [{k: v for k, v in line.items() if k not in clocked} for line in lines]
+    measured = (
+        "time",
+        "train/tokens_per_second",
+        "train/tflops_per_second",
+        "train/flop_share",
+        "train/memory_gib",
+        "train/peak_memory_gib",
+    )
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

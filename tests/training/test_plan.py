@@ -27,6 +27,7 @@ from training.objectives.sft import SftConfig
 from training.plan import (
     ARCHITECTURES,
     Mfu,
+    Plan,
     Workload,
     assume_workload,
     build_on_meta,
@@ -147,7 +148,7 @@ def shorten(config: Any, layers: int) -> Any:
 
 def test_the_plan_follows_activation_checkpointing() -> None:
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
-    machine = choose_machine("H100", SftConfig(), ranks=8, mfu=Mfu(0.4, "given"))
+    machine = choose_machine("H100", SftConfig(), Runtime(), ranks=8, mfu=Mfu(0.4, "given"))
 
     def activations(**runtime: Any) -> int:
         plan = plan_training(model, SftConfig(), Runtime(**runtime), assume_workload(None, None), machine)
@@ -220,7 +221,7 @@ def test_weights_gradients_and_moments_are_what_a_real_step_holds(
 
     sft = SftConfig.model_validate(config)
     work = measure_workload(folder, sft, tokenizer_folder=tiny_policy)
-    machine = choose_machine("H100", sft, ranks=1)
+    machine = choose_machine("H100", sft, Runtime(), ranks=1)
     plan = plan_training(build_on_meta(read_architecture(tiny_policy)), sft, Runtime(), work, machine)
     assert (plan.rows, plan.steps, plan.tokens) == (9, done["steps"], done["tokens"])
     assert plan.flops == done["flops"]
@@ -250,7 +251,7 @@ def test_an_adapter_has_gradients_and_moments_and_what_is_frozen_has_none(tiny_p
     optimiser = make_optimiser(model, train.make_settings(config))
     model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
     optimiser.step()
-    machine = choose_machine("H100", config, ranks=1)
+    machine = choose_machine("H100", config, Runtime(), ranks=1)
     plan = plan_training(planned, config, Runtime(), assume_workload(10, 64), machine)
     sizes = plan.footprint
     assert sizes.weights == sum(p.nbytes for p in model.parameters())
@@ -264,7 +265,7 @@ def test_an_adapter_has_gradients_and_moments_and_what_is_frozen_has_none(tiny_p
 def test_an_adapter_for_llama_8b_fits_one_gpu_and_all_its_weights_do_not() -> None:
     def plan(config: SftConfig) -> Any:
         model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"), config.lora)
-        machine = choose_machine("H100", config, ranks=1)
+        machine = choose_machine("H100", config, Runtime(), ranks=1)
         return plan_training(model, config, Runtime(), assume_workload(None, None), machine)
 
     adapter = plan(SftConfig(precision=Precision.bfloat16, lora=LoraConfig(rank=16)))
@@ -288,7 +289,9 @@ def test_hours_and_dollars_by_hand() -> None:
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
     config = SftConfig(batch_prompts=10, precision=Precision.bfloat16)
     work = Workload(1000, ((500, (500,)),), "stated")
-    machine = choose_machine("NVIDIA H100 80GB HBM3", config, ranks=8, mfu=Mfu(0.5, "given"), usd_per_hour=2.0)
+    machine = choose_machine(
+        "NVIDIA H100 80GB HBM3", config, Runtime(), ranks=8, mfu=Mfu(0.5, "given"), usd_per_hour=2.0
+    )
     plan = plan_training(model, config, Runtime(), work, machine)
     head = 128256 * 4096
     trunk = 8_030_261_248 - 2 * head - 65 * 4096  # norms are no matrices
@@ -301,50 +304,111 @@ def test_hours_and_dollars_by_hand() -> None:
 
 def test_a_price_is_given_or_assumed_or_not_known() -> None:
     config = SftConfig()
-    assert choose_machine("cpu", config, ranks=1).usd_per_hour is None
-    assert choose_machine("cpu", config, ranks=1, usd_per_hour=0.2).price_basis == "0.2 USD an hour and device, given"
-    assert choose_machine("H100", config, ranks=1, usd_per_hour=0.0).usd_per_hour == 0.0
-    assert "assumed as of" in choose_machine("H100", config, ranks=1).price_basis
+    assert choose_machine("cpu", config, Runtime(), ranks=1).usd_per_hour is None
+    assert (
+        choose_machine("cpu", config, Runtime(), ranks=1, usd_per_hour=0.2).price_basis
+        == "0.2 USD an hour and device, given"
+    )
+    assert choose_machine("H100", config, Runtime(), ranks=1, usd_per_hour=0.0).usd_per_hour == 0.0
+    assert "assumed as of" in choose_machine("H100", config, Runtime(), ranks=1).price_basis
+
+
+def plan_70b(ranks: int, **runtime: Any) -> Plan:
+    """Plan Llama 3.1 70B in bfloat16, for the default rows, on H100."""
+    model, config = (
+        build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-70b.json")),
+        SftConfig(precision=Precision.bfloat16),
+    )
+    machine = choose_machine("H100", config, Runtime(**runtime), ranks=ranks, mfu=Mfu(0.4, "given"))
+    return plan_training(model, config, Runtime(**runtime), assume_workload(None, None), machine)
+
+
+def test_the_memory_of_llama_70b_by_hand() -> None:
+    """80 layers of query and output 2 x 8192 x 8192, key and value 2 x 1024 x 8192, MLP 3 x 8192 x 28672, two norms; two embeddings and a norm.
+
+    Two replicas of eight ranks hold as much on each as one of eight does.
+    """
+    head = 128_256 * 8192
+    layer = 2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28_672 + 2 * 8192
+    around = 2 * head + 8192
+    assert 80 * layer + around == PUBLISHED["llama-3.1-70b"]
+    whole = 4 * around + 2 * 2 * layer + (2 + 4) * layer  # two layers in bfloat16, one layer's gradients in both
+    logits = 12 * 512 * 128_256 + 4 * head + 2 * head + 2 * head  # two rows predict 2 x 2 x 128 tokens
+    state = PUBLISHED["llama-3.1-70b"] // 8  # each dimension is a multiple of 8
+    eight, replicated = plan_70b(8), plan_70b(16, replicas=2)
+    for sizes in (eight.footprint, replicated.footprint):
+        assert (sizes.weights, sizes.gradients, sizes.optimiser) == (4 * state, 4 * state, 8 * state)
+        assert sizes.gathered == whole
+    # a token and layer: two norms of 8192 (input and normalised in float32, scaled in bfloat16), 5 x 8192 and 4 x 28672 in bfloat16
+    per_token = 80 * (2 * 8192 * (4 + 4 + 2) + 2 * (5 * 8192 + 4 * 28_672)) + 3 * 4 * 8192
+    keys = 80 * 2 * 2 * 8192 * (384 + 384)  # a row: each of two responses of 128 sees the prompt of 256 and itself
+    assert eight.microbatch_tokens == 1024  # two of a step's sixteen rows of 512
+    assert eight.footprint.activations == 1024 * per_token + 2 * keys
+    assert eight.footprint.logits == logits
+    assert eight.footprint.total == 16 * state + whole + logits + eight.footprint.activations
+    assert round(eight.footprint.total / 2**30) == 196
 
 
 def test_what_does_not_fit_says_what_takes_it_and_how_many_ranks_would_do() -> None:
-    model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-70b.json"))
-    config = SftConfig(precision=Precision.bfloat16)
-
-    def plan(ranks: int) -> Any:
-        machine = choose_machine("H100", config, ranks=ranks, mfu=Mfu(0.4, "given"))
-        return plan_training(model, config, Runtime(), assume_workload(None, None), machine)
-
     with pytest.raises(
         ValueError,
-        match=r"70.6 B parameters takes 1\d+.\d+ GiB on each of 8 ranks \(optimiser 65.71 GiB.*got 79.00 GiB of H100.*raise --ranks to about (\d+)",
-    ) as refused:
-        require_room(plan(8))
-    enough = int(str(refused.value).partition("raise --ranks to about ")[2].partition(",")[0])
-    require_room(plan(enough))
+        match=r"70.6 B parameters takes 19\d.\d+ GiB on each of 8 ranks \(optimiser 65.71 GiB.*got 79.00 GiB of H100.*raise --ranks to 32,",
+    ):
+        require_room(plan_70b(8))
+    require_room(plan_70b(32))
+    assert not plan_70b(16).fits
 
 
-def test_more_ranks_hold_less_each_and_one_gathered_layer() -> None:
+def test_replicas_hold_a_whole_model_each_and_take_no_room_from_one_another() -> None:
+    """Of 64 ranks in 8 groups each has an eighth of the model, and 64 groups of one have all of it: no number of them will do."""
+    assert plan_70b(64, replicas=8).footprint.optimiser == plan_70b(8).footprint.optimiser
+    alone = plan_70b(64, replicas=64)
+    assert alone.footprint.optimiser == 8 * alone.parameters and alone.ranks_with_room == 2048
+
+
+def test_more_ranks_hold_less_each_and_what_is_gathered() -> None:
+    """In float32: what is around the layers, two layers, and a layer's gradients twice."""
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
     one, eight = (
         estimate_footprint(model, precision=Precision.float32, ranks=n, micro=MicroBatchSize(100, 0, 50))
         for n in (1, 8)
     )
     assert (one.weights, eight.weights) == (4 * 8_030_261_248, 4 * 1_003_782_656)
-    assert (one.gathered, eight.gathered) == (0, 4 * 128256 * 4096)
+    layer = 2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 4096 * 14_336 + 2 * 4096
+    assert (one.gathered, eight.gathered) == (0, 4 * (2 * 128_256 * 4096 + 4096) + 16 * layer)
     assert one.activations == eight.activations
+
+
+def test_ranks_are_the_recipes_and_those_on_one_cpu_share_it() -> None:
+    """Two machines of two ranks on CPUs: each rank has half of this machine's rate and memory, and two machines are paid for."""
+    config, runtime = SftConfig(), Runtime(ranks=2, nodes=2, rendezvous="host:1")
+    shared, alone = (choose_machine("cpu", config, r, usd_per_hour=0.2) for r in (runtime, Runtime()))
+    assert (shared.ranks, shared.devices, alone.ranks, alone.devices) == (4, 2, 1, 1)
+    assert shared.peak_flops == pytest.approx(alone.peak_flops / 2, rel=0.5)
+    assert shared.memory_bytes == pytest.approx(alone.memory_bytes / 2, rel=0.2)
+    assert "one of 2 parts of the float32 rate" in shared.basis
+    model = build_on_meta(read_architecture(ARCHITECTURES / "smollm2-135m-instruct.json"))
+    plan = plan_training(model, config, runtime, assume_workload(100, 64), shared)
+    assert plan.hours == pytest.approx(plan.flops / (4 * shared.peak_flops * 0.4) / 3600)
+    assert plan.usd == pytest.approx(plan.hours * 2 * 0.2) and plan.ranks_with_room is None
+    gpus = choose_machine("H100", config, runtime)
+    assert (gpus.ranks, gpus.devices) == (4, 4)
 
 
 def test_refusals() -> None:
     config = SftConfig()
     with pytest.raises(ValueError, match=r"'H1000': not in the table; expected cpu or one of B200"):
-        choose_machine("H1000", config, ranks=1)
+        choose_machine("H1000", config, Runtime(), ranks=1)
     with pytest.raises(ValueError, match=r"--mfu 1\.5"):
-        choose_machine("cpu", config, ranks=1, mfu=Mfu(1.5, "given"))
+        choose_machine("cpu", config, Runtime(), ranks=1, mfu=Mfu(1.5, "given"))
+    with pytest.raises(ValueError, match=r"runtime\.replicas: got 2 for 3 ranks; expected a divisor"):
+        choose_machine("H100", config, Runtime(replicas=2), ranks=3)
+    with pytest.raises(ValueError, match=r"runtime\.nodes: got 2 for 1 ranks"):
+        choose_machine("H100", config, Runtime(nodes=2, rendezvous="host:1"), ranks=1)
     with pytest.raises(ValueError, match="--tokens: got 4"):
         assume_workload(10, 4)
     moe = build_on_meta(MixtralConfig(vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))  # fmt: skip
-    cpu = choose_machine("cpu", config, ranks=1)
+    cpu = choose_machine("cpu", config, Runtime(), ranks=1)
     assert 0 < cpu.memory_bytes <= measure_free(CPU) * 1.5
     with pytest.raises(ValueError, match="mixtral: its operations cannot be counted"):
         plan_training(moe, config, Runtime(), assume_workload(1, 64), cpu)

@@ -150,12 +150,14 @@ def run_on(ranks: Ranks, size: int, job: Job, *, replicas: int = 1, **options: A
     return set(ranks.run(run_job, size=size, replicas=replicas, **arguments))
 
 
-SPEED = ("time", "train/tokens_per_second", "train/tflops_per_second", "train/flop_share")
+MEASURED = (
+    "time", "train/tokens_per_second", "train/tflops_per_second", "train/flop_share", "train/memory_gib", "train/peak_memory_gib",
+)  # fmt: skip
 
 
 def read_figures(job: Job) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
 def assert_same_result(job: Job, expected: Job) -> None:

@@ -79,7 +79,7 @@ def test_writes_a_model_that_loads_and_has_moved(inputs: dict[str, Path], make_j
     assert (summary["rows"], summary["responses"], summary["steps"], summary["dropped"]) == (9, 22, 4, 0)
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
     assert {m["total"] for m in metrics} == {4}
-    names = "loss grad_norm learning_rate ess ess_collapsed weight_max reward_tilt kl_weights argmax_agreement tokens_per_second padding_share logp_ratio"
+    names = "loss grad_norm learning_rate ess ess_collapsed weight_max reward_tilt kl_weights argmax_agreement tokens_per_second padding_share logp_ratio memory_gib peak_memory_gib"
     assert all(f"train/{name}" in line for name in names.split() for line in metrics)
     assert metrics[0]["train/reward_tilt"] > 0
     assert summary["final_loss"] == metrics[-1]["train/loss"]
