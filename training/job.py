@@ -31,6 +31,15 @@ CPU = {"device": "cpu", "devices": 1}
 TEARDOWN_SECONDS = 60.0  # from the parent's death to the end of the whole process group, checkpoint included
 
 
+class OutOfMemory(RuntimeError):  # noqa: N818 - what the user reads
+    """One of several ranks had no room for a micro-batch. All have to begin anew, from their checkpoint and with smaller ones: the others
+    are in the middle of theirs, waiting for this one."""
+
+    def __init__(self, message: str, *, microbatch_tokens: int) -> None:
+        super().__init__(message)
+        self.microbatch_tokens = microbatch_tokens  # the next smaller budget
+
+
 class Interrupted(Exception):  # noqa: N818 - an event, not an error
     """Raised by a job that saw `stop` and has saved what it needs to go on."""
 
@@ -96,9 +105,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_error(path: Path, error: Exception) -> None:
-    """Write an error's type and message, unless another rank has: what the first one failed of fails the others."""
+    """Write an error's type and message, and of OutOfMemory the smaller budget, unless another rank has written: what the first one
+    failed of fails the others."""
     own = path.with_name(f"{path.name}.{os.getpid()}")
-    write_json(own, {"type": type(error).__name__, "message": str(error)})
+    smaller = {"microbatch_tokens": error.microbatch_tokens} if isinstance(error, OutOfMemory) else {}
+    write_json(own, {"type": type(error).__name__, "message": str(error)} | smaller)
     try:
         path.hardlink_to(own)
     except FileExistsError:

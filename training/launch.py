@@ -6,6 +6,9 @@ passes a stop on as the file `work/stop`; a rank whose agent is gone ends at onc
 any more. A rank that fails writes `work/error.json`, the first one of all, and with it fails the job. One that has waited too
 long for another asks all in `work/roll_call` where they are, and fails with what they say.
 
+Where a rank had no room for a micro-batch, those of one machine are started again with smaller ones: what is trained does not depend
+on them, and it goes on from the checkpoint. `work/microbatch.json` keeps the budget for later attempts that ask for the same.
+
 Several machines: the same job file on each, but for `runtime.node_rank`, with `work` and `output` on a disk they share. The
 agents meet at `runtime.rendezvous`, a port of machine 0, whose ranks are the first ones.
 """
@@ -24,6 +27,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,13 +74,25 @@ class RankSilent(RuntimeError):  # noqa: N818 - what the user reads
 def launch(job: Job, runtime: Runtime) -> None:
     """Run this machine's ranks of a job to their end. Interrupted when it was stopped, RankDied when one of them was killed.
 
-    Where a rank has said in `work/error.json` why it failed, SystemExit with its status.
+    Where a rank has said in `work/error.json` why it failed, SystemExit with its status, unless smaller micro-batches may do.
     """
     if runtime.node_rank == 0:  # before the others meet it, so that none of them finds an earlier attempt's
         stop_file(job).unlink(missing_ok=True)
         shutil.rmtree(roll_folder(job), ignore_errors=True)
     # It would warn that it gets no signals on a thread of its own; they are for this thread to mind.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.ERROR)
+    while failures := run_agent(job, runtime):
+        smaller = read_smaller(job, failures)
+        if smaller is not None:
+            write_json(budget_file(job), {"asked": runtime.microbatch_tokens, "microbatch_tokens": smaller})
+        if smaller is None or runtime.nodes > 1 or job.stop.is_set():
+            raise_failure(job, failures, ranks=runtime.world_size)
+        sys.stderr.write(f"{read_error(job)['message']}: all ranks begin again from the checkpoint, with so many\n")
+        (job.work / "error.json").unlink()
+
+
+def run_agent(job: Job, runtime: Runtime) -> Mapping[int, ProcessFailure]:
+    """Run this machine's ranks once and return how some of them failed; nothing where all have ended well."""
     agent = Agent(job, runtime)
     agent.start()
     while agent.is_alive():
@@ -85,8 +101,7 @@ def launch(job: Job, runtime: Runtime) -> None:
         agent.join(POLL_SECONDS)
     if agent.error is not None:
         raise agent.error
-    if agent.failures:
-        raise_failure(job, agent.failures, ranks=runtime.world_size)
+    return agent.failures
 
 
 class Agent(threading.Thread):
@@ -138,17 +153,47 @@ class Agent(threading.Thread):
             self.error = error
 
 
-def raise_failure(job: Job, failures: Mapping[int, ProcessFailure], *, ranks: int) -> None:
-    """Raise what the first of the failed ranks failed of; the others failed because it was gone."""
+def find_killed(failures: Mapping[int, ProcessFailure]) -> dict[int, int]:
+    """Return the ranks that were killed, with their status. Later, or by SIGTERM, it was the agent that ended them."""
     first = min(failure.timestamp for failure in failures.values())
-    killed = {
+    return {
         rank: failure.exitcode
         for rank, failure in failures.items()
-        # Later, or by SIGTERM, it was the agent that ended them.
         if failure.exitcode < 0
         and failure.exitcode != -signal.SIGTERM
         and failure.timestamp <= first + SAME_TIME_SECONDS
     }
+
+
+def read_smaller(job: Job, failures: Mapping[int, ProcessFailure]) -> int | None:
+    """Return the budget of micro-batches that a rank without room asks for; None where ranks failed of something else."""
+    smaller: int | None = None if find_killed(failures) else read_error(job).get("microbatch_tokens")
+    return smaller
+
+
+def read_error(job: Job) -> dict[str, Any]:
+    """Return what a rank has failed of in its words; nothing where none has said it."""
+    path = job.work / "error.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def budget_file(job: Job) -> Path:
+    """Return the file that tells with which budget of tokens a micro-batch ranks go on that had no room for what was asked."""
+    return job.work / "microbatch.json"
+
+
+def with_budget(job: Job) -> Job:
+    """Return the job with the budget that an earlier attempt came to, where it asks for as much as that one did."""
+    path, asked = budget_file(job), Runtime.model_validate(job.runtime).microbatch_tokens
+    found = json.loads(path.read_text()) if path.exists() else {}
+    if found.get("asked") != asked:
+        return job
+    return replace(job, runtime=job.runtime | {"microbatch_tokens": found["microbatch_tokens"]})
+
+
+def raise_failure(job: Job, failures: Mapping[int, ProcessFailure], *, ranks: int) -> None:
+    """Raise what the first of the failed ranks failed of; the others failed because it was gone."""
+    killed = find_killed(failures)
     error_file = job.work / "error.json"
     statuses = {failure.exitcode for failure in failures.values()}
     if killed:
@@ -260,7 +305,7 @@ def describe_roll(answers: Mapping[int, Mapping[str, Any]], *, size: int) -> str
 
 def run_rank(argv: list[str]) -> int:
     """Run the job file `argv[0]` as a rank of the agent with process id `argv[1]`; return the exit status."""
-    job = Job.read(Path(argv[0]))
+    job = with_budget(Job.read(Path(argv[0])))
     heed_signals(job.stop)
     die_with_agent()
     watch_agent(int(argv[1]), job)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,13 @@ from torch.distributed.tensor import DTensor
 from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
 from training.config import Precision, Runtime, Schedule
 from training.distributed import ALONE, World, require_sharded
-from training.job import Interrupted, Job
+from training.job import Interrupted, Job, OutOfMemory
 from training.memory import GIB, keep_freed_memory, read_memory
 from training.metrics import MetricsWriter
 
 LOG = logging.getLogger(__name__)
 MAX_SKIPPED_IN_ROW = 3
+Computed = TypeVar("Computed")
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,6 @@ def run_steps(
         while progress.step < work.num_steps:
             rng = read_rng(world.device)
             figures = trainer.take_step()
-            progress.microbatch_tokens, progress.microbatch_tokens_asked = trainer.budget, runtime.microbatch_tokens
             if figures is not None:
                 if heldout is not None and is_due(runtime.heldout_every_steps, progress.step, work.num_steps):
                     figures["heldout/loss"] = trainer.look(heldout)
@@ -141,6 +142,7 @@ def run_steps(
                     metrics.write(progress.step, figures)
                     progress.metrics_bytes = metrics.offset()
                 rng = read_rng(world.device)
+            progress.microbatch_tokens, progress.microbatch_tokens_asked = trainer.budget, runtime.microbatch_tokens
             every = runtime.checkpoint_every_steps
             due = every > 0 and progress.step % every == 0 and 0 < progress.step < work.num_steps
             stopped = world.any(job.stop.is_set())  # one answer, or some ranks would save while others go on
@@ -228,23 +230,17 @@ class Trainer:
         return {"memory_gib": self.world.max(now / GIB), "peak_memory_gib": self.world.max(most / GIB)}
 
     def accumulate(self, step: int) -> "Total | None":
-        """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them.
+        """Add up loss and gradients of all micro-batches of a step; None when asked to stop between two of them."""
+        return self.fit(partial(self.add_up, step), self.work, step, where=f"step {step}")
 
-        Where the device has no room for a micro-batch, the step begins anew with half the budget, which stays halved.
-        """
+    def fit(self, compute: Callable[[], Computed], work: Work, step: int, *, where: str) -> Computed:
+        """Return what is computed of a step of some work; where the device has no room for a micro-batch, it is computed anew with half
+        the budget, which stays halved. OutOfMemory of several ranks, torch.OutOfMemoryError where nothing smaller is left."""
         while True:
             try:
-                return self.add_up(step)
+                return compute()
             except torch.OutOfMemoryError as error:
-                if self.world.size > 1:  # the other ranks are in the middle of theirs
-                    raise
-                smaller = halve_budget(self.work, step, budget=self.budget)
-                if smaller is None:
-                    raise torch.OutOfMemoryError(
-                        f"step {step}: the device has no room for a micro-batch of {self.budget} tokens, whose parts cannot be "
-                        "taken one by one (a single response, or a prompt's that depend on each other); expected room for it; "
-                        "lower max_tokens, or take a device with more memory"
-                    ) from error
+                smaller = find_smaller(work, step, budget=self.budget, world=self.world, where=where, error=error)
             self.shrink(smaller)  # outside the handler, which would keep the failed pass's tensors alive
 
     def shrink(self, budget: int) -> None:
@@ -275,9 +271,13 @@ class Trainer:
             total.add(part)
         return total.over(self.world)
 
-    @torch.no_grad()
     def look(self, work: Work) -> float:
         """Return the loss of other work's first step under the model as it is."""
+        return self.fit(partial(self.evaluate, work), work, 0, where=f"held-out rows after {self.progress.step} steps")
+
+    @torch.no_grad()
+    def evaluate(self, work: Work) -> float:
+        """Return the loss of other work's first step, as the budget cuts it."""
         total = Total()
         for members, counts in self.world.share(work.cut(0, budget=self.budget)):
             with self.autocast():
@@ -308,7 +308,7 @@ class Trainer:
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.max_grad_norm, norm)
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(self.settings, step, num_steps=self.work.num_steps)
-            self.optimiser.step()
+            self.apply(step)
             self.progress.loss = loss
             self.progress.skipped_in_row = 0
             self.progress.skipped_rows = []
@@ -316,6 +316,18 @@ class Trainer:
             self.skip(step)
         self.optimiser.zero_grad()
         return norm.item()
+
+    def apply(self, step: int) -> None:
+        """Let the optimiser change the weights. Not taken again where it has no room: some of them may be changed already."""
+        try:
+            self.optimiser.step()
+        except torch.OutOfMemoryError as error:
+            trained = sum(p.numel() for group in self.optimiser.param_groups for p in group["params"])
+            raise torch.OutOfMemoryError(
+                f"step {step}, rank {self.world.rank} of {self.world.size}: the device has no room for AdamW's moments of {trained:,} trained "
+                f"parameters ({brief(error)}); expected 8 bytes for each, shared by the ranks; raise runtime.ranks, train an adapter "
+                "(train.lora.rank), or take a device with more memory; smaller micro-batches do not help"
+            ) from error
 
     def skip(self, step: int) -> None:
         """Count and tell a step with a non-finite loss or gradient; ValueError when it is the third in a row."""
@@ -372,6 +384,31 @@ def halve_budget(work: Work, step: int, *, budget: int) -> int | None:
         if len(work.cut(step, budget=budget)) > whole:
             return budget
     return None
+
+
+def find_smaller(work: Work, step: int, *, budget: int, world: World, where: str, error: torch.OutOfMemoryError) -> int:
+    """Return the next smaller budget after a micro-batch that had no room on the only rank.
+
+    Of several ranks OutOfMemory, with that budget: none of them can go on alone. torch.OutOfMemoryError where there is none.
+    """
+    smaller = halve_budget(work, step, budget=budget)
+    got = f"{where}, rank {world.rank} of {world.size}: the device has no room for a micro-batch of {budget} tokens"
+    if smaller is None:
+        raise torch.OutOfMemoryError(
+            f"{got}, whose parts cannot be taken one by one (a single response, or a prompt's that depend on each other); expected "
+            "room for it; lower max_tokens, or take a device with more memory"
+        ) from error
+    if world.size > 1:
+        raise OutOfMemory(
+            f"{got} ({brief(error)}); expected room for it; set runtime.microbatch_tokens to {smaller}",
+            microbatch_tokens=smaller,
+        ) from error
+    return smaller
+
+
+def brief(error: Exception) -> str:
+    """Return the first sentence of torch's message, without the advice and the addresses that follow."""
+    return str(error).partition(". ")[0]
 
 
 def learning_rate(settings: Settings, step: int, *, num_steps: int) -> float:

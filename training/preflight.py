@@ -26,7 +26,7 @@ from training.data.rows import find_rows_file
 from training.distributed import World
 from training.job import Interrupted, Job, write_json
 from training.logprobs import MAX_LAYOUT_GAP, Policy, check_head, check_layout, choose_groups, sum_logps
-from training.loop import halve_budget
+from training.loop import find_smaller, halve_budget
 from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
 from training.model import DTYPES
 from training.objectives.objective import Objective, WeightedLikelihood
@@ -502,7 +502,7 @@ class Checks:
     def _probe(self, step: int, members: Sequence[int]) -> int | None:
         """Return the bytes that a micro-batch's forward and backward pass took at most; None where there was no room.
 
-        Several ranks run it at once and the largest of them counts; one without room fails all, since others are within theirs.
+        Several ranks run it at once and the largest of them counts; one without room ends all: OutOfMemory as `find_smaller`.
         """
         try:
             with measure_peak(self._ready.device) as peak:
@@ -510,9 +510,10 @@ class Checks:
                     part = self._ready.steps.part(self._ready.policy, self._ready.steps.load(step, members))
                 part.loss.backward()
                 del part
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if self._ready.world.size > 1:
-                raise
+                budget, world = self._report.microbatch_tokens, self._ready.world
+                find_smaller(self._ready.steps, step, budget=budget, world=world, where=f"step {step}", error=error)
             return None
         finally:
             self._ready.policy.zero_grad()

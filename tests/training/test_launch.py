@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.hosts import Host
 from training import train
 from training.config import Runtime
 from training.job import EXIT_INTERRUPTED, Job
-from training.launch import ANSWER_SECONDS, SHUTDOWN_SECONDS, describe_roll, launch
+from training.launch import ANSWER_SECONDS, SHUTDOWN_SECONDS, describe_roll, launch, with_budget
 
 CONFIG = {
     "objective": "sft",
@@ -104,16 +105,20 @@ class Started:
         return error
 
 
+def run_first(folder: Path, text: str) -> dict[str, str]:
+    """Return the environment of processes that run some Python before all else."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": str(folder)}
+
+
 @pytest.fixture
 def impatient(tmp_path: Path) -> Callable[..., dict[str, str]]:
     """Return a function that gives the environment of processes whose exchanges wait for seconds only, and run more at their start."""
 
     def write(more: str = "") -> dict[str, str]:
-        folder = tmp_path / "start"
-        folder.mkdir()
         patience = f"import datetime, training.distributed\ntraining.distributed.TIMEOUT = datetime.timedelta(seconds={PATIENCE_SECONDS})\n"
-        (folder / "sitecustomize.py").write_text(patience + more)
-        return {"PYTHONPATH": str(folder)}
+        return run_first(tmp_path / "start", patience + more)
 
     return write
 
@@ -162,6 +167,90 @@ def test_whatever_ends_a_rank_ends_all_and_the_next_start_goes_on(write_job: Cal
     assert all(torch.isfinite(tensor).all() for tensor in got.values())
     lines = (job_file.parent / "output" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+
+
+# A device that has less room after some steps, as when others take some of it: rank 1 finds out in the middle of a backward pass,
+# where rank 0 waits for its part of a layer. The longest response alone has 41 tokens.
+NO_ROOM = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    from training.train import PolicyForward
+    passes, values = 0, PolicyForward.values
+    def refuse(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of")
+    def with_less_room(self, model, micro):
+        global passes
+        out = values(self, model, micro)
+        if out.value_B.requires_grad:
+            passes += 1
+            if passes > 12 and out.num_tokens > 41:
+                out.value_B.register_hook(refuse)
+        return out
+    PolicyForward.values = with_less_room
+"""
+
+
+def test_ranks_of_which_one_has_no_room_begin_again_from_the_checkpoint_with_smaller_micro_batches(
+    tmp_path: Path, write_job: Callable[..., Path]
+) -> None:
+    """To the weights of a device with room; a later attempt knows what was found, unless it asks for something else."""
+    job_file = write_job("narrow", ranks=2, checkpoint_every_steps=2)
+    narrow = Started(job_file, environment=run_first(tmp_path / "start", NO_ROOM))
+    assert narrow.agent.wait(timeout=300) == 0, narrow.log.read_text()
+    assert not (narrow.folder / "work" / "error.json").exists()
+    told = [line for line in narrow.log.read_text().splitlines() if "begin again from the checkpoint" in line]
+    assert len(told) == 1
+    assert "rank 1 of 2: the device has no room for a micro-batch of 64 tokens (CUDA out of memory" in told[0]
+    output = narrow.folder / "output"
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    budgets = [line["train/microbatch_tokens"] for line in lines]
+    assert budgets == sorted(budgets, reverse=True) and set(budgets) == {64, 32}
+    assert budgets.index(32) % 2 == 0 and budgets.index(32) >= 2  # after a checkpoint
+    assert json.loads((output / "summary.json").read_text())["microbatch_tokens"] == 32
+
+    alone = write_job("alone")
+    train.run(Job.read(alone))
+    got, expected = (load_file(path.parent / "output" / "model.safetensors") for path in (job_file, alone))
+    assert max((got[name] - tensor).abs().max().item() for name, tensor in expected.items()) < 1e-4
+
+    job = Job.read(job_file)
+    assert with_budget(job).runtime == job.runtime | {"microbatch_tokens": 32}
+    other = replace(job, runtime=job.runtime | {"microbatch_tokens": 48})
+    assert with_budget(other) == other
+
+
+# The disk of rank 1 takes ten minutes for a save.
+SLOW_DISK = """
+import os
+if os.environ.get("RANK") == "1":
+    import time
+    sync = os.fsync
+    def slow_sync(descriptor):
+        if "/shard-" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            time.sleep(600)
+        sync(descriptor)
+    os.fsync = slow_sync
+"""
+
+
+def test_a_rank_that_dies_while_others_wait_for_its_files_ends_the_job_at_once(
+    tmp_path: Path, write_job: Callable[..., Path]
+) -> None:
+    """They would wait for hours."""
+    started = Started(write_job("slow", ranks=2), environment=run_first(tmp_path / "start", SLOW_DISK))
+    started.run_to(10)
+    checkpoints = started.folder / "work" / "checkpoints"
+    while not list(checkpoints.glob("step-00000010.partial/tensors/shard-00002-*")):
+        assert started.agent.poll() is None, started.log.read_text()
+        time.sleep(0.05)
+    (rank_1,) = (rank for rank in started.ranks if rank.environ()["RANK"] == "1")
+    rank_1.kill()
+    killed = time.monotonic()
+    assert started.end() == 1
+    assert time.monotonic() - killed < SHUTDOWN_SECONDS + 10
+    assert "rank 1 of 2: its process was killed (SIGKILL)" in started.error()["message"]
 
 
 def test_two_machines_of_one_rank_give_the_bits_of_one_of_two(write_job: Callable[..., Path]) -> None:

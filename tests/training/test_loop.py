@@ -15,8 +15,9 @@ from torch import nn
 
 from training.checkpoint import Progress
 from training.config import Precision, Runtime, Schedule
-from training.job import Interrupted, Job
-from training.loop import Part, Settings, Trainer, learning_rate, make_optimiser, run_steps
+from training.distributed import World
+from training.job import Interrupted, Job, OutOfMemory
+from training.loop import Part, Settings, Trainer, find_smaller, learning_rate, make_optimiser, run_steps
 
 
 def settings(**changes: Any) -> Settings:
@@ -286,6 +287,55 @@ def test_a_budget_that_was_halved_stays_so_in_the_next_attempt_unless_another_is
 def test_what_has_no_room_alone_is_an_error_that_says_so(job: Job) -> None:
     with pytest.raises(torch.OutOfMemoryError, match=r"step 0.*no room.*lower max_tokens"):
         run(make_line(), Narrow(3, room=0), job)
+
+
+def test_held_out_rows_without_room_are_looked_at_in_halves_to_the_same_loss(job: Job) -> None:
+    """And training goes on with the smaller budget, as after a step of its own."""
+    losses = []
+    for heldout in (Line(1), Narrow(1, room=1)):
+        runtime = Runtime(microbatch_tokens=4, checkpoint_every_steps=0, heldout_every_steps=1)
+        progress = run_steps(make_line(), Line(2), settings(), job=job, runtime=runtime, identity={}, heldout=heldout)
+        lines = [json.loads(line) for line in (job.output / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["heldout/loss"] for line in lines])
+        (job.output / "metrics.jsonl").unlink()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert [line["train/microbatch_tokens"] for line in lines] == [4, 1] and progress.microbatch_tokens == 1
+    with pytest.raises(torch.OutOfMemoryError, match=r"held-out rows after 1 steps, rank 0 of 1: .*lower max_tokens"):
+        run_steps(make_line(), Line(2), settings(), job=job, runtime=runtime, identity={}, heldout=Narrow(1, room=0))
+
+
+def test_an_optimiser_without_room_is_an_error_that_says_so_and_no_step_is_taken_again(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = 0
+
+    def step(self: Any) -> None:
+        nonlocal steps
+        steps += 1
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(
+        torch.OutOfMemoryError,
+        match=r"step 0, rank 0 of 1: .*moments of 2 trained parameters \(CUDA out of memory\).*raise runtime.ranks",
+    ):
+        run(make_line(), Line(2), job)
+    assert steps == 1
+
+
+def test_one_of_several_ranks_without_room_asks_all_for_smaller_micro_batches() -> None:
+    """It does not go on alone, which would leave the others waiting for it."""
+    second = World(torch.device("cpu"), rank=1, size=2)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of")
+    with pytest.raises(
+        OutOfMemory, match=r"step 7, rank 1 of 2: .*no room.* of 3 tokens \(CUDA.*set runtime.microbatch_tokens to 1$"
+    ) as asked:
+        find_smaller(Line(1), 0, budget=3, world=second, where="step 7", error=error)
+    assert asked.value.microbatch_tokens == 1
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"rank 1 of 2: .*1 tokens, whose parts cannot be taken one by one"
+    ):
+        find_smaller(Line(1), 0, budget=1, world=second, where="step 7", error=error)
 
 
 def test_metrics_are_on_disk_before_the_checkpoint_that_tells_of_them(
