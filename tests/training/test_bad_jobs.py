@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 from training.__main__ import JOBS
@@ -61,7 +62,8 @@ def refuse(inputs: dict[str, Path], end: Any) -> Callable[..., str]:
 
     def run(config: dict[str, Any] | None = None, **changed: Path | None) -> str:
         given = {name: path for name, path in (inputs | changed).items() if path is not None}
-        status, told, output = end("refused", "train", VAR | (config or {}), given)
+        settings = {name: value for name, value in (VAR | (config or {})).items() if value is not None}
+        status, told, output = end("refused", "train", settings, given)
         assert status == EXIT_USER_ERROR, told
         assert not [path for path in output.iterdir() if path.suffix == ".safetensors" or path.name == "summary.json"]
         return str(told)
@@ -179,6 +181,18 @@ def test_a_reference_that_was_scored_with_another_vocabulary(
     assert "preflight: 1 of 10 checks failed, nothing was trained" in told
     assert "- reference: the policy has the reference's weights, yet the stored log-probabilities" in told
     assert "expected at most" in told and "score the reference again" in told
+
+
+def test_a_base_whose_weights_are_no_numbers(
+    refuse: Callable[..., str], inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    base = shutil.copytree(inputs["base"], tmp_path / "broken")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = torch.nan  # <|im_start|>, in every prompt
+    model.save_pretrained(base)
+    told = refuse({"objective": "sft", "responses": "all", "reference_factor": None}, base=base)
+    assert "nothing was trained" in told and "output_head: model type llama: got NaN or infinite logits" in told
 
 
 def test_a_checkpoint_that_was_cut_short(inputs: dict[str, Path], end: Any) -> None:
