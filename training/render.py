@@ -16,6 +16,9 @@ from jinja2 import TemplateError
 
 # T tokens of prompt and response, K responses of a row
 
+# What Llama 3's template writes where it knows no date; else it writes today's, and stored numbers would be of other prompts tomorrow.
+TODAY = "26 Jul 2024"
+
 
 class UnusableRow(ValueError):  # noqa: N818 - a row to drop and count, not a fault
     """A row that cannot be rendered faithfully. `reason` is one word, for counting."""
@@ -49,7 +52,11 @@ def apply_template(tokenizer: Any, conversations: list[Any], *, add_generation_p
     """Return the ids of a conversation, or of each of several; UnusableRow where the template refuses it."""
     try:
         return tokenizer.apply_chat_template(
-            conversations, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
+            conversations,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=True,
+            return_dict=False,
+            date_string=TODAY,
         )
     except TemplateError as refusal:
         raise UnusableRow(

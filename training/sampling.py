@@ -22,7 +22,7 @@ from transformers import (
 
 from training.cache import keeps_every_token, read_prompts_once
 from training.config import GenerateConfig
-from training.render import render_prompt, special_ids
+from training.render import apply_template, render_prompt, special_ids
 
 # B samples of a batch, T prompt tokens, S new tokens, V vocabulary
 
@@ -74,7 +74,7 @@ def find_stop_ids(model: Any, tokenizer: Any) -> list[int]:
     probe = [{"role": "user", "content": "a"}]
     prompt_ids = render_prompt(tokenizer, probe)
     turns = [*probe, {"role": "assistant", "content": "b"}]
-    ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    ids = apply_template(tokenizer, turns)
     markers = special_ids(tokenizer)
     written = [token for token in ids[len(prompt_ids) :] if token in markers][:1]
     own = model.generation_config.eos_token_id

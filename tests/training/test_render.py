@@ -26,6 +26,15 @@ def test_trained_tokens_are_the_response_and_its_stop_token(tokenizer: Any) -> N
     assert first.ids_T.tolist().count(tokenizer.bos_token_id) == 1
 
 
+def test_a_template_that_writes_the_date_writes_the_same_every_day(tokenizer: Any) -> None:
+    """As Llama 3's does, whose lines these are in short. Stored log-probabilities are of these prompts, and training may be tomorrow."""
+    today = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} "
+    tokenizer.chat_template = today + tokenizer.chat_template
+    assert tokenizer.decode(render_prompt(tokenizer, PROMPT)).startswith("26 Jul 2024 ")
+    row = Renderer(tokenizer, max_tokens=200).row(PROMPT, ["Mix flour."])[0]
+    assert tokenizer.decode(row.ids_T).startswith("26 Jul 2024 ")
+
+
 def test_stop_token_is_trained_where_padding_is_the_same_token(tokenizer: Any) -> None:
     before = Renderer(tokenizer, max_tokens=200).row(PROMPT, ["Mix flour."])[0]
     tokenizer.pad_token = tokenizer.eos_token

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from training.config import RewardRender
+from training.render import apply_template
 
 SPEAKERS = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
@@ -73,7 +74,7 @@ class RewardRenderer:
             [*prompt, {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        rows = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+        rows = apply_template(self._tokenizer, turns)
         return [RewardInput(self._cut_left(ids), None, cut=len(ids) > self._max_tokens) for ids in rows]
 
     def _cut_left(self, ids: list[int]) -> list[int]:
