@@ -29,6 +29,8 @@ class CompletionsServer(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.completions: list[dict[str, Any]] = []  # those that were answered
         self.under_way = self.most_under_way = 0
+        self.patience = 0.0  # seconds for which a request waits for a second one beside it, until one has come
+        self.met = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -107,9 +109,12 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
+            if server.under_way > 1:
+                server.met.set()
             server.busy -= 1
             busy, dead = server.busy >= 0, server.lives <= 0
             server.lives -= not busy
+        server.met.wait(server.patience)
         try:
             if server.key and given != f"Bearer {server.key}":
                 self.say(401, {"error": f"no access with {given}"})
