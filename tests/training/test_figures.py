@@ -119,8 +119,9 @@ def test_every_figure_by_hand(job: Job, budget: int, padding: float) -> None:
         "microbatch_tokens": budget,
     }
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
-    told = {"tokens_per_second", "tflops_per_second", "flop_share"}
+    told = {"tokens_per_second", "tflops_per_second", "flop_share", "memory_gib", "peak_memory_gib"}
     assert figures.keys() == expected.keys() | told
+    assert 0 < figures["memory_gib"] <= figures["peak_memory_gib"]
     # 25 tokens and 5000 operations in the same seconds, of a device that does 1e6 a second
     assert figures["flop_share"] == pytest.approx(figures["tflops_per_second"] * 1e12 / 1e6)
     assert figures["tokens_per_second"] / 25 == pytest.approx(figures["tflops_per_second"] * 1e12 / 5000)

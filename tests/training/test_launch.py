@@ -530,12 +530,15 @@ def test_a_training_that_the_kernel_kills_is_told_with_what_its_preflight_measur
     job = ChildJob("training", "train", config, runtime, inputs, tmp_path / "attempt", environment)
     job.folder.mkdir()
 
+    killed: list[psutil.Process] = []
+
     def kill(lines: list[dict[str, float]]) -> None:
-        if lines:  # of the first steps: the preflight is done
-            (child,) = (
-                process for process in psutil.Process().children() if str(job.folder) in " ".join(process.cmdline())
-            )
-            child.kill()
+        if (
+            lines and not killed
+        ):  # of the first steps: the preflight is done; later ones may come when the child is no more
+            children = psutil.Process().children()
+            killed.extend(process for process in children if str(job.folder) in " ".join(process.cmdline()))
+            killed[0].kill()
 
     with pytest.raises(StepFailed) as told:
         run_child(job, on_metrics=kill)
