@@ -107,7 +107,9 @@ def test_killed_midway_the_next_one_finishes_and_fetches_nothing_twice(hub: Hub,
     process = command([sys.executable, "-c", CALL, "mirror", "datasets", "acme/rows", "--to", "m"])
     assert hub.reached.wait(120)
     partial_folder = tmp_path / "m" / "datasets" / "acme" / "rows" / f".{commit}.partial"
-    while len(list(partial_folder.glob("[!.]*"))) < 4:  # all but the one that is held
+    while (
+        len(list(partial_folder.rglob("*.metadata"))) < 4
+    ):  # of all but the one that is held, each written behind its file
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
