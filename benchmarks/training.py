@@ -72,7 +72,7 @@ class Extent:
 
 QUICK = Extent(steps=1, dpo_microbatches=(1, 2), sft_microbatches=(1, 2), lengths=(256, 1024, 4096))
 # By the processes of an earlier run: about what each group takes with --quick, on two idle cores.
-QUICK_SECONDS = {"gemm": 55, "dpo": 445, "sft": 145, "groups": 60, "lengths": 100}
+QUICK_SECONDS = {"gemm": 40, "dpo": 357, "sft": 114, "groups": 46, "lengths": 80}
 
 
 def main() -> None:
