@@ -35,6 +35,7 @@ from training.data.schema import SCHEMA
 from training.data.splits import choose_split
 from training.distributed import ALONE
 from training.job import Job, write_json
+from training.logprobs import check_layout, choose_groups
 from training.loop import Trainer, make_optimiser
 from training.memory import keep_freed_memory
 from training.model import load_policy, load_tokenizer
@@ -269,6 +270,8 @@ def make_trainer(
     job = make_job("train", config, Path(spec["folder"]), **{name: Path(path) for name, path in inputs.items()})
     keep_freed_memory()
     prepared = train.prepare(job, config, RUNTIME, ALONE)
+    groups = choose_groups(example.samples for example in prepared.ready.examples)
+    check_layout(prepared.policy, groups, layout=RUNTIME.layout, device=CPU)  # the preflight does it in the job
     settings = train.make_settings(config)
     steps = prepared.ready.steps
     return Trainer(
