@@ -99,8 +99,8 @@ def generate_batch(
 ) -> list[list[int]]:
     """Return the new tokens after each prompt, up to `max_new_tokens`, the stop token last where the model wrote one.
 
-    A prompt that several rows have is read once. `check_stop` is called before every token; what it raises ends the batch. With `to_the_end` the model goes on to the last token
-    even where all have stopped. Nothing of the model's own generation settings is used: they often carry top_k = 50 or a repetition
+    A prompt that several rows have is read once, where the model's layers keep every token. `check_stop` is called before every token;
+    what it raises ends the batch. With `to_the_end` the model goes on to the last token even where all have stopped. Nothing of the model's own generation settings is used: they often carry top_k = 50 or a repetition
     penalty, and a sample of that is no sample of the policy. The model is as before afterwards.
     """
     T = max(map(len, prompts))
@@ -124,11 +124,8 @@ def generate_batch(
     draw = [InverseCdf(noise, config=config)] if config.temperature > 0 else []
     try:
         with torch.no_grad():  # weights gathered under inference mode could not be trained afterwards
-            held = (
-                {"past_key_values": read_prompts_once(model, ids_BT, mask_BT)}
-                if keeps_every_token(model.config)
-                else {}
-            )
+            shares = keeps_every_token(model.config)
+            held = {"past_key_values": read_prompts_once(model, ids_BT, mask_BT)} if shares else {}
             out_BS = model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
