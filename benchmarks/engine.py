@@ -12,6 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.children import await_turn
 from benchmarks.training import LONGEST_PAIR
 from training.checkpoint import Progress
 from training.config import (
@@ -85,7 +86,7 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
     scoring = score(model, scored, spec) if scored else 0.0
     keep_freed_memory()  # as a run does
     lanes = make_lanes(variants, pairs, model, world)
-    rates = take_turns(lanes, spec["steps"])
+    rates = take_steps(lanes, spec)
     described = [lane.describe(count_flops(model)) for lane in lanes]
     found = {
         "gemm_rate": float(np.median(rates)),
@@ -171,18 +172,29 @@ class Lane:
         }
 
 
-def take_turns(lanes: list[Lane], steps: int) -> list[float]:
-    """Warm up, then let the lanes take their steps in turn; return the device's rates, measured before, between and after them."""
+def take_steps(lanes: list[Lane], spec: dict[str, Any]) -> list[float]:
+    """Warm up, then let the lanes take their steps in turn; return the device's rates, measured before, between and after them.
+
+    Warming up is the longest of all steps, twice, so that the memory of the others is there before they are timed: a run keeps what it
+    frees, and takes more in its first steps alone.
+    """
     world, precision = lanes[0].trainer.world, lanes[0].trainer.settings.precision
     measure = gemm_rate if world.device.type == "cpu" else lambda: device_peak(world.device, precision) or np.nan
+    await_turn(spec)
     for warming in {
         lane.stance: lane for lane in lanes
     }.values():  # the last, which is the largest, of those that run the same code
-        warming.take_step()
+        work = warming.trainer.work
+        assert isinstance(work, Steps)
+        lengths = [sum(len(sample.ids_T) for sample in work.samples(step)) for step in range(work.num_steps)]
+        for _ in range(2):
+            warming.trainer.progress.step = int(np.argmax(lengths))
+            warming.take_step()
     for lane in lanes:
         lane.trainer.progress = Progress(step=1)
     rates = [measure()]
-    for _ in range(steps):
+    for _ in range(spec["steps"]):
+        await_turn(spec)
         for lane in lanes:
             lane.seconds.append(lane.take_step())
             rates.append(measure())
@@ -229,7 +241,7 @@ def open_model(spec: dict[str, Any]) -> tuple[Any, Any]:
 
 def measure_plain_sft(spec: dict[str, Any]) -> dict[str, Any]:
     """Time a plain PyTorch loop for SFT on the chosen, with every micro-batch in turn on the same step's rows: rows of like length together,
-    logits where the response is predicted."""
+    logits where the response is predicted. Return seconds of a pair by micro-batch, and its `flops`."""
     tokenizer, model = open_model(spec)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True)
 
@@ -248,13 +260,20 @@ def measure_plain_sft(spec: dict[str, Any]) -> dict[str, Any]:
         return time.monotonic() - started
 
     warm, *steps = order_pairs(spec, tokenizer)
+    await_turn(spec)
     take_step(warm, spec["batch_pairs"])
     seconds = dict.fromkeys(spec["microbatches"], 0.0)
     for pairs in steps:
+        await_turn(spec)
         for size in seconds:
             seconds[size] += take_step(pairs, size)
+    count, num_pairs = count_flops(model), spec["batch_pairs"] * spec["steps"]
+    assert count is not None
+    all_rows = collate([pair.chosen for pairs in steps for pair in pairs], device=torch.device("cpu"))
+    flops = count.step(tokens=all_rows.num_tokens, positions=len(all_rows.target_P), segments=all_rows.spans)
     return {
-        "seconds_per_pair": {size: total / (spec["batch_pairs"] * spec["steps"]) for size, total in seconds.items()}
+        "seconds_per_pair": {size: total / num_pairs for size, total in seconds.items()},
+        "flops_per_pair": flops / num_pairs,
     }
 
 
@@ -304,10 +323,12 @@ def pick_pairs(spec: dict[str, Any], tokenizer: Any) -> list[Pair]:
 
 
 def order_pairs(spec: dict[str, Any], tokenizer: Any) -> list[list[Pair]]:
-    """Return the pairs of every step, the same in each as VAR's: what peers train on."""
+    """Return the pairs of every step, the same in each as VAR's: what peers train on. The first, which warms up, is the longest of all."""
     pairs = pick_pairs(spec, tokenizer)
     plan = plan_steps(len(pairs), batch_prompts=spec["batch_pairs"], epochs=1, seed=ORDER_SEED)
-    return [[pairs[index] for index in step] for step in plan]
+    steps = [[pairs[index] for index in step] for step in plan]
+    longest = max(steps, key=lambda step: sum(len(sample.ids_T) for pair in step for sample in pair.samples))
+    return [longest, *steps[1:]]
 
 
 def make_examples(spec: dict[str, Any], pairs: list[Pair], model: Any) -> list[Example]:

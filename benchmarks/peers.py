@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from benchmarks.children import await_turn, say
 from benchmarks.engine import Pair, open_model, order_pairs, read_clock
-from benchmarks.reward_runs import Curve, Meter, pick_rows, say
+from benchmarks.reward_runs import Curve, Meter, pick_rows
 from benchmarks.training import LONGEST_PAIR
 from training.data.rows import read_rows
 
@@ -26,8 +27,8 @@ GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns"
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
     """Times every step but the first, and counts what the policy is fed in them."""
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._device = model, model.device
+    def __init__(self, model: Any, spec: dict[str, Any]) -> None:
+        self._model, self._device, self._spec = model, model.device, spec
         self._seconds = self._begun = 0.0
         # Of forward passes: tokens, still on the device, and the same with padding.
         self._seen: list[tuple[Any, int]] = []
@@ -39,6 +40,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         self._seen.append((padded if mask is None else mask.sum(), padded))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        await_turn(self._spec)
         self._seen.clear()  # of log-probabilities that were computed before
         self._begun = read_clock(self._device)
 
@@ -50,13 +52,13 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._loss = state.log_history[-1]["train_loss"]
 
-    def result(self, spec: dict[str, Any]) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         """Return `seconds`, `pairs`, the `tokens` that went through the policy, without and with padding, whether it recomputes, and the
         mean `loss` of all steps."""
         return {
             "loss": self._loss,
             "seconds": self._seconds,
-            "pairs": spec["batch_pairs"] * spec["steps"],
+            "pairs": self._spec["batch_pairs"] * self._spec["steps"],
             "tokens": sum(int(tokens) for tokens, _ in self._counted),
             "padded_tokens": sum(padded for _, padded in self._counted),
             "recomputes": self._model.is_activation_checkpointing,
@@ -86,12 +88,12 @@ def measure_dpo(spec: dict[str, Any]) -> dict[str, Any]:
     }
     arguments = DPOConfig(**shared(spec), **(tuned if spec["tuned"] else {}))
     reference = None if spec["tuned"] else open_model(spec)[1]  # TRL would look for the folder of random weights
-    rows, watch = arrange(spec, tokenizer, length=lambda pair: pair.longest), Stopwatch(model)
+    rows, watch = arrange(spec, tokenizer, length=lambda pair: pair.longest), Stopwatch(model, spec)
     trainer = TimedDPO(
         model=model, ref_model=reference, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch],
     )  # fmt: skip
     trainer.train()
-    return watch.result(spec) | {"scoring_seconds": trainer.scoring_seconds, "scored_pairs": len(rows)}
+    return watch.result() | {"scoring_seconds": trainer.scoring_seconds, "scored_pairs": len(rows)}
 
 
 def measure_sft(spec: dict[str, Any]) -> dict[str, Any]:
@@ -99,11 +101,11 @@ def measure_sft(spec: dict[str, Any]) -> dict[str, Any]:
     tokenizer, model = open_model(spec)
     pairs = arrange(spec, tokenizer, length=lambda pair: len(pair.chosen.ids_T))
     rows = Dataset.from_list([{"prompt": row["prompt"], "completion": row["chosen"]} for row in pairs])
-    watch = Stopwatch(model)
+    watch = Stopwatch(model, spec)
     tuned = {"activation_checkpointing": False, "padding_free": True, "max_length": None}  # no row is too long
     arguments = SFTConfig(**shared(spec) | (tuned if spec["tuned"] else {}), completion_only_loss=True)
     SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch]).train()
-    return watch.result(spec)
+    return watch.result()
 
 
 # --- for the reward comparisons ---

@@ -1,7 +1,6 @@
 """Our side of the reward comparisons, each run in a process of `benchmarks.training`: rows, reward models, answers, VAR."""
 
 import json
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.training import PROGRESS, SHARED
+from benchmarks.children import say
+from benchmarks.training import SHARED
 from training import generate, reference, reward_model, train
 from training.checkpoint import Progress
 from training.config import (
@@ -312,8 +312,3 @@ def read_summary(folder: Path, *names: str) -> dict[str, Any]:
     """Return some figures of a job's summary."""
     summary = json.loads((folder / "summary.json").read_text())
     return {name: summary[name] for name in names}
-
-
-def say(text: str) -> None:
-    """Tell whoever waits."""
-    print(PROGRESS + text, file=sys.stderr, flush=True)

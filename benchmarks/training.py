@@ -2,14 +2,17 @@
 
 `python -m benchmarks.training --data FOLDER --json [--only NAME] [--quick]`, where FOLDER holds HH-RLHF's `helpful-base`; TRL comes with
 the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same steps; every measurement runs in a process of its
-own, one after the other; the first step of each warms up and does not count. What is the same code (layers compiled or not, eight
-responses or two, lengths, the plain loop's micro-batches) is measured in one process that takes their steps in turn.
+own; the first step of each warms up and does not count. What a ratio compares takes its steps in turn, so that what slows the machine down
+slows both: processes that are there at the same time, each waiting while another has its step, or, where it is the same code (layers compiled
+or not, eight responses or two, lengths, the plain loop's micro-batches), one process. Micro-batches of a sweep are measured one after the other,
+by one step.
 
 Keys: `gemm_share`, `gemm_share_compiled` (FLOPs of a VAR step over its time, as a share of the rate of a large float32 matrix product, which is
 measured before, between and after both's steps and taken as their median; with `runtime.compile`, which takes a C++ compiler),
 `var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (over the faster of both, with the time
 of the reference log-probabilities on both sides), `var_vs_sft_time`, `var_vs_sft_tuned_time` (VAR on both responses over TRL SFT on the chosen alone, by
-default and tuned), `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone, at its best micro-batch),
+default and tuned), `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone, at its best micro-batch; what both would
+differ by at the same rate is `var_vs_plain_loop_flops`),
 `var_vs_dpo_peak_memory`, `var_vs_dpo_tuned_peak_memory` (all pairs of the step at once on both sides; default and VAR compute activations again,
 tuned and VAR keep them), `k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length` and, over what attention's share of the FLOPs lets
 expect from the shortest length, `tokens_per_second_over_predicted_by_length`; and, by minutes of training each (benchmarks/rewards.py says
@@ -28,7 +31,6 @@ like length together, no recomputation and its best micro-batch.
 """
 
 import argparse
-import collections
 import hashlib
 import importlib
 import json
@@ -36,7 +38,6 @@ import os
 import platform
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -45,6 +46,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.children import Child, run_in_turn
 from benchmarks.rewards import Sizes, compare_reward_gain, compare_with_grpo
 from infra.models import fetch_embedded
 from infra.settings import read_settings
@@ -57,7 +59,7 @@ SHARED: dict[str, Any] = {
     "precision": "float32",
 }
 LONGEST_PAIR = 512  # tokens of prompt and longest response
-PROGRESS = "benchmark: "  # what a child's line of progress on stderr begins with
+FOUND = "found.json"  # in the folder of a measurement that is done
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,6 @@ def plot_lengths(result: dict[str, Any], path: Path) -> None:
     figure.write_html(path)
 
 
-class MeasurementFailed(SystemExit):
-    """A child failed; the message is the end of its error output. Nobody who does not expect it goes on."""
-
-
 class Bench:
     """Runs measurements in processes of their own, each once: what is found is kept in the scratch folder."""
 
@@ -188,44 +186,34 @@ class Bench:
 
     def measure(self, kind: str, **options: Any) -> dict[str, Any]:
         """Return what a child measured: `seconds` for `pairs` pairs or `tokens` tokens, `peak_bytes` and more."""
-        key = json.dumps(self._shared | {"kind": kind, **options}, sort_keys=True)
-        folder = self.scratch / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-        kept = folder / "found.json"
-        if not kept.exists():
-            # A job that went on from a killed one's work would take less time.
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            name = " ".join([kind, *(f"{k}={v}" for k, v in options.items() if isinstance(v, float | int))])
-            found = self._run(name, json.loads(key) | {"folder": str(folder)})
-            partial = kept.with_suffix(".partial")
-            partial.write_text(json.dumps({"key": key, "found": found}))
-            partial.replace(kept)
-            if self._talk:
-                print(f"{name}: {json.dumps(found)}", flush=True)
-        result: dict[str, Any] = json.loads(kept.read_text())["found"]
-        return result
+        return self.measure_in_turn((kind, options))[0]
+
+    def measure_in_turn(self, *asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return what children measured, of which each takes a step while the others wait, so that an hour in which the machine is slow is
+        slow for all of them. They begin one after the other, and all are in memory at once."""
+        company = {"in_turn": [[kind, options] for kind, options in asked]} if len(asked) > 1 else {}
+        specs = [self._shared | company | {"kind": kind, **options} for kind, options in asked]
+        keys = [json.dumps(spec, sort_keys=True) for spec in specs]
+        folders = [self.scratch / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:12]}" for (kind, _), key in zip(asked, keys, strict=True)]  # fmt: skip
+        if not all((folder / FOUND).exists() for folder in folders):
+            children = []
+            for (kind, options), spec, folder in zip(asked, specs, folders, strict=True):
+                # A job that went on from a killed one's work would take less time.
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                name = " ".join([kind, *(f"{k}={v}" for k, v in options.items() if isinstance(v, float | int))])
+                children.append(Child(name, spec | {"folder": str(folder)}, self.say))
+            for key, folder, found in zip(keys, folders, run_in_turn(children), strict=True):
+                partial = (folder / FOUND).with_suffix(".partial")
+                partial.write_text(json.dumps({"key": key, "found": found}))
+                partial.replace(folder / FOUND)
+                if self._talk:
+                    print(f"{folder.name}: {json.dumps(found)}", flush=True)
+        return [json.loads((folder / FOUND).read_text())["found"] for folder in folders]
 
     def say(self, told: str) -> None:
         """Print a line on stderr, behind the seconds since the start."""
         print(f"[{time.monotonic() - self._started:.0f} s] {told}", file=sys.stderr, flush=True)
-
-    def _run(self, name: str, spec: dict[str, Any]) -> dict[str, Any]:
-        """Run a child, hand on its lines of progress, and return its last line."""
-        command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(spec)]
-        last = collections.deque[str](maxlen=60)
-        self.say(name)
-        with tempfile.TemporaryFile("w+") as out:
-            child = subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True)
-            assert child.stderr is not None
-            for line in child.stderr:
-                last.append(line)
-                if line.startswith(PROGRESS):
-                    self.say(f"{name}: {line.removeprefix(PROGRESS).rstrip()}")
-            if child.wait():
-                raise MeasurementFailed(f"benchmarks.training: {name} failed:\n{''.join(last)[-3000:]}")
-            out.seek(0)
-            found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
-            return found
 
 
 # --- what is compared with what ---
@@ -247,9 +235,10 @@ def compare_with_gemm(bench: Bench) -> dict[str, Any]:
 
 def compare_with_dpo(bench: Bench) -> dict[str, Any]:
     """VAR against TRL's DPO: as it comes, and tuned."""
-    var, default = bench.measure("var"), bench.measure("dpo", microbatch=BATCH_PAIRS, tuned=False)
     best, sweep = sweep_microbatches(bench, "dpo", bench.extent.dpo_microbatches)
-    tuned, tuned_at_once = sweep[best], bench.measure("dpo", microbatch=BATCH_PAIRS, tuned=True)
+    by_default, at_best = {"microbatch": BATCH_PAIRS, "tuned": False}, {"microbatch": best, "tuned": True}
+    var, default, tuned = bench.measure_in_turn(("var", {}), ("dpo", by_default), ("dpo", at_best))
+    tuned_at_once = sweep.get(BATCH_PAIRS) or bench.measure("dpo", microbatch=BATCH_PAIRS, tuned=True, steps=1)
     scored = seconds_per_pair(var) + var["scoring_seconds"] / var["scored_pairs"]
     tuned_scored = seconds_per_pair(tuned) + tuned["scoring_seconds"] / tuned["scored_pairs"]
     at_once = var if var["microbatches"] == 1 else bench.measure("var", one_microbatch=True)
@@ -274,14 +263,17 @@ def compare_with_dpo(bench: Bench) -> dict[str, Any]:
 
 def compare_with_sft(bench: Bench) -> dict[str, Any]:
     """VAR on both responses against SFT on the chosen alone: TRL's as it comes and tuned, and a plain loop."""
-    var, default = bench.measure("var"), bench.measure("sft", microbatch=BATCH_PAIRS, tuned=False)
     best, sweep = sweep_microbatches(bench, "sft", bench.extent.sft_microbatches)
-    plain = bench.measure("plain", microbatches=bench.extent.sft_microbatches)["seconds_per_pair"]
+    by_default, at_best = {"microbatch": BATCH_PAIRS, "tuned": False}, {"microbatch": best, "tuned": True}
+    loop = {"microbatches": bench.extent.sft_microbatches}
+    var, default, tuned, plain_loop = bench.measure_in_turn(("var", {}), ("sft", by_default), ("sft", at_best), ("plain", loop))  # fmt: skip
+    plain = plain_loop["seconds_per_pair"]
     best_plain = min(plain, key=lambda size: plain[size])
     return {
         "var_vs_sft_time": seconds_per_pair(var) / seconds_per_pair(default),
-        "var_vs_sft_tuned_time": seconds_per_pair(var) / seconds_per_pair(sweep[best]),
+        "var_vs_sft_tuned_time": seconds_per_pair(var) / seconds_per_pair(tuned),
         "var_vs_plain_loop_time": seconds_per_pair(var) / plain[best_plain],
+        "var_vs_plain_loop_flops": var["flops"] / var["pairs"] / plain_loop["flops_per_pair"],
         "sft_microbatch": BATCH_PAIRS,
         "sft_tuned_microbatch": best,
         "sft_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in sweep.items()},
@@ -291,8 +283,8 @@ def compare_with_sft(bench: Bench) -> dict[str, Any]:
 
 
 def sweep_microbatches(bench: Bench, kind: str, sizes: Sequence[int]) -> tuple[int, dict[int, dict[str, Any]]]:
-    """Return the micro-batch with which a tuned peer is fastest, and what was measured with each."""
-    found = {size: bench.measure(kind, microbatch=size, tuned=True) for size in sizes}
+    """Return the micro-batch with which a tuned peer is fastest, and what was measured with each, over one step."""
+    found = {size: bench.measure(kind, microbatch=size, tuned=True, steps=1) for size in sizes}
     return min(found, key=lambda size: seconds_per_pair(found[size])), found
 
 

@@ -28,7 +28,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.training import Bench, MeasurementFailed, seconds_per_pair
+from benchmarks.children import MeasurementFailed
+from benchmarks.training import Bench, seconds_per_pair
 from infra.models import fetch_embedded
 from infra.settings import read_settings
 from training.plan import ARCHITECTURES
