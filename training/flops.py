@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, counted from what the mathematics needs, a multiply and an add as two.
 
 Forward and backward are three times the forward pass: each matrix product of the forward pass has two of its size behind
-it. Useful operations alone count: no padding, no masked pair of attention, and the output head once, although its logits
-are computed again in the backward pass (training/logprobs.py). So a share of a machine's rate says how much of it became
-training. Norms, activations, rotations and the softmax are left out: they are no matrix products.
+it. Useful operations alone count: no padding, no masked pair of attention, and the output head once, although most of
+its logits are computed again in the backward pass (training/logprobs.py). So a share of a machine's rate says how much
+of it became training. Norms, activations, rotations and the softmax are left out: they are no matrix products.
 """
 
 from collections.abc import Sequence

@@ -27,8 +27,8 @@ MAX_LAYOUT_GAP = {
 }  # nats per token; a wrong mask is far off
 # How many times the mean one token may be off: in bfloat16 0.9 nats, of the seven families in tests/architectures.py 0.03 at most.
 ONE_TOKEN = 30
-# Logits held at once: 64 MiB in float32, a matrix product that keeps two cores busy; an accelerator wants larger ones.
-CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+# Logits held at once: 128 MiB in float32, a matrix product that keeps two cores busy; an accelerator wants larger ones.
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 
 
 class Policy(nn.Module):
@@ -196,7 +196,8 @@ def require_equal(got_P: Tensor, expected_P: Tensor, dtype: torch.dtype, *, kind
 
 
 class ChunkedLogp(torch.autograd.Function):
-    """log softmax(hidden W^T + b)[target] for each position, recomputing the logits chunk by chunk in the backward pass."""
+    """log softmax(hidden W^T + b)[target] for each position, chunk by chunk, whose logits the backward pass computes again: all but the last
+    one's, with which it begins."""
 
     @staticmethod
     def forward(
@@ -218,6 +219,8 @@ class ChunkedLogp(torch.autograd.Function):
             for rows in chunks(len(target_P), vocabulary=len(matrix_VH), kind=kind):
                 logits_CV = hidden_PH[rows].to(ctx.dtype) @ matrix_VH.T
                 logz_P[rows], logp_P[rows] = pick(logits_CV, bias_V, target_P[rows], softcap)
+        finished_in_place = logits_CV.dtype == widen(ctx.dtype) and not (bias_V is None and softcap is None)
+        ctx.last_CV = None if finished_in_place else logits_CV
         ctx.save_for_backward(hidden_PH, weight_VH, bias_V, target_P, logz_P)
         return logp_P
 
@@ -232,9 +235,10 @@ class ChunkedLogp(torch.autograd.Function):
         grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
         kind = hidden_PH.device.type
         differentiate = compile_on(kind, differentiate_logps)
-        for rows in chunks(len(target_P), vocabulary=len(matrix_VH), kind=kind):
+        for rows in reversed(chunks(len(target_P), vocabulary=len(matrix_VH), kind=kind)):
             hidden_CH = hidden_PH[rows].to(ctx.dtype)
-            logits_CV = hidden_CH @ matrix_VH.T
+            logits_CV = hidden_CH @ matrix_VH.T if ctx.last_CV is None else ctx.last_CV
+            ctx.last_CV = None  # it is overwritten
             grad_CV, bias_share_V = differentiate(
                 logits_CV, bias_V, target_P[rows], logz_P[rows], grad_P[rows], ctx.softcap
             )

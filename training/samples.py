@@ -15,6 +15,7 @@ from training.config import GenerateConfig
 from training.data.examples import Example
 from training.distributed import World
 from training.logprobs import Policy
+from training.memory import run_in_halves
 from training.sampling import find_stop_ids, generate_batch
 from training.sharding import reshard
 
@@ -49,7 +50,7 @@ class Sampler:
         """Append the answers after so many steps. Every rank calls it."""
         if not self._prompts:
             return
-        answers = self._policy(self._answer)
+        answers = self._policy(self._answer_all)
         reshard(self._policy)
         if not self._world.is_first:
             return
@@ -64,11 +65,17 @@ class Sampler:
                 }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
 
-    def _answer(self, model: Any) -> list[list[int]]:
+    def _answer_all(self, model: Any) -> list[list[int]]:
+        prompts = [ids for _, ids in self._prompts]
+        if self._world.size > 1:  # a rank that answered in halves would gather layers more often than the others
+            return self._answer(model, prompts)
+        return run_in_halves(lambda some: self._answer(model, some), prompts)
+
+    def _answer(self, model: Any, prompts: Sequence[list[int]]) -> list[list[int]]:
         return generate_batch(
             model,
-            [ids for _, ids in self._prompts],
-            noise_BS=np.zeros((len(self._prompts), 0)),
+            prompts,
+            noise_BS=np.zeros((len(prompts), 0)),
             stop_ids=self._stop_ids,
             config=GREEDY,
             check_stop=lambda: None,

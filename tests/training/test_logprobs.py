@@ -1,10 +1,12 @@
 """Log-probabilities: equal to the whole model's log-softmax, in value and gradient, for every family, chunk and padding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import profile
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from tests.architectures import HEADS, SMALL, make_model
@@ -163,6 +165,27 @@ def test_the_log_sum_of_bfloat16_logits_is_taken_in_float32() -> None:
         logp = ChunkedLogp.apply(hidden, weight, None, torch.tensor([0, 7, 49_999]))
     assert logp.dtype == torch.float32
     assert (logp.double() + np.log(50_000)).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize(("softcap", "again"), [(None, 3), (2.0, 4)])
+def test_the_backward_pass_begins_with_the_logits_that_the_forward_pass_ended_with(
+    softcap: float | None, again: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four chunks; capped logits were overwritten. A second backward pass over the same graph has to compute all of them."""
+    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 61 * 3)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(61, 8, requires_grad=True)
+
+    def count(work: Callable[[], Any]) -> tuple[Any, int]:
+        with profile(record_shapes=True) as seen:
+            out = work()
+        return out, sum(event.input_shapes[-1] == [8, 61] for event in seen.events() if event.name == "aten::mm")
+
+    logp, forward = count(lambda: ChunkedLogp.apply(hidden, weight, None, torch.arange(10), softcap))
+    first, backward = count(lambda: torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True))
+    second, repeated = count(lambda: torch.autograd.grad(logp.sum(), (hidden, weight)))
+    assert (forward, backward, repeated) == (4, again, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_never_holds_positions_times_vocabulary() -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.ranks import Ranks
-from training import train
+from training import samples, train
 from training.config import Runtime
 from training.distributed import World
 from training.job import Interrupted, Job
@@ -55,15 +55,15 @@ def test_answers_are_the_models_own_and_leave_no_trace(inputs: dict[str, Path], 
     )
     for job in (asked, silent):
         train.run(job)
-    samples = read_samples(asked.output)
-    assert [line["step"] for line in samples] == [step for step in (0, 3, 4) for _ in range(MOST_PROMPTS)]
+    told = read_samples(asked.output)
+    assert [line["step"] for line in told] == [step for step in (0, 3, 4) for _ in range(MOST_PROMPTS)]
     assert not (silent.output / FILE).exists()
     for name in ("model.safetensors", "generation_config.json", "config.json"):
         assert (asked.output / name).read_bytes() == (silent.output / name).read_bytes(), name
-    for folder, line in ((inputs["base"], samples[0]), (asked.output, samples[-1])):
+    for folder, line in ((inputs["base"], told[0]), (asked.output, told[-1])):
         question = line["prompt"].removeprefix("user\n").partition("\n")[0]
         assert line["answer"] == answer_greedily(folder, [{"role": "user", "content": question}])
-    assert samples[0]["answer"] != samples[-MOST_PROMPTS]["answer"], "something was learnt"
+    assert told[0]["answer"] != told[-MOST_PROMPTS]["answer"], "something was learnt"
 
 
 def test_a_run_that_goes_on_tells_each_step_once(
@@ -117,3 +117,24 @@ def test_prompts_that_the_context_has_no_room_for_are_not_answered(
     job = make_job("train", "short", config={**CONFIG, "epochs": 1}, inputs={**inputs, "base": short})
     train.run(job)
     assert all(len(line["prompt"]) < 60 for line in read_samples(job.output))
+
+
+def test_answers_that_have_no_room_together_are_given_by_fewer_at_once(
+    inputs: dict[str, Path], make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training goes on as it did: answers are for who looks, and end no run."""
+    generate, refused = samples.generate_batch, []
+
+    def without_room(model: Any, prompts: list[list[int]], **options: Any) -> list[list[int]]:
+        if len(prompts) > 1:
+            refused.append(len(prompts))
+            raise torch.OutOfMemoryError("tried to allocate a batch")
+        return generate(model, prompts, **options)
+
+    jobs = [make_job("train", name, config=CONFIG, inputs=inputs) for name in ("roomy", "cramped")]
+    train.run(jobs[0])
+    monkeypatch.setattr(samples, "generate_batch", without_room)
+    train.run(jobs[1])
+    assert refused == [4, 2, 2] * 2, "before the first step and after the last"
+    for name in (FILE, "model.safetensors"):
+        assert (jobs[0].output / name).read_bytes() == (jobs[1].output / name).read_bytes()
