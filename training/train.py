@@ -40,7 +40,8 @@ from training.model import (
 from training.objectives.objective import Columns, Crosses, Objective, TrainConfig
 from training.objectives.registry import AnyTrainConfig
 from training.objectives.weights import describe_weights
-from training.preflight import Ready, check_run
+from training.preflight.ready import Ready
+from training.preflight.run import check_run
 from training.render import Rendered, Renderer
 from training.samples import FILE, Sampler
 from training.sharding import as_layers, gather_weights, load_sharded_policy, reshard

@@ -27,7 +27,7 @@ from training.objectives.objective import Columns, TrainConfig
 from training.objectives.sft import SftConfig
 from training.objectives.var import VarConfig
 from training.plan import measure_workload
-from training.preflight import FILE
+from training.preflight.findings import FILE
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRY = "training/objectives/registry.py"

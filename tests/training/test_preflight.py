@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig
 
 from tests.ranks import Ranks
-from training import memory, preflight, reference, train
+from training import memory, reference, train
 from training.config import Precision, Runtime
 from training.data.batch import MicroBatch
 from training.data.rows import RowsWriter
@@ -27,7 +28,12 @@ from training.job import Job, write_json
 from training.logprobs import choose_groups, longest_of
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
-from training.preflight import FILE, Check, Checks, Ready, Report, check_run
+from training.preflight import room
+from training.preflight.findings import FILE, Check, Report
+from training.preflight.passes import Passes
+from training.preflight.ready import Ready
+from training.preflight.rows import trained_tokens
+from training.preflight.run import check_run, make
 from training.render import Rendered
 from training.steps import Forwarded, Steps
 from training.train import PolicyForward
@@ -259,8 +265,7 @@ def test_a_step_without_trained_tokens_fails(inputs: dict[str, Path], make_job: 
     ]
     broken = replace(ready, examples=mute)
     report = Report(broken.steps.digest, {}, 5.0, 2048)
-    checks = Checks(broken, report)
-    checks.make(checks.trained_tokens)
+    make(trained_tokens, broken, report)
     (failed,) = report.failures
     assert "step 0: none of its 8 responses has a trained token" in failed.line and len(failed.rows) == 3
 
@@ -319,11 +324,10 @@ def test_what_an_accelerator_has_no_time_to_try_is_held_to_its_free_memory_by_th
 ) -> None:
     ready = prepare(make_job("train", "a", config=SFT, inputs=inputs))
     ready = dataclasses.replace(ready, world=World(torch.device("cuda")))
-    monkeypatch.setattr(preflight, "measure_free", lambda device: 300_000)
+    monkeypatch.setattr(room, "measure_free", lambda device: 300_000)
     report = Report(ready.steps.digest, {}, seconds_allowed=0.0, microbatch_tokens=2048)
-    checks = Checks(ready, report)
-    checks._seconds_per_token = 1.0
-    checks.make(checks.memory)
+    passes = Passes(ready, time.monotonic(), seconds_allowed=0.0, seconds_per_token=1.0)
+    make(room.memory, ready, report, report, passes)
     (failed,) = report.failures
     assert "would take about" in failed.line and "got 0.3 MiB free; expected room" in failed.line
 

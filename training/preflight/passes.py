@@ -1,0 +1,215 @@
+"""The checks that run the model: head, layout, and what the loss and the log-probabilities of the first step are."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.config import Precision
+from training.data.batch import collate, count_padded
+from training.logprobs import MAX_LAYOUT_GAP, check_head, check_layout, choose_groups, sum_logps
+from training.model import DTYPES
+from training.objectives.objective import WeightedLikelihood
+from training.preflight.findings import ROWS_SHOWN, Failure, NotApplicable, Report
+from training.preflight.ready import Ready
+from training.render import Rendered
+from training.sharding import as_layers
+
+# R responses of the first step, B those that are tried, T tokens of one response
+
+MOST_SECONDS = 30.0
+LEAST_SECONDS = 5.0
+SHARE_OF_RUN = 0.05
+MOST_TRIED_TOKENS = 2048
+
+
+@dataclass
+class Passes:
+    """The model's passes over responses of the first step, and how long they may take."""
+
+    ready: Ready
+    started: float  # of time.monotonic()
+    seconds_allowed: float = LEAST_SECONDS
+    seconds_per_token: float = 0.0  # of a forward pass
+    tried: list[int] = field(default_factory=list)  # responses of the first step, whole prompts
+    logp_B: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of those
+
+    def measure_speed(self) -> None:
+        """Time one prompt's pass; choose how much of the first step is tried, and how long all may take."""
+        ready, steps = self.ready, self.ready.steps
+        group_R = steps.columns(0).group_R
+        first = [index for index, group in enumerate(group_R) if group == group_R[0]]
+        started = time.monotonic()
+        self.values(first)
+        seconds = self.ready.world.max(time.monotonic() - started)  # of the slowest rank; all go by the same clock
+        self.seconds_per_token = seconds / self.count(first)
+        of_run = sum(len(s.ids_T) for e in ready.examples for s in e.samples) * steps.num_steps / steps.steps_per_epoch
+        seconds = SHARE_OF_RUN * 3 * of_run * self.seconds_per_token
+        self.seconds_allowed = round(min(MOST_SECONDS, max(LEAST_SECONDS, seconds)), 3)
+        # four forward passes in a third of the time
+        tokens = min(MOST_TRIED_TOKENS, self.seconds_left() / 3 / 4 / self.seconds_per_token)
+        groups = dict.fromkeys(group_R.tolist())
+        self.tried = first
+        for group in list(groups)[1:]:
+            more = [*self.tried, *np.flatnonzero(group_R == group).tolist()]
+            if self.count(more) > tokens:
+                break
+            self.tried = more
+        self.logp_B = self.values(self.tried)
+
+    def samples(self, members: Sequence[int]) -> list[Any]:
+        """Return responses of the first step."""
+        samples = self.ready.steps.samples(0)
+        return [samples[index] for index in members]
+
+    def count(self, members: Sequence[int]) -> int:
+        """Return the tokens of responses of the first step, padding included."""
+        group_B = self.ready.steps.columns(0).group_R[list(members)]
+        return count_padded(self.samples(members), group_B, layout=self.ready.runtime.layout)
+
+    def values(self, members: Sequence[int]) -> np.ndarray:
+        """Return logp_B of responses of the first step, in one pass."""
+        group_B = self.ready.steps.columns(0).group_R[list(members)]
+        with torch.no_grad(), self.autocast():
+            micro = self.ready.forward.load(self.samples(members), group_B)
+            out: Tensor = self.ready.forward.values(self.ready.policy, micro).value_B
+        return out.double().cpu().numpy()
+
+    def loss(self, members: Sequence[int]) -> float:
+        """Return the loss of responses of the first step, in one pass."""
+        with torch.no_grad(), self.autocast():
+            return self.ready.steps.part(self.ready.policy, self.ready.steps.load(0, members)).loss.item()
+
+    def autocast(self) -> torch.autocast:
+        """Compute as training will."""
+        wide = self.ready.precision == Precision.float32
+        return torch.autocast(self.ready.device.type, dtype=torch.bfloat16, enabled=not wide)
+
+    def seconds_left(self) -> float:
+        """Return what is left of the time allowed, the same on every rank."""
+        passed = self.ready.world.max(time.monotonic() - self.started)
+        return max(0.0, self.seconds_allowed - passed)
+
+
+def output_head(ready: Ready) -> str:
+    """Hidden states times output embedding are the model's logits."""
+    with as_layers(ready.world, precision=ready.precision):
+        check_head(ready.policy)
+    return "hidden states times output embedding are the logits"
+
+
+def layout(ready: Ready) -> str:
+    """What the layout gives is what each response gives alone; the model is ready for it afterwards."""
+    count = check_layout_of(ready)
+    layout = ready.runtime.layout.value
+    return f"{layout}: the log-probabilities of {count} rows, the longest and the shortest, are those of separate responses"
+
+
+def check_layout_of(ready: Ready) -> int:
+    """Make the model ready for the run's layout and return how many rows were looked at; ValueError as `check_layout`."""
+    groups = choose_groups(example.samples for example in ready.examples)
+    with as_layers(ready.world, precision=ready.precision):
+        check_layout(
+            ready.policy,
+            groups,
+            layout=ready.runtime.layout,
+            device=ready.device,
+            dtype=ready.layers_dtype,
+            narrow=DTYPES[ready.precision] != ready.layers_dtype,  # as it will train
+        )
+    return len(groups)
+
+
+def reference(ready: Ready, passes: Passes) -> str:
+    """The policy, where it is the reference, gives the stored log-probabilities before its first step."""
+    columns = ready.steps.columns(0)
+    if columns.logp_ref_R is None:
+        raise NotApplicable("the objective reads no reference log-probabilities")
+    scored = read_summary(ready.job.inputs.get("reference"))  # of the policy's own weights, or it was refused
+    tokens_B = columns.num_tokens_R[passes.tried]
+    miss_B = np.abs(passes.logp_B - columns.logp_ref_R[passes.tried])
+    gap_B, mean = miss_B / tokens_B, miss_B.sum() / tokens_B.sum()
+    bound = max(MAX_LAYOUT_GAP[DTYPES[p]] for p in (ready.precision, Precision(scored["precision"])))
+    # A short response alone strays further than all together. Not "any above": a stored NaN is a failure too.
+    if not (mean <= bound and (gap_B <= 10 * bound).all()):
+        worst = np.argsort(-np.nan_to_num(gap_B, nan=np.inf))[:ROWS_SHOWN]
+        raise Failure(
+            f"the policy has the reference's weights, yet the stored log-probabilities of {len(gap_B)} responses differ by "
+            f"{mean:.3g} nats a token from its own, those of one by {gap_B[worst[0]]:.3g}; expected at most {bound:g} and {10 * bound:g}; "
+            "the chat template or the rows changed since, or the column is of another model: score the reference again",
+            row_ids(ready, [passes.tried[place] for place in worst]),
+        )
+    return f"{len(gap_B)} responses: the policy's log-probabilities are the stored ones within {mean:.2g} nats a token (at most {bound:g})"
+
+
+def unit_weights(ready: Ready, report: Report) -> str:
+    """With weights of 1 the loss is the sum of the stock model's cross-entropies. Before trees replace its attention."""
+    if not isinstance(ready.objective, WeightedLikelihood):
+        raise NotApplicable("the objective is no weighted likelihood")
+    if any(check.name == "output_head" for check in report.failures):
+        raise NotApplicable("the output head is not the model's")
+    samples = ready.steps.samples(0)
+    members = sorted(range(len(samples)), key=lambda index: len(samples[index].ids_T))[:2]
+    samples = [samples[index] for index in members]
+    # On one rank in float32 whatever the precision: this is about what is computed, not how closely.
+    with torch.no_grad(), as_layers(ready.world, precision=ready.precision):
+        logp_B = torch.cat([sum_logps(ready.policy, collate([sample], device=ready.device)) for sample in samples])
+        expected = sum(ready.policy(stock_nll, sample, ready.device) for sample in samples)
+    columns_B = ready.steps.columns(0).take(members)
+    got = ready.objective.loss_sum(logp_B, torch.ones_like(logp_B), columns_B).item()
+    tokens = sum(sample.num_trained for sample in samples)
+    bound = MAX_LAYOUT_GAP[ready.layers_dtype]
+    if not abs(got - expected) / tokens <= bound:
+        raise Failure(
+            f"the loss of {len(members)} responses with weights of 1 is {got:.6g}, the stock model's cross-entropy {expected:.6g} "
+            f"nats; expected them to differ by at most {bound} a token; objective or architecture does not do what it says",
+            row_ids(ready, members),
+        )
+    return (
+        f"{tokens} tokens: {got / tokens:.6g} nats a token, {expected / tokens:.6g} by the stock model's cross-entropy"
+    )
+
+
+def microbatches(ready: Ready, passes: Passes) -> str:
+    """The cut into micro-batches does not move the loss."""
+    samples = passes.samples(passes.tried)
+    group_B = ready.steps.columns(0).group_R[passes.tried]
+    whole_groups = ready.objective.whole_groups
+    cut = ready.forward.cut(samples, group_B, budget=max(1, passes.count(passes.tried) // 2), whole_groups=whole_groups)
+    if len(cut) < 2:
+        raise NotApplicable("the first prompt is one micro-batch, however small the budget")
+    whole = passes.loss(passes.tried)
+    parts = sum(passes.loss([passes.tried[b] for b in members]) for members in cut)
+    bound = MAX_LAYOUT_GAP[DTYPES[ready.precision]]
+    if not abs(whole - parts) <= bound * max(abs(whole), abs(parts)):
+        raise Failure(
+            f"{len(passes.tried)} responses of the first step have a loss of {whole:.6g} in one pass and {parts:.6g} in {len(cut)}; "
+            f"expected equal ones within {bound:g} of it; what is trained would depend on runtime.microbatch_tokens",
+            row_ids(ready, passes.tried),
+        )
+    return f"{len(passes.tried)} responses: {whole:.6g} in one pass, {parts:.6g} in {len(cut)}"
+
+
+def row_ids(ready: Ready, members: Sequence[int]) -> list[str]:
+    """Return the rows of responses of the first step."""
+    columns = ready.steps.columns(0)
+    return list(dict.fromkeys(columns.row_ids[columns.group_R[index]] for index in members))
+
+
+def stock_nll(model: Any, sample: Rendered, device: torch.device) -> float:
+    """Return the negative log-likelihood of a response by the model's own logits and torch's cross-entropy, in nats."""
+    ids_BT = torch.from_numpy(sample.ids_T.astype(np.int64))[None].to(device)
+    logits_TV = model(input_ids=ids_BT, use_cache=False).logits[0, sample.start - 1 : -1].float()
+    return torch.nn.functional.cross_entropy(logits_TV, ids_BT[0, sample.start :], reduction="sum").item()
+
+
+def read_summary(folder: Path | None) -> dict[str, Any]:
+    """Return the summary of an input's step; nothing where it has none."""
+    path = None if folder is None else folder / "summary.json"
+    return json.loads(path.read_text()) if path is not None and path.is_file() else {}
