@@ -8,7 +8,8 @@ scorers are given, as the paper's is: their own training is in nobody's time, an
 sampled noise, when their own time passes the next of FIRST_LOOK_SECONDS * LOOK_RATIO^n; looking is in nobody's time, VAR's sampling and
 scoring is in its own. The target is set before anything trains: base + `target_gain` standard deviations of the reward within a prompt.
 Both methods have the same three learning rates and count by their best; GRPO's are tried for PILOT_SHARE of CENSORED_AT times VAR's time, then the best
-has the whole of it from the start. A reward model and no rule-made reward, since such a one (length, say) moves with one token's probability.
+has the whole of it from the start. So has GRPO at TRL's own learning rate, as a user gets it. A reward model and no rule-made reward, since such
+a one (length, say) moves with one token's probability.
 
 **DPO**: both have the same rows, batch and seconds (VAR's include its rewards and reference log-probabilities), six trials each, of the same learning rates, on held-out prompts of
 their own, then three other seeds of the best, answered greedily and scored by the second reward model. The interval of the ratio is
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from benchmarks.training import Bench
 
 CENSORED_AT = 10.0  # times VAR's time: a GRPO that has not arrived by then is not waited for
+DEFAULT_GRPO_RATE = 1e-6  # TRL's
 PILOT_SHARE = 0.2  # of that, for each of GRPO's learning rates
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
@@ -33,17 +35,17 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much work the comparisons are. On two cores: 18 minutes, more where GRPO has to be waited for to the end; and an hour."""
+    """How much work the comparisons are."""
 
     source_rows: int | None = None  # of the source; None: all
     reward_epochs: int = 2
     longest_pair: int = 192  # tokens of prompt and longest response, of the rows that policies read
-    heldout_prompts: int = 64  # of the first comparison; the second has tuning_prompts and then final_prompts
+    heldout_prompts: int = 96  # of the first comparison; the second has tuning_prompts and then final_prompts
     new_tokens: int = 32
     prompts: int = 16  # sampled from
     responses: int = 8  # a prompt, of VAR and of GRPO
     batch_prompts: int = 4  # a step, likewise
-    target_gain: float = 0.3
+    target_gain: float = 0.5  # standard deviations of the reward within a prompt: several standard errors of a look
     var_epochs: int = 4  # at most, over the same samples
     pairs: int = 256
     gain_seconds: float = 150.0
@@ -51,12 +53,12 @@ class Sizes:
     final_prompts: int = 96
     answer_tokens: int = 48
     seeds: int = 3
-    rates: Sequence[float] = (1e-4, 3e-5, 3e-4)  # of both; TRL's default of 1e-6 is for larger models
+    rates: Sequence[float] = (1e-4, 3e-5, 3e-4)  # of both
     var_lambda: float = 0.5  # standard deviations of the reward within a prompt
     # Learning rate, and beta or lambda: the same rates for both.
-    dpo_trials: Sequence[Sequence[float]] = tuple((rate, beta) for rate in (5e-6, 2e-5, 1e-4) for beta in (0.1, 0.3))
+    dpo_trials: Sequence[Sequence[float]] = tuple((rate, beta) for rate in (2e-5, 1e-4, 3e-4) for beta in (0.1, 0.3))
     var_trials: Sequence[Sequence[float]] = tuple(
-        (rate, lambda_) for rate in (5e-6, 2e-5, 1e-4) for lambda_ in (0.5, 1.0)
+        (rate, lambda_) for rate in (2e-5, 1e-4, 3e-4) for lambda_ in (0.5, 1.0)
     )
 
 
@@ -107,9 +109,13 @@ def race_grpo(bench: "Bench", *, var_seconds: float, common: dict[str, Any]) -> 
     else:
         chosen = max(pilots, key=lambda rate: pilots[rate]["curve"][-1][1])
         theirs = bench.measure("grpo", learning_rate=chosen, limit=round(limit, 3), **common)
+    default = bench.measure("grpo", learning_rate=DEFAULT_GRPO_RATE, limit=round(limit, 3), **common)
     return {
         "var_vs_grpo_time_to_reward": theirs["seconds"] / var_seconds,
         "var_vs_grpo_time_to_reward_censored": not theirs["arrived"],
+        "var_vs_grpo_default_time_to_reward": default["seconds"] / var_seconds,
+        "var_vs_grpo_default_time_to_reward_censored": not default["arrived"],
+        "grpo_default_curve": default["curve"],
         "grpo_var_seconds": var_seconds,
         "grpo_seconds": theirs["seconds"],
         "grpo_steps": theirs["steps"],

@@ -27,6 +27,7 @@ MAX_LAYOUT_GAP = {
 }  # nats per token; a wrong mask is far off
 # How many times the mean one token may be off: in bfloat16 0.9 nats, of the seven families in tests/architectures.py 0.03 at most.
 ONE_TOKEN = 30
+SIBLINGS = 3  # of a prompt's responses, that a layout is tried on
 # Logits held at once: 128 MiB in float32, a matrix product that keeps two cores busy; an accelerator wants larger ones.
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 
@@ -130,9 +131,11 @@ def compare_logits(model: Any) -> tuple[float, float]:
 
 
 def choose_groups(groups: Iterable[Sequence[Rendered]]) -> list[Sequence[Rendered]]:
-    """Return what shows a layout's faults, of the responses of some prompts: the shortest group and the two longest."""
+    """Return what shows a layout's faults, of the responses of some prompts: the shortest group and the two longest, of each the
+    longest responses, enough of them for one to see another."""
     ordered = sorted(groups, key=longest_of)
-    return ordered[:1] + ordered[1:][-2:]
+    chosen = ordered[:1] + ordered[1:][-2:]
+    return [sorted(group, key=lambda sample: -len(sample.ids_T))[:SIBLINGS] for group in chosen]
 
 
 def longest_of(group: Sequence[Rendered]) -> int:

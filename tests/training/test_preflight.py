@@ -118,6 +118,8 @@ def test_the_layout_is_tried_on_the_shortest_row_too_and_as_it_will_train(
     groups = [example.samples for example in ready.examples]
     assert [longest_of(group) for group in choose_groups(groups)] == [min(sizes), *sorted(sizes)[-2:]]
     assert len(choose_groups(groups[:1])) == 1
+    many = [Rendered(ids_T=np.arange(9 + n), start=4) for n in range(8)]
+    assert [len(sample.ids_T) for sample in choose_groups([many])[0]] == [16, 15, 14]
     assert "3 rows, the longest and the shortest" in find(check_run(ready), "layout").line
 
 
