@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import training_gpu
+from benchmarks.children import MeasurementFailed
 from benchmarks.engine import (
     SETTINGS,
     Lane,
@@ -122,6 +124,17 @@ def test_too_few_pairs_are_refused_and_not_timed_as_if_they_were_enough(shared: 
     spec = shared | {"steps": 1000, "folder": str(tmp_path / "rows")}
     with pytest.raises(ValueError, match=r"usable pairs of at most 512 tokens; expected 8008, 8 for each step"):
         pick_pairs(spec, open_model(spec)[0])
+
+
+def test_a_measurement_that_fails_ends_the_others_and_says_how(
+    shared: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench = Bench(shared | {"batch_pairs": 4}, tmp_path / "scratch", talk=True)
+    lacking = {"model": str(tmp_path / "none")}
+    with pytest.raises(MeasurementFailed, match=r"(?s)plain failed:.*none"):
+        bench.measure_in_turn(("plain", {"microbatches": [4]}), ("plain", lacking | {"microbatches": [4]}))
+    assert not list(bench.scratch.glob("*/found.json")) and not capsys.readouterr().out
+    assert not [child for child in psutil.Process().children(recursive=True) if "--child" in child.cmdline()]
 
 
 @pytest.mark.slow
