@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.children import say
 from benchmarks.training import SHARED
-from training import generate, reference, reward_model, train
+from training import generate, reward_model, train
 from training.checkpoint import Progress
 from training.config import (
     Config,
@@ -20,7 +20,6 @@ from training.config import (
     GenerateConfig,
     IngestConfig,
     Precision,
-    ReferenceScoreConfig,
     ResponseRegime,
     RewardModelConfig,
     RewardRender,
@@ -29,7 +28,6 @@ from training.config import (
     Schedule,
 )
 from training.data import ingest
-from training.data.examples import read_scores
 from training.data.rows import RowsWriter, read_rows
 from training.data.schema import SCHEMA
 from training.data.splits import choose_split
@@ -107,18 +105,6 @@ def measure_reward_model(spec: dict[str, Any]) -> dict[str, Any]:
     started = time.monotonic()
     reward_model.run(make_job("reward_model", config, folder, base=Path(spec["encoder"]), rows=Path(spec["rows"])))
     return {"folder": str(folder), "seconds": time.monotonic() - started} | read_summary(folder, "accuracy", "rows")
-
-
-def measure_columns(spec: dict[str, Any]) -> dict[str, Any]:
-    """Score the pairs' rewards and reference log-probabilities; return the folders and the seconds of a pair."""
-    folder, rows = Path(spec["folder"]), Path(spec["rows"])
-    started = time.monotonic()
-    score_rewards(folder / "rewards", scorer=Path(spec["scorer"]), rows=rows)
-    config = ReferenceScoreConfig(max_tokens=spec["longest_pair"])
-    reference.run(make_job("score_reference", config, folder / "reference", reference=Path(spec["model"]), rows=rows))
-    seconds = time.monotonic() - started
-    count = len(read_scores(folder / "reference", "logp"))
-    return {"rewards": str(folder / "rewards"), "reference": str(folder / "reference"), "seconds_per_pair": seconds / count}  # fmt: skip
 
 
 # --- what a policy answers ---
@@ -214,12 +200,10 @@ class Curve:
 def measure_samples(spec: dict[str, Any]) -> dict[str, Any]:
     """Sample the base's responses and score them; return the folders, the seconds, and the reward's standard deviation in a prompt."""
     folder = Path(spec["folder"])
-    config = GenerateConfig(
-        split="train", limit=spec["prompts"], samples_per_prompt=spec["responses"], max_new_tokens=spec["new_tokens"]
-    )
+    config = GenerateConfig(split="train", limit=spec["prompts"], samples_per_prompt=spec["responses"], max_new_tokens=spec["new_tokens"], seed=spec["seed"])  # fmt: skip
     started = time.monotonic()
     generate.run(make_job("generate", config, folder / "rows", policy=Path(spec["model"]), rows=Path(spec["rows"])))
-    score_rewards(folder / "rewards", scorer=Path(spec["heldout"]["scorer"]), rows=folder / "rows")
+    score_rewards(folder / "rewards", scorer=Path(spec["scorer"]), rows=folder / "rows")
     seconds = time.monotonic() - started
     found = {"rows": str(folder / "rows"), "rewards": str(folder / "rewards"), "seconds": seconds}
     found |= read_summary(folder / "rewards", "within_prompt_std")
@@ -228,10 +212,8 @@ def measure_samples(spec: dict[str, Any]) -> dict[str, Any]:
 
 def measure_var_curve(spec: dict[str, Any]) -> dict[str, Any]:
     """Train on the base's samples until the target is reached or the epochs are over; sampling and scoring count."""
-    samples = spec["samples"]
-    curve = Curve(spec, seconds=samples["seconds"])
-    longest = spec["longest_pair"] + spec["new_tokens"]
-    trainer = make_trainer(spec, rows=samples["rows"], rewards=samples["rewards"], reference_factor=ReferenceFactor.sum, max_tokens=longest, batch_prompts=spec["batch_prompts"], epochs=spec["epochs"])  # fmt: skip
+    curve = Curve(spec, seconds=spec["samples"]["seconds"])
+    trainer = make_trainer(spec, epochs=spec["epochs"])
     over = False
     while not over and trainer.progress.step < trainer.work.num_steps:
         trainer.take_step()
@@ -240,33 +222,33 @@ def measure_var_curve(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train on the pairs for the given seconds, the scoring of those trained on included, and return the answers' rewards."""
-    columns = spec["columns"]
-    trainer = make_trainer(spec, rows=spec["rows"], rewards=columns["rewards"], reference=columns["reference"], reference_factor=ReferenceFactor.mean, max_tokens=spec["longest_pair"], batch_prompts=spec["batch_pairs"], epochs=100)  # fmt: skip
-    meter, started, seconds, pairs = Meter(spec), time.monotonic(), 0.0, 0
-    rows = {row_id for step in range(trainer.work.num_steps) for row_id in trainer.work.row_ids(step)}
-    while seconds < spec["limit"]:
+    """Train on the base's samples for the given seconds, their drawing and scoring included, and return the answers' rewards."""
+    meter, trainer = Meter(spec), make_trainer(spec, epochs=100)
+    started = time.monotonic() - spec["samples"]["seconds"]
+    while time.monotonic() - started < spec["limit"]:
         trainer.take_step()
-        pairs += len(trainer.work.row_ids(trainer.progress.step - 1))
-        seconds = time.monotonic() - started + min(pairs, len(rows)) * columns["seconds_per_pair"]
-    say(f"{pairs} pairs in {seconds:.0f} s, {trainer.progress.step} steps")
-    return {"rewards": meter.rewards(trainer.model.model).tolist(), "seconds": seconds, "pairs": pairs}
+    seconds, steps = time.monotonic() - started, trainer.progress.step
+    say(f"{steps} steps, {seconds:.0f} s")
+    prompts = steps * spec["batch_prompts"]
+    return {"rewards": meter.rewards(trainer.model.model).tolist(), "seconds": seconds, "prompts": prompts}
 
 
-def make_trainer(
-    spec: dict[str, Any], *, rows: str, rewards: str, reference: str | None = None, **options: Any
-) -> Trainer:
-    """Return a VAR run before its first step, as the job `train` makes one, at a constant learning rate as its rival has."""
+def make_trainer(spec: dict[str, Any], *, epochs: int) -> Trainer:
+    """Return a VAR run on the base's samples before its first step, as the job `train` makes one, at a constant learning rate as its
+    rival has."""
     config = VarConfig(
         lambda_=spec["lambda_"],
         lambda_unit=LambdaUnit.reward_std,
+        reference_factor=ReferenceFactor.sum,
         learning_rate=spec["learning_rate"],
         schedule=Schedule.constant,
         warmup_fraction=0.0,
         seed=spec.get("seed", 0),
-        **options,
+        max_tokens=spec["longest_pair"] + spec["new_tokens"],
+        batch_prompts=spec["batch_prompts"],
+        epochs=epochs,
     )
-    inputs = {"base": spec["model"], "rows": rows, "rewards": rewards} | ({"reference": reference} if reference else {})
+    inputs = {"base": spec["model"], "rows": spec["samples"]["rows"], "rewards": spec["samples"]["rewards"]}
     job = make_job("train", config, Path(spec["folder"]), **{name: Path(path) for name, path in inputs.items()})
     keep_freed_memory()
     prepared = train.prepare(job, config, RUNTIME, ALONE)

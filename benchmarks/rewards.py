@@ -11,9 +11,10 @@ Both methods have the same three learning rates and count by their best; GRPO's 
 has the whole of it from the start. So has GRPO at TRL's own learning rate, as a user gets it. A reward model and no rule-made reward, since such
 a one (length, say) moves with one token's probability.
 
-**DPO**: both have the same rows, batch and seconds (VAR's include its rewards and reference log-probabilities), six trials each, of the same learning rates, on held-out prompts of
-their own, then three other seeds of the best, answered greedily and scored by the second reward model. The interval of the ratio is
-Fieller's, with the covariances of a bootstrap over prompts and seeds; where DPO's gain is not significant, there is no ratio.
+**DPO**: both have the same seconds; DPO the pairs, VAR the base's own samples for their first prompts, drawn and weighed in its time. Six trials each, of the
+same learning rates, on held-out prompts of their own, then three other seeds of the best, answered greedily and scored by the second reward
+model. The interval of the ratio is Fieller's, with the covariances of a bootstrap over prompts and seeds; where DPO's gain is not
+significant, there is no ratio. On the pairs themselves VAR learns to answer as they do: SmolLM2's own answers are better (benchmarks/README.md).
 """
 
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 CENSORED_AT = 10.0  # times VAR's time: a GRPO that has not arrived by then is not waited for
 DEFAULT_GRPO_RATE = 1e-6  # TRL's
 PILOT_SHARE = 0.2  # of that, for each of GRPO's learning rates
+BATCH_PROMPTS = 8  # of VAR against DPO, which has as many pairs a step
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
@@ -47,7 +49,9 @@ class Sizes:
     batch_prompts: int = 4  # a step, likewise
     target_gain: float = 0.5  # standard deviations of the reward within a prompt: several standard errors of a look
     var_epochs: int = 4  # at most, over the same samples
-    pairs: int = 256
+    pairs: int = 256  # DPO's
+    gain_prompts: int = 64  # VAR's, of these
+    gain_responses: int = 4  # of each
     gain_seconds: float = 150.0
     tuning_prompts: int = 32
     final_prompts: int = 96
@@ -71,7 +75,7 @@ def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
     trained = {"rows": rows["pairs"], "prompts": sizes.prompts, "responses": sizes.responses}
     trained |= {"new_tokens": sizes.new_tokens, "batch_prompts": sizes.batch_prompts, "heldout": heldout}
     trained |= {"longest_pair": sizes.longest_pair}
-    samples = bench.measure("samples", **trained)
+    samples = bench.measure("samples", seed=0, scorer=reward["folder"], **trained)
     base = float(np.mean(bench.measure("base", heldout=heldout)["rewards"]))
     target = base + sizes.target_gain * samples["within_prompt_std"]
     told = {
@@ -130,18 +134,24 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
     sizes, rows = bench.sizes, measure_rows(bench)
     weigher = bench.measure("reward_model", rows=rows["own"], epochs=sizes.reward_epochs, seed=0)
     judge = bench.measure("reward_model", rows=rows["judge"], epochs=sizes.reward_epochs, seed=1)
-    columns = bench.measure("columns", rows=rows["pairs"], scorer=weigher["folder"], longest_pair=sizes.longest_pair)
-    common = {"rows": rows["pairs"], "longest_pair": sizes.longest_pair, "limit": sizes.gain_seconds}
     asked = {"rows": rows["heldout"], "scorer": judge["folder"], "temperature": 0.0, "new_tokens": sizes.answer_tokens}
     tuning = asked | {"begin": 0, "end": sizes.tuning_prompts}
     final = asked | {"begin": sizes.tuning_prompts, "end": sizes.tuning_prompts + sizes.final_prompts}
+    common = {"rows": rows["pairs"], "longest_pair": sizes.longest_pair}
+    drawn = common | {
+        "prompts": sizes.gain_prompts,
+        "responses": sizes.gain_responses,
+        "new_tokens": sizes.answer_tokens,
+    }
+    limit = sizes.gain_seconds
 
     def run_dpo(trial: Sequence[float], heldout: dict[str, Any], seed: int) -> dict[str, Any]:
-        return bench.measure("dpo_gain", learning_rate=trial[0], beta=trial[1], heldout=heldout, seed=seed, **common)
+        return bench.measure("dpo_gain", learning_rate=trial[0], beta=trial[1], heldout=heldout, seed=seed, limit=limit, **common)  # fmt: skip
 
     def run_var(trial: Sequence[float], heldout: dict[str, Any], seed: int) -> dict[str, Any]:
+        samples = bench.measure("samples", scorer=weigher["folder"], seed=seed, **drawn)
         rate, lambda_ = trial
-        return bench.measure("var_gain", learning_rate=rate, lambda_=lambda_, heldout=heldout, seed=seed, columns=columns, **common)  # fmt: skip
+        return bench.measure("var_gain", learning_rate=rate, lambda_=lambda_, heldout=heldout, seed=seed, limit=limit, samples=samples, batch_prompts=BATCH_PROMPTS, **drawn)  # fmt: skip
 
     tried = {
         name: {tuple(trial): float(np.mean(run(trial, tuning, 0)["rewards"])) for trial in trials}
@@ -157,7 +167,8 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
         "reward_gain_base_tuning": float(np.mean(bench.measure("base", heldout=tuning)["rewards"])),
         "reward_gain_trials": {name: {f"{a:g}, {b:g}": mean for (a, b), mean in found.items()} for name, found in tried.items()},
         "reward_gain_best": best,
-        "reward_gain_pairs": {"dpo": [found["pairs"] for found in dpo], "var": [found["pairs"] for found in var]},
+        "reward_gain_pairs_dpo": [found["pairs"] for found in dpo],
+        "reward_gain_prompts_var": [found["prompts"] for found in var],
         "reward_gain_seconds": {"dpo": [found["seconds"] for found in dpo], "var": [found["seconds"] for found in var]},
         "reward_model_accuracy": {"weigher": weigher["accuracy"], "judge": judge["accuracy"]},
         "reward_model_seconds": {"weigher": weigher["seconds"], "judge": judge["seconds"]},

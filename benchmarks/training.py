@@ -348,7 +348,6 @@ KINDS = {
     "sft": "peers.measure_sft",
     "rows": "reward_runs.measure_rows",
     "reward_model": "reward_runs.measure_reward_model",
-    "columns": "reward_runs.measure_columns",
     "samples": "reward_runs.measure_samples",
     "base": "reward_runs.measure_base",
     "var_curve": "reward_runs.measure_var_curve",
