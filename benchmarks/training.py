@@ -3,7 +3,7 @@
 `python -m benchmarks.training --data FOLDER --json [--only NAME] [--quick]`, where FOLDER holds HH-RLHF's `helpful-base`; TRL comes with
 the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same steps; every measurement runs in a process of its
 own; the first step of each warms up and does not count. What a ratio compares takes its steps in turn, so that what slows the machine down
-slows both: processes that are there at the same time, each waiting while another has its step, or, where it is the same code (layers compiled
+slows both: processes that are there at the same time, each waiting while another has its step and keeping the memory that it frees, or, where it is the same code (layers compiled
 or not, eight responses or two, lengths, the plain loop's micro-batches), one process. Micro-batches of a sweep are measured one after the other,
 by one step.
 
@@ -361,6 +361,12 @@ def run_child(spec: dict[str, Any]) -> dict[str, Any]:
     """Run one measurement and add the process's peak memory."""
     module, function = KINDS[spec["kind"]].split(".")
     measure = getattr(importlib.import_module(f"benchmarks.{module}"), function)
+    if (
+        "in_turn" in spec
+    ):  # what a peer frees would go back to the machine while it waits, and come again at a price it never pays alone
+        from training.memory import keep_freed_memory
+
+        keep_freed_memory()
     started = time.monotonic()
     found: dict[str, Any] = measure(spec)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
