@@ -361,12 +361,9 @@ def run_child(spec: dict[str, Any]) -> dict[str, Any]:
     """Run one measurement and add the process's peak memory."""
     module, function = KINDS[spec["kind"]].split(".")
     measure = getattr(importlib.import_module(f"benchmarks.{module}"), function)
-    if (
-        "in_turn" in spec
-    ):  # what a peer frees would go back to the machine while it waits, and come again at a price it never pays alone
-        from training.memory import keep_freed_memory
-
-        keep_freed_memory()
+    if "in_turn" in spec:
+        # What a peer frees would go back to the host while it waits, and come again at a price that it never pays alone.
+        importlib.import_module("training.memory").keep_freed_memory()
     started = time.monotonic()
     found: dict[str, Any] = measure(spec)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
