@@ -21,12 +21,12 @@ class Child:
     """A measurement in a process that begins on entry and is gone on exit; `say` gets its lines of progress."""
 
     def __init__(self, name: str, spec: dict[str, Any], say: Callable[[str], None]) -> None:
-        self._name, self._spec, self._say = name, spec, say
+        self.name, self._spec, self._say = name, spec, say
         self._last = collections.deque[str](maxlen=60)
         self._steps = 0
 
     def __enter__(self) -> "Child":
-        self._say(self._name)
+        self._say(self.name)
         command = [sys.executable, "-m", "benchmarks.training", "--child", json.dumps(self._spec)]
         self._out = tempfile.TemporaryFile("w+")
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self._out, stderr=subprocess.PIPE, text=True)  # fmt: skip
@@ -44,15 +44,15 @@ class Child:
                 return True
             self._last.append(line)
             if line.startswith(PROGRESS):
-                self._say(f"{self._name}: {line.removeprefix(PROGRESS).rstrip()}")
+                self._say(f"{self.name}: {line.removeprefix(PROGRESS).rstrip()}")
         if self._process.wait():
-            raise MeasurementFailed(f"benchmarks.training: {self._name} failed:\n{''.join(self._last)[-3000:]}")
+            raise MeasurementFailed(f"benchmarks.training: {self.name} failed:\n{''.join(self._last)[-3000:]}")
         return False
 
     def take_step(self) -> bool:
         """Let it take its turn, and return whether it waits for another."""
         self._steps += 1
-        self._say(f"{self._name}: step {self._steps} of {self._spec['steps'] + 1}")
+        self._say(f"{self.name}: step {self._steps} of {self._spec['steps'] + 1}")
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()

@@ -203,12 +203,12 @@ class Bench:
                 folder.mkdir(parents=True)
                 name = " ".join([kind, *(f"{k}={v}" for k, v in options.items() if isinstance(v, float | int))])
                 children.append(Child(name, spec | {"folder": str(folder)}, self.say))
-            for key, folder, found in zip(keys, folders, run_in_turn(children), strict=True):
+            for child, key, folder, found in zip(children, keys, folders, run_in_turn(children), strict=True):
                 partial = (folder / FOUND).with_suffix(".partial")
                 partial.write_text(json.dumps({"key": key, "found": found}))
                 partial.replace(folder / FOUND)
                 if self._talk:
-                    print(f"{folder.name}: {json.dumps(found)}", flush=True)
+                    print(f"{child.name}: {json.dumps(found)}", flush=True)
         return [json.loads((folder / FOUND).read_text())["found"] for folder in folders]
 
     def say(self, told: str) -> None:
