@@ -22,7 +22,9 @@ from training.job import Interrupted, Job
 
 ONE = Runtime(device=Device.cpu, threads=1, microbatch_tokens=512)  # batches of two
 TWO = ONE.model_copy(update={"workers": 2, "threads": 2})
+SINGLE = TWO.model_copy(update={"microbatch_tokens": 1})  # as many calls as questions
 FIVE_SHOT = MMLU.model_copy(update={"num_fewshot": 2})
+LONG = GSM8K.model_copy(update={"max_gen_toks": 400})  # a call takes far longer than the parent's look for what is done
 START_SECONDS, END_SECONDS = 600.0, 30.0  # until a child computes on a busy machine; until what ends has ended
 
 
@@ -91,16 +93,15 @@ class KillOne(threading.Event):
 def test_a_killed_worker_is_told_and_another_number_of_workers_goes_on(
     tiny_policy: Path, mirror: Path, tmp_path: Path, freeze: bool
 ) -> None:
-    whole = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "whole", runtime=ONE)
-    single = TWO.model_copy(update={"microbatch_tokens": 1})
+    whole = run(tiny_policy, mirror, LONG, folder=tmp_path / "whole", runtime=ONE)
     stop = KillOne(tmp_path / "cut", freeze=freeze)
     with pytest.raises(WorkerDied, match=r"of 2 worker processes one is gone.* killed \(SIGKILL\).* to go on from"):
-        run(tiny_policy, mirror, GSM8K, folder=tmp_path / "cut", runtime=single, stop=stop)
+        run(tiny_policy, mirror, LONG, folder=tmp_path / "cut", runtime=SINGLE, stop=stop)
     assert time.monotonic() - stop.killed < END_SECONDS
     assert multiprocessing.active_children() == []
     kept = read_answers(tmp_path / "cut")
     assert 2 <= len(kept) < 6
-    rest = run(tiny_policy, mirror, GSM8K, folder=tmp_path / "cut", runtime=ONE)
+    rest = run(tiny_policy, mirror, LONG, folder=tmp_path / "cut", runtime=ONE)
     assert rest == whole
     assert read_answers(tmp_path / "cut")[: len(kept)] == kept, "nothing is answered twice"
 
@@ -119,22 +120,21 @@ class StopAtAnswers(threading.Event):
 def test_stopped_workers_end_and_two_go_on_from_what_one_process_left(
     tiny_policy: Path, mirror: Path, tmp_path: Path
 ) -> None:
-    whole = run(tiny_policy, mirror, FIVE_SHOT, folder=tmp_path / "whole", runtime=ONE)
-    for runtime, answers in ((ONE, 2), (TWO, 12)):
+    whole = run(tiny_policy, mirror, LONG, folder=tmp_path / "whole", runtime=ONE)
+    for runtime, answers in ((ONE, 1), (SINGLE, 3)):
         stop = StopAtAnswers(tmp_path / "cut", answers=answers)
         with pytest.raises(Interrupted):
-            run(tiny_policy, mirror, FIVE_SHOT, folder=tmp_path / "cut", runtime=runtime, stop=stop)
-        assert answers <= len(read_answers(tmp_path / "cut")) < 40
+            run(tiny_policy, mirror, LONG, folder=tmp_path / "cut", runtime=runtime, stop=stop)
+        assert answers <= len(read_answers(tmp_path / "cut")) < 6
         assert multiprocessing.active_children() == []
-    rest = run(tiny_policy, mirror, FIVE_SHOT, folder=tmp_path / "cut", runtime=TWO)
+    rest = run(tiny_policy, mirror, LONG, folder=tmp_path / "cut", runtime=TWO)
     assert rest.samples == whole.samples and rest.rows == whole.rows
 
 
 def test_workers_end_with_their_parent(tiny_policy: Path, mirror: Path, tmp_path: Path) -> None:
-    long = GSM8K.model_copy(update={"max_gen_toks": 400})
     job = {
         "job": "benchmark",
-        "config": long.model_dump(mode="json"),
+        "config": LONG.model_dump(mode="json"),
         "runtime": TWO.model_dump(mode="json"),
         "inputs": {"model": str(tiny_policy), "mirror": str(mirror)},
         "output": str(tmp_path / "output"),
