@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 PROGRESS = "benchmark: "  # what a child's line of progress on stderr begins with
+WARMING_STEPS = 2  # before those that are timed: a process takes memory in its first steps, and keeps it
 TURN = "benchmark waits for its turn\n"  # the line of a child that does
 
 
@@ -52,7 +53,7 @@ class Child:
     def take_step(self) -> bool:
         """Let it take its turn, and return whether it waits for another."""
         self._steps += 1
-        self._say(f"{self.name}: step {self._steps} of {self._spec['steps'] + 1}")
+        self._say(f"{self.name}: step {self._steps} of {self._spec['steps'] + WARMING_STEPS}")
         assert self._process.stdin is not None
         self._process.stdin.write("\n")
         self._process.stdin.flush()

@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.children import await_turn
+from benchmarks.children import WARMING_STEPS, await_turn
 from benchmarks.training import LONGEST_PAIR
 from training.checkpoint import Progress
 from training.config import (
@@ -127,7 +127,7 @@ def make_lanes(variants: list[dict[str, Any]], pairs: list[Pair], model: Any, wo
 
 
 def make_steps(spec: dict[str, Any], examples: list[Example], forward: PolicyForward) -> Steps:
-    """Return VAR's steps over some rows, one of them to warm up."""
+    """Return VAR's steps over some rows: those that are timed, behind one that is not."""
     objective = Var(
         lambda_=1.0,
         regime=ResponseRegime.support,
@@ -173,23 +173,19 @@ class Lane:
 
 
 def take_steps(lanes: list[Lane], spec: dict[str, Any]) -> list[float]:
-    """Warm up, then let the lanes take their steps in turn; return the device's rates, measured before, between and after them.
-
-    Warming up is the longest of all steps, twice, so that the memory of the others is there before they are timed: a run keeps what it
-    frees, and takes more in its first steps alone.
-    """
+    """Warm up on the longest of all steps, then let the lanes take their steps in turn; return the device's rates, measured before, between
+    and after them."""
     world, precision = lanes[0].trainer.world, lanes[0].trainer.settings.precision
     measure = gemm_rate if world.device.type == "cpu" else lambda: device_peak(world.device, precision) or np.nan
-    await_turn(spec)
-    for warming in {
-        lane.stance: lane for lane in lanes
-    }.values():  # the last, which is the largest, of those that run the same code
-        work = warming.trainer.work
-        assert isinstance(work, Steps)
-        lengths = [sum(len(sample.ids_T) for sample in work.samples(step)) for step in range(work.num_steps)]
-        for _ in range(2):
-            warming.trainer.progress.step = int(np.argmax(lengths))
-            warming.take_step()
+    warming = {lane.stance: lane for lane in lanes}  # the last, which is the largest, of those that run the same code
+    for _ in range(WARMING_STEPS):
+        await_turn(spec)
+        for lane in warming.values():
+            work = lane.trainer.work
+            assert isinstance(work, Steps)
+            lengths = [sum(len(sample.ids_T) for sample in work.samples(step)) for step in range(work.num_steps)]
+            lane.trainer.progress.step = int(np.argmax(lengths))
+            lane.take_step()
     for lane in lanes:
         lane.trainer.progress = Progress(step=1)
     rates = [measure()]
@@ -259,9 +255,11 @@ def measure_plain_sft(spec: dict[str, Any]) -> dict[str, Any]:
         optimiser.zero_grad()
         return time.monotonic() - started
 
-    warm, *steps = order_pairs(spec, tokenizer)
-    await_turn(spec)
-    take_step(warm, spec["batch_pairs"])
+    all_steps = order_pairs(spec, tokenizer)
+    warming, steps = all_steps[:WARMING_STEPS], all_steps[WARMING_STEPS:]
+    for pairs in warming:
+        await_turn(spec)
+        take_step(pairs, spec["batch_pairs"])
     seconds = dict.fromkeys(spec["microbatches"], 0.0)
     for pairs in steps:
         await_turn(spec)
@@ -305,7 +303,7 @@ def gemm_rate(size: int = 2048, repeats: int = 3) -> float:
 
 
 def pick_pairs(spec: dict[str, Any], tokenizer: Any) -> list[Pair]:
-    """Return the pairs that all methods train on: a batch for every step, one step more than is timed. ValueError where there are too few."""
+    """Return the pairs that all methods train on: a batch for every step that is timed and one before. ValueError where there are too few."""
     renderer = Renderer(tokenizer, max_tokens=LONGEST_PAIR)
     wanted = spec["batch_pairs"] * (spec["steps"] + 1)
     pairs: list[Pair] = []
@@ -318,17 +316,17 @@ def pick_pairs(spec: dict[str, Any], tokenizer: Any) -> list[Pair]:
             return pairs
     raise ValueError(
         f"{spec['data']}: {len(pairs)} usable pairs of at most {LONGEST_PAIR} tokens; expected {wanted}, {spec['batch_pairs']} for each "
-        "step and for one that warms up; give more rows, or time fewer steps"
+        "step and for one before; give more rows, or time fewer steps"
     )
 
 
 def order_pairs(spec: dict[str, Any], tokenizer: Any) -> list[list[Pair]]:
-    """Return the pairs of every step, the same in each as VAR's: what peers train on. The first, which warms up, is the longest of all."""
+    """Return the pairs of every step, the same in each as VAR's: what peers train on. The first, which warm up, are the longest of all."""
     pairs = pick_pairs(spec, tokenizer)
     plan = plan_steps(len(pairs), batch_prompts=spec["batch_pairs"], epochs=1, seed=ORDER_SEED)
     steps = [[pairs[index] for index in step] for step in plan]
     longest = max(steps, key=lambda step: sum(len(sample.ids_T) for pair in step for sample in pair.samples))
-    return [longest, *steps[1:]]
+    return [*[longest] * WARMING_STEPS, *steps[1:]]
 
 
 def make_examples(spec: dict[str, Any], pairs: list[Pair], model: Any) -> list[Example]:

@@ -2,7 +2,7 @@
 
 `python -m benchmarks.training --data FOLDER --json [--only NAME] [--quick]`, where FOLDER holds HH-RLHF's `helpful-base`; TRL comes with
 the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same steps; every measurement runs in a process of its
-own; the first step of each warms up and does not count. What a ratio compares takes its steps in turn, so that what slows the machine down
+own; two steps on the longest rows come first, warm up and do not count. What a ratio compares takes its steps in turn, so that what slows the machine down
 slows both: processes that are there at the same time, each waiting while another has its step and keeping the memory that it frees, or, where it is the same code (layers compiled
 or not, eight responses or two, lengths, the plain loop's micro-batches), one process. Micro-batches of a sweep are measured one after the other,
 by one step.
