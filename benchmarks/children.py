@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
+from training.job import describe_exit
+
 PROGRESS = "benchmark: "  # what a child's line of progress on stderr begins with
-WARMING_STEPS = 2  # before those that are timed: a process takes memory in its first steps, and keeps it
 TURN = "benchmark waits for its turn\n"  # the line of a child that does
 
 
@@ -46,17 +47,19 @@ class Child:
             self._last.append(line)
             if line.startswith(PROGRESS):
                 self._say(f"{self.name}: {line.removeprefix(PROGRESS).rstrip()}")
-        if self._process.wait():
-            raise MeasurementFailed(f"benchmarks.training: {self.name} failed:\n{''.join(self._last)[-3000:]}")
+        if status := self._process.wait():
+            told = describe_exit(status)
+            raise MeasurementFailed(f"benchmarks.training: {self.name} failed: {told}\n{''.join(self._last)[-3000:]}")
         return False
 
     def take_step(self) -> bool:
         """Let it take its turn, and return whether it waits for another."""
         self._steps += 1
-        self._say(f"{self.name}: step {self._steps} of {self._spec['steps'] + WARMING_STEPS}")
+        self._say(f"{self.name}: step {self._steps} of {self._spec['warming_steps'] + self._spec['steps']}")
         assert self._process.stdin is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it was killed while it waited, which `waits` tells
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
         return self.waits()
 
     def result(self) -> dict[str, Any]:

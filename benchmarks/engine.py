@@ -12,7 +12,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.children import WARMING_STEPS, await_turn
+from benchmarks.children import await_turn
 from benchmarks.training import LONGEST_PAIR
 from training.checkpoint import Progress
 from training.config import (
@@ -178,7 +178,7 @@ def take_steps(lanes: list[Lane], spec: dict[str, Any]) -> list[float]:
     world, precision = lanes[0].trainer.world, lanes[0].trainer.settings.precision
     measure = gemm_rate if world.device.type == "cpu" else lambda: device_peak(world.device, precision) or np.nan
     warming = {lane.stance: lane for lane in lanes}  # the last, which is the largest, of those that run the same code
-    for _ in range(WARMING_STEPS):
+    for _ in range(spec["warming_steps"]):
         await_turn(spec)
         for lane in warming.values():
             work = lane.trainer.work
@@ -256,7 +256,7 @@ def measure_plain_sft(spec: dict[str, Any]) -> dict[str, Any]:
         return time.monotonic() - started
 
     all_steps = order_pairs(spec, tokenizer)
-    warming, steps = all_steps[:WARMING_STEPS], all_steps[WARMING_STEPS:]
+    warming, steps = all_steps[: spec["warming_steps"]], all_steps[spec["warming_steps"] :]
     for pairs in warming:
         await_turn(spec)
         take_step(pairs, spec["batch_pairs"])
@@ -326,7 +326,7 @@ def order_pairs(spec: dict[str, Any], tokenizer: Any) -> list[list[Pair]]:
     plan = plan_steps(len(pairs), batch_prompts=spec["batch_pairs"], epochs=1, seed=ORDER_SEED)
     steps = [[pairs[index] for index in step] for step in plan]
     longest = max(steps, key=lambda step: sum(len(sample.ids_T) for pair in step for sample in pair.samples))
-    return [*[longest] * WARMING_STEPS, *steps[1:]]
+    return [*[longest] * spec["warming_steps"], *steps[1:]]
 
 
 def make_examples(spec: dict[str, Any], pairs: list[Pair], model: Any) -> list[Example]:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from benchmarks.children import WARMING_STEPS, await_turn, say
+from benchmarks.children import await_turn, say
 from benchmarks.engine import Pair, open_model, order_pairs, read_clock
 from benchmarks.reward_runs import Curve, Meter, pick_rows
 from benchmarks.training import LONGEST_PAIR
@@ -45,7 +45,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         self._begun = read_clock(self._device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step > WARMING_STEPS:
+        if state.global_step > self._spec["warming_steps"]:
             self._seconds += read_clock(self._device) - self._begun
             self._counted += self._seen
 
@@ -219,7 +219,7 @@ def shared(spec: dict[str, Any]) -> dict[str, Any]:
     return common(spec) | {
         "per_device_train_batch_size": spec["microbatch"],
         "gradient_accumulation_steps": spec["batch_pairs"] // spec["microbatch"],
-        "max_steps": spec["steps"] + WARMING_STEPS,
+        "max_steps": spec["warming_steps"] + spec["steps"],
         "learning_rate": 1e-6,
         "max_length": 2 * LONGEST_PAIR,
         "train_sampling_strategy": "sequential",

@@ -37,7 +37,13 @@ from training.plan import ARCHITECTURES
 BATCH_PAIRS = 64
 TRL_MICROBATCH = 8  # its own default
 FIRST_MICROBATCH = 4  # of the sweep
-SHARED = {"batch_pairs": BATCH_PAIRS, "microbatch_tokens": 16_384, "precision": "bfloat16", "compile": True}
+SHARED = {
+    "batch_pairs": BATCH_PAIRS,
+    "warming_steps": 2,
+    "microbatch_tokens": 16_384,
+    "precision": "bfloat16",
+    "compile": True,
+}
 
 
 def main() -> None:

@@ -43,6 +43,13 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :new], values[:, :, :new]
         return self.keys, self.values
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, and their room."""
+        if self._room is not None:
+            held = self.get_seq_length()
+            keys, values = self._room = (self._room[0][indices], self._room[1][indices])
+            self.keys, self.values = keys[:, :, :held], values[:, :, :held]
+
 
 def keeps_every_token(config: Any) -> bool:
     """Return whether all layers of a model keep keys and values of every token: no windows, no recurrent states."""

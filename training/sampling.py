@@ -22,6 +22,7 @@ from transformers import (
 
 from training.cache import keeps_every_token, read_prompts_once
 from training.config import GenerateConfig
+from training.decoding import Written, decode, take_likeliest
 from training.render import apply_template, render_prompt, special_ids
 
 # B samples of a batch, T prompt tokens, S new tokens, V vocabulary
@@ -33,28 +34,25 @@ def draw_noise(row_id: str, sample: int, *, config: GenerateConfig) -> np.ndarra
     return generator.random(config.max_new_tokens)
 
 
-class InverseCdf(LogitsProcessor):
-    """Leaves one token per sample: the one at u in the cumulative distribution, after temperature, top-k and top-p."""
+class InverseCdf:
+    """Picks the token at a number's place in the cumulative distribution, after temperature, top-k and top-p."""
 
     def __init__(self, noise_BS: Tensor, *, config: GenerateConfig) -> None:
         self._noise_BS = noise_BS
-        self._step = 0
         self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(config.temperature))])
         if config.top_k:
             self._warpers.append(TopKLogitsWarper(config.top_k))
         if config.top_p < 1:
             self._warpers.append(TopPLogitsWarper(config.top_p))
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores_BV with 0 at the drawn token and -inf elsewhere, so that greedy search takes it."""
-        cdf_BV = self._warpers(input_ids, scores).double().softmax(-1).cumsum(-1)
+    def __call__(self, scores_BV: Tensor, rows: list[int], step: int) -> Tensor:
+        """Return token_B of some rows of the noise, by its column `step`."""
+        cdf_BV = self._warpers(None, scores_BV).double().softmax(-1).cumsum(-1)
         total_B1 = cdf_BV[:, -1:]
-        place_B1 = self._noise_BS[:, self._step, None] * total_B1
+        place_B1 = self._noise_BS[rows, step, None] * total_B1
         # u * total may round up to total, behind the last token that has any probability
         place_B1 = torch.minimum(place_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-        self._step += 1
-        token_B1 = torch.searchsorted(cdf_BV, place_B1, right=True)
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
+        return torch.searchsorted(cdf_BV, place_B1, right=True)[:, 0]
 
 
 class Heed(LogitsProcessor):
@@ -121,21 +119,23 @@ def generate_batch(
         settings,
     )  # generate() fills what is unset from the model's own
     noise = torch.from_numpy(noise_BS).to(model.device)
-    draw = [InverseCdf(noise, config=config)] if config.temperature > 0 else []
+    pick = InverseCdf(noise, config=config) if config.temperature > 0 else take_likeliest
     try:
         with torch.no_grad():  # weights gathered under inference mode could not be trained afterwards
             shares = keeps_every_token(model.config)
             held = {"past_key_values": read_prompts_once(model, ids_BT, mask_BT)} if shares else {}
-            out_BS = model.generate(
+            written: list[Written] = model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=settings,
-                logits_processor=LogitsProcessorList([Heed(check_stop), *draw]),
+                logits_processor=LogitsProcessorList([Heed(check_stop)]),
+                custom_generate=decode,
+                pick=pick,
                 **held,
-            )[:, T:].tolist()
+            )
     finally:
         model.generation_config = own
-    return [cut_at_stop(new, stop_ids) for new in out_BS]
+    return [cut_at_stop(row.ids, stop_ids) for row in written]
 
 
 def cut_at_stop(tokens: list[int], stop_ids: list[int]) -> list[int]:

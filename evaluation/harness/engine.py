@@ -14,7 +14,6 @@ Legend: B rows of a batch, T tokens, P tokens of a shared prefix, K last positio
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
-    LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -33,6 +31,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from evaluation.harness.calls import Answer, Call, Engine, Row, Score, Writing
 from training.cache import keeps_every_token, make_roomy_cache
 from training.config import Precision
+from training.decoding import Written, decode
 from training.memory import run_in_halves
 from training.model import DTYPES
 
@@ -41,14 +40,6 @@ MAX_GAP = {
     torch.float32: 1e-3,
     torch.bfloat16: 1e-1,
 }  # of probe logits, relative to the largest; a wrong position is far off
-
-
-@dataclass(frozen=True)
-class Written:
-    """The new ids of a generated row, its stop included, and whether it met one before the limit."""
-
-    ids: list[int]
-    stopped: bool
 
 
 class StopStrings(StoppingCriteria):
@@ -74,48 +65,6 @@ class StopStrings(StoppingCriteria):
             for ids, text in zip(newest, texts, strict=True)
         ]
         return torch.tensor(done, device=input_ids.device)
-
-
-def drop_finished_rows(
-    model: Any,
-    input_ids: Tensor,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
-    generation_config: Any,
-    **model_kwargs: Any,
-) -> list[Written]:
-    """Greedy search for `generate(custom_generate=...)`: a row that is done leaves the batch. Returns each row's new ids."""
-    prompt_tokens, limit = input_ids.shape[1], stopping_criteria.max_length
-    answers: list[Written | None] = [None] * len(input_ids)
-    own = [criterion for criterion in stopping_criteria if not hasattr(criterion, "max_length")]
-    left = list(range(len(input_ids)))  # of the rows that are still in the batch, their place in the answers
-    outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    while True:
-        model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-        scores_BV = logits_processor(input_ids, outputs.logits[:, -1].to(copy=True, dtype=torch.float32))
-        input_ids = torch.cat([input_ids, scores_BV.argmax(dim=-1, keepdim=True)], dim=-1)
-        stopped_B = torch.stack([criterion(input_ids, None) for criterion in own]).any(dim=0).tolist()
-        full = input_ids.shape[1] >= limit
-        for row, place in enumerate(left):
-            if answers[place] is None and (stopped_B[row] or full):
-                answers[place] = Written(input_ids[row, prompt_tokens:].tolist(), stopped_B[row])
-        if None not in answers:
-            return [answer for answer in answers if answer is not None]
-        keep = [row for row, place in enumerate(left) if answers[place] is None]
-        if len(keep) < len(left) and can_drop(model_kwargs["past_key_values"]):
-            left, keep_B = [left[row] for row in keep], torch.tensor(keep, device=input_ids.device)
-            input_ids = input_ids[keep_B]
-            model_kwargs["past_key_values"].batch_select_indices(keep_B)
-            for name in ("attention_mask", "position_ids"):
-                if model_kwargs.get(name) is not None:
-                    model_kwargs[name] = model_kwargs[name][keep_B]
-        step = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
-        outputs = model(**step, return_dict=True)
-
-
-def can_drop(cache: Cache) -> bool:
-    """Return whether rows can leave the cache; recurrent states, which do not offer it, keep theirs to the end."""
-    return all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
 
 
 class TransformersEngine(Engine):
@@ -211,7 +160,7 @@ class TransformersEngine(Engine):
             use_cache=True,
             pad_token_id=self.tokenizer.pad_token_id,
             stopping_criteria=StoppingCriteriaList([StopStrings(self.tokenizer, writing.stops, prompt_tokens=T)]),
-            custom_generate=drop_finished_rows,
+            custom_generate=decode,
             **({} if cache is None else {"past_key_values": cache}),
         )
         return [Answer(self.tokenizer.decode(each.ids, skip_special_tokens=True), each.stopped) for each in written]

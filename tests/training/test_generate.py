@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaForCausalLM, LogitsProcessorList
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from tests.architectures import CONFIGS, make_model
-from training import generate, reference
+from training import cache, generate, reference
 from training.config import Device, GenerateConfig, Precision, ResponseRegime
 from training.data.examples import load_examples, read_scores
 from training.data.manifest import read_rows_manifest
@@ -99,6 +99,38 @@ def test_a_prompt_of_several_samples_is_read_once(family: str) -> None:
     assert read[:2] == ([(8, 7), (8, 1)] if windows else [(2, 6), (8, 1)])
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_row_that_has_ended_leaves_its_batch(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no answer is another for it: not of those that stay, whose keys and values are copied, and not of those that left."""
+    monkeypatch.setattr(cache, "ROOM", 8)  # made anew on the way
+    model = make_model(family)
+    config = GenerateConfig(max_new_tokens=48, temperature=1.0, seed=5)
+    prompts = [[3, 5, 7, 11, 13, 17, 19], [2, 4, 8]]
+    items = [(n, sample) for n in (0, 1) for sample in range(8)]
+    noise_BS = np.stack([draw_noise(f"{n:032x}", sample, config=config) for n, sample in items])
+    stops = [0, 1]
+
+    def answer(members: slice, **options: Any) -> list[list[int]]:
+        ids = [prompts[n] for n, _ in items[members]]
+        return generate_batch(
+            model, ids, noise_BS=noise_BS[members], stop_ids=stops, config=config, check_stop=go_on, **options
+        )
+
+    alone = [answer(slice(place, place + 1))[0] for place in range(len(items))]
+    lengths = sorted(map(len, alone))
+    assert lengths[0] < lengths[8] < lengths[-1]
+    read: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, args, __: read.append(len(args[0])))
+    assert answer(slice(None)) == alone
+    decoding = read[-lengths[-1] :]  # a pass for every token of the longest
+    for step, rows in enumerate(decoding):
+        there = sum(length > step for length in lengths)
+        assert there <= rows <= there + max(1, rows // 8), "an eighth of a batch may wait for others to leave with"
+    read.clear()
+    assert answer(slice(None), to_the_end=True) == alone
+    assert read[-config.max_new_tokens + 1 :] == [16] * (config.max_new_tokens - 1), "ranks take the same passes"
+
+
 def test_greedy_is_the_argmax_of_the_plain_model(tiny_policy: Path) -> None:
     config = GenerateConfig(max_new_tokens=12, temperature=0)
     model, tokenizer = load_policy(tiny_policy, precision=Precision.float32, device=resolve_device(Device.cpu))
@@ -137,8 +169,7 @@ def draw(scores: list[float], uniforms: np.ndarray, **changes: Any) -> np.ndarra
     config = GenerateConfig(max_new_tokens=1, **changes)
     noise_BS = torch.from_numpy(uniforms)[:, None]
     scores_BV = torch.tensor([scores] * len(uniforms))
-    chosen = LogitsProcessorList([InverseCdf(noise_BS, config=config)])(torch.zeros(len(uniforms), 1).long(), scores_BV)
-    return chosen.argmax(-1).numpy()
+    return InverseCdf(noise_BS, config=config)(scores_BV, list(range(len(uniforms))), 0).numpy()
 
 
 def test_a_token_is_drawn_where_the_number_falls() -> None:
