@@ -168,7 +168,7 @@ class Lane:
             "tokens": done.tokens,
             "flops": done.flops,
             "attention_flops": done.flops - others,
-            "microbatches": max(len(work.cut(step, budget=self.trainer.budget)) for step in steps),
+            "microbatches": max((len(work.cut(step, budget=self.trainer.budget)) for step in steps), default=0),
         }
 
 

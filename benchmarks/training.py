@@ -61,6 +61,7 @@ SHARED: dict[str, Any] = {
 }
 LONGEST_PAIR = 512  # tokens of prompt and longest response
 TRIED: dict[str, Any] = {"tuned": True, "steps": 1, "warming_steps": 1}  # a micro-batch of a sweep
+AT_ONCE: dict[str, Any] = {"steps": 0, "warming_steps": 1}  # for the memory that a step takes
 FOUND = "found.json"  # in the folder of a measurement that is done
 
 
@@ -74,7 +75,8 @@ class Extent:
     lengths: Sequence[int] = (256, 512, 1024, 2048, 4096)  # tokens of a pair, the shortest first
 
 
-QUICK = Extent(steps=1, dpo_microbatches=(1, 2), sft_microbatches=(1, 2), lengths=(256, 1024, 4096))
+# Of the micro-batches those with which TRL's was fastest in whole runs.
+QUICK = Extent(steps=1, dpo_microbatches=(1,), sft_microbatches=(2,), lengths=(256, 1024, 2048))
 # By the processes of an earlier run: about what each group takes with --quick, on two idle cores.
 QUICK_SECONDS = {"gemm": 40, "dpo": 357, "sft": 114, "groups": 46, "lengths": 80}
 
@@ -242,11 +244,11 @@ def compare_with_dpo(bench: Bench) -> dict[str, Any]:
     # All three at once would take nearly all of 24 GiB.
     var, default = bench.measure_in_turn(("var", {}), ("dpo", by_default))
     beside, tuned = bench.measure_in_turn(("var", {}), ("dpo", at_best))
-    tuned_at_once = sweep.get(BATCH_PAIRS) or bench.measure("dpo", microbatch=BATCH_PAIRS, **TRIED)
+    tuned_at_once = bench.measure("dpo", microbatch=BATCH_PAIRS, tuned=True, **AT_ONCE)
     scored, beside_scored, tuned_scored = (
         seconds_per_pair(found) + found["scoring_seconds"] / found["scored_pairs"] for found in (var, beside, tuned)
     )
-    at_once = var if var["microbatches"] == 1 else bench.measure("var", one_microbatch=True)
+    at_once = bench.measure("var", one_microbatch=True, **AT_ONCE)
     recomputing = bench.measure("var", one_microbatch=True, activation_checkpointing=True)  # as TRL's does by default
     return {
         "var_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(var),
@@ -291,7 +293,10 @@ def compare_with_sft(bench: Bench) -> dict[str, Any]:
 
 
 def sweep_microbatches(bench: Bench, kind: str, sizes: Sequence[int]) -> tuple[int, dict[int, dict[str, Any]]]:
-    """Return the micro-batch with which a tuned peer is fastest, and what was measured with each, over one step behind one."""
+    """Return the micro-batch with which a tuned peer is fastest, and what was measured with each, over one step behind one. A single
+    size is not measured."""
+    if len(sizes) == 1:
+        return sizes[0], {}
     found = {size: bench.measure(kind, microbatch=size, **TRIED) for size in sizes}
     return min(found, key=lambda size: seconds_per_pair(found[size])), found
 

@@ -147,8 +147,6 @@ def attend(
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
         return attend_blocks(query, key, value, tree, window=window, softcap=softcap, scaling=scaling), None
-    groups = query.shape[1] // key.shape[1]
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     return attend_segments(query, key, value, tree, window=window, softcap=softcap, scaling=scaling), None
 
 
@@ -166,8 +164,7 @@ def attend_plain(
     elif mask.dtype == torch.bool:
         # A number and not -inf: padding on the left sees nothing, and of that softmax would make NaN.
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    groups, scaling = query.shape[1] // key.shape[1], options.get("scaling") or query.shape[-1] ** -0.5
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return attend_dense(query, key, value, mask, softcap=softcap, scaling=scaling).transpose(1, 2)
 
 
@@ -192,10 +189,14 @@ def attend_segments(
 def attend_dense(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, softcap: float | None, scaling: float
 ) -> Tensor:
-    """Attend under an additive mask, causally without one; capped scores have no fused kernel."""
+    """Attend under an additive mask, causally without one; capped scores have no fused kernel, which reads a key for all its heads."""
+    groups = query.shape[1] // key.shape[1]
     if softcap is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
+        )
     assert mask is not None
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap)) + mask
     return scores.softmax(dim=-1) @ value
 
