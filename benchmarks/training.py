@@ -77,8 +77,8 @@ class Extent:
 
 # Of the micro-batches those with which TRL's was fastest in whole runs.
 QUICK = Extent(steps=1, dpo_microbatches=(1,), sft_microbatches=(2,), lengths=(256, 1024, 2048))
-# By the processes of an earlier run: about what each group takes with --quick, on two idle cores.
-QUICK_SECONDS = {"gemm": 40, "dpo": 357, "sft": 114, "groups": 46, "lengths": 80}
+# About what each group takes with --quick, on two idle cores whose matrix products do 220 GFLOP/s.
+QUICK_SECONDS = {"gemm": 60, "dpo": 427, "sft": 218, "groups": 80, "lengths": 63}
 
 
 def main() -> None:
