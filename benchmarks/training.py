@@ -274,9 +274,8 @@ def compare_with_sft(bench: Bench) -> dict[str, Any]:
     by_default, at_best = {"microbatch": BATCH_PAIRS, "tuned": False}, {"microbatch": best, "tuned": True}
     loop = {"microbatches": bench.extent.sft_microbatches}
     var, default, tuned = bench.measure_in_turn(("var", {}), ("sft", by_default), ("sft", at_best))
-    beside, plain_loop = bench.measure_in_turn(
-        ("var", {}), ("plain", loop)
-    )  # all four at once would not fit into 24 GiB
+    # With the plain loop, all four would not fit into 24 GiB.
+    beside, plain_loop = bench.measure_in_turn(("var", {}), ("plain", loop))
     plain = plain_loop["seconds_per_pair"]
     best_plain = min(plain, key=lambda size: plain[size])
     return {
