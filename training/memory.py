@@ -156,17 +156,18 @@ def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) 
 
     With hidden size H, heads x head size A and MLP size I, in numbers a token: 6 H for two norms (input,
     normalised, scaled), 5 A for attention (query, key, value, output, output in the order of tokens; keys and values repeated for
-    grouped queries), 4 I for a gated MLP. In trees each response has its own copy of the keys and values it sees: 2 A for each
-    key. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
+    grouped queries), 4 I for a gated MLP. In trees keys and values are not repeated, so theirs are B, of fewer heads, and each response
+    has its own copy of those it sees: 3 A + 2 B, and 2 B for each key. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
     """
     hidden = config.hidden_size
     heads = getattr(config, "num_attention_heads", 0)  # none where there is no attention (Mamba)
-    attention = heads * (getattr(config, "head_dim", None) or hidden // max(heads, 1))
+    size = getattr(config, "head_dim", None) or hidden // max(heads, 1)
+    attention, keys = heads * size, (getattr(config, "num_key_value_heads", None) or heads) * size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     norms = 6 * hidden * FLOAT32 if precision == Precision.float32 else 2 * hidden * (2 * FLOAT32 + 2)
     width = FLOAT32 if precision == Precision.float32 else 2
-    per_token = norms + width * (5 * attention + 4 * inner)
-    kept: int = per_token * micro.tokens + width * 2 * attention * micro.keys
+    per_token = norms + width * (3 * attention + 2 * (keys if micro.keys else attention) + 4 * inner)
+    kept: int = per_token * micro.tokens + width * 2 * keys * micro.keys
     return kept
 
 
