@@ -46,7 +46,7 @@ from training.sampling import find_stop_ids
 
 # S seeds, P prompts, K responses of a prompt
 
-HELDOUT_SHARE, JUDGE_SHARE = 0.15, 0.4  # of the prompts; the rest is `own`
+HELDOUT_SHARE, JUDGE_SHARE = 0.3, 0.35  # of the prompts; the rest is `own`
 REWARD_TOKENS = 128
 FIRST_LOOK_SECONDS = 20.0
 LOOK_RATIO = 1.25
@@ -59,7 +59,7 @@ RUNTIME = Runtime(device=Device.cpu, microbatch_tokens=SHARED["microbatch_tokens
 
 
 def measure_rows(spec: dict[str, Any]) -> dict[str, Any]:
-    """Cut the source by prompt; return the folders `own`, `judge`, `pairs` (some of own's, short) and `heldout` (short ones)."""
+    """Cut the source by prompt; return the folders `own`, `judge`, `pairs` (some of own's, short) and `heldout` (short prompts)."""
     folder = Path(spec["folder"])
     config = IngestConfig(responses=ResponseRegime.support, heldout_fraction=HELDOUT_SHARE, limit=spec["source_rows"], max_invalid_fraction=0.5)  # fmt: skip
     ingest.run(make_job("ingest", config, folder / "all", source=Path(spec["data"]) / "helpful-base"))
@@ -68,13 +68,14 @@ def measure_rows(spec: dict[str, Any]) -> dict[str, Any]:
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
     for row in trained:  # a larger share only moves prompts out of `train`
         parts[choose_split(row["prompt"], heldout_fraction=HELDOUT_SHARE + JUDGE_SHARE)].append(row)
-    renderer = Renderer(load_tokenizer(Path(spec["model"])), max_tokens=spec["longest_pair"])
+    tokenizer = load_tokenizer(Path(spec["model"]))
+    renderer = Renderer(tokenizer, max_tokens=spec["longest_pair"])
     short = [row for row in parts["train"] if fits(renderer, row)][: spec["pairs"]]
     written = {
         "own": parts["train"] + kept,
         "judge": parts["heldout"] + kept,
         "pairs": short,
-        "heldout": [row for row in kept if fits(renderer, row)],
+        "heldout": [row for row in kept if len(render_prompt(tokenizer, row["prompt"])) <= spec["longest_prompt"]],
     }
     for name, chosen in written.items():
         write_rows(folder / name, chosen)

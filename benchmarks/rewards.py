@@ -42,6 +42,7 @@ class Sizes:
     source_rows: int | None = None  # of the source; None: all
     reward_epochs: int = 2
     longest_pair: int = 192  # tokens of prompt and longest response, of the rows that policies read
+    longest_prompt: int = 144  # tokens, of those held out
     heldout_prompts: int = 96  # of the first comparison; the second has tuning_prompts and then final_prompts
     new_tokens: int = 32
     prompts: int = 16  # sampled from
@@ -50,19 +51,19 @@ class Sizes:
     target_gain: float = 0.5  # standard deviations of the reward within a prompt: several standard errors of a look
     var_epochs: int = 4  # at most, over the same samples
     pairs: int = 256  # DPO's
-    gain_prompts: int = 64  # VAR's, of these
+    gain_prompts: int = 96  # VAR's, of these
     gain_responses: int = 4  # of each
-    gain_seconds: float = 150.0
-    tuning_prompts: int = 32
-    final_prompts: int = 96
+    gain_seconds: float = 270.0
+    tuning_prompts: int = 96
+    final_prompts: int = 272
     answer_tokens: int = 48
     seeds: int = 3
     rates: Sequence[float] = (1e-4, 3e-5, 3e-4)  # of both
     var_lambda: float = 0.5  # standard deviations of the reward within a prompt
     # Learning rate, and beta or lambda: the same rates for both.
-    dpo_trials: Sequence[Sequence[float]] = tuple((rate, beta) for rate in (2e-5, 1e-4, 3e-4) for beta in (0.1, 0.3))
+    dpo_trials: Sequence[Sequence[float]] = tuple((rate, beta) for rate in (5e-5, 1e-4, 2e-4) for beta in (0.05, 0.1))
     var_trials: Sequence[Sequence[float]] = tuple(
-        (rate, lambda_) for rate in (2e-5, 1e-4, 3e-4) for lambda_ in (0.5, 1.0)
+        (rate, lambda_) for rate in (5e-5, 1e-4, 2e-4) for lambda_ in (0.25, 0.5)
     )
 
 
@@ -179,7 +180,7 @@ def measure_rows(bench: "Bench") -> dict[str, Any]:
     """Return the folders of the three parts."""
     sizes = bench.sizes
     wanted = max(sizes.pairs, sizes.prompts)
-    return bench.measure("rows", source_rows=sizes.source_rows, longest_pair=sizes.longest_pair, pairs=wanted)
+    return bench.measure("rows", source_rows=sizes.source_rows, longest_pair=sizes.longest_pair, longest_prompt=sizes.longest_prompt, pairs=wanted)  # fmt: skip
 
 
 def compare_gains(var_SP: np.ndarray, dpo_SP: np.ndarray) -> dict[str, Any]:
