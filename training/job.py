@@ -12,6 +12,7 @@ Exit status: 0 done, 2 the user's mistake (error.json says which), 74 the disk t
 resumable, anything else a fault.
 """
 
+import errno
 import json
 import os
 import signal
@@ -19,13 +20,15 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 EXIT_USER_ERROR = 2
-EXIT_CANNOT_WRITE = 74  # EX_IOERR: not even error.json could be written
+EXIT_CANNOT_WRITE = 74  # EX_IOERR: not even error.json could be written, for want of room
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, the work goes on from its checkpoint
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HARDWARE_FILE = "hardware.json"
 CPU = {"device": "cpu", "devices": 1}
 TEARDOWN_SECONDS = 60.0  # from the parent's death to the end of the whole process group, checkpoint included
@@ -182,10 +185,12 @@ def run_job(jobs: Mapping[str, Callable[[Job], None]], job: Job) -> int:
         sys.stderr.write(f"{job.name}: stopped on request; a rerun goes on from here\n")
         return EXIT_INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the last frame of the process: the parent is told, then it ends
+        with suppress(OSError):  # a full disk takes no last words
+            traceback.print_exc()
         try:
             write_error(job.work / "error.json", error)
-            traceback.print_exc()
-        except OSError:  # a full disk takes no last words
-            return EXIT_CANNOT_WRITE
+        except OSError as refusal:
+            if refusal.errno in NO_ROOM:
+                return EXIT_CANNOT_WRITE
         return EXIT_USER_ERROR if isinstance(error, (ValueError, FileNotFoundError)) else 1
     return 0

@@ -18,10 +18,11 @@ from training.model import find_layers
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
-# What ends a container before the machine's own memory does: (limit, use), of control groups 2 and 1.
+# What ends a container before the machine's own memory does: folder, limit, use, and the line of memory.stat that counts files which the kernel
+# keeps in it and lets go first; of control groups 2 and 1.
 CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
 
 
@@ -182,9 +183,10 @@ def measure_free(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     free = [1024 * read_kib("/proc/meminfo", "MemAvailable")] if Path("/proc/meminfo").exists() else []
-    for limit, use in CGROUPS:
-        if Path(limit).exists() and (bound := Path(limit).read_text().strip()) != "max":
-            free.append(int(bound) - int(Path(use).read_text()))
+    for folder, limit, use, cached in CGROUPS:
+        if (folder / limit).exists() and (bound := (folder / limit).read_text().strip()) != "max":
+            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            free.append(int(bound) - int((folder / use).read_text()) + int(counts[cached]))
     if not free:  # no Linux
         return int(psutil.virtual_memory().available)
     return min(free)

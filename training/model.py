@@ -3,11 +3,11 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,44 @@ def resolve_device(device: Device) -> torch.device:
 def load_policy(folder: Path, *, precision: Precision, device: torch.device) -> tuple[Any, Any]:
     """Return (model, tokenizer) of a causal language model in a local folder, in evaluation mode (dropout 0).
 
-    Weights are safetensors and no code of the folder runs. ValueError for a folder without weights, without tokenizer, for
-    a tokenizer without chat template, and for one whose vocabulary is larger than the model's embedding.
+    Weights are safetensors and no code of the folder runs. ValueError for a folder without weights or some of them, without tokenizer,
+    for a tokenizer without chat template, and for one whose vocabulary is larger than the model's embedding.
     """
     tokenizer = load_tokenizer(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision]
-    )
+    model = load_causal_model(folder, dtype=DTYPES[precision])
     return prepare_model(model, tokenizer, folder).to(device).eval(), tokenizer
+
+
+def load_causal_model(folder: Path, **options: Any) -> Any:
+    """Return what AutoModelForCausalLM makes of a local folder's safetensors.
+
+    ValueError where it would draw some of them, or not tie what the configuration says is tied.
+    """
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
+    )
+    require_weights(loaded["missing_keys"], folder)
+    head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        refuse_two(folder)
+    return model
+
+
+def refuse_two(folder: Path) -> NoReturn:
+    """Raise ValueError about an embedding and an output head that are to be one and are not: some programs take the one, some both."""
+    raise ValueError(
+        f"model {folder}: tie_word_embeddings is true, and its files have an embedding and an output head that differ; expected one for both; "
+        "set it to false in config.json, if the model was trained so"
+    )
+
+
+def require_weights(missing: Collection[str], folder: Path) -> None:
+    """Raise ValueError where a model's files lack tensors of it, which transformers draws at random and only logs."""
+    if missing:
+        raise ValueError(
+            f"model {folder}: its files have no weights for {len(missing)} tensors (first: {min(missing)}), expected all of them: what is "
+            "not there would be random; save the whole model with save_pretrained, its output head too"
+        )
 
 
 def load_tokenizer(folder: Path) -> Any:

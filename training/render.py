@@ -9,6 +9,7 @@ write what its tokenizer would not (special tokens, half a character, "a" + "b" 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from jinja2 import TemplateError
 
 # T tokens of prompt and response, K responses of a row
 
-# What Llama 3's template writes where it knows no date; else it writes today's, and stored numbers would be of other prompts tomorrow.
-TODAY = "26 Jul 2024"
+# The day that templates are told: today's would make stored numbers those of other prompts tomorrow. Llama 3's writes this one where it knows none.
+TODAY = datetime(2024, 7, 26)
+DATE_PARTS = ("d", "-d", "B", "b", "m", "-m", "Y", "y", "A", "a", "H", "I", "M", "S", "p")  # of strftime
 
 
 class UnusableRow(ValueError):  # noqa: N818 - a row to drop and count, not a fault
@@ -53,10 +55,11 @@ def apply_template(tokenizer: Any, conversations: list[Any], *, add_generation_p
     try:
         return tokenizer.apply_chat_template(
             conversations,
+            chat_template=stop_clock(tokenizer.get_chat_template()),
             add_generation_prompt=add_generation_prompt,
             tokenize=True,
             return_dict=False,
-            date_string=TODAY,
+            date_string=TODAY.strftime("%d %b %Y"),
         )
     except TemplateError as refusal:
         raise UnusableRow(
@@ -64,6 +67,14 @@ def apply_template(tokenizer: Any, conversations: list[Any], *, add_generation_p
             f"the chat template refuses the conversation ({refusal}); expected one that it takes; leave out what it names, or take "
             "another template",
         ) from refusal
+
+
+def stop_clock(template: str) -> str:
+    """Return a chat template for which it is TODAY: its `strftime_now`, where it asks for one, is a macro of that name before it."""
+    if "strftime_now" not in template:
+        return template
+    written = "".join(f"|replace('%{name}', '{TODAY.strftime(f'%{name}')}')" for name in DATE_PARTS)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{written} }}}}{{% endmacro %}}\n{template}"  # the line's end is trimmed
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:

@@ -34,6 +34,7 @@ from training.model import (
     check_model_folder,
     check_vocabulary,
     checkpoint_activations,
+    require_weights,
     save_policy,
     start_torch,
 )
@@ -130,15 +131,24 @@ def read_dropout(folder: Path) -> float:
 def load_base(folder: Path, config: RewardModelConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:
     """Return (model with one label, tokenizer) in float32, whole on one rank, sharded over several.
 
-    A head that the base lacks is drawn from the seed.
+    A head that the base lacks is drawn from the seed; ValueError where it lacks anything else.
     """
     check_model_folder(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     torch.manual_seed(config.seed)
     if world.size == 1:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=1, local_files_only=True, use_safetensors=True, dtype=torch.float32
-        ).to(world.device)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=1,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        require_weights(
+            [name for name in loaded["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")], folder
+        )
+        model.to(world.device)
     else:
         described = AutoConfig.from_pretrained(folder, num_labels=1, local_files_only=True)
         with init_empty_weights(include_buffers=False):

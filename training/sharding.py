@@ -3,13 +3,14 @@
 No rank ever holds the whole model: it is made without memory, sharded, and each rank reads its part from the files.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,7 +21,9 @@ from training.config import LoraConfig, Precision, Runtime
 from training.distributed import World
 from training.logprobs import Policy
 from training.lora import add_adapter, draw_matrices
-from training.model import find_layers, load_tokenizer, prepare_layers, prepare_model
+from training.model import find_layers, load_tokenizer, prepare_layers, prepare_model, refuse_two
+
+COMPARED_ROWS = 4096  # of a matrix, at a time
 
 
 def load_sharded_policy(
@@ -114,7 +117,7 @@ def allocate(policy: Policy, device: torch.device) -> None:
 def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, Tensor]) -> None:
     """Read this rank's part of a model's tensors from safetensors files, or take it of what is drawn for those they lack.
 
-    ValueError for tensors that are in neither.
+    ValueError for tensors that are in neither, and for one that is stored twice and differs.
     """
     reader = dcp.HuggingFaceStorageReader(str(folder))
     stored = reader.read_metadata().state_dict_metadata.keys()
@@ -123,7 +126,10 @@ def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, 
         plain = name.replace(".base_layer.", ".")
         # A tied tensor is stored under one of its names; a base model's files leave out the prefix of the base.
         names.setdefault(tensor, []).extend([plain, plain.removeprefix(f"{model.base_model_prefix}.")])
-    found = {tensor: next((name for name in known if name in stored), None) for tensor, known in names.items()}
+    copies = {tensor: [name for name in dict.fromkeys(known) if name in stored] for tensor, known in names.items()}
+    if not all(are_same(folder, several) for several in copies.values() if len(several) > 1):
+        refuse_two(folder)
+    found = {tensor: next(iter(several), None) for tensor, several in copies.items()}
     lacking = {names[tensor][0] for tensor, name in found.items() if name is None}
     missing = sorted(lacking - drawn.keys())
     if missing:
@@ -139,6 +145,20 @@ def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, 
             process_group=world.files,
         )
     fill(model, {name: drawn[name] for name in lacking})
+
+
+def are_same(folder: Path, names: Sequence[str]) -> bool:
+    """Return whether tensors of safetensors files are equal, read a part at a time."""
+    files: dict[str, Any] = {}
+    for path in folder.glob("*.safetensors"):
+        file = safe_open(path, "pt")
+        files |= dict.fromkeys(file.keys(), file)
+    first, *others = (files[name].get_slice(name) for name in names)
+    parts = [slice(begin, begin + COMPARED_ROWS) for begin in range(0, first.get_shape()[0], COMPARED_ROWS)]
+    return all(
+        other.get_shape() == first.get_shape() and all(torch.equal(first[part], other[part]) for part in parts)
+        for other in others
+    )
 
 
 def gather_weights(model: nn.Module, world: World, *, trained_only: bool = False) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from training.flops import Flops, count_flops
 from training.job import Job
 from training.logprobs import Policy, as_policy, sum_logps, trained_logps
 from training.loop import Progress, Settings, run_steps
-from training.lora import add_adapter, check_gathered, merge_adapter, with_adapter, write_adapter
+from training.lora import add_adapter, check_gathered, merge_adapter, take_out_adapter, with_adapter, write_adapter
 from training.model import (
     ModelDigests,
     check_context,
@@ -188,9 +188,9 @@ def split_adapter(
 ) -> tuple[Any, dict[str, float]]:
     """Return the base with the trained adapter merged into it, and how far both are from what was trained on some prompts.
 
-    Every rank calls it; the first one writes the adapter, and alone gets a model: the base is frozen, so none is gathered. A model
-    that was sharded may be too large for a device: on several ranks it is put together again in the first one's memory, and held
-    to the policy as its ranks have it.
+    Every rank calls it; the first one writes the adapter, and alone gets a model: the base is frozen, so none is gathered. On one rank
+    the base is the policy's own, in which the adapter is merged: there may be no room for another. A model that was sharded may be too
+    large for a device: it is put together again in the first rank's memory, and held to the policy as its ranks have it.
     """
     samples = [example.samples[0] for example in examples]
 
@@ -199,24 +199,23 @@ def split_adapter(
         policy = as_policy(model)
         return torch.cat([policy(trained_logps, collate([sample], device=device)) for sample in samples]).cpu()
 
-    def load_base() -> Any:
-        return load_policy(job.inputs["base"], precision=Precision.float32, device=device)[0]
-
     with as_layers(world, precision=config.precision):
         expected = measure(policy, world.device)
     reshard(policy)
     trained = gather_weights(policy.model, world, trained_only=True)
     if not world.is_first:
         return None, {}
-    device = world.device if world.size == 1 else torch.device("cpu")
     write_adapter(job.output / "adapter", config.lora, trained)
-    gaps: dict[str, float] = {}
+    whole, device, gaps = policy.model, world.device, {}
     if world.size > 1:
-        gathered = measure(with_adapter(load_base(), config.lora, trained), device)
+        device = torch.device("cpu")
+        base, _ = load_policy(job.inputs["base"], precision=Precision.float32, device=device)
+        whole = with_adapter(base, config.lora, trained)
+        gathered = measure(whole, device)
         gaps["gathered_gap"] = check_gathered(gathered, expected=expected, precision=config.precision)
         expected = gathered
     merged, others = merge_adapter(
-        load_base(), job.output / "adapter", measure=partial(measure, device=device), expected=expected
+        take_out_adapter(whole), job.output / "adapter", measure=partial(measure, device=device), expected=expected
     )
     return merged, gaps | others
 

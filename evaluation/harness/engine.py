@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -33,7 +32,7 @@ from training.cache import keeps_every_token, make_roomy_cache
 from training.config import Precision
 from training.decoding import Written, decode
 from training.memory import run_in_halves
-from training.model import DTYPES
+from training.model import DTYPES, load_causal_model
 
 LOOK_BACK = 2  # tokens beyond a stop string's own in which it is looked for, as stock does
 MAX_GAP = {
@@ -167,10 +166,8 @@ class TransformersEngine(Engine):
 
 
 def load_model(folder: Path, *, precision: Precision, device: torch.device) -> Any:
-    """Return the model of a folder on a device: safetensors, local files, in evaluation mode."""
-    return AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], device_map={"": device}
-    ).eval()
+    """Return the model of a folder on a device, in evaluation mode; ValueError for weights that are not there."""
+    return load_causal_model(folder, dtype=DTYPES[precision], device_map={"": device}).eval()
 
 
 def score_ending(logp_KV: Tensor, ending: Sequence[int]) -> Score:

@@ -211,3 +211,14 @@ def test_a_checkpoint_that_was_cut_short(inputs: dict[str, Path], end: Any) -> N
     shutil.rmtree(checkpoint)
     assert end("whole", "train", SFT, inputs, **runtime)[0] == 0
     assert (output / "model.safetensors").read_bytes() == expected
+
+
+def test_a_cause_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(job: Job) -> None:
+        shutil.rmtree(job.work)
+        raise ValueError("got 3, expected 4")
+
+    job = Job("fail", {}, {}, {}, output=tmp_path / "output", work=tmp_path / "work")
+    job.work.mkdir()
+    assert run_job({"fail": fail}, job) == EXIT_USER_ERROR  # and not that of a full disk
+    assert "ValueError: got 3, expected 4" in capsys.readouterr().err

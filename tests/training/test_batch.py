@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.data.batch import collate, digest_plan, pack_by_tokens, plan_steps
+from training.data.batch import collate, cut_rows, digest_plan, pack_by_tokens, plan_steps
 from training.render import Rendered
 
 
@@ -23,6 +23,20 @@ def test_pack_by_tokens_keeps_every_index_within_the_budget() -> None:
     batches = pack_by_tokens(lengths, budget=512)
     assert sorted(chain(*batches)) == list(range(500))
     assert all(max(lengths[i] for i in batch) * len(batch) <= 512 for batch in batches)
+
+
+def test_whole_groups_of_unlike_sizes_keep_their_padded_batch_within_the_budget() -> None:
+    lengths, group_R = [160] * 2 + [20] * 16, np.array([0] * 2 + [1] * 16)
+    apart = [[0, 1], list(range(2, 18))]  # together 18 x 160 tokens
+    assert cut_rows(lengths, group_R, budget=640, whole_groups=True) == apart
+    assert cut_rows(lengths, group_R, budget=18 * 160, whole_groups=True) == [list(range(18))]
+    draw = np.random.default_rng(0)
+    group_R = np.repeat(np.arange(60), draw.integers(1, 9, size=60))
+    lengths = draw.integers(1, 60, size=len(group_R)).tolist()
+    batches = cut_rows(lengths, group_R, budget=512, whole_groups=True)
+    assert sorted(chain(*batches)) == list(range(len(lengths)))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 512 for batch in batches)
+    assert sum(len(set(group_R[batch])) for batch in batches) == 60  # none is in two
 
 
 @pytest.mark.parametrize(("num_rows", "sizes"), [(12, [4, 4, 4]), (10, [4, 4, 2]), (9, [4, 5]), (3, [3]), (1, [1])])

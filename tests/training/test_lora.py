@@ -168,19 +168,20 @@ def base(request: pytest.FixtureRequest, tmp_path: Path, tiny_policy: Path) -> P
 
 
 def train_and_measure(world: World, job: dict[str, Any], runtime: Runtime) -> tuple[list[Rendered], Tensor]:
-    """Train, and return what the export was held to the policy on, and the log-probabilities of the policy that is in memory."""
+    """Train, and return what the export was held to the policy on, and the log-probabilities of the policy that was in memory."""
     split, kept = train.split_adapter, {}
 
     def keep(job: Job, config: Any, policy: Any, examples: Any, world: World) -> Any:
-        kept.update(policy=policy, samples=[example.samples[0] for example in examples])
+        samples = [example.samples[0] for example in examples]
+        with torch.no_grad():
+            sums = [sum_logps(policy, collate([sample], device=world.device)) for sample in samples]
+        kept.update(samples=samples, logp_B=torch.cat(sums))
         return split(job, config, policy, examples, world)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "split_adapter", keep)
         run_on(world, job, runtime)
-    with torch.no_grad():
-        sums = [sum_logps(kept["policy"], collate([sample], device=world.device)) for sample in kept["samples"]]
-    return kept["samples"], torch.cat(sums)
+    return kept["samples"], kept["logp_B"]
 
 
 def test_adapter_and_merged_weights_from_disk_are_the_policy_in_memory_on_32_prompts(

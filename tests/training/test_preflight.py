@@ -301,11 +301,11 @@ def test_an_architecture_that_cannot_be_trained_as_asked_fails_beside_all_else_t
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> None:
-    """Lay the files of a container's limit where the kernel would have them."""
-    limit, use = folder / "memory.max", folder / "memory.current"
-    limit.write_text(f"{free + 5_000_000}\n")
-    use.write_text("5000000\n")
-    monkeypatch.setattr(memory, "CGROUPS", ((str(limit), str(use)),))
+    """Lay the files of a container's limit where the kernel would have them. Files that were read are part of what is used."""
+    (folder / "memory.max").write_text(f"{free + 5_000_000}\n")
+    (folder / "memory.current").write_text(f"{free + 4_900_000}\n")
+    (folder / "memory.stat").write_text(f"anon 5000000\nfile {free - 100_000}\ninactive_file {free - 100_000}\n")
+    monkeypatch.setattr(memory, "CGROUPS", ((folder, "memory.max", "memory.current", "inactive_file"),))
 
 
 def test_what_does_not_fit_is_refused_before_the_kernel_ends_it(

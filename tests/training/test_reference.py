@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from training import reference
@@ -255,6 +256,12 @@ def test_broken_model_folders_are_refused(tiny_policy: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(ValueError, match=message):
             load(copy(f"no-{without.replace('*', 'x')}", without=without))
+    headless = copy("headless", without="nothing")
+    state = load_file(headless / "model.safetensors")
+    state["head.weight"] = state.pop("lm_head.weight")
+    save_file(state, headless / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for 1 tensors \(first: lm_head.weight\), expected all of them"):
+        load(headless)
     grown = copy("grown", without="tokenizer*")
     tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
     tokenizer.add_tokens(["one more"])

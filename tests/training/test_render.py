@@ -26,13 +26,20 @@ def test_trained_tokens_are_the_response_and_its_stop_token(tokenizer: Any) -> N
     assert first.ids_T.tolist().count(tokenizer.bos_token_id) == 1
 
 
-def test_a_template_that_writes_the_date_writes_the_same_every_day(tokenizer: Any) -> None:
-    """As Llama 3's does, whose lines these are in short. Stored log-probabilities are of these prompts, and training may be tomorrow."""
-    today = "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} "
+@pytest.mark.parametrize(
+    ("today", "written"),
+    [
+        ("{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{{ date_string }} ", "26 Jul 2024 "),
+        ("{% set today = strftime_now('%d %B %Y') %}{{ today }} ", "26 July 2024 "),
+    ],
+    ids=["Llama 3", "SmolLM3"],
+)  # fmt: skip
+def test_a_template_that_writes_the_date_writes_the_same_every_day(tokenizer: Any, today: str, written: str) -> None:
+    """As these models' do, whose lines these are in short. Stored log-probabilities are of these prompts, and training may be tomorrow."""
     tokenizer.chat_template = today + tokenizer.chat_template
-    assert tokenizer.decode(render_prompt(tokenizer, PROMPT)).startswith("26 Jul 2024 ")
+    assert tokenizer.decode(render_prompt(tokenizer, PROMPT)).startswith(written)
     row = Renderer(tokenizer, max_tokens=200).row(PROMPT, ["Mix flour."])[0]
-    assert tokenizer.decode(row.ids_T).startswith("26 Jul 2024 ")
+    assert tokenizer.decode(row.ids_T).startswith(written)
 
 
 def test_stop_token_is_trained_where_padding_is_the_same_token(tokenizer: Any) -> None:

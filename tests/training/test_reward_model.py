@@ -1,6 +1,7 @@
 """The job reward_model: it learns a rule, its figures are right, and it stops below its floor."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from tests.ranks import Ranks
@@ -16,6 +17,7 @@ from training import reward_model
 from training.config import RewardModelConfig, RewardRender, Runtime
 from training.distributed import ALONE, World
 from training.job import Interrupted, Job
+from training.reward import scorer
 from training.reward.scorer import load_scorer
 from training.reward_model import binomial_interval, measure_accuracy, share_of_wins
 
@@ -75,6 +77,49 @@ def test_a_single_label_head_is_made_from_the_seed(rows: Path, tiny_reward_model
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )
+
+
+def test_a_base_that_lacks_more_than_a_head_is_refused(rows: Path, tiny_reward_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_reward_model, folder)
+    state = load_file(folder / "model.safetensors")
+    headless = {name: tensor for name, tensor in state.items() if name.startswith("bert.")}
+    assert 0 < len(headless) < len(state)
+    save_file(headless, folder / "model.safetensors", metadata={"format": "pt"})
+    config = RewardModelConfig.model_validate(CONFIG)
+    reward_model.load_base(folder, config, Runtime(), ALONE)
+    headless.pop("bert.embeddings.word_embeddings.weight")
+    save_file(headless, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no weights for 1 tensors \(first: bert.embeddings.word_embeddings.weight\)"):
+        reward_model.load_base(folder, config, Runtime(), ALONE)
+
+
+def score_without_room(world: World, folder: Path) -> list[float]:
+    """Score two responses where there is room for one."""
+    policy, tokenizer = reward_model.load_base(folder, RewardModelConfig.model_validate(CONFIG), Runtime(), world)
+    renderer = reward_model.RewardRenderer(tokenizer, render=RewardRender.text_pair, max_tokens=64)
+    compute = scorer.compute_rewards
+
+    def refuse_two(model: Any, batch: Any) -> torch.Tensor:
+        if len(batch) > 1:
+            raise torch.OutOfMemoryError("no room")
+        return compute(model, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scorer, "compute_rewards", refuse_two)
+        inputs = renderer([[{"role": "user", "content": "a"}]] * 2, ["b", "c and d"])
+        if world.size == 1:
+            return list(scorer.score_batch(policy, inputs).tolist())
+        with pytest.raises(torch.OutOfMemoryError):  # a rank with room would gather layers less often than this one
+            scorer.score_batch(policy, inputs)
+    return []
+
+
+def test_a_batch_without_room_is_halved_unless_other_ranks_gather_with_it(
+    tiny_reward_model: Path, ranks: Ranks
+) -> None:
+    assert len(score_without_room(ALONE, tiny_reward_model)) == 2
+    ranks.run(score_without_room, size=2, folder=tiny_reward_model)
 
 
 def test_stopped_run_ends_with_the_same_model(

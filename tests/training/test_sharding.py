@@ -104,6 +104,30 @@ def test_a_tensor_that_is_not_there_is_named(tiny_policy: Path, tmp_path: Path, 
         assert message.endswith("or set runtime.ranks to 1")
 
 
+def test_an_embedding_and_a_head_that_are_to_be_one_and_differ_are_refused_on_any_number_of_ranks(
+    tied_policy: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tied_policy)
+    state = {
+        name: tensor.clone() for name, tensor in model.state_dict().items()
+    }  # both names, as some programs write them
+    folder = tmp_path / "both"
+    shutil.copytree(tied_policy, folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    load_policy(folder, precision=Precision.float32, device=torch.device("cpu"))
+    assert len(ranks.run(read_policy, size=2, folder=folder)[0][0]) == len(state)
+
+    state["lm_head.weight"][-1, -1] += 1
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match="an embedding and an output head that differ; expected one for both"
+    ) as caught:
+        load_policy(folder, precision=Precision.float32, device=torch.device("cpu"))
+    assert ranks.run(refuse_policy, size=2, folder=folder) == [str(caught.value)] * 2
+
+
 @pytest.fixture
 def make_train_job(tmp_path: Path, train_inputs: dict[str, str]) -> Callable[..., Job]:
     inputs = {name: Path(path) for name, path in train_inputs.items()}

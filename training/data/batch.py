@@ -48,21 +48,25 @@ def digest_plan(parts: Iterable[str | bytes]) -> str:
     return digest.hexdigest()
 
 
-def pack_by_tokens(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
+def pack_by_tokens(lengths: Sequence[int], *, budget: int, counts: Sequence[int] | None = None) -> list[list[int]]:
     """Return batches of indices, longest first, whose padded size (longest length x count) stays within `budget` tokens.
 
-    A length above the budget gets a batch of its own: how large a forward pass is never decides what is computed.
+    With `counts` an index stands for so many rows, of which the longest has its length. A length above the budget gets a batch of its own: how large a forward pass is never decides what is computed.
     """
     if budget < 1:
         raise ValueError(f"token budget: got {budget}, expected at least 1")
+    counts = counts or [1] * len(lengths)
     batches: list[list[int]] = []
+    rows = 0  # of the last batch
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     for index in order:
+        rows += counts[index]
         # Sorted from the longest, so a batch's first member sets its padded length.
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= budget:
+        if batches and lengths[batches[-1][0]] * rows <= budget:
             batches[-1].append(index)
         else:
             batches.append([index])
+            rows = counts[index]
     return batches
 
 
@@ -80,8 +84,9 @@ def cut_rows(lengths: Sequence[int], group_R: np.ndarray, *, budget: int, whole_
     if not whole_groups:
         return pack_by_tokens(lengths, budget=budget)
     groups = members_of_groups(group_R)
-    sizes = [len(members) * max(lengths[index] for index in members) for members in groups]
-    return [list(chain(*(groups[g] for g in sorted(batch)))) for batch in pack_by_tokens(sizes, budget=budget)]
+    longest = [max(lengths[index] for index in members) for members in groups]
+    batches = pack_by_tokens(longest, budget=budget, counts=[len(members) for members in groups])
+    return [list(chain(*(groups[g] for g in sorted(batch)))) for batch in batches]
 
 
 def cut_trees(samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool) -> list[list[int]]:

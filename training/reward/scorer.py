@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.config import Precision, RewardRender
@@ -67,14 +68,17 @@ class RewardScorer:
 
 
 def score_batch(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
-    """Return the rewards of one forward pass of a model or its Policy, float64 [B] on the CPU; a batch too large for the device is halved."""
+    """Return the rewards of one forward pass of a model or its Policy, float64 [B] on the CPU; a batch too large for the device is halved,
+    unless the model is sharded: a rank that scored in halves would gather layers more often than the others."""
+    policy = as_policy(model)
 
     def score(batch: Sequence[RewardInput]) -> list[float]:
         with torch.no_grad():  # sharded weights cannot be gathered under inference mode
-            values: list[float] = as_policy(model)(compute_rewards, batch).double().tolist()
+            values: list[float] = policy(compute_rewards, batch).double().tolist()
             return values
 
-    return torch.tensor(run_in_halves(score, inputs), dtype=torch.float64)
+    rewards = score(inputs) if isinstance(policy, FSDPModule) else run_in_halves(score, inputs)
+    return torch.tensor(rewards, dtype=torch.float64)
 
 
 def compute_rewards(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
