@@ -31,7 +31,7 @@ class ReportConfig(Config):
     recipe: str
 
 
-@step(version=6)
+@step(version=7)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.alignment import AlignmentResult

@@ -96,12 +96,22 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def prepare_model(model: Any, tokenizer: Any, folder: Path) -> Any:
-    """Return the model, fit for the engine. ValueError for a vocabulary larger than its embedding."""
+    """Return the model, fit for the engine. ValueError for a vocabulary larger than its embedding, and for a model of more than text."""
+    require_text(model.config, folder)
     check_vocabulary(model, tokenizer, folder)
     # An embedding with padding_idx drops the gradient of that id. Several tokenizers pad with their stop token, and the
     # engine never reads padding, so every id is to learn.
     model.get_input_embeddings().padding_idx = None
     return model
+
+
+def require_text(config: Any, folder: Path) -> None:
+    """Raise ValueError for the configuration of a model that reads images too: its language model is but a part of it."""
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"model {folder}: model type {config.model_type} reads more than text; expected a language model alone; save the one within it as "
+            "a model of its own (docs/models.md has the lines for Gemma 3)"
+        )
 
 
 def find_layers(model: Any) -> list[nn.Module]:

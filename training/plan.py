@@ -30,6 +30,7 @@ from training.memory import (
     measure_free,
     show_bytes,
 )
+from training.model import require_text
 from training.objectives.objective import TrainConfig
 from training.render import Renderer, UnusableRow
 
@@ -125,7 +126,8 @@ class Plan:
 
 
 def read_architecture(path: Path) -> Any:
-    """Return the config in a folder's config.json, or in a file of that form. ValueError where there is none to build from."""
+    """Return the config in a folder's config.json, or in a file of that form. ValueError where there is none to build from, and for a model
+    of more than text."""
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
@@ -136,7 +138,9 @@ def read_architecture(path: Path) -> Any:
     if "model_type" not in values:
         raise ValueError(f"{file}: got no model_type; expected a config as save_pretrained writes it; check the file")
     values.pop("quantization_config", None)  # training starts from plain weights
-    return AutoConfig.for_model(**values)
+    config = AutoConfig.for_model(**values)
+    require_text(config, path)
+    return config
 
 
 def list_architectures() -> list[str]:

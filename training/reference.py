@@ -24,6 +24,7 @@ from training.data.manifest import check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.job import Job, write_json
 from training.logprobs import check_head, check_layout, choose_groups, longest_of, sum_logps
+from training.memory import run_in_halves
 from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
 from training.render import Rendered, Renderer, UnusableRow
@@ -182,13 +183,19 @@ def score_groups(scorer: Scorer, groups: list[list[Rendered]]) -> tuple[list[lis
     logp_R = np.zeros(len(samples))
     tokens = 0
     layout = scorer.runtime.layout
+
+    def score(members: Sequence[int]) -> list[float]:
+        nonlocal tokens
+        chosen = [samples[index] for index in members]
+        micro = lay_out(chosen, group_R[list(members)], device=scorer.device, layout=layout)
+        with torch.inference_mode():
+            logps: list[float] = sum_logps(scorer.model, micro).tolist()
+        tokens += micro.num_tokens
+        return logps
+
     for members in cut(samples, group_R, budget=scorer.runtime.microbatch_tokens, whole_groups=False, layout=layout):
         scorer.job.check_stop()
-        chosen = [samples[index] for index in members]
-        micro = lay_out(chosen, group_R[members], device=scorer.device, layout=layout)
-        with torch.inference_mode():
-            logp_R[members] = sum_logps(scorer.model, micro).cpu().numpy()
-        tokens += micro.num_tokens
+        logp_R[members] = run_in_halves(score, members)
     ends = np.cumsum(counts)
     return [logp_R[end - n : end].tolist() for n, end in zip(counts, ends, strict=True)], tokens
 

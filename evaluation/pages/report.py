@@ -32,6 +32,18 @@ ForestRow = tuple[str, str, float, float, float]  # name, series, value, low, hi
 CURVES = {
     "loss": ("loss, nats per token", {"trained": "train/loss", "held out": "heldout/loss"}),
     "ess": ("effective sample size, share", {"effective sample size": "train/ess"}),
+    "logp": (
+        "log-probability of a response, nats",
+        {"chosen": "train/logp_chosen", "rejected": "train/logp_rejected", "best": "train/logp_best"},
+    ),
+    "logp_ratio": ("log-ratio to the reference, nats", {"log-ratio": "train/logp_ratio"}),
+    "reward_tilt": ("weighted minus plain mean reward", {"reward tilt": "train/reward_tilt"}),
+    "weight_shares": ("share", {"largest weight": "train/weight_max", "argmax w = argmax r": "train/argmax_agreement"}),
+    "implicit_rewards": (
+        "implicit reward",
+        {"chosen": "train/rewards/chosen", "rejected": "train/rewards/rejected", "margin": "train/rewards/margins"},
+    ),
+    "padding_share": ("padding, share of the tokens", {"padding": "train/padding_share"}),
     "grad_norm": ("gradient norm before clipping", {"gradient norm": "train/grad_norm"}),
     "learning_rate": ("learning rate", {"learning rate": "train/learning_rate"}),
     "tokens_per_second": ("tokens a second", {"tokens a second": "train/tokens_per_second"}),

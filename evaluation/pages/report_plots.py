@@ -166,7 +166,7 @@ def plot_gains(gains: Sequence[float], target: TargetVerdict) -> Figure:
 def plot_curves(lines: Sequence[Mapping[str, float]], series: Mapping[str, str], *, title: str) -> Figure | None:
     """Return metrics over optimiser steps, by the name each has in the legend; None where no line has any."""
     traces = []
-    for (name, metric), colour in zip(series.items(), (CHALLENGER, CHAMPION), strict=False):
+    for (name, metric), colour in zip(series.items(), (CHALLENGER, CHAMPION, *SERIES[1:]), strict=False):
         points = [(line["step"], line[metric]) for line in lines if metric in line and "step" in line]
         if not points:
             continue

@@ -110,7 +110,15 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
     draw = np.random.default_rng(0)
     gain_P = draw.normal(0.4, 1.0, 80)
     figures = {"ess": 0.7, "grad_norm": 2.5, "learning_rate": 1e-3, "tokens_per_second": 900.0, "flop_share": 0.625}
-    figures |= {"memory_gib": 1.5, "peak_memory_gib": 2.5}
+    figures |= {"memory_gib": 1.5, "peak_memory_gib": 2.5, "padding_share": 0.1, "reward_tilt": 0.2, "weight_max": 0.9}
+    figures |= {
+        "logp_chosen": -40.0,
+        "logp_rejected": -50.0,
+        "logp_best": -45.0,
+        "logp_ratio": 0.5,
+        "argmax_agreement": 0.8,
+    }
+    figures |= {"rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/margins": 0.2}
     constant = {f"train/{name}": value for name, value in figures.items()}
     lines = [{"time": i, "step": i, "total": 40, "train/loss": 3 / (i + 1) + 1, **constant} for i in range(40)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -238,9 +246,13 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
         ("at most", 2.5),
         ("after the step", 1.5),
     ]
+    lines = [(line["name"], line["y"][0], line["line"]["color"]) for line in page.charts["logp"]["data"]]
+    assert [line[:2] for line in lines] == [("chosen", -40.0), ("rejected", -50.0), ("best", -45.0)]
+    assert len({colour for *_, colour in lines}) == 3
     assert set(page.charts) == {
         *("guards", "rewards", "gains", "loss", "ess", "memory", "weights", "accuracy", "quarantine", "cost"),
-        *("grad_norm", "learning_rate", "tokens_per_second", "flop_share"),
+        *("grad_norm", "learning_rate", "tokens_per_second", "flop_share", "padding_share"),
+        *("logp", "logp_ratio", "reward_tilt", "weight_shares", "implicit_rewards"),
         *("alignment_gains", "alignment_wins", "reward_tests"),
     }
 

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from tests.ranks import Ranks
-from training import checkpoint, train
+from training import checkpoint, reference, train
 from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
 from training.distributed import World
 from training.job import EXIT_INTERRUPTED, Job
@@ -247,16 +248,12 @@ def test_a_full_disk_is_said_as_such(tmp_path: Path) -> None:
     assert restore(tmp_path)[2].step == 1
 
 
-def write_job(folder: Path, inputs: dict[str, str]) -> Path:
+SFT = {"objective": "sft", "responses": "all"}
+
+
+def write_job(folder: Path, inputs: dict[str, str], objective: dict[str, str] = SFT) -> Path:
     folder.mkdir()
-    config = {
-        "objective": "sft",
-        "responses": "all",
-        "batch_prompts": 4,
-        "epochs": 4,
-        "max_tokens": 96,
-        "learning_rate": 1e-3,
-    }
+    config = {**objective, "batch_prompts": 4, "epochs": 4, "max_tokens": 96, "learning_rate": 1e-3}
     runtime = {"device": "cpu", "threads": 1, "microbatch_tokens": 64, "checkpoint_every_steps": 3}
     raw = {"job": "train", "config": config, "runtime": runtime, "inputs": inputs}
     (folder / "job.json").write_text(
@@ -304,10 +301,29 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return {k: v for k, v in summary.items() if k not in measured}
 
 
-def test_killed_and_stopped_runs_end_bit_identical(tmp_path: Path, train_inputs: dict[str, str]) -> None:
+@pytest.fixture
+def scored_inputs(tmp_path: Path, train_inputs: dict[str, str], write_rewards: Any, make_job: Any) -> dict[str, str]:
+    """The inputs of a training on rewards and reference log-probabilities."""
+    paths = {name: Path(path) for name, path in train_inputs.items()}
+    row_ids = pq.read_table(paths["rows"] / "rows.parquet").column("row_id").to_pylist()
+    rewards = write_rewards(tmp_path / "rewards", {row_id: [n / 5, 1.0] for n, row_id in enumerate(row_ids)})
+    inputs = {"rows": paths["rows"], "reference": paths["base"]}
+    scored = make_job("score_reference", "reference", config={"max_tokens": 96}, inputs=inputs)
+    reference.run(scored)
+    return train_inputs | {"rewards": str(rewards), "reference": str(scored.output)}
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [SFT, {"objective": "var", "reference_factor": "mean"}, {"objective": "dpo"}],
+    ids=["sft", "var", "dpo"],
+)
+def test_killed_and_stopped_runs_end_bit_identical(
+    tmp_path: Path, scored_inputs: dict[str, str], objective: dict[str, str]
+) -> None:
     """Real child processes: SIGKILL at a random step, SIGTERM at a later one, then a run to the end."""
-    whole = write_job(tmp_path / "whole", train_inputs)
-    cut = write_job(tmp_path / "cut", train_inputs)
+    whole = write_job(tmp_path / "whole", scored_inputs, objective)
+    cut = write_job(tmp_path / "cut", scored_inputs, objective)
     train.run(Job.read(whole))
     kill_after = random.randrange(1, 8)
     assert interrupt(cut, signal.SIGKILL, after_steps=kill_after) == -signal.SIGKILL
@@ -316,7 +332,7 @@ def test_killed_and_stopped_runs_end_bit_identical(tmp_path: Path, train_inputs:
     assert not (cut.parent / "output" / "summary.json").exists()
     train.run(Job.read(cut))
     context = f"killed after {kill_after} steps, resumed from {resumed_from}"
-    for name in ("model.safetensors", "weights.parquet"):
+    for name in ("model.safetensors", *(() if objective["objective"] == "dpo" else ("weights.parquet",))):
         assert (cut.parent / "output" / name).read_bytes() == (whole.parent / "output" / name).read_bytes(), context
     assert read_figures(cut.parent) == read_figures(whole.parent), context
     assert len(read_figures(cut.parent)) == 12

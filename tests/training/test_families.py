@@ -25,6 +25,7 @@ from transformers import (
     FalconConfig,
     FalconH1Config,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GptOssConfig,
     GraniteConfig,
@@ -46,10 +47,12 @@ from tests.architectures import CONFIGS, HEADS, SMALL, VOCABULARY, make_model
 from tests.training.test_logprobs import gradients, plain_logps
 from tests.training.test_tree import make_groups
 from training import train
-from training.config import Layout
+from training.config import Layout, Precision
 from training.data.batch import collate_trees, lay_out
 from training.job import Job
 from training.logprobs import check_head, check_layout, sum_logps
+from training.model import load_policy
+from training.plan import read_architecture
 from training.render import Renderer
 from training.tree import enable_trees
 
@@ -215,7 +218,7 @@ def test_trees_for_a_model_that_was_not_made_ready_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("name", "config", "layout", "lora"),
     [
-        ("gemma2", CONFIGS["gemma2"], Layout.tree, 0),
+        *((name, CONFIGS[name], Layout.tree, 0) for name in ("qwen2", "qwen3", "mistral", "gemma2", "gemma3")),
         ("gemma2", CONFIGS["gemma2"], Layout.tree, 2),
         ("bloom", ROWS_ALONE["bloom"], Layout.rows, 0),
         ("mamba", ROWS_ALONE["mamba"], Layout.rows, 0),
@@ -237,7 +240,12 @@ def test_the_model_that_a_job_writes_is_the_one_it_trained(
     base = shutil.copytree(tiny_policy, tmp_path / name)
     tokenizer = AutoTokenizer.from_pretrained(base)
     config = copy.deepcopy(config)
-    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = len(tokenizer), 0, 1, 2
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = (
+        len(tokenizer) + 1,
+        0,
+        1,
+        2,
+    )  # Qwen 2's class adds one
     make(config).save_pretrained(base)
     made = [
         make_row(f"Question {i}?", [f"Answer {'very ' * i}", "No"], split="heldout" if i > 3 else "train")
@@ -255,7 +263,7 @@ def test_the_model_that_a_job_writes_is_the_one_it_trained(
     answers = [json.loads(line) for line in (job.output / "answers.jsonl").read_text().splitlines()]
     assert [answer["step"] for answer in answers] == [0, 0, 6, 6]
     heldout = [row for row in pq.read_table(rows / "rows.parquet").to_pylist() if row["split"] == "heldout"]
-    renderer = Renderer(tokenizer, max_tokens=128)
+    renderer = Renderer(AutoTokenizer.from_pretrained(base), max_tokens=128)  # Qwen 2's class cuts text otherwise
     samples = [sample for row in heldout for sample in renderer.row(row["prompt"], row["responses"])]
     with torch.no_grad():
         logp_R = plain_logps(AutoModelForCausalLM.from_pretrained(job.output).eval(), samples)
@@ -263,3 +271,32 @@ def test_the_model_that_a_job_writes_is_the_one_it_trained(
     mean_tokens = json.loads((job.output / "summary.json").read_text())["mean_trained_tokens"]
     assert lines[-1]["heldout/loss"] == pytest.approx(-logp_R.sum().item() / (4 * mean_tokens), rel=1e-4)
     assert lines[-1]["heldout/loss"] != pytest.approx(lines[0]["heldout/loss"], rel=1e-3)
+
+
+def test_a_model_of_images_too_is_refused_and_the_one_of_text_within_it_is_saved_as_the_documents_say(
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    vision = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+    }  # fmt: skip
+    text = {**SMALL, **HEADS, "vocab_size": len(tokenizer), "sliding_window": 6}
+    torch.manual_seed(0)
+    whole = AutoModelForCausalLM.from_config(Gemma3Config(text_config=text, vision_config=vision))
+    folder = tmp_path / "gemma-3-4b-it"
+    for part in (whole, tokenizer):
+        part.save_pretrained(folder)
+    told = "model type gemma3 reads more than text; expected a language model alone"
+    with pytest.raises(ValueError, match=told):
+        load_policy(folder, precision=Precision.float32, device=CPU)
+    with pytest.raises(ValueError, match=told):
+        read_architecture(folder)
+
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    model, _ = load_policy(tmp_path / "gemma-3-4b-it-text", precision=Precision.float32, device=CPU)
+    check_head(model)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, whole.eval()(ids).logits, rtol=0, atol=1e-5)

@@ -355,6 +355,29 @@ def test_a_device_without_room_for_the_budget_gets_a_smaller_one(
     assert find(report, "memory").line.endswith("were free; for micro-batches of 2048 tokens there was no room")
 
 
+def test_no_check_reads_more_at_once_than_training_will(
+    tiny_policy: Path,
+    tmp_path: Path,
+    make_row: Any,
+    write_rows: Any,
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A prompt with forty responses goes through in as many passes as its micro-batches."""
+    rows = write_rows(tmp_path / "forty", [make_row("Which?", [f"Answer {n}" for n in range(40)])])
+    values, read_tokens = PolicyForward.values, []
+
+    def note(self: PolicyForward, model: Any, micro: MicroBatch) -> Forwarded:
+        read_tokens.append(micro.ids_BT.numel())
+        return values(self, model, micro)
+
+    monkeypatch.setattr(PolicyForward, "values", note)
+    job = make_job("train", "a", config=SFT, inputs={"rows": rows, "base": tiny_policy}, microbatch_tokens=128)
+    report = check_run(prepare(job))
+    assert {check.name: check.outcome for check in report.checks}["microbatches"] == "passed" and not report.failures
+    assert len(read_tokens) > 4 and max(read_tokens) <= 128
+
+
 def test_an_attempt_that_goes_on_checks_no_second_time_unless_something_else_is_asked(
     inputs: dict[str, Path], make_job: Callable[..., Job]
 ) -> None:

@@ -83,6 +83,27 @@ def test_batch_size_changes_nothing_but_rounding(rows: Path, tiny_policy: Path, 
         assert row["logp"] == pytest.approx(read(together)[row_id]["logp"], abs=1e-4)
 
 
+def test_a_batch_that_the_device_has_no_room_for_is_scored_in_parts(
+    rows: Path, tiny_policy: Path, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"rows": rows, "reference": tiny_policy}
+    roomy, narrow = (make_job("score_reference", name, config=CONFIG, inputs=inputs) for name in ("roomy", "narrow"))
+    reference.run(roomy)
+    sum_logps, sizes = reference.sum_logps, []
+
+    def sum_few(model: Any, micro: Any) -> torch.Tensor:
+        sizes.append(len(micro.trained))
+        if len(micro.trained) > 3:
+            raise torch.OutOfMemoryError("no room")
+        return sum_logps(model, micro)
+
+    monkeypatch.setattr(reference, "sum_logps", sum_few)
+    reference.run(narrow)
+    assert max(sizes) > 3
+    for row_id, row in read(narrow).items():
+        assert row["logp"] == pytest.approx(read(roomy)[row_id]["logp"], abs=1e-4)
+
+
 def test_stopped_job_goes_on_from_its_windows(
     rows: Path, tiny_policy: Path, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,12 +74,21 @@ class Passes:
         return count_padded(self.samples(members), group_B, layout=self.ready.runtime.layout)
 
     def values(self, members: Sequence[int]) -> np.ndarray:
-        """Return logp_B of responses of the first step, in one pass."""
+        """Return logp_B of responses of the first step, in passes of at most the budget."""
         group_B = self.ready.steps.columns(0).group_R[list(members)]
+        samples, logp_B = self.samples(members), np.zeros(len(members))
         with torch.no_grad(), self.autocast():
-            micro = self.ready.forward.load(self.samples(members), group_B)
-            out: Tensor = self.ready.forward.values(self.ready.policy, micro).value_B
-        return out.double().cpu().numpy()
+            for part in self.cut(members):
+                micro = self.ready.forward.load([samples[n] for n in part], group_B[part])
+                out: Tensor = self.ready.forward.values(self.ready.policy, micro).value_B
+                logp_B[part] = out.double().cpu().numpy()
+        return logp_B
+
+    def cut(self, members: Sequence[int]) -> list[list[int]]:
+        """Return the micro-batches that training would make of responses of the first step, as places among them."""
+        group_B = self.ready.steps.columns(0).group_R[list(members)]
+        budget, whole = self.ready.runtime.microbatch_tokens, self.ready.objective.whole_groups
+        return self.ready.forward.cut(self.samples(members), group_B, budget=budget, whole_groups=whole)
 
     def loss(self, members: Sequence[int]) -> float:
         """Return the loss of responses of the first step, in one pass."""
@@ -178,22 +187,22 @@ def unit_weights(ready: Ready, report: Report) -> str:
 
 def microbatches(ready: Ready, passes: Passes) -> str:
     """The cut into micro-batches does not move the loss."""
-    samples = passes.samples(passes.tried)
-    group_B = ready.steps.columns(0).group_R[passes.tried]
+    tried = [passes.tried[n] for n in passes.cut(passes.tried)[0]]  # what one pass has room for
+    samples, group_B = passes.samples(tried), ready.steps.columns(0).group_R[tried]
     whole_groups = ready.objective.whole_groups
-    cut = ready.forward.cut(samples, group_B, budget=max(1, passes.count(passes.tried) // 2), whole_groups=whole_groups)
+    cut = ready.forward.cut(samples, group_B, budget=max(1, passes.count(tried) // 2), whole_groups=whole_groups)
     if len(cut) < 2:
-        raise NotApplicable("the first prompt is one micro-batch, however small the budget")
-    whole = passes.loss(passes.tried)
-    parts = sum(passes.loss([passes.tried[b] for b in members]) for members in cut)
+        raise NotApplicable("what is tried is one micro-batch, however small the budget")
+    whole = passes.loss(tried)
+    parts = sum(passes.loss([tried[b] for b in members]) for members in cut)
     bound = MAX_LAYOUT_GAP[DTYPES[ready.precision]]
     if not abs(whole - parts) <= bound * max(abs(whole), abs(parts)):
         raise Failure(
-            f"{len(passes.tried)} responses of the first step have a loss of {whole:.6g} in one pass and {parts:.6g} in {len(cut)}; "
+            f"{len(tried)} responses of the first step have a loss of {whole:.6g} in one pass and {parts:.6g} in {len(cut)}; "
             f"expected equal ones within {bound:g} of it; what is trained would depend on runtime.microbatch_tokens",
-            row_ids(ready, passes.tried),
+            row_ids(ready, tried),
         )
-    return f"{len(passes.tried)} responses: {whole:.6g} in one pass, {parts:.6g} in {len(cut)}"
+    return f"{len(tried)} responses: {whole:.6g} in one pass, {parts:.6g} in {len(cut)}"
 
 
 def row_ids(ready: Ready, members: Sequence[int]) -> list[str]:
