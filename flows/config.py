@@ -86,7 +86,7 @@ class AlignConfig(Config):
     policy: str = Field(title="Policy", description="The model to align; it is the reference too. " + REFERENCE_FORMS)
     preferences: str = Field(
         title="Preferences",
-        description="A file or folder, demo:preferences, hub: or mirror:datasets/ORG/NAME@COMMIT, or batches:DIGEST.",
+        description="A file or folder, demo:preferences, hub: or mirror:datasets/ORG/NAME@COMMIT (with /PATH, a part of it), or batches:DIGEST.",
     )
     ingest: IngestConfig = Field(title="Ingestion")
     reward: AnyReward = Field(

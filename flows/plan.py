@@ -9,8 +9,10 @@ from infra.settings import Settings
 from infra.stack.http import NoAnswer, ask
 from infra.store import Store, StoreError, open_store
 from tasks.ingest import ingest
+from training.config import Device
+from training.devices import name_device
 from training.memory import show_bytes
-from training.model import TOKENIZER_FILES
+from training.model import TOKENIZER_FILES, resolve_device
 from training.plan import (
     ARCHITECTURES,
     Mfu,
@@ -44,8 +46,9 @@ def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settin
     path = find_architecture(config.policy, home=settings.home)
     model = build_on_meta(read_architecture(path), config.train.lora)
     store = open_if_there(settings)
-    asked = assumptions.device or config.runtime.device.value
-    device = "cpu" if asked in ("auto", "cuda") else asked
+    # A recipe for a GPU may be planned where there is none.
+    here = Device.cpu if config.runtime.device == Device.cpu else Device.auto
+    device = assumptions.device or name_device(resolve_device(here))
     if assumptions.mfu is not None:
         mfu: Mfu | None = Mfu(assumptions.mfu, "given")
     else:

@@ -72,12 +72,13 @@ def smoke() -> AlignConfig:
 
 
 def hh_rlhf() -> AlignConfig:
-    """SmolLM2-135M on Anthropic's HH-RLHF; give `preferences` and `benchmarks` as local folders where there is no hub."""
+    """SmolLM2-135M on the helpful half of Anthropic's HH-RLHF; give it `benchmarks`, and `preferences` as a local folder where there is no hub."""
     return AlignConfig(
         name="hh_rlhf",
         model_name="hh-policy",
         policy="embedded:smollm2-135m-instruct",
-        preferences="hub:datasets/Anthropic/hh-rlhf@09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa",
+        # Not all of it: its test files are what a policy is tested on, and red-team-attempts is no preferences.
+        preferences="hub:datasets/Anthropic/hh-rlhf@09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa/helpful-base/train.jsonl.gz",
         ingest=IngestConfig(responses=ResponseRegime.support, heldout_fraction=0.15),
         reward=TrainedReward(),
         train=VarConfig(

