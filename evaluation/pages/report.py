@@ -33,11 +33,11 @@ CURVES = {
     "loss": ("loss, nats per token", {"trained": "train/loss", "held out": "heldout/loss"}),
     "ess": ("effective sample size, share", {"effective sample size": "train/ess"}),
     "logp": (
-        "log-probability of a response, nats",
+        "log-probability, nats",
         {"chosen": "train/logp_chosen", "rejected": "train/logp_rejected", "best": "train/logp_best"},
     ),
     "logp_ratio": ("log-ratio to the reference, nats", {"log-ratio": "train/logp_ratio"}),
-    "reward_tilt": ("weighted minus plain mean reward", {"reward tilt": "train/reward_tilt"}),
+    "reward_tilt": ("weighted minus plain mean", {"reward tilt": "train/reward_tilt"}),
     "weight_shares": ("share", {"largest weight": "train/weight_max", "argmax w = argmax r": "train/argmax_agreement"}),
     "implicit_rewards": (
         "implicit reward",
