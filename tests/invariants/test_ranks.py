@@ -24,6 +24,7 @@ from training.job import Job
 from training.logprobs import Policy
 from training.loop import Trainer, make_optimiser
 from training.model import prepare_layers
+from training.objectives.dpo import Dpo
 from training.objectives.objective import Objective
 from training.objectives.var import Var
 from training.sharding import shard_policy
@@ -240,6 +241,20 @@ def test_uneven_shares_change_nothing(
     expected = take_step(ALONE, case)
     for got in ranks.run(take_step, size=size, case=case):
         assert (got.loss, got.tokens) == (pytest.approx(expected.loss, rel=1e-10), expected.tokens)
+        assert_close(got.gradients, expected.gradients, bound=1e-10)
+
+
+@pytest.mark.parametrize(("size", "rows"), [(2, 8), (4, 8), (4, 2)])
+def test_ranks_change_nothing_of_dpo_whose_prompts_are_never_cut(
+    size: int, rows: int, make_case: Callable[..., Case], ranks: Ranks
+) -> None:
+    """With fewer prompts than ranks too, where some have nothing to compare."""
+    case = dataclasses.replace(make_case(rows=rows), objective=Dpo(beta=0.5, label_smoothing=0.1))
+    expected = take_step(ALONE, case)
+    assert expected.figures.keys() >= {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    for got in ranks.run(take_step, size=size, case=case):
+        assert (got.loss, got.tokens) == (pytest.approx(expected.loss, rel=1e-10), expected.tokens)
+        assert got.figures == pytest.approx(expected.figures, rel=1e-10, abs=1e-10)
         assert_close(got.gradients, expected.gradients, bound=1e-10)
 
 
