@@ -33,6 +33,12 @@ CHILD_VARIABLES = (
     "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", STACK_MARK,
 )  # fmt: skip
 
+# MLflow is a mirror: while it is away a run waits for it for seconds at a time, and not for minutes as MLflow's client does on its own.
+MLFLOW_PATIENCE = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
 MAY_HOLD_SECRETS = {
@@ -203,6 +209,7 @@ class Settings(BaseSettings):
             "MLFLOW_TRACKING_URI": self.mlflow_tracking_uri,
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+            **{name: os.environ.get(name, value) for name, value in MLFLOW_PATIENCE.items()},
             "AWS_DEFAULT_REGION": self.s3_region,
         }
         if self.is_local("prefect"):  # else the user's own profile, which may hold the key of that server
