@@ -25,6 +25,7 @@ logger = logging.getLogger("varflow.child")
 LISTEN_SECONDS = 0.5
 STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this process
 LOG_TAIL_LINES = 25
+VMSTAT = Path("/proc/vmstat")  # counts of the kernel since the machine started
 NO_SPACE = os.strerror(errno.ENOSPC)
 PREFLIGHT_FILE = "preflight.json"  # of training.preflight, which needs torch
 
@@ -84,6 +85,7 @@ def run_child(
         },
     )
     lines = follow(job.output / "metrics.jsonl")
+    killed_before = count_memory_kills()
     reader, writer = os.pipe()
     try:
         with (job.folder / "log.txt").open("ab") as log:
@@ -109,7 +111,15 @@ def run_child(
             end_group(child)
     finally:
         os.close(writer)
-    _raise_for_exit(job, child.returncode)
+    _raise_for_exit(job, child.returncode, killed_before=killed_before)
+
+
+def count_memory_kills() -> int | None:
+    """Return how many processes this machine's kernel has killed for want of memory since it began; None where it does not say."""
+    if not VMSTAT.exists():
+        return None
+    counts = dict(line.split() for line in VMSTAT.read_text().splitlines())
+    return int(counts["oom_kill"]) if "oom_kill" in counts else None
 
 
 def hand_over(child: "subprocess.Popen[bytes]", text: str) -> None:
@@ -184,7 +194,7 @@ def parse_line(line: bytes) -> dict[str, float] | None:
     return found if isinstance(found, dict) else None
 
 
-def _raise_for_exit(job: ChildJob, status: int) -> None:
+def _raise_for_exit(job: ChildJob, status: int, *, killed_before: int | None) -> None:
     if status == 0:
         return
     log = job.folder / "log.txt"
@@ -194,7 +204,7 @@ def _raise_for_exit(job: ChildJob, status: int) -> None:
         if status == EXIT_USER_ERROR:
             raise UserError(f"{job.name}: {error['message']}")
         killed = describe_exit(-signal.SIGKILL) in error["message"]  # one of several ranks
-        found = _describe_probe(job) if killed else ""
+        found = _describe_kill(job, killed_before) if killed else ""
         if NO_SPACE in error["message"]:
             found = f"; {_advise_room(job)}"
         raise StepFailed(f"{job.name}: {error['type']}: {error['message']}{found}\nlog: {log}")
@@ -203,7 +213,7 @@ def _raise_for_exit(job: ChildJob, status: int) -> None:
     if status == EXIT_INTERRUPTED:
         raise StepFailed(f"{job.name}: stopped on request; run the same command again to go on from its checkpoint")
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
-    found = _describe_probe(job) if status == -signal.SIGKILL else ""
+    found = _describe_kill(job, killed_before) if status == -signal.SIGKILL else ""
     raise StepFailed(f"{job.name}: {describe_exit(status)}{found}; the last lines of {log}:\n{tail}")
 
 
@@ -213,6 +223,18 @@ def _advise_room(job: ChildJob) -> str:
         f"{shutil.disk_usage(job.folder).free} bytes are free at {job.folder}; make room, or set VARFLOW_HOME to a folder on another "
         "disk, and run the same command again"
     )
+
+
+def _describe_kill(job: ChildJob, killed_before: int | None) -> str:
+    """Say whether it was the kernel, by what it counts, and what the preflight found about memory."""
+    killed = count_memory_kills()
+    told = ""
+    if killed is not None and killed_before is not None:
+        by_kernel = killed - killed_before
+        told = f"; the kernel of this machine counts {by_kernel or 'no'} kills for want of memory while it ran" + (
+            "" if by_kernel else ": a person or another program did"
+        )
+    return told + _describe_probe(job)
 
 
 def _describe_probe(job: ChildJob) -> str:

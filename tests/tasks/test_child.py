@@ -115,6 +115,25 @@ def test_a_killed_child_is_named_so_with_the_end_of_its_log(make_job) -> None:
         run_child(make_job("vanish"), on_metrics=lambda _: None)
 
 
+def test_it_is_said_whether_the_kernel_killed_for_want_of_memory(
+    make_job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = tmp_path / "vmstat"
+    counts.write_text("nr_free_pages 7\noom_kill 4\n")
+    monkeypatch.setattr(supervision, "VMSTAT", counts)
+    with pytest.raises(
+        StepFailed, match="counts no kills for want of memory while it ran: a person or another program"
+    ):
+        run_child(make_job("vanish"), on_metrics=lambda _: None)
+    with pytest.raises(
+        StepFailed, match="kernel of this machine counts 1 kills for want of memory while it ran; the last lines"
+    ):
+        run_child(make_job("vanish"), on_metrics=lambda _: counts.write_text("oom_kill 5\n") and None)
+    monkeypatch.setattr(supervision, "VMSTAT", tmp_path / "none")  # no Linux
+    with pytest.raises(StepFailed, match=r"\(see `dmesg`\); the last lines"):
+        run_child(make_job("vanish"), on_metrics=lambda _: None)
+
+
 def test_a_killed_child_is_told_with_what_its_preflight_found_about_memory(make_job) -> None:
     job = make_job("vanish")
     memory = {"microbatch_tokens": 2048, "free_bytes": 4 * 2**30, "estimated_bytes": 2**30, "optimiser_bytes": 2**30}
