@@ -43,7 +43,7 @@ def bench(tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path) -> Bench:
     (data / "helpful-base").mkdir(parents=True)
     shutil.copy(PREFERENCES, data / "helpful-base")
     sizes = Sizes(
-        reward_epochs=1, longest_pair=900, heldout_prompts=4, new_tokens=6, prompts=4, responses=2, batch_prompts=2, target_gain=-1e6,
+        reward_epochs=1, longest_pair=900, longest_prompt=700, heldout_prompts=4, new_tokens=6, prompts=4, responses=2, batch_prompts=2, target_gain=-1e6,
         var_epochs=1, pairs=16, gain_prompts=8, gain_responses=2, gain_seconds=0.5, tuning_prompts=2, final_prompts=4, answer_tokens=6, seeds=1,
         rates=(1e-3,), dpo_trials=((1e-3, 0.1),), var_trials=((1e-3, 0.5),),
     )  # fmt: skip
