@@ -223,12 +223,14 @@ def measure_var_curve(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train on the base's samples for the given seconds, their drawing and scoring included, and return the answers' rewards."""
+    """Train on the base's samples for the given seconds, their drawing and scoring included, to the end of the step in which they are over,
+    as DPO does; return the answers' rewards."""
     meter, trainer = Meter(spec), make_trainer(spec, epochs=100)
-    started = time.monotonic() - spec["samples"]["seconds"]
-    while time.monotonic() - started < spec["limit"]:
+    started, seconds = time.monotonic() - spec["samples"]["seconds"], 0.0
+    while seconds < spec["limit"]:
         trainer.take_step()
-    seconds, steps = time.monotonic() - started, trainer.progress.step
+        seconds = time.monotonic() - started
+    steps = trainer.progress.step
     say(f"{steps} steps, {seconds:.0f} s")
     prompts = steps * spec["batch_prompts"]
     return {"rewards": meter.rewards(trainer.model.model).tolist(), "seconds": seconds, "prompts": prompts}
