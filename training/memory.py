@@ -185,8 +185,9 @@ def measure_free(device: torch.device) -> int:
     free = [1024 * read_kib("/proc/meminfo", "MemAvailable")] if Path("/proc/meminfo").exists() else []
     for folder, limit, use, cached in CGROUPS:
         if (folder / limit).exists() and (bound := (folder / limit).read_text().strip()) != "max":
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            free.append(int(bound) - int((folder / use).read_text()) + int(counts[cached]))
+            stat = folder / "memory.stat"  # not every sandbox has one
+            counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+            free.append(int(bound) - int((folder / use).read_text()) + int(counts.get(cached, 0)))
     if not free:  # no Linux
         return int(psutil.virtual_memory().available)
     return min(free)

@@ -10,6 +10,7 @@ write what its tokenizer would not (special tokens, half a character, "a" + "b" 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ def apply_template(tokenizer: Any, conversations: list[Any], *, add_generation_p
         ) from refusal
 
 
+@cache
 def stop_clock(template: str) -> str:
     """Return a chat template for which it is TODAY: its `strftime_now`, where it asks for one, is a macro of that name before it."""
     if "strftime_now" not in template:

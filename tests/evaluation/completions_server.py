@@ -26,6 +26,7 @@ class CompletionsServer(ThreadingHTTPServer):
         self.ends_by = ""  # the reason that it gives for the end of what it writes, where it is not the true one
         self.busy = 0  # answers 503 so many times first
         self.lives = 1_000_000  # completions after which every connection is cut
+        self.births = 0
         self.lock = threading.Lock()
         self.completions: list[dict[str, Any]] = []  # those that were answered
         self.under_way = self.most_under_way = 0
@@ -36,6 +37,12 @@ class CompletionsServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def revive(self, lives: int) -> None:
+        """Answer again, on new connections: a request that the dead server had not read yet is of nobody any more."""
+        with self.lock:
+            self.lives = lives
+            self.births += 1
 
     def handle_error(self, *_: Any) -> None:
         """Keep quiet about cut connections."""
@@ -85,6 +92,10 @@ class Handler(BaseHTTPRequestHandler):
     server: CompletionsServer
     protocol_version = "HTTP/1.1"
 
+    def setup(self) -> None:
+        super().setup()
+        self.birth = self.server.births
+
     def log_message(self, *_: Any) -> None:
         """Keep quiet."""
 
@@ -112,8 +123,8 @@ class Handler(BaseHTTPRequestHandler):
             if server.under_way > 1:
                 server.met.set()
             server.busy -= 1
-            busy, dead = server.busy >= 0, server.lives <= 0
-            server.lives -= not busy
+            busy, dead = server.busy >= 0, server.lives <= 0 or self.birth != server.births
+            server.lives -= not (busy or dead)
         server.met.wait(server.patience)
         try:
             if server.key and given != f"Bearer {server.key}":

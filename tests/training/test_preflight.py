@@ -355,7 +355,7 @@ def test_a_device_without_room_for_the_budget_gets_a_smaller_one(
     assert find(report, "memory").line.endswith("were free; for micro-batches of 2048 tokens there was no room")
 
 
-def test_no_check_reads_more_at_once_than_training_will(
+def test_passes_over_the_first_step_read_no_more_at_once_than_training_will(
     tiny_policy: Path,
     tmp_path: Path,
     make_row: Any,

@@ -51,7 +51,8 @@ def digest_plan(parts: Iterable[str | bytes]) -> str:
 def pack_by_tokens(lengths: Sequence[int], *, budget: int, counts: Sequence[int] | None = None) -> list[list[int]]:
     """Return batches of indices, longest first, whose padded size (longest length x count) stays within `budget` tokens.
 
-    With `counts` an index stands for so many rows, of which the longest has its length. A length above the budget gets a batch of its own: how large a forward pass is never decides what is computed.
+    With `counts` an index stands for so many rows, of which the longest has its length. A length above the budget gets a batch of its
+    own: how large a forward pass is never decides what is computed.
     """
     if budget < 1:
         raise ValueError(f"token budget: got {budget}, expected at least 1")
