@@ -95,7 +95,7 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
         "scored_pairs": len(scored),
         "device": name_device(world.device),
         "peak_bytes": read_resident_peak(),  # before anything is profiled
-        "peak_device_bytes": torch.cuda.max_memory_allocated() if world.device.type == "cuda" else 0,
+        "peak_device_gib": max(lane.peak_gib for lane in lanes),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
     if spec.get("profile"):
@@ -145,14 +145,18 @@ class Lane:
     trainer: Trainer
     stance: str  # torch.compile's: force_eager where the model's layers are compiled, but not for this lane
     seconds: list[float] = field(default_factory=list)
+    peak_gib: float = 0.0  # of all steps, those that warm up too; on a GPU of tensors
 
     def take_step(self) -> float:
         """Take the next step and return its seconds."""
         device = self.trainer.world.device
         with torch.compiler.set_stance(self.stance):
             started = read_clock(device)
-            self.trainer.take_step()
-            return read_clock(device) - started
+            figures = self.trainer.take_step()
+            seconds = read_clock(device) - started
+        assert figures is not None, "nobody asks it to stop"
+        self.peak_gib = max(self.peak_gib, figures["train/peak_memory_gib"])
+        return seconds
 
     def describe(self, count: Flops | None) -> dict[str, Any]:
         """Return what the timed steps took and what went through the model; `flops` are of use (training/flops.py): no padding, no masked
@@ -164,6 +168,7 @@ class Lane:
         others = count.step(tokens=done.tokens, positions=positions, segments=[]) if count else done.flops
         return {
             "seconds": sum(self.seconds),
+            "step_seconds": self.seconds,
             "pairs": sum(len(work.rows(step)) for step in steps),
             "tokens": done.tokens,
             "flops": done.flops,
@@ -204,11 +209,11 @@ def profile_step(trainer: Trainer, longest: int = 25) -> dict[str, float]:
         started = read_clock(trainer.world.device)
         trainer.take_step()
         seconds = read_clock(trainer.world.device) - started
-    # Of a GPU its kernels: what launched them counts their time once more.
+    # Of a GPU its kernels: what launched them, and what they are marked with, counts their time once more.
     spent = {
         event.key[:90]: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e6
         for event in profiler.key_averages()
-        if not cuda or event.device_type == DeviceType.CUDA
+        if not cuda or (event.device_type == DeviceType.CUDA and not event.is_user_annotation)
     }
     ranked = sorted(spent.items(), key=lambda item: -item[1])
     return {"step": seconds, "all": sum(spent.values()), **dict(ranked[:longest])}

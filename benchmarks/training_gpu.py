@@ -36,11 +36,11 @@ from training.plan import ARCHITECTURES
 
 BATCH_PAIRS = 64
 TRL_MICROBATCH = 8  # its own default
-FIRST_MICROBATCH = 4  # of the sweep
+FIRST_MICROBATCH = 16  # of the sweep
 SHARED = {
     "batch_pairs": BATCH_PAIRS,
     "warming_steps": 2,
-    "microbatch_tokens": 16_384,
+    "microbatch_tokens": 32_768,  # a whole step
     "precision": "bfloat16",
     "compile": True,
 }
@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with HH-RLHF's helpful-base/*.jsonl.gz")
     parser.add_argument("--architecture", type=Path, default=ARCHITECTURES / "llama-3.2-1b.json", help="a config.json")
-    parser.add_argument("--steps", type=int, default=5, help="steps that are timed")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--sweep-seconds", type=float, default=300.0, help="no micro-batch is begun later in the sweep")
     parser.add_argument("--profile", action="store_true", help="say what a step of ours spends the device's time on")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
@@ -89,7 +89,7 @@ def compare(bench: Bench, *, batch_pairs: int, sweep_seconds: float, profile: bo
         "var_vs_dpo_tuned_tokens": tokens_per_second(var) / tokens_per_second(tuned),
         "var_vs_dpo_pairs": seconds_per_pair(default) / seconds_per_pair(var),
         "var_vs_dpo_tuned_pairs": seconds_per_pair(tuned) / seconds_per_pair(var),
-        "var_peak_device_gib": var["peak_device_bytes"] / 2**30,
+        "var_peak_device_gib": var["peak_device_gib"],
         "dpo_microbatch": TRL_MICROBATCH,
         "dpo_tuned_microbatch": best,
         "dpo_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in swept.items()},

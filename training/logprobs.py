@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from training.config import Layout
 from training.data.batch import MicroBatch, collate, lay_out
+from training.flops import read_windows
 from training.render import Rendered
 from training.tree import ATTENTION, compile_on, enable_trees
 
@@ -29,7 +30,7 @@ MAX_LAYOUT_GAP = {
 ONE_TOKEN = 30
 SIBLINGS = 3  # of a prompt's responses, that a layout is tried on
 # Logits held at once: 128 MiB in float32, a matrix product that keeps two cores busy; an accelerator wants larger ones.
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
 
 class Policy(nn.Module):
@@ -71,6 +72,8 @@ def trained_logps(model: Any, micro: MicroBatch) -> Tensor:
             f"model type {model.config.model_type}: got a micro-batch of trees for the attention {model.config._attn_implementation!r}, "
             f"expected {ATTENTION!r}; call check_layout or enable_trees first, or collate separate rows"
         )
+    if tree and micro.ids_BT.device.type == "cuda":  # before the layers, which may be compiled code
+        tree.make_block_masks(read_windows(model.config))
     output = model.base_model(
         input_ids=micro.ids_BT,
         attention_mask=tree.no_mask() if tree else micro.attention_BT,

@@ -4,10 +4,10 @@ A response sees its prompt and itself, never a sibling, and its positions go on 
 P + KR tokens instead of K (P + R), and their log-probabilities are those of separate rows.
 
 On a CPU attention runs segment by segment, so nothing is computed that is masked away. On a GPU one FlexAttention call
-takes the whole sequence, with the mask as blocks.
+takes the whole sequence, with the mask as blocks; where layers are compiled it is a part of them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,9 +20,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-# T tokens of the flat sequence; q, k tokens of a segment; heads N of size D
+# T tokens of the flat sequence; S segments; q, k tokens of a segment; Q, K blocks of tokens; heads N of size D
 
 ATTENTION = "varflow_tree"
+BLOCK = 128  # queries and keys that FlexAttention skips together: its kernels for Hopper take no smaller ones
 # Kinds of layers in which attention alone takes anything from token to token, and by no more than positions and a window.
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
@@ -33,6 +34,7 @@ class Tree:
 
     lengths: tuple[tuple[int, ...], ...]
     device: torch.device
+    block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)  # FlexAttention's, by window
     _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -69,36 +71,74 @@ class Tree:
         masks: list[Tensor | None] = self._masks[key]
         return masks
 
-    def block_mask(self, window: int | None) -> Any:
-        """Return FlexAttention's mask of the whole sequence."""
-        from torch.nn.attention.flex_attention import create_block_mask
+    def seen(self, window: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (first_T, end_T, own_T): the token at t sees what lies at [first, end) and at [own, t], which never overlap.
 
-        key = ("blocks", window)
-        if key not in self._masks:
-            count = len(self.segments)
-            # In 32 bits: each element of a mask that is no whole block reads four of them.
-            segment_T = send(np.repeat(np.arange(count, dtype=np.int32), self.segments), device=self.device)
-            groups = np.repeat(np.arange(len(self.lengths), dtype=np.int32), [sum(group) for group in self.lengths])
-            group_T = send(groups, device=self.device)
-            is_prompt = [place == 0 for group in self.lengths for place in range(len(group))]
-            prompt_T = send(np.repeat(is_prompt, self.segments), device=self.device)
-            position_T = send(self.positions().astype(np.int32), device=self.device)
-            farthest = np.array(window or len(position_T), dtype=np.int32)
-            reach = send(farthest, device=self.device)  # a number would be compiled for each
+        The second is its segment, the first the prompt of a response that does not follow it at once; one that does goes on from it.
+        """
+        counts, totals, prompts = np.array([(len(group), sum(group), group[0]) for group in self.lengths]).T
+        begin_S = np.repeat(np.cumsum(totals) - totals, counts)  # of the prompt of each segment
+        later_S = np.concatenate([np.arange(count) > 1 for count in counts])  # behind a sibling
+        end_S = begin_S + later_S * np.repeat(prompts, counts)
+        own_S = np.where(later_S, np.cumsum(self.segments) - self.segments, begin_S)
+        begin_T, end_T, own_T = (np.repeat(values, self.segments) for values in (begin_S, end_S, own_S))
+        if window is None:
+            return begin_T, end_T, own_T
+        first_T = begin_T + np.maximum(self.positions() - window + 1, 0)
+        return np.minimum(first_T, end_T), end_T, np.maximum(own_T, np.arange(len(own_T)) - window + 1)
 
-            def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                reachable = (group_T[q] == group_T[k]) & (prompt_T[k] | (segment_T[q] == segment_T[k]))
-                distance = position_T[q] - position_T[k]
-                return reachable & (distance >= 0) & (distance < reach)
+    def make_block_masks(self, windows: Iterable[int | None]) -> None:
+        """Find the blocks of each window's mask, as FlexAttention takes it for the whole sequence: T x T is never held, nor computed."""
+        from torch.nn.attention.flex_attention import BlockMask
 
-            T = len(position_T)
-            make = compile_on(self.device.type, create_block_mask)  # which never holds the mask of T x T
-            self._masks[key] = make(sees, None, None, T, T, device=self.device)
-        return self._masks[key]
+        for window in set(windows) - self.block_masks.keys():
+            seen = self.seen(window)
+            lists: dict[str, Any] = {}
+            partial_QK, full_QK = find_blocks(*seen)
+            for name, blocks in (("kv", partial_QK), ("full_kv", full_QK), ("q", partial_QK.T), ("full_q", full_QK.T)):
+                counts, indices = (send(values, device=self.device) for values in list_blocks(blocks))
+                lists |= {f"{name}_num_blocks": counts, f"{name}_indices": indices}
+            sees = see([send(values.astype(np.int32), device=self.device) for values in seen])
+            lengths = (len(self.positions()),) * 2
+            self.block_masks[window] = BlockMask(lengths, mask_mod=sees, BLOCK_SIZE=(BLOCK, BLOCK), **lists)
 
     def no_mask(self) -> Tensor:
         """Return what a model is given as its mask, so that it makes none: the tree says it all."""
         return torch.zeros(1, 1, 1, 1, device=self.device)
+
+
+def see(seen: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Return FlexAttention's mask of what is seen (`Tree.seen`)."""
+    first_T, end_T, own_T = seen
+
+    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return ((k >= first_T[q]) & (k < end_T[q])) | ((k >= own_T[q]) & (k <= q))
+
+    return sees
+
+
+def find_blocks(first_T: np.ndarray, end_T: np.ndarray, own_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (partial_QK, full_QK): which blocks of queries and keys hold something that is seen (`Tree.seen`), and which nothing else."""
+    query_T = np.arange(len(own_T))
+    count = -(-len(own_T) // BLOCK)
+    some_QK, whole_QK = np.zeros((2, count, count + 1), dtype=np.int32)  # queries that see some of a block, all of it
+    for begin_T, stop_T in ((first_T, end_T), (own_T, query_T + 1)):
+        for total_QK, left_T, right_T in (
+            (some_QK, begin_T // BLOCK, -(-stop_T // BLOCK)),
+            (whole_QK, -(-begin_T // BLOCK), stop_T // BLOCK),
+        ):
+            at = np.flatnonzero((begin_T < stop_T) & (left_T < right_T))
+            np.add.at(total_QK, (query_T[at] // BLOCK, left_T[at]), 1)
+            np.add.at(total_QK, (query_T[at] // BLOCK, right_T[at]), -1)
+    some_QK, whole_QK = (total_QK.cumsum(axis=1)[:, :-1] for total_QK in (some_QK, whole_QK))
+    full_QK = whole_QK == BLOCK
+    return (some_QK > 0) & ~full_QK, full_QK
+
+
+def list_blocks(blocks_QK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (count_11Q, index_11QK) as FlexAttention reads blocks: how many a row has, and which, in order, the others behind them."""
+    counts, indices = blocks_QK.sum(axis=1, dtype=np.int32), np.argsort(~blocks_QK, axis=1, kind="stable")
+    return counts.reshape(1, 1, -1), indices.astype(np.int32).reshape(1, 1, *indices.shape)
 
 
 def send(values: np.ndarray, *, device: torch.device) -> Tensor:
@@ -135,19 +175,37 @@ def enable_trees(model: Any) -> None:
         )
 
 
-@torch.compiler.disable  # beside it layers may be compiled: what depends on a tree's lengths would be compiled for each
 def attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: query [1, N, T, D] in, [1, T, N, D] out. Without a tree it is the stock one."""
     tree: Tree | None = options.pop("tree", None)
+    window, softcap = options.get("sliding_window"), options.get("softcap")
+    if tree is None or softcap is not None or window not in tree.block_masks:
+        return attend_apart(module, query, key, value, attention_mask, tree, **options), None
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    return attend_blocks(query, key, value, tree.block_masks[window], softcap=None, scaling=scaling), None
+
+
+@torch.compiler.disable  # what depends on a tree's lengths would be compiled for each
+def attend_apart(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    tree: Tree | None,
+    **options: Any,
+) -> Tensor:
+    """Attend beside compiled layers."""
     if tree is None:
-        return attend_plain(module, query, key, value, attention_mask, **options), None
+        return attend_plain(module, query, key, value, attention_mask, **options)
     window, softcap = options.get("sliding_window"), options.get("softcap")
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
-        return attend_blocks(query, key, value, tree, window=window, softcap=softcap, scaling=scaling), None
-    return attend_segments(query, key, value, tree, window=window, softcap=softcap, scaling=scaling), None
+        tree.make_block_masks([window])
+        return attend_blocks(query, key, value, tree.block_masks[window], softcap=softcap, scaling=scaling)
+    return attend_segments(query, key, value, tree, window=window, softcap=softcap, scaling=scaling)
 
 
 def attend_plain(
@@ -202,7 +260,7 @@ def attend_dense(
 
 
 def attend_blocks(
-    query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None, softcap: float | None, scaling: float
+    query: Tensor, key: Tensor, value: Tensor, blocks: Any, *, softcap: float | None, scaling: float
 ) -> Tensor:
     """Attend with FlexAttention over the whole sequence."""
     from torch.nn.attention.flex_attention import flex_attention
@@ -210,27 +268,28 @@ def attend_blocks(
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # as torch would itself, but the choice of the kernel depends on it
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
-    out: Tensor = compile_on(kind, flex_attention)(
-        query, key, value, score_mod=cap_scores(softcap, query.device), block_mask=tree.block_mask(window), scale=scaling,
+    run: Any = flex_attention if torch.compiler.is_compiling() else compile_on(kind, flex_attention)
+    out: Tensor = run(
+        query, key, value, score_mod=None if softcap is None else cap_scores(softcap, query.device), block_mask=blocks, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1], kernel_options=choose_kernel(query),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
 
 
 def choose_kernel(query: Tensor) -> dict[str, Any]:
-    """Return how FlexAttention's kernel is to run: of its choices for 16-bit types the one with which a step of Llama 3.2 1B on an
-    H200 spends 7 ms in it instead of 197; and never the one for answers token by token, which takes no tree."""
+    """Return how FlexAttention's kernels are to run: never as the one for answers token by token, which takes no tree; and of its choices
+    for 16-bit types those with which a step of Llama 3.2 1B on an H200 was fastest (docs/performance.md)."""
     options: dict[str, Any] = {"BACKEND": "TRITON"}
     if query.dtype.itemsize == 2 and query.shape[-1] <= 128:
         options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
+        options |= {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64}
+        options |= {"bwd_num_stages": 2, "bwd_num_warps": 4}
     return options
 
 
 @cache
-def cap_scores(softcap: float | None, device: torch.device) -> Any:
+def cap_scores(softcap: float, device: torch.device) -> Any:
     """Return the score function of a cap; always the same one, or every layer would be compiled anew."""
-    if softcap is None:
-        return None
     with torch.inference_mode(False):  # it is kept for the backward pass of others
         limit = torch.tensor(softcap, device=device)  # a number would be one that is read from the device
 

@@ -108,8 +108,11 @@ def test_a_compiler_that_is_not_there_is_named_before_anything_is_trained(
 ) -> None:
     torch.compiler.reset()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
-    with pytest.raises(ValueError, match=r"runtime.compile: torch.compile fails here .*set runtime.compile to false"):
+    told = r"runtime.compile: torch.compile fails here .*set runtime.compile to false"
+    with (
+        torch._inductor.config.patch("cpp.cxx", (None, "no-such-compiler")),
+        pytest.raises(ValueError, match=told),
+    ):
         compile_layers(make_model("llama"), device=torch.device("cpu"))
 
 
