@@ -50,8 +50,9 @@ class Work(Protocol):
 
     num_steps: int
 
-    def cut(self, step: int, *, budget: int) -> list[list[int]]:
-        """Return the micro-batches of a step, as positions in its global batch, each within a budget of tokens."""
+    def cut(self, step: int, *, budget: int, ranks: int) -> list[list[int]]:
+        """Return the micro-batches of a step, as positions in its global batch, each within a budget of tokens: a multiple of the ranks
+        where there are enough parts."""
         ...
 
     def load(self, step: int, members: Sequence[int]) -> Any:
@@ -253,7 +254,7 @@ class Trainer:
     def add_up(self, step: int) -> "Total | None":
         """Add up loss and gradients of all micro-batches of a step, as the budget cuts them."""
         total = Total()
-        shares = list(self.world.share(self.work.cut(step, budget=self.budget)))
+        shares = list(self.world.share(self.work.cut(step, budget=self.budget, ranks=self.world.size)))
         batch = self.work.load(step, shares[0][0])
         for place, (_, counts) in enumerate(shares):
             if self.world.any(self.job.stop.is_set()):
@@ -279,7 +280,7 @@ class Trainer:
     def evaluate(self, work: Work) -> float:
         """Return the loss of other work's first step, as the budget cuts it."""
         total = Total()
-        for members, counts in self.world.share(work.cut(0, budget=self.budget)):
+        for members, counts in self.world.share(work.cut(0, budget=self.budget, ranks=self.world.size)):
             with self.autocast():
                 part = work.part(self.model, work.load(0, members))
             total.add(part if counts else part.nothing())
@@ -376,12 +377,12 @@ class Total:
         return Total(loss, int(tokens), int(padded), int(flops), dict(zip(self.figures, figures, strict=True)))
 
 
-def halve_budget(work: Work, step: int, *, budget: int) -> int | None:
+def halve_budget(work: Work, step: int, *, budget: int, ranks: int) -> int | None:
     """Return the largest half, quarter ... of a budget that cuts a step into more micro-batches; None where none does."""
-    whole = len(work.cut(step, budget=budget))
+    whole = len(work.cut(step, budget=budget, ranks=ranks))
     while budget > 1:
         budget //= 2
-        if len(work.cut(step, budget=budget)) > whole:
+        if len(work.cut(step, budget=budget, ranks=ranks)) > whole:
             return budget
     return None
 
@@ -391,7 +392,7 @@ def find_smaller(work: Work, step: int, *, budget: int, world: World, where: str
 
     Of several ranks OutOfMemory, with that budget: none of them can go on alone. torch.OutOfMemoryError where there is none.
     """
-    smaller = halve_budget(work, step, budget=budget)
+    smaller = halve_budget(work, step, budget=budget, ranks=world.size)
     got = f"{where}, rank {world.rank} of {world.size}: the device has no room for a micro-batch of {budget} tokens"
     if smaller is None:
         raise torch.OutOfMemoryError(

@@ -185,10 +185,11 @@ class RewardForward:
         return repr((sample.ids, sample.segments)).encode()
 
     def cut(
-        self, samples: Sequence[RewardInput], group_R: np.ndarray, *, budget: int, whole_groups: bool
+        self, samples: Sequence[RewardInput], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
     ) -> list[list[int]]:
         """Return micro-batches of separate rows."""
-        return cut_rows([len(sample.ids) for sample in samples], group_R, budget=budget, whole_groups=whole_groups)
+        lengths = [len(sample.ids) for sample in samples]
+        return cut_rows(lengths, group_R, budget=budget, whole_groups=whole_groups, ranks=ranks)
 
     def load(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> Sequence[RewardInput]:
         """Return the samples as they are."""

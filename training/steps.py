@@ -39,8 +39,10 @@ class Forward(Protocol):
         """Return what a sample is, for the digest of the plan."""
         ...
 
-    def cut(self, samples: Sequence[Any], group_R: np.ndarray, *, budget: int, whole_groups: bool) -> list[list[int]]:
-        """Return micro-batches as indices, each within a budget of tokens."""
+    def cut(
+        self, samples: Sequence[Any], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
+    ) -> list[list[int]]:
+        """Return micro-batches as indices, each within a budget of tokens, levelled for some ranks."""
         ...
 
     def load(self, samples: Sequence[Any], group_B: np.ndarray) -> Any:
@@ -176,10 +178,10 @@ class Steps:
         """Return the figures of a step's weights; nothing where they count comparisons within a prompt."""
         return {} if self._objective.whole_groups else describe_weights(self.columns(step), self._weights[step])
 
-    def cut(self, step: int, *, budget: int) -> list[list[int]]:
-        """Return the micro-batches of a step as positions among its responses."""
-        whole = self._objective.whole_groups
-        return self._forward.cut(self.samples(step), self.columns(step).group_R, budget=budget, whole_groups=whole)
+    def cut(self, step: int, *, budget: int, ranks: int = 1) -> list[list[int]]:
+        """Return the micro-batches of a step as positions among its responses, levelled for some ranks."""
+        samples, group_R, whole = self.samples(step), self.columns(step).group_R, self._objective.whole_groups
+        return self._forward.cut(samples, group_R, budget=budget, whole_groups=whole, ranks=ranks)
 
     def load(self, step: int, members: Sequence[int]) -> Batch:
         """Return some responses of a step as a micro-batch."""

@@ -236,10 +236,10 @@ class PolicyForward:
         return sample.ids_T.tobytes() + sample.start.to_bytes(8, "little")
 
     def cut(
-        self, samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool
+        self, samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
     ) -> list[list[int]]:
         """Return micro-batches in the layout."""
-        return cut(samples, group_R, budget=budget, whole_groups=whole_groups, layout=self._layout)
+        return cut(samples, group_R, budget=budget, whole_groups=whole_groups, layout=self._layout, ranks=ranks)
 
     def load(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatch:
         """Return a micro-batch in the layout."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.data.batch import collate, cut_rows, digest_plan, pack_by_tokens, plan_steps
+from training.data.batch import collate, cut_rows, cut_trees, digest_plan, pack_by_tokens, plan_steps
 from training.render import Rendered
 
 
@@ -37,6 +37,27 @@ def test_whole_groups_of_unlike_sizes_keep_their_padded_batch_within_the_budget(
     assert sorted(chain(*batches)) == list(range(len(lengths)))
     assert all(max(lengths[i] for i in batch) * len(batch) <= 512 for batch in batches)
     assert sum(len(set(group_R[batch])) for batch in batches) == 60  # none is in two
+
+
+def test_no_micro_batch_is_small_where_others_are_full() -> None:
+    """By hand: 60 and 40 fit in 100 tokens and leave 40 alone; two of 80 and 60 are as many. So do rows: 3 x 30 and 1 x 10, or 2 x 30 and 2 x 30."""
+    trees = [Rendered(np.zeros(size, dtype=np.int32), start=size - 1) for size in (60, 40, 40)]
+    assert cut_trees(trees, np.arange(3), budget=100, whole_groups=False) == [[0], [1, 2]]
+    assert cut_rows([30, 30, 30, 10], np.arange(4), budget=90, whole_groups=False) == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(("budget", "ranks", "batches"), [(144, 1, 1), (144, 2, 2), (72, 1, 2), (72, 3, 3), (72, 4, 4), (144, 12, 12), (144, 20, 12)])  # fmt: skip
+def test_a_step_within_one_budget_is_work_for_all_ranks(budget: int, ranks: int, batches: int) -> None:
+    """Twelve samples of 132 tokens: one micro-batch, or two of 72; as many as there are ranks, and never more than there are samples."""
+    lengths = [10, 11, 12] * 4
+    trees = [Rendered(np.zeros(size, dtype=np.int32), start=size - 1) for size in lengths]
+    for micros in (
+        cut_trees(trees, np.arange(12), budget=budget, whole_groups=False, ranks=ranks),
+        cut_rows(lengths, np.arange(12), budget=budget, whole_groups=False, ranks=ranks),
+        cut_rows(lengths, np.arange(12), budget=budget, whole_groups=True, ranks=ranks),
+    ):
+        assert len(micros) == batches and sorted(chain(*micros)) == list(range(12))
+        assert max(map(len, micros)) - min(map(len, micros)) <= 1
 
 
 @pytest.mark.parametrize(("num_rows", "sizes"), [(12, [4, 4, 4]), (10, [4, 4, 2]), (9, [4, 5]), (3, [3]), (1, [1])])

@@ -42,7 +42,9 @@ class Told:
     def identity(self, sample: int) -> bytes:
         return bytes([sample])
 
-    def cut(self, samples: Sequence[int], group_R: np.ndarray, *, budget: int, whole_groups: bool) -> list[list[int]]:
+    def cut(
+        self, samples: Sequence[int], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
+    ) -> list[list[int]]:
         return [list(range(len(samples)))[begin : begin + budget] for begin in range(0, len(samples), budget)]
 
     def load(self, samples: Sequence[int], group_B: np.ndarray) -> list[int]:

@@ -40,7 +40,7 @@ class Line:
         self.num_steps = num_steps
         self._broken = broken
 
-    def cut(self, step: int, *, budget: int) -> list[list[int]]:
+    def cut(self, step: int, *, budget: int, ranks: int) -> list[list[int]]:
         return [list(range(4))[i : i + budget] for i in range(0, 4, budget)]
 
     def load(self, step: int, members: Sequence[int]) -> tuple[int, Sequence[int]]:

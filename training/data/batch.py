@@ -5,8 +5,9 @@ on a token budget and change nothing but speed.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -72,29 +73,34 @@ def pack_by_tokens(lengths: Sequence[int], *, budget: int, counts: Sequence[int]
 
 
 def cut(
-    samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool, layout: Layout
+    samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool, layout: Layout, ranks: int = 1
 ) -> list[list[int]]:
-    """Return micro-batches as indices, each within a budget of tokens; a lone sample above it gets one of its own."""
+    """Return micro-batches as indices, each within a budget of tokens, levelled for some ranks; a lone sample above it gets one of its own."""
     if layout == Layout.tree:
-        return cut_trees(samples, group_R, budget=budget, whole_groups=whole_groups)
-    return cut_rows([len(sample.ids_T) for sample in samples], group_R, budget=budget, whole_groups=whole_groups)
+        return cut_trees(samples, group_R, budget=budget, whole_groups=whole_groups, ranks=ranks)
+    lengths = [len(sample.ids_T) for sample in samples]
+    return cut_rows(lengths, group_R, budget=budget, whole_groups=whole_groups, ranks=ranks)
 
 
-def cut_rows(lengths: Sequence[int], group_R: np.ndarray, *, budget: int, whole_groups: bool) -> list[list[int]]:
+def cut_rows(
+    lengths: Sequence[int], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
+) -> list[list[int]]:
     """Return micro-batches of separate rows, as indices; `whole_groups` keeps the responses of a prompt together."""
     if not whole_groups:
-        return pack_by_tokens(lengths, budget=budget)
+        return level(partial(pack_by_tokens, lengths), budget=budget, ranks=ranks)
     groups = members_of_groups(group_R)
     longest = [max(lengths[index] for index in members) for members in groups]
-    batches = pack_by_tokens(longest, budget=budget, counts=[len(members) for members in groups])
+    pack = partial(pack_by_tokens, longest, counts=[len(members) for members in groups])
+    batches = level(pack, budget=budget, ranks=ranks)
     return [list(chain(*(groups[g] for g in sorted(batch)))) for batch in batches]
 
 
-def cut_trees(samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool) -> list[list[int]]:
+def cut_trees(
+    samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
+) -> list[list[int]]:
     """Return micro-batches of trees, as indices, whose tokens (a prompt once, its responses behind it) stay within `budget`.
 
-    A group above the budget is cut into trees that repeat its prompt, unless `whole_groups`. Fullest first into the first batch
-    with room: within 11/9 of the fewest batches.
+    A group above the budget is cut into trees that repeat its prompt, unless `whole_groups`.
     """
     branches = [
         part
@@ -102,17 +108,38 @@ def cut_trees(samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, 
         for part in ([members] if whole_groups else split_group(samples, members, budget=budget))
     ]
     sizes = [samples[part[0]].start + sum(samples[index].num_trained for index in part) for part in branches]
+    batches = level(partial(first_fit, sizes), budget=budget, ranks=ranks)
+    return [list(chain(*(branches[place] for place in batch))) for batch in batches]
+
+
+def first_fit(sizes: Sequence[int], *, budget: int) -> list[list[int]]:
+    """Return batches of indices whose sizes stay within a budget in sum: the largest first, each into the first batch with room: within
+    11/9 of the fewest batches."""
     batches: list[list[int]] = []
     room: list[int] = []
-    for place in sorted(range(len(branches)), key=lambda place: (-sizes[place], place)):
-        fits = next((b for b, left in enumerate(room) if sizes[place] <= left), None)
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        fits = next((place for place, left in enumerate(room) if sizes[index] <= left), None)
         if fits is None:
             batches.append([])
             room.append(budget)
             fits = len(batches) - 1
-        batches[fits] += branches[place]
-        room[fits] -= sizes[place]
+        batches[fits].append(index)
+        room[fits] -= sizes[index]
     return batches
+
+
+def level(pack: Callable[..., list[list[int]]], *, budget: int, ranks: int) -> list[list[int]]:
+    """Return what pack(budget=...) gives for the smallest budget that takes no more batches than the whole one, rounded up to equally many
+    for each rank: none waits for the others with nothing to do, and none of a rank's is too small to keep its device busy."""
+    wanted = -(-len(pack(budget=budget)) // ranks) * ranks
+    low, high = 0, budget
+    while high - low > max(1, budget // 64):
+        middle = (low + high) // 2
+        if len(pack(budget=middle)) > wanted:
+            low = middle
+        else:
+            high = middle
+    return pack(budget=high)
 
 
 def split_group(samples: Sequence[Rendered], members: Sequence[int], *, budget: int) -> list[list[int]]:

@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -78,7 +79,7 @@ def try_largest(ready: Ready, report: Report, passes: Passes) -> str | None:
 def halve(ready: Ready, report: Report, trial: Trial, free: int) -> None:
     """Note a smaller budget of tokens a micro-batch."""
     steps = ready.steps
-    smaller = halve_budget(steps, trial.step, budget=report.microbatch_tokens)
+    smaller = halve_budget(steps, trial.step, budget=report.microbatch_tokens, ranks=ready.world.size)
     if smaller is None:
         raise Failure(
             f"{trial}: the device has no room for its forward and backward pass ({show_bytes(free)} were free), and it cannot be cut; "
@@ -122,20 +123,19 @@ def probe(ready: Ready, report: Report, passes: Passes, trial: Trial) -> int | N
 
 def find_largest_of_first(ready: Ready, *, budget: int) -> Trial:
     """Return what the first rank finds in its time, on every rank."""
-    trial = None
-    if ready.world.is_first:
-        trial = find_largest(ready.steps, budget=budget, layout=ready.runtime.layout)
+    find = partial(find_largest, ready.steps, budget=budget, layout=ready.runtime.layout, ranks=ready.world.size)
+    trial = find() if ready.world.is_first else None
     looked_at = int(ready.world.first(trial.looked_at if trial else 0))
-    return trial or find_largest(ready.steps, budget=budget, layout=ready.runtime.layout, num_steps=looked_at)
+    return trial or find(num_steps=looked_at)
 
 
-def find_largest(steps: Steps, *, budget: int, layout: Layout, num_steps: int | None = None) -> Trial:
+def find_largest(steps: Steps, *, budget: int, layout: Layout, ranks: int, num_steps: int | None = None) -> Trial:
     """Return the largest micro-batch of some steps: of an epoch, or of as many as can be looked at in a second."""
     best = Trial(step=0, members=[], tokens=-1, looked_at=0)
     ends = time.monotonic() + SEARCH_SECONDS
     for step in range(num_steps or steps.steps_per_epoch):
         samples, group_R = steps.samples(step), steps.columns(step).group_R
-        for members in steps.cut(step, budget=budget):
+        for members in steps.cut(step, budget=budget, ranks=ranks):
             tokens = count_padded([samples[index] for index in members], group_R[members], layout=layout)
             if tokens > best.tokens:
                 best = Trial(step, members, tokens, looked_at=0)
