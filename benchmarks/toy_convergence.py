@@ -25,11 +25,8 @@ GROUP_SIZES = (2, 4, 8, 16, 32, 64, 128, 256)
 def main() -> None:
     """Compute both panels and write the figure."""
     rng = np.random.default_rng(0)
-    length_R = rng.integers(1, 9, size=RESPONSES)
-    logp_R = -length_R * rng.uniform(0.3, 1.2, size=RESPONSES)
-    logp_R -= np.log(np.exp(logp_R).sum())  # the set is all there is
-    reward_R = rng.normal(size=RESPONSES)
-    best_R = softmax(logp_R + reward_R / LAMBDA)
+    length_R, logp_R, reward_R, best_R = draw_space(rng)
+    matplotlib.rcParams["svg.hashsalt"] = "varflow"  # the same file each time
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4))
     for label, weight_R in {
         "sum over all tokens": weigh(ResponseRegime.support, logp_R, reward_R, length_R),
@@ -48,6 +45,15 @@ def main() -> None:
     figure.savefig(
         Path(sys.argv[1] if len(sys.argv) > 1 else "docs/figures/toy_convergence.svg"), metadata={"Date": None}
     )
+
+
+def draw_space(rng: np.random.Generator) -> tuple[np.ndarray, FloatArray, FloatArray, FloatArray]:
+    """Return (length_R, logp_R, reward_R, best_R) of all responses that there are: tokens, log pi_ref, rewards, and pi*."""
+    length_R = rng.integers(1, 9, size=RESPONSES)
+    logp_R = -length_R * rng.uniform(0.3, 1.2, size=RESPONSES)
+    logp_R -= np.log(np.exp(logp_R).sum())
+    reward_R = rng.normal(size=RESPONSES)
+    return length_R, logp_R, reward_R, softmax(logp_R + reward_R / LAMBDA)
 
 
 def weigh(regime: ResponseRegime, logp_R: FloatArray, reward_R: FloatArray, length_R: np.ndarray) -> FloatArray:

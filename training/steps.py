@@ -131,7 +131,7 @@ class Steps:
 
     def _weigh(self, step: int) -> FloatArray:
         weight_R = self._objective.weigh(self.columns(step))
-        check_weights(weight_R)
+        check_weights(weight_R, step=step, row_ids=self.row_ids(step))
         return weight_R
 
     @cached_property

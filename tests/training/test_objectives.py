@@ -208,10 +208,10 @@ def test_refusals_name_rows_and_remedies() -> None:
             behaved(reference_factor=factor)
     with pytest.raises(ValueError, match=r"reference_factor mean.*from_reference"):
         sampled(reference_factor=ReferenceFactor.mean)
-    with pytest.raises(ValueError, match="all of a global batch are zero"):
-        check_weights(np.zeros(3))
-    with pytest.raises(ValueError, match="NaN"):
-        check_weights(np.array([1.0, math.nan]))
+    with pytest.raises(ValueError, match=r"step 2 \(rows a\): all are zero; expected a sum of N"):
+        check_weights(np.zeros(3), step=2, row_ids=["a"])
+    with pytest.raises(ValueError, match=r"step 0 \(rows a, b, c, \.\.\.\): got NaN"):
+        check_weights(np.array([1.0, math.nan]), step=0, row_ids=list("abcd"))
 
 
 def test_in_batch_takes_a_group_of_one() -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,9 @@ from training.job import Job, write_json
 from training.logprobs import choose_groups, longest_of
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
+from training.preflight import passes as passes_module
 from training.preflight import room
+from training.preflight import run as run_module
 from training.preflight.findings import FILE, Check, Report
 from training.preflight.passes import Passes
 from training.preflight.ready import Ready
@@ -332,6 +335,32 @@ def test_what_an_accelerator_has_no_time_to_try_is_held_to_its_free_memory_by_th
     make(room.memory, ready, report, report, passes)
     (failed,) = report.failures
     assert "would take about" in failed.line and "got 0.3 MiB free; expected room" in failed.line
+
+
+@pytest.mark.parametrize(("tokens_per_second", "tried"), [(1e5, True), (50.0, True), (8.0, False)])
+def test_a_slow_policy_is_checked_within_thirty_seconds(
+    tokens_per_second: float,
+    tried: bool,
+    inputs: dict[str, Path],
+    make_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before hours of training, by a clock that goes with the tokens: the first step is tried as far as the time goes, and the largest
+    micro-batch where there is time for it."""
+    clock, plain = SimpleNamespace(now=0.0, monotonic=lambda: clock.now), PolicyForward.values
+
+    def values(self: PolicyForward, model: Any, micro: MicroBatch) -> Forwarded:
+        out = plain(self, model, micro)
+        clock.now += (3 if out.value_B.requires_grad else 1) * out.num_tokens / tokens_per_second
+        return out
+
+    monkeypatch.setattr(PolicyForward, "values", values)
+    for module in (passes_module, run_module):
+        monkeypatch.setattr(module, "time", clock)
+    report = check_run(prepare(make_job("train", "a", config=SFT | {"epochs": 1000}, inputs=inputs)))
+    assert report.failures == [] and 0 < clock.now <= 30
+    (memory_line,) = [check.line for check in report.checks if check.name == "memory"]
+    assert ("not tried, as it would take about" not in memory_line) == tried
 
 
 class NarrowForward(PolicyForward):

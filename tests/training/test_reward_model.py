@@ -229,6 +229,24 @@ def test_two_ranks_give_the_reward_model_of_one(
     assert figures[0]["final_loss"] == pytest.approx(figures[1]["final_loss"], rel=10 * bound)
 
 
+def test_micro_batches_change_nothing_of_a_reward_model(
+    rows: Path, tiny_policy: Path, make_job: Callable[..., Job]
+) -> None:
+    """Without dropout: each pair alone, a few together, a step whole."""
+    config = {**CONFIG, "epochs": 2, "render": RewardRender.chat_template.value}
+    jobs = [
+        make_job("reward_model", str(n), config=config, inputs={"rows": rows, "base": tiny_policy}, microbatch_tokens=n)
+        for n in (1, 200, 10_000)
+    ]
+    for job in jobs:
+        reward_model.run(job)
+    wanted, *others = (load_file(job.output / "model.safetensors") for job in jobs)
+    for got in others:
+        assert max((got[name] - tensor).abs().max().item() for name, tensor in wanted.items()) < 1e-4
+    losses = [json.loads((job.output / "summary.json").read_text())["final_loss"] for job in jobs]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
 def test_dropout_is_found_wherever_a_configuration_names_it(tiny_reward_model: Path, tiny_policy: Path) -> None:
     assert (reward_model.read_dropout(tiny_reward_model), reward_model.read_dropout(tiny_policy)) == (0.1, 0.0)
 

@@ -12,6 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_module
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.architectures import CONFIGS, VOCABULARY, make_model
 from tests.ranks import Ranks
@@ -28,6 +30,7 @@ from tests.training.test_loop import Line, settings
 from training import distributed, logprobs
 from training.config import LoraConfig, Precision, Runtime
 from training.data.batch import collate
+from training.data.schema import SCHEMA
 from training.distributed import ALONE, World, open_world, own_gpu
 from training.job import Interrupted, Job
 from training.logprobs import Policy, sum_logps
@@ -211,6 +214,27 @@ def test_a_job_on_ranks_gives_the_model_of_one(make_train_job: Callable[..., Job
     alone, both = make_train_job("alone"), make_train_job("both")
     assert run_on(ranks, 1, alone) == run_on(ranks, 2, both) == {"done"}
     assert_same_result(both, alone)
+
+
+def test_a_tied_policy_on_ranks_is_exported_as_one_and_its_held_out_loss_is_that_of_one(
+    make_train_job: Callable[..., Job], tmp_path: Path, ranks: Ranks
+) -> None:
+    jobs = [make_train_job(name) for name in ("alone", "both", "all")]
+    base, rows = tmp_path / "tied", tmp_path / "split"
+    shutil.copytree(jobs[0].inputs["base"], base)
+    shutil.copytree(jobs[0].inputs["rows"], rows)
+    table = pq.read_table(rows / "rows.parquet").to_pylist()
+    split = [row | {"split": "heldout" if n < 3 else "train"} for n, row in enumerate(table)]
+    pq.write_table(pa.Table.from_pylist(split, schema=SCHEMA), rows / "rows.parquet")
+    config = LlamaConfig.from_pretrained(base, tie_word_embeddings=True)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    for size, job in zip((1, 2, 4), jobs, strict=True):
+        job = dataclasses.replace(job, inputs=job.inputs | {"base": base, "rows": rows})
+        assert run_on(ranks, size, job) == {"done"}
+        assert "lm_head.weight" not in load_file(job.output / "model.safetensors")
+        assert_same_result(job, jobs[0])
+    assert "heldout/loss" in read_figures(jobs[0])[-1]
 
 
 def test_a_job_stopped_on_two_ranks_goes_on_on_any_number(make_train_job: Callable[..., Job], ranks: Ranks) -> None:

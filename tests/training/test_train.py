@@ -180,6 +180,56 @@ def test_a_reward_transform_changes_the_weights_and_says_so(
     assert (summary["reward_transform"], summary["tied_prompts"], summary["lambda"]) == ("quantile", 0, 0.5)
 
 
+@pytest.mark.parametrize(
+    ("transform", "clip"), [("centred", {}), ("clipped", {"clip_low": -10.0, "clip_high": -3.0}), ("none", {})]
+)
+def test_weights_of_a_whole_batch_are_those_of_its_transformed_rewards(
+    transform: str, clip: dict[str, float], inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    """All rows in one step: w = N softmax(r / lambda) over the batch, worked out from the stored rewards."""
+    config = {
+        **VAR,
+        "reference_factor": "none",
+        "lambda_unit": "reward",
+        "lambda_": 4.0,
+        "normaliser": "in_batch",
+        "batch_prompts": 64,
+    }
+    job = make_job("train", "a", config={**config, "reward_transform": transform, **clip}, inputs=inputs)
+    train.run(job)
+    stored = {r["row_id"]: r["reward"] for r in pq.read_table(inputs["rewards"] / "scores.parquet").to_pylist()}
+    rows = pq.read_table(job.output / "weights.parquet").to_pylist()
+    groups = [np.array(stored[row["row_id"]]) for row in rows]
+    if transform == "centred":
+        groups = [reward_K - reward_K.mean() for reward_K in groups]
+    if transform == "clipped":
+        assert read_summary(job)["clipped_rewards"] == sum(((g < -10) | (g > -3)).sum() for g in groups) > 0
+        groups = [reward_K.clip(-10, -3) for reward_K in groups]
+    score_R = np.concatenate(groups) / 4.0
+    expected_R = len(score_R) * np.exp(score_R) / np.exp(score_R).sum()
+    assert np.concatenate([row["weight"] for row in rows]) == pytest.approx(expected_R, rel=1e-9)
+
+
+def test_a_full_fine_tune_in_bfloat16_keeps_float32_weights_and_follows_float32(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    """A learning rate whose steps bfloat16's 8 bits would swallow: all that would be left of them if weights were narrow."""
+    jobs = {}
+    for precision in ("float32", "bfloat16"):
+        config = {**VAR, "learning_rate": 1e-5, "epochs": 2, "precision": precision}
+        jobs[precision] = make_job("train", precision, config=config, inputs=inputs)
+        train.run(jobs[precision])
+    before, wide, narrow = (
+        load_file(folder / "model.safetensors") for folder in (inputs["base"], *(job.output for job in jobs.values()))
+    )
+    assert {tensor.dtype for tensor in narrow.values()} == {torch.float32}
+    assert all((narrow[name] != tensor).float().mean() > 0.5 for name, tensor in before.items() if "layers" in name)
+    moved = {name: torch.stack([(end[name] - before[name]).norm() for end in (wide, narrow)]) for name in before}
+    assert all(0.5 < norms[1] / norms[0] < 2 for name, norms in moved.items() if "layers" in name)
+    losses = {name: [line["train/loss"] for line in read_metrics(job)] for name, job in jobs.items()}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=3e-2) and losses["bfloat16"] != losses["float32"]
+
+
 def test_training_moves_mass_to_the_better_answers(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
     """Against the same training with unit weights, every prompt's best answer gains on its worst."""
     shared = {"batch_prompts": 4, "max_tokens": 128, "epochs": 8, "learning_rate": 3e-3}

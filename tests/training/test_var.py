@@ -16,7 +16,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.toy_convergence import descend, draw_space, mean_gap, weigh
 from training import reference, train
+from training.config import ResponseRegime
 from training.job import Job
 
 TEMPLATE = (
@@ -105,3 +107,17 @@ def test_trained_policy_is_the_closed_form_optimum(
         assert 0.5 * (np.abs(policy - optimum).sum() + abs(outside)) < 1e-3
         start = np.exp(before[row_id])
         assert 0.5 * (np.abs(start - optimum).sum() + 1 - start.sum()) > 0.5  # it was far away
+
+
+def test_all_responses_come_to_the_optimum_and_samples_do_as_their_number_grows() -> None:
+    """What docs/figures/toy_convergence.svg shows: the sum over tokens goes to pi*, each response by its own length elsewhere; samples of the
+    reference go to it where they are scored as such, and stay away where they are scored as a set."""
+    rng = np.random.default_rng(0)
+    length_R, logp_R, reward_R, best_R = draw_space(rng)
+    weight_R = weigh(ResponseRegime.support, logp_R, reward_R, length_R)
+    gaps = descend(weight_R, logp_R, best_R)
+    assert gaps[0] > 0.4 and gaps[-1] < 1e-3 < 0.1 < descend(weight_R / length_R, logp_R, best_R)[-1]
+    space = (logp_R, reward_R, length_R, best_R, rng)
+    few, many, more = (mean_gap(ResponseRegime.from_reference, size, *space) for size in (256, 4096, 65_536))
+    assert few > 3 * many > 9 * more and more < 0.01
+    assert mean_gap(ResponseRegime.support, 65_536, *space) > 0.1

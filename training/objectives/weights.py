@@ -1,6 +1,8 @@
 """Weights as softmax, and what they do in numbers: how many responses still count, how far the reward moved them, whether
 they follow it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from training.objectives.objective import Columns, FloatArray, largest_of_sets
@@ -25,12 +27,15 @@ def softmax_weights(reward_R: FloatArray, base_R: FloatArray, set_R: np.ndarray,
     return weights
 
 
-def check_weights(weight_R: FloatArray) -> None:
-    """Raise ValueError for weights that cannot train anything: all zero, negative, NaN or infinite."""
+def check_weights(weight_R: FloatArray, *, step: int, row_ids: Sequence[str]) -> None:
+    """Raise ValueError for weights of a step that cannot train anything: all zero, negative, NaN or infinite."""
+    where = f"weights of step {step} (rows {', '.join(row_ids[:3])}{', ...' if len(row_ids) > 3 else ''})"
     if not np.isfinite(weight_R).all() or (weight_R < 0).any():
-        raise ValueError("weights: got NaN, infinite or negative ones; expected finite numbers >= 0; check the rewards")
+        raise ValueError(
+            f"{where}: got NaN, infinite or negative ones; expected finite numbers >= 0; check the rewards"
+        )
     if not weight_R.any():
-        raise ValueError("weights: all of a global batch are zero; expected a sum of N; check rewards and lambda")
+        raise ValueError(f"{where}: all are zero; expected a sum of N; check rewards and lambda")
 
 
 def describe_weights(columns: Columns, weight_R: FloatArray) -> dict[str, float]:
