@@ -4,6 +4,7 @@ Every part of a step contributes its share of the loss of the global batch: part
 into micro-batches, and which rank runs which, change nothing but speed and memory.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -197,7 +198,7 @@ class Trainer:
         if total is None:
             self.optimiser.zero_grad()
             return None
-        norm = self.update(step, loss=total.loss)
+        norm = self.update(step, total)
         seconds = time.monotonic() - started
         self.progress.step += 1
         self.progress.tokens += total.num_tokens
@@ -252,8 +253,9 @@ class Trainer:
         torch.cuda.empty_cache()
 
     def add_up(self, step: int) -> "Total | None":
-        """Add up loss and gradients of all micro-batches of a step, as the budget cuts them."""
-        total = Total()
+        """Add up loss and gradients of all micro-batches of a step, as the budget cuts them. Nothing is read back before all are on their
+        way to an accelerator, and the norm of the gradients with them."""
+        parts: list[Part] = []
         shares = list(self.world.share(self.work.cut(step, budget=self.budget, ranks=self.world.size)))
         batch = self.work.load(step, shares[0][0])
         for place, (_, counts) in enumerate(shares):
@@ -267,10 +269,16 @@ class Trainer:
             if not counts:
                 part = part.nothing()
             part.loss.backward()
-            if not is_last:  # an accelerator is still at work
+            if not is_last:
                 batch = self.work.load(step, shares[place + 1][0])
-            total.add(part)
-        return total.over(self.world)
+            parts.append(part)
+        norm = self.measure_norm()
+        return dataclasses.replace(Total.of(parts, self.world), norm=norm)
+
+    def measure_norm(self) -> Tensor:
+        """Return the norm of all ranks' gradients together."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def look(self, work: Work) -> float:
         """Return the loss of other work's first step under the model as it is."""
@@ -279,14 +287,14 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, work: Work) -> float:
         """Return the loss of other work's first step, as the budget cuts it."""
-        total = Total()
+        parts: list[Part] = []
         for members, counts in self.world.share(work.cut(0, budget=self.budget, ranks=self.world.size)):
             with self.autocast():
                 part = work.part(self.model, work.load(0, members))
-            total.add(part if counts else part.nothing())
+            parts.append(part if counts else part.nothing())
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # no backward pass does it here, and the optimiser needs parts
-        return total.over(self.world).loss
+        return Total.of(parts, self.world).loss
 
     def sample(self, sampler: Sampler) -> None:
         """Let the model as it is answer."""
@@ -298,19 +306,17 @@ class Trainer:
         wide = self.settings.precision == Precision.float32
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=not wide)
 
-    def update(self, step: int, *, loss: float) -> float:
+    def update(self, step: int, total: "Total") -> float:
         """Clip and apply the gradients, or skip the step when loss or gradient is not finite. Return the gradient norm."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if math.isfinite(loss) and math.isfinite(norm.item()):
+        norm = total.norm
+        assert norm is not None
+        if math.isfinite(total.loss) and math.isfinite(norm.item()):
             if norm.item() > self.settings.max_grad_norm:  # else a pass through all gradients would multiply them by 1
                 torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.max_grad_norm, norm)
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(self.settings, step, num_steps=self.work.num_steps)
             self.apply(step)
-            self.progress.loss = loss
+            self.progress.loss = total.loss
             self.progress.skipped_in_row = 0
             self.progress.skipped_rows = []
         else:
@@ -350,31 +356,33 @@ class Trainer:
             )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Total:
-    """Sums over the micro-batches of a step."""
+    """Sums over the micro-batches of a step and all ranks, and the norm of the gradients where there are some."""
 
-    loss: float = 0.0
-    num_tokens: int = 0
-    num_padded: int = 0
-    flops: int = 0
-    figures: dict[str, float] = field(default_factory=dict)
+    loss: float
+    num_tokens: int
+    num_padded: int
+    flops: int
+    figures: dict[str, float]
+    norm: Tensor | None = None
 
-    def add(self, part: Part) -> None:
-        """Add one micro-batch's share."""
-        self.loss += part.loss.item()
-        self.num_tokens += part.num_tokens
-        self.num_padded += part.num_padded
-        self.flops += part.flops
-        for name, value in part.figures().items():
-            self.figures[name] = self.figures.get(name, 0.0) + value
-
-    def over(self, world: World) -> "Total":
-        """Return the sums over all ranks."""
-        loss, tokens, padded, flops, *figures = world.sum(
-            [self.loss, self.num_tokens, self.num_padded, self.flops, *self.figures.values()]
+    @classmethod
+    def of(cls, parts: Sequence[Part], world: World) -> "Total":
+        """Add up this rank's shares, and those of all."""
+        figures: dict[str, float] = {}
+        for part in parts:
+            for name, value in part.figures().items():
+                figures[name] = figures.get(name, 0.0) + value
+        counts = (
+            sum(part.num_tokens for part in parts),
+            sum(part.num_padded for part in parts),
+            sum(part.flops for part in parts),
         )
-        return Total(loss, int(tokens), int(padded), int(flops), dict(zip(self.figures, figures, strict=True)))
+        loss, tokens, padded, flops, *values = world.sum(
+            [sum(part.loss.item() for part in parts), *counts, *figures.values()]
+        )
+        return cls(loss, int(tokens), int(padded), int(flops), dict(zip(figures, values, strict=True)))
 
 
 def halve_budget(work: Work, step: int, *, budget: int, ranks: int) -> int | None:

@@ -89,7 +89,7 @@ def take_step(world: World, case: Case) -> Outcome:
         assert total is not None
         sharded = [isinstance(p, DTensor) and isinstance(p.grad, DTensor) for p in policy.parameters()]
         gradients = {name: whole(p.grad).clone() for name, p in policy.named_parameters() if p.grad is not None}
-        norm = trainer.update(0, loss=total.loss)
+        norm = trainer.update(0, total)
         weights = {name: whole(p.detach()).clone() for name, p in policy.named_parameters()}
     return Outcome(
         world.size,

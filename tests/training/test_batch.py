@@ -39,11 +39,12 @@ def test_whole_groups_of_unlike_sizes_keep_their_padded_batch_within_the_budget(
     assert sum(len(set(group_R[batch])) for batch in batches) == 60  # none is in two
 
 
-def test_no_micro_batch_is_small_where_others_are_full() -> None:
-    """By hand: 60 and 40 fit in 100 tokens and leave 40 alone; two of 80 and 60 are as many. So do rows: 3 x 30 and 1 x 10, or 2 x 30 and 2 x 30."""
+def test_no_micro_batch_of_trees_is_small_where_others_are_full() -> None:
+    """By hand: 60 and 40 fit in 100 tokens and leave 40 alone; 60 and 80 are as many. Rows are left as they are: levelled, 10 would be padded to 30."""
     trees = [Rendered(np.zeros(size, dtype=np.int32), start=size - 1) for size in (60, 40, 40)]
     assert cut_trees(trees, np.arange(3), budget=100, whole_groups=False) == [[0], [1, 2]]
-    assert cut_rows([30, 30, 30, 10], np.arange(4), budget=90, whole_groups=False) == [[0, 1], [2, 3]]
+    assert cut_rows([30, 30, 30, 10], np.arange(4), budget=90, whole_groups=False) == [[0, 1, 2], [3]]
+    assert cut_rows([30, 30, 30, 10], np.arange(4), budget=90, whole_groups=False, ranks=2) == [[0, 1], [2, 3]]
 
 
 @pytest.mark.parametrize(("budget", "ranks", "batches"), [(144, 1, 1), (144, 2, 2), (72, 1, 2), (72, 3, 3), (72, 4, 4), (144, 12, 12), (144, 20, 12)])  # fmt: skip

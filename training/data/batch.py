@@ -75,7 +75,7 @@ def pack_by_tokens(lengths: Sequence[int], *, budget: int, counts: Sequence[int]
 def cut(
     samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool, layout: Layout, ranks: int = 1
 ) -> list[list[int]]:
-    """Return micro-batches as indices, each within a budget of tokens, levelled for some ranks; a lone sample above it gets one of its own."""
+    """Return micro-batches as indices, each within a budget of tokens, enough for all ranks; a lone sample above it gets one of its own."""
     if layout == Layout.tree:
         return cut_trees(samples, group_R, budget=budget, whole_groups=whole_groups, ranks=ranks)
     lengths = [len(sample.ids_T) for sample in samples]
@@ -85,13 +85,19 @@ def cut(
 def cut_rows(
     lengths: Sequence[int], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
 ) -> list[list[int]]:
-    """Return micro-batches of separate rows, as indices; `whole_groups` keeps the responses of a prompt together."""
+    """Return micro-batches of separate rows, as indices; `whole_groups` keeps the responses of a prompt together.
+
+    They are levelled where several ranks share them; for one that would only add padding.
+    """
+
+    def share(pack: Callable[..., list[list[int]]]) -> list[list[int]]:
+        return level(pack, budget=budget, ranks=ranks) if ranks > 1 else pack(budget=budget)
+
     if not whole_groups:
-        return level(partial(pack_by_tokens, lengths), budget=budget, ranks=ranks)
+        return share(partial(pack_by_tokens, lengths))
     groups = members_of_groups(group_R)
     longest = [max(lengths[index] for index in members) for members in groups]
-    pack = partial(pack_by_tokens, longest, counts=[len(members) for members in groups])
-    batches = level(pack, budget=budget, ranks=ranks)
+    batches = share(partial(pack_by_tokens, longest, counts=[len(members) for members in groups]))
     return [list(chain(*(groups[g] for g in sorted(batch)))) for batch in batches]
 
 
