@@ -52,8 +52,8 @@ class Work(Protocol):
     num_steps: int
 
     def cut(self, step: int, *, budget: int, ranks: int) -> list[list[int]]:
-        """Return the micro-batches of a step, as positions in its global batch, each within a budget of tokens: a multiple of the ranks
-        where there are enough parts."""
+        """Return the micro-batches of a step, as positions in its global batch, each within a budget of tokens, enough for all
+        ranks where there are as many parts."""
         ...
 
     def load(self, step: int, members: Sequence[int]) -> Any:
@@ -401,7 +401,7 @@ def find_smaller(work: Work, step: int, *, budget: int, world: World, where: str
     Of several ranks OutOfMemory, with that budget: none of them can go on alone. torch.OutOfMemoryError where there is none.
     """
     smaller = halve_budget(work, step, budget=budget, ranks=world.size)
-    got = f"{where}, rank {world.rank} of {world.size}: the device has no room for a micro-batch of {budget} tokens"
+    got = f"{where}, rank {world.rank} of {world.size}: the device has no room for a micro-batch of at most {budget} tokens"
     if smaller is None:
         raise torch.OutOfMemoryError(
             f"{got}, whose parts cannot be taken one by one (a single response, or a prompt's that depend on each other); expected "

@@ -143,7 +143,7 @@ def prepare_layers(model: Any, runtime: Runtime, *, device: torch.device) -> Non
 
 
 def compile_layers(model: Any, *, device: torch.device) -> None:
-    """Let every layer train as compiled code, one for all layers and lengths; attention (training/tree.py) stays as it is.
+    """Let every layer train as compiled code, one for all layers and lengths; attention (training/tree.py) stays as it is on a CPU.
 
     ValueError where a trial finds that nothing can be compiled for the device, and for a model that names no layers.
     """

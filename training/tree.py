@@ -34,7 +34,10 @@ class Tree:
 
     lengths: tuple[tuple[int, ...], ...]
     device: torch.device
-    block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)  # FlexAttention's, by window
+    block_masks: dict[int | None, Any] = field(
+        default_factory=dict, compare=False
+    )  # of windows that are known before the layers run
+    kernel_options: dict[str, Any] = field(default_factory=dict, compare=False)  # of this device, for 16-bit types
     _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
 
     @property
@@ -82,16 +85,22 @@ class Tree:
         end_S = begin_S + later_S * np.repeat(prompts, counts)
         own_S = np.where(later_S, np.cumsum(self.segments) - self.segments, begin_S)
         begin_T, end_T, own_T = (np.repeat(values, self.segments) for values in (begin_S, end_S, own_S))
-        if window is None:
+        if not window:
             return begin_T, end_T, own_T
         first_T = begin_T + np.maximum(self.positions() - window + 1, 0)
         return np.minimum(first_T, end_T), end_T, np.maximum(own_T, np.arange(len(own_T)) - window + 1)
 
     def make_block_masks(self, windows: Iterable[int | None]) -> None:
-        """Find the blocks of each window's mask, as FlexAttention takes it for the whole sequence: T x T is never held, nor computed."""
+        """Find what FlexAttention needs of the tree, for each window, before layers run that may be compiled code."""
+        self.kernel_options.update(tune_kernels(self.device))
+        self.block_masks.update({window: self.block_mask(window) for window in windows})
+
+    def block_mask(self, window: int | None) -> Any:
+        """Return FlexAttention's mask of the whole sequence, whose blocks are found here: T x T is never held, nor computed."""
         from torch.nn.attention.flex_attention import BlockMask
 
-        for window in set(windows) - self.block_masks.keys():
+        key = ("blocks", window)
+        if key not in self._masks:
             seen = self.seen(window)
             lists: dict[str, Any] = {}
             partial_QK, full_QK = find_blocks(*seen)
@@ -100,7 +109,8 @@ class Tree:
                 lists |= {f"{name}_num_blocks": counts, f"{name}_indices": indices}
             sees = see([send(values.astype(np.int32), device=self.device) for values in seen])
             lengths = (len(self.positions()),) * 2
-            self.block_masks[window] = BlockMask(lengths, mask_mod=sees, BLOCK_SIZE=(BLOCK, BLOCK), **lists)
+            self._masks[key] = BlockMask(lengths, mask_mod=sees, BLOCK_SIZE=(BLOCK, BLOCK), **lists)
+        return self._masks[key]
 
     def no_mask(self) -> Tensor:
         """Return what a model is given as its mask, so that it makes none: the tree says it all."""
@@ -184,7 +194,8 @@ def attend(
     if tree is None or softcap is not None or window not in tree.block_masks:
         return attend_apart(module, query, key, value, attention_mask, tree, **options), None
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    return attend_blocks(query, key, value, tree.block_masks[window], softcap=None, scaling=scaling), None
+    blocks, options = tree.block_masks[window], tree.kernel_options
+    return attend_blocks(query, key, value, blocks, options, softcap=None, scaling=scaling), None
 
 
 @torch.compiler.disable  # what depends on a tree's lengths would be compiled for each
@@ -203,8 +214,8 @@ def attend_apart(
     window, softcap = options.get("sliding_window"), options.get("softcap")
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
-        tree.make_block_masks([window])
-        return attend_blocks(query, key, value, tree.block_masks[window], softcap=softcap, scaling=scaling)
+        blocks, options = tree.block_mask(window), tune_kernels(query.device)
+        return attend_blocks(query, key, value, blocks, options, softcap=softcap, scaling=scaling)
     return attend_segments(query, key, value, tree, window=window, softcap=softcap, scaling=scaling)
 
 
@@ -260,9 +271,16 @@ def attend_dense(
 
 
 def attend_blocks(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Any, *, softcap: float | None, scaling: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Any,
+    options: dict[str, Any],
+    *,
+    softcap: float | None,
+    scaling: float,
 ) -> Tensor:
-    """Attend with FlexAttention over the whole sequence."""
+    """Attend with FlexAttention over the whole sequence; `options` of its kernels are taken for 16-bit types."""
     from torch.nn.attention.flex_attention import flex_attention
 
     kind = query.device.type
@@ -271,20 +289,26 @@ def attend_blocks(
     run: Any = flex_attention if torch.compiler.is_compiling() else compile_on(kind, flex_attention)
     out: Tensor = run(
         query, key, value, score_mod=None if softcap is None else cap_scores(softcap, query.device), block_mask=blocks, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1], kernel_options=choose_kernel(query),
+        enable_gqa=query.shape[1] != key.shape[1], kernel_options=choose_kernel(query, options),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
 
 
-def choose_kernel(query: Tensor) -> dict[str, Any]:
-    """Return how FlexAttention's kernels are to run: never as the one for answers token by token, which takes no tree; and of its choices
-    for 16-bit types those with which a step of Llama 3.2 1B on an H200 was fastest (docs/performance.md)."""
-    options: dict[str, Any] = {"BACKEND": "TRITON"}
-    if query.dtype.itemsize == 2 and query.shape[-1] <= 128:
-        options |= {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
-        options |= {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64}
-        options |= {"bwd_num_stages": 2, "bwd_num_warps": 4}
-    return options
+def choose_kernel(query: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+    """Return how FlexAttention's kernels are to run: never as the one for answers token by token, which takes no tree."""
+    fits = query.dtype.itemsize == 2 and query.shape[-1] <= 128
+    return {"BACKEND": "TRITON"} | (options if fits else {})
+
+
+@cache
+def tune_kernels(device: torch.device) -> dict[str, Any]:
+    """Return the options with which FlexAttention was fastest in a step of Llama 3.2 1B on an H200 (docs/performance.md), for Hopper; torch's
+    own on other devices, where they may not even fit."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return {}
+    forward = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
+    backward = {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64}
+    return forward | backward | {"bwd_num_stages": 2, "bwd_num_warps": 4}
 
 
 @cache

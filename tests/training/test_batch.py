@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from training.data.batch import collate, cut_rows, cut_trees, digest_plan, pack_by_tokens, plan_steps
+from training.data.batch import (
+    collate,
+    cut_rows,
+    cut_trees,
+    digest_plan,
+    first_fit,
+    pack_by_tokens,
+    plan_steps,
+    spread,
+)
 from training.render import Rendered
 
 
@@ -47,7 +56,7 @@ def test_no_micro_batch_of_trees_is_small_where_others_are_full() -> None:
     assert cut_rows([30, 30, 30, 10], np.arange(4), budget=90, whole_groups=False, ranks=2) == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize(("budget", "ranks", "batches"), [(144, 1, 1), (144, 2, 2), (72, 1, 2), (72, 3, 3), (72, 4, 4), (144, 12, 12), (144, 20, 12)])  # fmt: skip
+@pytest.mark.parametrize(("budget", "ranks", "batches"), [(144, 1, 1), (144, 2, 2), (72, 1, 2), (72, 3, 3), (72, 4, 4), (14_400, 4, 4), (14_400, 12, 12), (144, 20, 12)])  # fmt: skip
 def test_a_step_within_one_budget_is_work_for_all_ranks(budget: int, ranks: int, batches: int) -> None:
     """Twelve samples of 132 tokens: one micro-batch, or two of 72; as many as there are ranks, and never more than there are samples."""
     lengths = [10, 11, 12] * 4
@@ -59,6 +68,15 @@ def test_a_step_within_one_budget_is_work_for_all_ranks(budget: int, ranks: int,
     ):
         assert len(micros) == batches and sorted(chain(*micros)) == list(range(12))
         assert max(map(len, micros)) - min(map(len, micros)) <= 1
+
+
+def test_trees_that_fill_their_budgets_are_left_as_they_fit() -> None:
+    """By hand, 30 tokens in two budgets of 15: the largest into the emptiest would give 17 and 13."""
+    trees = [Rendered(np.zeros(size, dtype=np.int32), start=size - 1) for size in (8, 7, 6, 5, 4)]
+    assert first_fit((8, 7, 6, 5, 4), budget=15) == [[0, 1], [2, 3, 4]]
+    assert spread((8, 7, 6, 5, 4), count=2) == [[0, 3, 4], [1, 2]]
+    assert cut_trees(trees, np.arange(5), budget=15, whole_groups=False) == [[0, 1], [2, 3, 4]]
+    assert cut_trees(trees, np.arange(5), budget=17, whole_groups=False) == [[0, 3, 4], [1, 2]]
 
 
 @pytest.mark.parametrize(("num_rows", "sizes"), [(12, [4, 4, 4]), (10, [4, 4, 2]), (9, [4, 5]), (3, [3]), (1, [1])])

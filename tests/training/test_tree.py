@@ -1,5 +1,6 @@
 """Trees: prompts shared, sequences packed, and every log-probability that of a separate row."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from training.config import Layout
 from training.data.batch import collate, collate_trees, cut_trees
 from training.flops import read_windows
 from training.logprobs import Policy, check_layout, sum_logps
-from training.model import find_layers
+from training.model import checkpoint_activations, find_layers
 from training.render import Rendered
 from training.tree import Tree, attend_blocks, attend_segments, enable_trees
 
@@ -124,14 +125,13 @@ def test_one_masked_call_equals_segment_by_segment(window: int | None, softcap: 
     torch.manual_seed(0)
     query = torch.randn(1, 4, sum(tree.segments), 16)
     key, value = torch.randn(2, 1, 2, sum(tree.segments), 16)
-    tree.make_block_masks([window])
-    got = attend_blocks(query, key, value, tree.block_masks[window], softcap=softcap, scaling=0.25)
+    got = attend_blocks(query, key, value, tree.block_mask(window), {}, softcap=softcap, scaling=0.25)
     wide = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
     expected = attend_segments(query, *wide, tree, window=window, softcap=softcap, scaling=0.25)
     assert torch.allclose(got, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 1, 5, 200])
+@pytest.mark.parametrize("window", [None, 0, 1, 5, 200])
 def test_blocks_are_those_that_torch_finds_in_the_whole_mask(window: int | None) -> None:
     """All lists of blocks, of keys by queries and back, in part and whole, and what is seen within: by the definition, token by token."""
     rng = np.random.default_rng(0)
@@ -140,8 +140,7 @@ def test_blocks_are_those_that_torch_finds_in_the_whole_mask(window: int | None)
     ]
     for lengths in [((9, 4, 11), (140, 12)), ((0, 3), (128, 128, 256, 1)), *trees]:
         tree = Tree(lengths=lengths, device=CPU)
-        tree.make_block_masks([window])
-        got, T = tree.block_masks[window], sum(tree.segments)
+        got, T = tree.block_mask(window), sum(tree.segments)
         q, k = torch.arange(T)[:, None], torch.arange(T)[None, :]
         assert torch.equal(got.mask_mod(None, None, q, k), torch.from_numpy(see(tree, window)))
         expected = create_block_mask(got.mask_mod, None, None, T, T, device="cpu")
@@ -161,27 +160,38 @@ def see(tree: Tree, window: int | None) -> np.ndarray:
     return same & (distance >= 0) & (distance < (window or np.inf))
 
 
+def make_mixed() -> Any:
+    """Return a model that has a layer with a window and one without."""
+    config = copy.deepcopy(CONFIGS["gemma3"])
+    config.layer_types = ["sliding_attention", "full_attention"]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "mixed"])
 def test_compiled_layers_hold_the_masked_call_once_for_all_trees(
-    name: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, narrow: bool, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, with the gradients of segments: traced and differentiated as there, but run operation by operation, since FlexAttention
     makes no code for a CPU's gradients, nor takes it without being asked twice."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
     rng = np.random.default_rng(0)
-    apart, within = make_model(name), make_model(name)
+    apart, within = (make_mixed() if name == "mixed" else make_model(name) for _ in range(2))
     for model in (apart, within):
         enable_trees(model)
     torch.compiler.reset()
     for layer in find_layers(within):
         layer.forward = torch.compile(layer.forward, dynamic=True, backend="aot_eager")
+    if checkpointing:
+        checkpoint_activations(within)
     made: list[int] = []
     for count, responses in (
         (6, 2),
         (5, 4),
         (20, 2),
-    ):  # at first as many blocks as no other size: torch takes sizes that are equal for one
+    ):  # at first no size but the blocks' is 6: torch takes equal sizes for one
         groups = [
             make_group(rng, int(rng.integers(40, 90)), *rng.integers(2, 60, size=responses)) for _ in range(count)
         ]

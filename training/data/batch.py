@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from heapq import heapreplace
 from itertools import chain
 
 import numpy as np
@@ -85,19 +86,13 @@ def cut(
 def cut_rows(
     lengths: Sequence[int], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
 ) -> list[list[int]]:
-    """Return micro-batches of separate rows, as indices; `whole_groups` keeps the responses of a prompt together.
-
-    They are levelled where several ranks share them; for one that would only add padding.
-    """
-
-    def share(pack: Callable[..., list[list[int]]]) -> list[list[int]]:
-        return level(pack, budget=budget, ranks=ranks) if ranks > 1 else pack(budget=budget)
-
+    """Return micro-batches of separate rows, as indices; `whole_groups` keeps the responses of a prompt together."""
     if not whole_groups:
-        return share(partial(pack_by_tokens, lengths))
+        return share_rows(partial(pack_by_tokens, lengths), budget=budget, ranks=ranks)
     groups = members_of_groups(group_R)
     longest = [max(lengths[index] for index in members) for members in groups]
-    batches = share(partial(pack_by_tokens, longest, counts=[len(members) for members in groups]))
+    pack = partial(pack_by_tokens, longest, counts=[len(members) for members in groups])
+    batches = share_rows(pack, budget=budget, ranks=ranks)
     return [list(chain(*(groups[g] for g in sorted(batch)))) for batch in batches]
 
 
@@ -106,7 +101,8 @@ def cut_trees(
 ) -> list[list[int]]:
     """Return micro-batches of trees, as indices, whose tokens (a prompt once, its responses behind it) stay within `budget`.
 
-    A group above the budget is cut into trees that repeat its prompt, unless `whole_groups`.
+    A group above the budget is cut into trees that repeat its prompt, unless `whole_groups`. As many as the budget needs, or so many that all
+    ranks have equally many, about equally full: none is too small to keep a device busy.
     """
     branches = [
         part
@@ -114,8 +110,10 @@ def cut_trees(
         for part in ([members] if whole_groups else split_group(samples, members, budget=budget))
     ]
     sizes = [samples[part[0]].start + sum(samples[index].num_trained for index in part) for part in branches]
-    batches = level(partial(first_fit, sizes), budget=budget, ranks=ranks)
-    return [list(chain(*(branches[place] for place in batch))) for batch in batches]
+    full = first_fit(sizes, budget=budget)
+    even = spread(sizes, count=min(len(sizes), -(-len(full) // ranks) * ranks))
+    fits = all(len(batch) == 1 or sum(sizes[place] for place in batch) <= budget for batch in even)
+    return [list(chain(*(branches[place] for place in batch))) for batch in (even if fits else full)]
 
 
 def first_fit(sizes: Sequence[int], *, budget: int) -> list[list[int]]:
@@ -134,18 +132,31 @@ def first_fit(sizes: Sequence[int], *, budget: int) -> list[list[int]]:
     return batches
 
 
-def level(pack: Callable[..., list[list[int]]], *, budget: int, ranks: int) -> list[list[int]]:
-    """Return what pack(budget=...) gives for the smallest budget that takes no more batches than the whole one, rounded up to equally many
-    for each rank: none waits for the others with nothing to do, and none of a rank's is too small to keep its device busy."""
-    wanted = -(-len(pack(budget=budget)) // ranks) * ranks
+def spread(sizes: Sequence[int], *, count: int) -> list[list[int]]:
+    """Return indices in some batches of about equal sizes: the largest first, each into the emptiest."""
+    batches: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, place) for place in range(count)]
+    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
+        size, place = filled[0]
+        batches[place].append(index)
+        heapreplace(filled, (size + sizes[index], place))
+    return batches
+
+
+def share_rows(pack: Callable[..., list[list[int]]], *, budget: int, ranks: int) -> list[list[int]]:
+    """Return what pack(budget=...) gives for the smallest budget that takes no more batches than the whole one, rounded up to equally many for
+    each rank. For one rank it is the whole one: smaller batches would only be padded more."""
+    batches = pack(budget=budget)
+    wanted = -(-len(batches) // ranks) * ranks
     low, high = 0, budget
-    while high - low > max(1, budget // 64):
+    while ranks > 1 and high - low > max(1, high // 64):
         middle = (low + high) // 2
-        if len(pack(budget=middle)) > wanted:
+        smaller = pack(budget=middle)
+        if len(smaller) > wanted:
             low = middle
         else:
-            high = middle
-    return pack(budget=high)
+            high, batches = middle, smaller
+    return batches
 
 
 def split_group(samples: Sequence[Rendered], members: Sequence[int], *, budget: int) -> list[list[int]]:

@@ -85,7 +85,7 @@ class Passes:
         return logp_B
 
     def cut(self, members: Sequence[int]) -> list[list[int]]:
-        """Return the micro-batches that training would make of responses of the first step, as places among them."""
+        """Return the micro-batches that training on one rank would make of responses of the first step, as places among them."""
         group_B = self.ready.steps.columns(0).group_R[list(members)]
         budget, whole = self.ready.runtime.microbatch_tokens, self.ready.objective.whole_groups
         return self.ready.forward.cut(self.samples(members), group_B, budget=budget, whole_groups=whole)
