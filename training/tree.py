@@ -34,10 +34,9 @@ class Tree:
 
     lengths: tuple[tuple[int, ...], ...]
     device: torch.device
-    block_masks: dict[int | None, Any] = field(
-        default_factory=dict, compare=False
-    )  # of windows that are known before the layers run
-    kernel_options: dict[str, Any] = field(default_factory=dict, compare=False)  # of this device, for 16-bit types
+    # FlexAttention's, of windows that are known before the layers run, and the options of its kernels on this device
+    block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)
+    kernel_options: dict[str, Any] = field(default_factory=dict, compare=False)
     _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
 
     @property
