@@ -166,7 +166,7 @@ def measure_grpo(spec: dict[str, Any]) -> dict[str, Any]:
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
     )  # fmt: skip
     trainer.train()
-    return curve.result() | {"steps": trainer.state.global_step}
+    return curve.result() | {"steps": trainer.state.global_step, "microbatch": microbatch}
 
 
 def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
@@ -194,7 +194,12 @@ def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     pairs = trainer.state.global_step * spec["batch_pairs"]
     say(f"{pairs} pairs in {watch.seconds:.0f} s")
-    return {"rewards": meter.rewards(trainer.model).tolist(), "seconds": watch.seconds, "pairs": pairs}
+    return {
+        "rewards": meter.rewards(trainer.model).tolist(),
+        "seconds": watch.seconds,
+        "pairs": pairs,
+        "microbatch": DPO_MICROBATCH,
+    }
 
 
 # --- for all ---

@@ -124,6 +124,7 @@ def race_grpo(bench: "Bench", *, var_seconds: float, common: dict[str, Any]) -> 
         "grpo_var_seconds": var_seconds,
         "grpo_seconds": theirs["seconds"],
         "grpo_steps": theirs["steps"],
+        "grpo_microbatch": theirs["microbatch"],
         "grpo_learning_rate": chosen,
         "grpo_curve": theirs["curve"],
         "grpo_pilot_curves": {rate: found["curve"] for rate, found in pilots.items()},

@@ -18,6 +18,9 @@ tuned and VAR keep them), `k8_vs_k2_cost_over_flops`, `tokens_per_second_by_leng
 expect from the shortest length, `tokens_per_second_over_predicted_by_length`; and, by minutes of training each (benchmarks/rewards.py says
 how), `var_vs_grpo_time_to_reward` (a lower bound where `…_censored`) and `var_vs_dpo_reward_gain` with `…_ci`.
 
+Micro-batches: `dpo_microbatch` and the like in pairs (SFT: rows; GRPO: responses) at once; VAR's are of `microbatch_tokens` at most, and
+`var_microbatches` says how many the largest step has.
+
 FLOPs are those of use, counted from shapes (training/flops.py): no padding, of attention the pairs that the mask lets see each other, and
 nothing that is computed a second time.
 
@@ -85,7 +88,13 @@ def main() -> None:
     """Measure and print; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with HH-RLHF's helpful-base/*.jsonl.gz")
-    parser.add_argument("--only", action="append", choices=list(GROUPS), help="measure this alone; may be repeated")
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        choices=[*GROUPS, *GROUP_OF],
+        help=f"measure this alone, may be repeated: {', '.join(GROUPS)}, or a key, with which those of its group come",
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
@@ -126,7 +135,9 @@ def main() -> None:
             sizes=Sizes(**options.sizes),
             extent=extent,
         )
-        chosen = options.only or [name for name in GROUPS if not (options.quick and name in LONG_GROUPS)]
+        chosen = [*dict.fromkeys(GROUP_OF.get(name, name) for name in options.only or ())] or [
+            name for name in GROUPS if not (options.quick and name in LONG_GROUPS)
+        ]
         result = run_groups(bench, chosen, expected=QUICK_SECONDS if options.quick else {})
     if options.plot and "tokens_per_second_by_length" in result:
         plot_lengths(result, options.plot)
@@ -134,6 +145,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "batch_pairs": BATCH_PAIRS,
+        "microbatch_tokens": SHARED["microbatch_tokens"],
         "steps": extent.steps,
     }
     print(json.dumps(result | machine | ({"quick_leaves_out": describe_quick()} if options.quick else {})))
@@ -257,6 +269,8 @@ def compare_with_dpo(bench: Bench) -> dict[str, Any]:
         "var_vs_dpo_peak_memory": recomputing["peak_bytes"] / default["peak_bytes"],
         "var_vs_dpo_tuned_peak_memory": at_once["peak_bytes"] / tuned_at_once["peak_bytes"],
         "var_recomputing_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(recomputing),
+        "var_microbatches": var["microbatches"],
+        "dpo_microbatch": BATCH_PAIRS,
         "dpo_tuned_microbatch": best,
         "dpo_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in sweep.items()},
         "dpo_seconds_per_pair": seconds_per_pair(default),
@@ -283,6 +297,7 @@ def compare_with_sft(bench: Bench) -> dict[str, Any]:
         "var_vs_sft_tuned_time": seconds_per_pair(var) / seconds_per_pair(tuned),
         "var_vs_plain_loop_time": seconds_per_pair(beside) / plain[best_plain],
         "var_vs_plain_loop_flops": beside["flops"] / beside["pairs"] / plain_loop["flops_per_pair"],
+        "var_microbatches": var["microbatches"],
         "sft_microbatch": BATCH_PAIRS,
         "sft_tuned_microbatch": best,
         "sft_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in sweep.items()},
@@ -344,6 +359,22 @@ GROUPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "reward_gain": compare_reward_gain,
 }
 LONG_GROUPS = ("grpo", "reward_gain")
+GROUP_OF = {
+    "gemm_share": "gemm",
+    "gemm_share_compiled": "gemm",
+    "var_vs_dpo_speed": "dpo",
+    "var_vs_dpo_tuned_speed": "dpo",
+    "var_vs_dpo_speed_with_scoring": "dpo",
+    "var_vs_dpo_peak_memory": "dpo",
+    "var_vs_dpo_tuned_peak_memory": "dpo",
+    "var_vs_sft_time": "sft",
+    "var_vs_sft_tuned_time": "sft",
+    "var_vs_plain_loop_time": "sft",
+    "k8_vs_k2_cost_over_flops": "groups",
+    "tokens_per_second_by_length": "lengths",
+    "var_vs_grpo_time_to_reward": "grpo",
+    "var_vs_dpo_reward_gain": "reward_gain",
+}
 
 
 # --- in the child ---

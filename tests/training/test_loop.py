@@ -328,7 +328,8 @@ def test_one_of_several_ranks_without_room_asks_all_for_smaller_micro_batches() 
     second = World(torch.device("cpu"), rank=1, size=2)
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of")
     with pytest.raises(
-        OutOfMemory, match=r"step 7, rank 1 of 2: .*no room.* of at most 3 tokens \(CUDA.*set runtime.microbatch_tokens to 1$"
+        OutOfMemory,
+        match=r"step 7, rank 1 of 2: .*no room.* of at most 3 tokens \(CUDA.*set runtime.microbatch_tokens to 1$",
     ) as asked:
         find_smaller(Line(1), 0, budget=3, world=second, where="step 7", error=error)
     assert asked.value.microbatch_tokens == 1

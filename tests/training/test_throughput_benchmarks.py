@@ -26,7 +26,7 @@ from benchmarks.engine import (
     order_pairs,
     pick_pairs,
 )
-from benchmarks.training import GROUPS, LONG_GROUPS, SHARED, Bench, Extent, plot_lengths, run_groups
+from benchmarks.training import GROUP_OF, GROUPS, LONG_GROUPS, SHARED, Bench, Extent, plot_lengths, run_groups
 from training.checkpoint import Progress
 from training.config import Layout, Runtime
 from training.flops import count_flops
@@ -167,6 +167,10 @@ def test_every_throughput_group_runs_to_its_figures(
         "var_vs_sft_tuned_time", "var_vs_plain_loop_time", "var_vs_dpo_peak_memory", "var_vs_dpo_tuned_peak_memory", "k8_vs_k2_cost_over_flops",
     )  # fmt: skip
     assert all(found[name] > 0 for name in ratios)
+    assert {key for key, group in GROUP_OF.items() if group in names} <= found.keys() and set(GROUP_OF.values()) == set(
+        GROUPS
+    )
+    assert (found["var_microbatches"], found["dpo_microbatch"], found["sft_microbatch"]) == (1, 8, 8)
     assert found["k8_vs_k2_flops"] > 2
     assert 1 < found["var_vs_plain_loop_flops"] < 2.5  # two responses instead of one, the prompt once on both sides
     for name in ("dpo_tuned", "sft_tuned", "plain_loop"):
