@@ -209,7 +209,7 @@ def test_the_gpus_comparison_counts_what_each_side_feeds_its_model(
     """On a CPU, in float32, on random weights: all of it but the device."""
     architecture = {"architecture": str(tiny_policy / "config.json")}
     bench = Bench(shared | architecture, tmp_path / "scratch", talk=False)
-    found = training_gpu.compare(bench, batch_pairs=8, sweep_seconds=600.0, profile=False)
+    found = training_gpu.compare(bench, batch_pairs=8, sweep_seconds=600.0, profile=False, first=4)
     assert found["sweep_ended"] in ("slower", "batch")
     assert set(found["dpo_tuned_sweep_seconds_per_pair"]) == {4, 8}
     spec = shared | {"folder": str(tmp_path / "rows")}
