@@ -408,13 +408,17 @@ def test_passes_over_the_first_step_read_no_more_at_once_than_training_will(
 
 
 def test_an_attempt_that_goes_on_checks_no_second_time_unless_something_else_is_asked(
-    inputs: dict[str, Path], make_job: Callable[..., Job]
+    inputs: dict[str, Path], make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs)))
-    again = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs)))
-    assert again == first
-    other = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs, microbatch_tokens=64)))
-    assert other.microbatch_tokens == 64 and other.seconds != first.seconds
+    def check(budget: int) -> tuple[Report, int]:
+        report = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs, microbatch_tokens=budget)))
+        return report, capsys.readouterr().err.count("preflight: weights passed")
+
+    first, made = check(128)
+    assert first.passed and first.microbatch_tokens == 128 and made == 1
+    assert check(128) == (first, 0)
+    other, made = check(64)
+    assert other.passed and other.microbatch_tokens == 64 and made == 1
 
 
 def test_the_job_preflight_tells_what_it_found_and_trains_nothing(shifted: dict[str, Path], tmp_path: Path) -> None:
