@@ -169,6 +169,7 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
         "reward_gain_base_tuning": float(np.mean(bench.measure("base", heldout=tuning)["rewards"])),
         "reward_gain_trials": {name: {f"{a:g}, {b:g}": mean for (a, b), mean in found.items()} for name, found in tried.items()},
         "reward_gain_best": best,
+        "reward_gain_dpo_microbatch": dpo[0]["microbatch"],
         "reward_gain_pairs_dpo": [found["pairs"] for found in dpo],
         "reward_gain_prompts_var": [found["prompts"] for found in var],
         "reward_gain_seconds": {"dpo": [found["seconds"] for found in dpo], "var": [found["seconds"] for found in var]},

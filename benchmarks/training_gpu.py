@@ -11,7 +11,7 @@ masked pair, nothing that is computed a second time), peak the data sheet's dens
 reads a prompt once, TRL's DPO twice; `var_vs_dpo_tokens`, `var_vs_dpo_tuned_tokens`: ours over theirs, each by its own count;
 `var_vs_dpo_pairs`, `var_vs_dpo_tuned_pairs`: pairs per second, which is the work that gets done: larger, as a pair is fewer tokens for us.
 TRL as it comes has a micro-batch of 8, a reference beside the policy and computes activations again; tuned it has reference
-log-probabilities computed before, rows of like length together, no recomputation, and the best micro-batch of the sweep that is printed:
+log-probabilities computed before, rows of like length together, no recomputation, and the best micro-batch of the sweep that is printed: 16,
 doubled until it gets slower (`sweep_ended`: `slower`), has no room (`memory`), is the whole batch (`batch`) or `--sweep-seconds` are over (`time`).
 
 Without a GPU it says so and ends with status 1. `--device cpu` goes through the same motions with any model, to try the command.

@@ -41,6 +41,10 @@ class Part:
     flops: int = 0  # of forward and backward pass; 0 where nobody counts them
     figures: Callable[[], dict[str, float]] = dict  # waits for the device, so it is called after backward
 
+    def done(self) -> "Part":
+        """Return the part without its graph, which may hold the micro-batch."""
+        return dataclasses.replace(self, loss=self.loss.detach())
+
     def nothing(self) -> "Part":
         """Return a part whose every share is zero: what a rank runs to keep in step with the others."""
         return Part(self.loss * 0.0, 0, 0, figures=lambda: dict.fromkeys(self.figures(), 0.0))
@@ -271,9 +275,9 @@ class Trainer:
             part.loss.backward()
             if not is_last:
                 batch = self.work.load(step, shares[place + 1][0])
+            part = part.done()
             parts.append(part)
-        norm = self.measure_norm()
-        return dataclasses.replace(Total.of(parts, self.world), norm=norm)
+        return Total.of(parts, self.world, norm=self.measure_norm())
 
     def measure_norm(self) -> Tensor:
         """Return the norm of all ranks' gradients together."""
@@ -368,7 +372,7 @@ class Total:
     norm: Tensor | None = None
 
     @classmethod
-    def of(cls, parts: Sequence[Part], world: World) -> "Total":
+    def of(cls, parts: Sequence[Part], world: World, *, norm: Tensor | None = None) -> "Total":
         """Add up this rank's shares, and those of all."""
         figures: dict[str, float] = {}
         for part in parts:
@@ -382,7 +386,7 @@ class Total:
         loss, tokens, padded, flops, *values = world.sum(
             [sum(part.loss.item() for part in parts), *counts, *figures.values()]
         )
-        return cls(loss, int(tokens), int(padded), int(flops), dict(zip(figures, values, strict=True)))
+        return cls(loss, int(tokens), int(padded), int(flops), dict(zip(figures, values, strict=True)), norm)
 
 
 def halve_budget(work: Work, step: int, *, budget: int, ranks: int) -> int | None:

@@ -42,7 +42,7 @@ class Forward(Protocol):
     def cut(
         self, samples: Sequence[Any], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
     ) -> list[list[int]]:
-        """Return micro-batches as indices, each within a budget of tokens, levelled for some ranks."""
+        """Return micro-batches as indices, each within a budget of tokens, enough for all ranks."""
         ...
 
     def load(self, samples: Sequence[Any], group_B: np.ndarray) -> Any:
@@ -179,7 +179,7 @@ class Steps:
         return {} if self._objective.whole_groups else describe_weights(self.columns(step), self._weights[step])
 
     def cut(self, step: int, *, budget: int, ranks: int = 1) -> list[list[int]]:
-        """Return the micro-batches of a step as positions among its responses, levelled for some ranks."""
+        """Return the micro-batches of a step as positions among its responses, enough for all ranks."""
         samples, group_R, whole = self.samples(step), self.columns(step).group_R, self._objective.whole_groups
         return self._forward.cut(samples, group_R, budget=budget, whole_groups=whole, ranks=ranks)
 
@@ -195,12 +195,14 @@ class Steps:
         out = self._forward.values(model, batch.micro)
         weight_B = send(batch.weight_B, device=out.value_B.device)
         denominator = self._objective.denominator(batch.columns, mean_tokens=self.mean_tokens)
+        # The step's figures wait for its last micro-batch: they hold neither this one's tokens and masks nor its graph.
+        value_B, told = out.value_B.detach(), batch._replace(micro=None)
         return Part(
             loss=self._objective.loss_sum(out.value_B, weight_B, batch.columns_B) / denominator,
             num_tokens=out.num_tokens,
             num_padded=out.num_padded,
             flops=out.flops,
-            figures=lambda: self._figures(out.value_B.detach().cpu().numpy(), batch),
+            figures=lambda: self._figures(value_B.cpu().numpy(), told),
         )
 
     def _figures(self, value_B: FloatArray, batch: Batch) -> dict[str, float]:

@@ -7,7 +7,7 @@ On a CPU attention runs segment by segment, so nothing is computed that is maske
 takes the whole sequence, with the mask as blocks; where layers are compiled it is a part of them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -101,29 +101,23 @@ class Tree:
         key = ("blocks", window)
         if key not in self._masks:
             seen = self.seen(window)
+            first_T, end_T, own_T = (send(values.astype(np.int32), device=self.device) for values in seen)
+
+            def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+                return ((k >= first_T[q]) & (k < end_T[q])) | ((k >= own_T[q]) & (k <= q))
+
             lists: dict[str, Any] = {}
             partial_QK, full_QK = find_blocks(*seen)
             for name, blocks in (("kv", partial_QK), ("full_kv", full_QK), ("q", partial_QK.T), ("full_q", full_QK.T)):
                 counts, indices = (send(values, device=self.device) for values in list_blocks(blocks))
                 lists |= {f"{name}_num_blocks": counts, f"{name}_indices": indices}
-            sees = see([send(values.astype(np.int32), device=self.device) for values in seen])
-            lengths = (len(self.positions()),) * 2
+            lengths = (len(own_T), len(own_T))
             self._masks[key] = BlockMask(lengths, mask_mod=sees, BLOCK_SIZE=(BLOCK, BLOCK), **lists)
         return self._masks[key]
 
     def no_mask(self) -> Tensor:
         """Return what a model is given as its mask, so that it makes none: the tree says it all."""
         return torch.zeros(1, 1, 1, 1, device=self.device)
-
-
-def see(seen: Sequence[Tensor]) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Return FlexAttention's mask of what is seen (`Tree.seen`)."""
-    first_T, end_T, own_T = seen
-
-    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return ((k >= first_T[q]) & (k < end_T[q])) | ((k >= own_T[q]) & (k <= q))
-
-    return sees
 
 
 def find_blocks(first_T: np.ndarray, end_T: np.ndarray, own_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -193,8 +187,8 @@ def attend(
     if tree is None or softcap is not None or window not in tree.block_masks:
         return attend_apart(module, query, key, value, attention_mask, tree, **options), None
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
-    blocks, options = tree.block_masks[window], tree.kernel_options
-    return attend_blocks(query, key, value, blocks, options, softcap=None, scaling=scaling), None
+    blocks, tuned = tree.block_masks[window], tree.kernel_options
+    return attend_blocks(query, key, value, blocks, tuned, softcap=None, scaling=scaling), None
 
 
 @torch.compiler.disable  # what depends on a tree's lengths would be compiled for each
@@ -213,8 +207,8 @@ def attend_apart(
     window, softcap = options.get("sliding_window"), options.get("softcap")
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     if query.device.type == "cuda":
-        blocks, options = tree.block_mask(window), tune_kernels(query.device)
-        return attend_blocks(query, key, value, blocks, options, softcap=softcap, scaling=scaling)
+        blocks, tuned = tree.block_mask(window), tune_kernels(query.device)
+        return attend_blocks(query, key, value, blocks, tuned, softcap=softcap, scaling=scaling)
     return attend_segments(query, key, value, tree, window=window, softcap=softcap, scaling=scaling)
 
 
@@ -274,12 +268,12 @@ def attend_blocks(
     key: Tensor,
     value: Tensor,
     blocks: Any,
-    options: dict[str, Any],
+    tuned: dict[str, Any],
     *,
     softcap: float | None,
     scaling: float,
 ) -> Tensor:
-    """Attend with FlexAttention over the whole sequence; `options` of its kernels are taken for 16-bit types."""
+    """Attend with FlexAttention over the whole sequence; what its kernels are `tuned` to is taken for 16-bit types."""
     from torch.nn.attention.flex_attention import flex_attention
 
     kind = query.device.type
@@ -288,15 +282,15 @@ def attend_blocks(
     run: Any = flex_attention if torch.compiler.is_compiling() else compile_on(kind, flex_attention)
     out: Tensor = run(
         query, key, value, score_mod=None if softcap is None else cap_scores(softcap, query.device), block_mask=blocks, scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1], kernel_options=choose_kernel(query, options),
+        enable_gqa=query.shape[1] != key.shape[1], kernel_options=choose_kernel(query, tuned),
     )  # fmt: skip
     return out.transpose(1, 2).contiguous()
 
 
-def choose_kernel(query: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+def choose_kernel(query: Tensor, tuned: dict[str, Any]) -> dict[str, Any]:
     """Return how FlexAttention's kernels are to run: never as the one for answers token by token, which takes no tree."""
     fits = query.dtype.itemsize == 2 and query.shape[-1] <= 128
-    return {"BACKEND": "TRITON"} | (options if fits else {})
+    return {"BACKEND": "TRITON"} | (tuned if fits else {})
 
 
 @cache

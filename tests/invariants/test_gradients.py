@@ -5,6 +5,7 @@ Both the largest and the mean deviation are bounded: a dropped micro-batch drift
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,32 @@ def test_micro_batches_change_nothing(
         other_loss, got = accumulate(model, examples, var_objective, budget=budget)
         assert other_loss == pytest.approx(loss, rel=bound)
         assert_close(got, expected, bound=bound)
+
+
+class Watched(PolicyForward):
+    """Counts the micro-batches that are still there when another one runs."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"), Layout.tree)
+        self.there: list[Any] = []
+        self.most = 0
+
+    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
+        self.there.append(weakref.ref(micro.tree))
+        self.most = max(self.most, sum(tree() is not None for tree in self.there))
+        return super().values(model, micro)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_micro_batch_is_let_go_of_before_the_next_one_runs(
+    checkpointing: bool, make_model: Any, make_examples: Any, var_objective: Var, accumulate: Any
+) -> None:
+    """Its masks of attention too: on a CPU they are as large as the squares of responses."""
+    model, watched = make_model("llama"), Watched()
+    if checkpointing:
+        checkpoint_activations(model)
+    accumulate(model, make_examples(8, num_responses=3), var_objective, budget=60, forward=watched)
+    assert len(watched.there) > 3 and watched.most == 1
 
 
 @pytest.mark.slow

@@ -188,11 +188,8 @@ def test_compiled_layers_hold_the_masked_call_once_for_all_trees(
     if checkpointing:
         checkpoint_activations(within)
     made: list[int] = []
-    for count, responses in (
-        (6, 2),
-        (5, 4),
-        (20, 2),
-    ):  # at first no size but the blocks' is 6: torch takes equal sizes for one
+    # At first no size but the number of blocks is 6: torch takes sizes that are equal for one.
+    for count, responses in ((6, 2), (5, 4), (20, 2)):
         groups = [
             make_group(rng, int(rng.integers(40, 90)), *rng.integers(2, 60, size=responses)) for _ in range(count)
         ]
