@@ -113,6 +113,17 @@ def test_a_row_stands_in_the_schema_as_the_source_meant_it(tmp_path: Path) -> No
             "pairs",
             ([{"role": "system", "content": "Be brief."}, USER], ["A", "B"], 0),
         ),
+        (
+            {"prompt": [{"role": "system", "content": "Be brief."}, USER], "chosen": [USER, say("A")], "rejected": [say("B")]},
+            "pairs",
+            ([{"role": "system", "content": "Be brief."}, USER], ["A", "B"], 0),
+        ),
+        ({"prompt": [], "chosen": [USER, say("A")], "rejected": [USER, say("B")]}, "pairs", ([USER], ["A", "B"], 0)),
+        (
+            {"prompt": "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:", "chosen": " So.", "rejected": " No."},
+            "pairs",
+            ([USER, say("Hello"), {"role": "user", "content": "Why?"}], ["So.", "No."], 0),
+        ),
     ],
 )  # fmt: skip
 def test_every_shape_is_recognised_and_read(value: dict[str, Any], format: str, expected: tuple[Any, ...]) -> None:
@@ -141,6 +152,12 @@ UNUSABLE = [
     ({"chosen": [USER, say("A")], "rejected": [say("B")]}, Reason.missing_field),
     ({"chosen": [USER, say("A")], "rejected": [{**USER, "content": "Ho"}, say("B")]}, Reason.different_prompts),
     ({"prompt": "Ho", "chosen": [USER, say("A")], "rejected": [USER, say("B")]}, Reason.different_prompts),
+    (
+        {"prompt": [{**USER, "content": "Ho"}, say("Hello"), USER], "chosen": [USER, say("Hello"), USER, say("A")], "rejected": [say("B")]},
+        Reason.different_prompts,
+    ),
+    ({"prompt": "\n\nHuman: Hi", "chosen": "A", "rejected": "B"}, Reason.last_turn_not_assistant),
+    ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": [say("A")], "rejected": [say("B")]}, Reason.missing_field),
     ({"prompt": "Hi", "responses": ["A"]}, Reason.missing_field),
     ({"prompt": "Hi", "responses": ["A", "A"]}, Reason.same_responses),
     ({"prompt": "Hi", "responses": ["A", "B"], "preferred": 2}, Reason.bad_preferred),

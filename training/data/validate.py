@@ -112,24 +112,30 @@ def _split_dialogue(text: str, key: str) -> list[Message]:
 
 
 def _parse_pairs(value: dict[str, Any]) -> Preference:
-    """Read chosen and rejected as texts, as one assistant message each, or as conversations that include the prompt."""
+    """Read chosen and rejected as texts, as one assistant message each, or as conversations that include the prompt.
+
+    A prompt that is a dialogue as HH-RLHF writes it, up to where the answer begins, is one with either answer behind it.
+    """
+    if isinstance(before := value.get("prompt"), str) and HH_TURN.match(before):
+        return _parse_hh({key: before + _take(value, key, str) for key in ("chosen", "rejected")})
     prompt = _read_prompt(_take(value, "prompt", (str, list))) if value.get("prompt") is not None else None
     chosen, rejected = (_read_answer(_take(value, key, (str, list)), key, prompt) for key in ("chosen", "rejected"))
     return _pair(chosen, rejected)
 
 
 def _read_answer(answer: str | list[Any], key: str, prompt: list[Message] | None) -> list[Message]:
-    """Return the whole conversation that ends with this answer."""
+    """Return the whole conversation that ends with this answer: its own where that ends with the prompt, else the prompt where that ends with
+    what the answer brings of it."""
     turns = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else _read_messages(answer, key)
     if prompt is None:
         if len(turns) < 2:
             raise UnusableRow(Reason.missing_field, f"no 'prompt', and {key!r} is no conversation that includes it")
         return turns
-    if len(turns) <= 1:
-        return [*prompt, *turns]
-    if turns[:-1] != prompt and turns[-2]["content"] != prompt[-1]["content"]:
+    before = turns[:-1]
+    longer, shorter = (before, prompt) if len(before) > len(prompt) else (prompt, before)
+    if longer[len(longer) - len(shorter) :] != shorter:
         raise UnusableRow(Reason.different_prompts, f"'prompt' is not what comes before the last turn of {key!r}")
-    return turns
+    return [*longer, *turns[-1:]]
 
 
 def _parse_responses(value: dict[str, Any]) -> Preference:
