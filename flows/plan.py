@@ -9,7 +9,7 @@ from infra.settings import Settings
 from infra.stack.http import NoAnswer, ask
 from infra.store import Store, StoreError, open_store
 from tasks.ingest import ingest
-from training.config import Device
+from training.config import Device, Precision
 from training.devices import name_device
 from training.memory import show_bytes
 from training.model import TOKENIZER_FILES, resolve_device
@@ -52,7 +52,8 @@ def make_plan(config: AlignConfig, assumptions: Assumptions, *, settings: Settin
     if assumptions.mfu is not None:
         mfu: Mfu | None = Mfu(assumptions.mfu, "given")
     else:
-        mfu = find_mfu(device, sum(p.numel() for p in model.parameters()), store=store) if store else None
+        size = sum(p.numel() for p in model.parameters())
+        mfu = find_mfu(device, size, precision=config.train.precision, store=store) if store else None
     price = settings.usd_per_hour if assumptions.usd_per_hour is None else assumptions.usd_per_hour
     machine = choose_machine(device, config.train, config.runtime, ranks=assumptions.ranks, mfu=mfu, usd_per_hour=price)
     folder = None if assumptions.rows or assumptions.tokens or store is None else find_rows(config, store, settings)
@@ -103,8 +104,8 @@ def open_if_there(settings: Settings) -> Store | None:
     return open_store(settings)
 
 
-def find_mfu(device: str, parameters: int, *, store: Store) -> Mfu | None:
-    """Return the share that the newest training of a model of this size had on such a device (a CPU: of this host)."""
+def find_mfu(device: str, parameters: int, *, precision: Precision, store: Store) -> Mfu | None:
+    """Return the share that the newest training of a model of this size had in this precision on such a device (a CPU: of this host)."""
     try:
         trained = [record for record in records.iterate(store) if record.step == "train"]
     except StoreError:
@@ -114,7 +115,8 @@ def find_mfu(device: str, parameters: int, *, store: Store) -> Mfu | None:
         record
         for record in trained
         if (record.summary.get("device"), record.summary.get("parameters")) == (device, parameters)
-        and "flop_share" in record.summary
+        and record.identity["config"].get("precision") == precision.value
+        and 0 < record.summary.get("flop_share", 0.0) <= 1  # above: a CPU's rate was measured while something else ran
         and (device != "cpu" or record.provenance["host"] == here)
     ]
     if not alike:
@@ -143,7 +145,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     """Return a plan as titled lines."""
     machine, sizes = plan.machine, plan.footprint
     parts = {
-        "weights, with what autocast copies": sizes.weights, "gradients": sizes.gradients, "AdamW's moments": sizes.optimiser,
+        "weights": sizes.weights, "their copies in bfloat16": sizes.copies, "gradients": sizes.gradients, "AdamW's moments": sizes.optimiser,
         "weights and gradients that are whole: around the layers, of the one under way": sizes.gathered,
         f"activations of a micro-batch of {plan.microbatch_tokens:,} tokens": sizes.activations,
         "a chunk of logits, the head's gradient": sizes.logits,
@@ -151,13 +153,18 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     room = f"together on each rank, of {show_bytes(machine.memory_bytes)}" + ("" if plan.fits else ": DOES NOT FIT")
     trained = f" ({plan.trained_parameters:,} trained)" if plan.trained_parameters < plan.parameters else ""
     rate = f"{machine.ranks} x {machine.name} at {machine.peak_flops / 1e12:,.4g} TFLOP/s"
+    idle = (
+        f", which have work {plan.busy_share:.0%} of the time: of a step there is not as much for each"
+        if plan.busy_share < 1
+        else ""
+    )
     return [
         ("policy", f"{plan.model_type}, {plan.parameters:,} parameters{trained}, {plan.layers} layers"),
         ("data", f"{plan.rows:,} rows of {plan.tokens_per_row:,.0f} tokens ({plan.data_basis})"),
         ("run", f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3g} operations"),
         ("memory", f"{show_bytes(sizes.total):>10}  {room}"),
         *(("", f"{show_bytes(size):>10}  {name}") for name, size in parts.items() if size),
-        ("time", f"{show_hours(plan.hours)} on {rate} ({machine.basis})"),
+        ("time", f"{show_hours(plan.hours)} on {rate} ({machine.basis}){idle}"),
         (
             "cost",
             "no price known; give --usd-per-hour or set VARFLOW_USD_PER_HOUR"

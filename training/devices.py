@@ -48,6 +48,7 @@ class Accelerator:
         return self.fp32_flops if torch.get_float32_matmul_precision() == "highest" else self.tf32_flops
 
 
+NOT_WHOLE = ("MIG", "LAPTOP", "MAX-Q")  # in a name: a part of such a device, or a smaller one that is called so
 # More words come first: "A100 80GB PCIe" before "A100".
 ACCELERATORS = (
     Accelerator("B200", ("B200",), 178, 2250e12, 1125e12, 75e12, 4.99),
@@ -70,6 +71,8 @@ def find_accelerator(name: str) -> Accelerator | None:
     own = next((device for device in ACCELERATORS if device.name.lower() == name.lower()), None)
     if own:
         return own
+    if any(word in name.upper().split() for word in NOT_WHOLE):
+        return None
     words = name.upper().replace("-", " ").split()
     return next((d for d in ACCELERATORS if all(word.upper() in words for word in d.pattern)), None)
 
@@ -108,17 +111,23 @@ def device_peak(device: "torch.device", precision: Precision) -> float | None:
     return found.peak_flops(precision) if found else None
 
 
-def measure_gemm() -> float:
-    """Return the rate of float32 matrix products on the CPU with torch's threads, the best of several, in operations a second."""
+def measure_gemm(threads: int | None = None) -> float:
+    """Return the rate of float32 matrix products on the CPU, the best of several, in operations a second: with so many of torch's threads, no
+    more than it has; None: all."""
     import torch
 
     a, b = torch.ones(2, GEMM_SIZE, GEMM_SIZE)
     out = torch.empty_like(a)
-    torch.mm(a, b, out=out)  # the first one wakes the threads
-    fastest = float("inf")
-    ends = time.monotonic() + GEMM_SECONDS
-    while time.monotonic() < ends:
-        started = time.perf_counter()
-        torch.mm(a, b, out=out)
-        fastest = min(fastest, time.perf_counter() - started)
+    there = torch.get_num_threads()
+    torch.set_num_threads(min(threads or there, there))
+    try:
+        torch.mm(a, b, out=out)  # the first one wakes the threads
+        fastest = float("inf")
+        ends = time.monotonic() + GEMM_SECONDS
+        while time.monotonic() < ends:
+            started = time.perf_counter()
+            torch.mm(a, b, out=out)
+            fastest = min(fastest, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(there)
     return 2 * GEMM_SIZE**3 / fastest

@@ -26,7 +26,8 @@ class Flops:
 
     def forward(self, *, tokens: int, positions: int, segments: Sequence[tuple[int, int]]) -> int:
         """Return the operations of a forward pass; `segments` are (position of the first token, tokens)."""
-        pairs = {window: sum(count_pairs(*segment, window=window) for segment in segments) for _, window in self.layers}
+        windows = {window for _, window in self.layers}
+        pairs = {window: sum(count_pairs(*segment, window=window) for segment in segments) for window in windows}
         attention = sum(per_pair * pairs[window] for per_pair, window in self.layers)
         return self.per_token * tokens + self.per_position * positions + attention
 

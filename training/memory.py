@@ -64,6 +64,7 @@ class Footprint:
     """Bytes that training holds on each rank; `estimate_footprint` has the formulas."""
 
     weights: int
+    copies: int  # of weights, as autocast makes them for a step
     gradients: int
     optimiser: int  # AdamW's two moments
     gathered: int  # weights and gradients of several ranks while they are whole
@@ -74,8 +75,13 @@ class Footprint:
     def total(self) -> int:
         """All of it at once: activations are at their most where the backward pass begins."""
         return (
-            self.weights + self.gradients + self.optimiser + self.gathered + self.activations + self.logits
+            self.weights + self.copies + self.gradients + self.optimiser + self.gathered + self.activations + self.logits
         )  # fmt: skip
+
+    @property
+    def step(self) -> int:
+        """What comes to the weights with a forward and backward pass; the optimiser's state comes behind it."""
+        return self.total - self.weights - self.optimiser
 
 
 def estimate_footprint(
@@ -94,7 +100,7 @@ def estimate_footprint(
     replica), N' those that are trained (the adapter's with LoRA), w the bytes of a number in matrix products (4, in bfloat16 2), L those of the
     largest layer, A those around the layers (embedding, last norm, output head), V H the head's, of micro-batch and device C the logits of a chunk:
 
-    - weights: 4 N; on one rank in bfloat16 2 more for each number of layers and head, which autocast copies for the whole step.
+    - weights: 4 N. copies, on one rank in bfloat16: 2 for each number of layers and head, from autocast, which keeps them for the step.
     - gradients: 4 N'. optimiser: 8 N'.
     - gathered, of several ranks: 4 A + 2 w L + (w + 4) L'. FSDP2 gathers what is around the layers as one part, here in float32, and
       keeps it from the forward pass to the end of the backward one; a layer it lets go of, while the next one is on its way. Gradients of a
@@ -113,7 +119,7 @@ def estimate_footprint(
     matrix = model.get_output_embeddings().weight
     head, shards, wide = matrix.numel(), ranks // replicas, precision == Precision.float32
     width = FLOAT32 if wide else BFLOAT16
-    cast = 0 if wide or ranks > 1 else BFLOAT16 * (in_layers + head)
+    copies = 0 if wide or ranks > 1 else BFLOAT16 * (in_layers + head)
     gathered = (
         FLOAT32 * (count(parameters) - in_layers)
         + 2 * width * count(of_layer)
@@ -125,7 +131,8 @@ def estimate_footprint(
     entry = FLOAT32 * model.config.hidden_size * micro.tokens
     layer, depth = estimate_layer(model.config, precision=precision, micro=micro), model.config.num_hidden_layers
     return Footprint(
-        weights=FLOAT32 * count_slices(parameters, shards) + cast,
+        weights=FLOAT32 * count_slices(parameters, shards),
+        copies=copies,
         gradients=FLOAT32 * count_slices(trained, shards),
         optimiser=2 * FLOAT32 * count_slices(trained, shards),
         gathered=gathered if ranks > 1 else 0,

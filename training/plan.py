@@ -6,7 +6,7 @@ The policy is built on torch's meta device, so weights are neither read nor made
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training.config import Layout, LoraConfig, Runtime
-from training.data.batch import plan_steps
+from training.data.batch import plan_steps, split_group
 from training.data.manifest import read_rows_manifest
 from training.data.rows import read_rows
 from training.devices import ACCELERATORS, find_accelerator, find_price, measure_gemm
@@ -53,18 +53,7 @@ class Workload:
 
     def tokens(self, layout: Layout) -> float:
         """Return the mean tokens of a row through the model, padding not counted."""
-        return self._mean([count_row(prompt, responses, layout) for prompt, responses in self.shapes])
-
-    def keys(self, layout: Layout) -> float:
-        """Return the mean tokens of a row that its responses see in trees, themselves included."""
-        return self._mean([count_row(*s, Layout.rows) for s in self.shapes]) if layout == Layout.tree else 0.0
-
-    def positions(self) -> float:
-        """Return the mean trained tokens of a row."""
-        return self._mean([sum(responses) for _, responses in self.shapes])
-
-    def _mean(self, values: Sequence[float]) -> float:
-        return sum(values) / len(values)
+        return sum(count_row(prompt, responses, layout) for prompt, responses in self.shapes) / len(self.shapes)
 
 
 @dataclass(frozen=True)
@@ -112,6 +101,7 @@ class Plan:
     flops: int
     machine: Machine
     ranks_with_room: int | None  # that would do where these have none; None on CPUs, and where no number would
+    busy_share: float  # of the ranks' time: a step's parts are not always as many for each
     hours: float
     usd: float | None
 
@@ -242,8 +232,10 @@ def choose_machine(
     usd, paid = (price.usd_per_hour, price.basis) if price else (None, "no price known")
     if name == "cpu":
         together = ranks // runtime.nodes
-        rate, memory = measure_gemm() / together, measure_free(torch.device("cpu")) // together
-        basis = f"{'' if together == 1 else f'one of {together} parts of the '}float32 rate measured here, {said}"
+        threads = None if runtime.threads is None else runtime.threads * together
+        rate, memory = measure_gemm(threads) / together, measure_free(torch.device("cpu")) // together
+        part = "" if together == 1 else f"one of {together} parts of the "
+        basis = f"{part}float32 rate measured here{'' if threads is None else f' on {threads} threads'}, {said}"
         return Machine("cpu", ranks, runtime.replicas, rate, share.value, memory, runtime.nodes, usd, basis, paid)
     found = find_accelerator(name)
     if found is None:
@@ -258,8 +250,8 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
     """Return what training a model (of any device, meta too) on a workload takes.
 
     Operations are those of training.flops, as if all weights were trained; memory is the formula of training.memory for a micro-batch
-    of `size_microbatch`. Hours are operations / (ranks x a rank's rate x MFU), USD hours x devices x price. ValueError for a model whose
-    operations cannot be counted.
+    of `size_microbatch`. Hours are operations / (ranks x busy share x a rank's rate x MFU), USD hours x devices x price. ValueError for a
+    model whose operations cannot be counted.
     """
     counted = count_flops(model)
     if counted is None:
@@ -276,7 +268,8 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
     )
     flops = round(sampled / len(work.shapes) * work.rows * config.epochs)
     footprint = partial(estimate_rank, model, config, runtime, work, machine)
-    hours = flops / (machine.ranks * machine.peak_flops * machine.mfu) / 3600
+    busy = share_busy(config, runtime, work, ranks=machine.ranks)
+    hours = flops / (machine.ranks * busy * machine.peak_flops * machine.mfu) / 3600
     return Plan(
         model_type=model.config.model_type,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -292,20 +285,49 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
         flops=flops,
         machine=machine,
         ranks_with_room=None if machine.name == "cpu" else find_ranks(footprint, machine),
+        busy_share=busy,
         hours=hours,
         usd=None if machine.usd_per_hour is None else hours * machine.devices * machine.usd_per_hour,
     )
 
 
 def size_microbatch(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> MicroBatchSize:
-    """Return a micro-batch of rows of mean length, as large as the budget or the rank's share of a step allows; one row at least."""
-    per_row = work.tokens(runtime.layout)
-    tokens = max(per_row, min(runtime.microbatch_tokens, config.batch_prompts * per_row / ranks))
-    return MicroBatchSize(
-        tokens=round(tokens),
-        keys=round(tokens / per_row * work.keys(runtime.layout)),
-        positions=round(tokens / per_row * work.positions()),
-    )
+    """Return a micro-batch of mean parts (`list_parts`), as many as the budget and the rank's share of a step allow, or of the largest alone."""
+    parts = list_parts(config, runtime, work)
+    tokens, keys, positions = (sum(sizes) / len(parts) for sizes in zip(*map(astuple, parts), strict=True))
+    count = min(share_parts(config, parts, work, ranks=ranks), runtime.microbatch_tokens / tokens)
+    filled = MicroBatchSize(round(count * tokens), round(count * keys), round(count * positions))
+    return max(filled, *parts, key=lambda size: size.tokens)
+
+
+def share_busy(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> float:
+    """Return the share of the ranks' time in which they have a part of the step: with 16 for 12 ranks two thirds, for 64 a quarter."""
+    parts = list_parts(config, runtime, work)
+    each = share_parts(config, parts, work, ranks=ranks)
+    return config.batch_prompts * len(parts) / len(work.shapes) / ranks / each
+
+
+def share_parts(config: TrainConfig, parts: Sequence[MicroBatchSize], work: Workload, *, ranks: int) -> int:
+    """Return how many parts of a step the rank has that has most; `parts` are those of all shapes."""
+    return math.ceil(config.batch_prompts * len(parts) / len(work.shapes) / ranks)
+
+
+def list_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> list[MicroBatchSize]:
+    """Return the smallest micro-batches that training cuts rows into: all responses of a prompt where the objective compares them, in trees
+    as many as the budget has room for, else one."""
+    layout, parts = runtime.layout, []
+    for prompt, responses in work.shapes:
+        if config.whole_groups:
+            groups = [responses]
+        elif layout == Layout.rows:
+            groups = [(response,) for response in responses]
+        else:
+            places = split_group(prompt, responses, budget=runtime.microbatch_tokens)
+            groups = [tuple(responses[place] for place in part) for part in places]
+        for group in groups:
+            keys = count_row(prompt, group, Layout.rows) if layout == Layout.tree else 0
+            parts.append(MicroBatchSize(count_row(prompt, group, layout), keys, sum(group)))
+    return parts
 
 
 def estimate_rank(

@@ -28,16 +28,16 @@ BLOCK = 128  # queries and keys that FlexAttention skips together: its kernels f
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch 2.11 compiles layers anew for what a frozen one holds
 class Tree:
-    """Where prompts and responses lie in the flat sequence: for each prompt its length, then those of its responses."""
+    """Where prompts and responses lie in the flat sequence: for each prompt its length, then those of its responses. Equal to itself alone."""
 
     lengths: tuple[tuple[int, ...], ...]
     device: torch.device
     # FlexAttention's, of windows that are known before the layers run, and the options of its kernels on this device
-    block_masks: dict[int | None, Any] = field(default_factory=dict, compare=False)
-    kernel_options: dict[str, Any] = field(default_factory=dict, compare=False)
-    _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False)
+    block_masks: dict[int | None, Any] = field(default_factory=dict)
+    kernel_options: dict[str, Any] = field(default_factory=dict)
+    _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @property
     def segments(self) -> list[int]:

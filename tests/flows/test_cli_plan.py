@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from flows.plan import DEMO
+from flows.plan import DEMO, find_mfu
 from infra.settings import Settings
+from infra.store import open_store
 from tests.faults.command import Command, small
 from tests.flows.test_cli_stack import varflow
+from tests.tasks.maker import BASE, Maker
+from training.config import Precision
+from training.plan import Mfu
 
 ASSUMED = ("--rows", "100", "--tokens", "64")
 
@@ -79,6 +83,25 @@ def test_preflight_alone_then_a_plan_measured_on_its_rows(stack: Settings, tmp_p
     done = command.run("preflight", "smoke", *small(), "--set", "policy=" + str(broken(tmp_path)))
     assert done.returncode == 1, done.stderr
     assert "failed  stop_tokens: " in done.stdout and "training would stop here" in done.stdout
+
+
+def test_a_measured_mfu_is_of_the_same_precision_and_a_share(s3: Settings, tmp_path: Path) -> None:
+    store = open_store(s3)
+    maker = Maker(store, tmp_path)
+
+    def record(precision: str, share: float, day: int) -> str:
+        summary = {"device": "B200", "parameters": 4321, "flop_share": share}
+        made = maker.make(
+            "train", {"base": BASE}, {"config.json": "{}"}, config={"precision": precision, "seed": day}, summary=summary,
+            created=f"2026-01-0{day}T00:00:00+00:00",
+        )  # fmt: skip
+        return f"measured in train/{made.fingerprint[:12]}"
+
+    narrow, wide = record("bfloat16", 0.4, 1), record("float32", 0.7, 2)
+    record("bfloat16", 1.3, 3)  # of a rate that was measured while something else ran
+    assert find_mfu("B200", 4321, precision=Precision.bfloat16, store=store) == Mfu(0.4, narrow)
+    assert find_mfu("B200", 4321, precision=Precision.float32, store=store) == Mfu(0.7, wide)
+    assert find_mfu("B200", 4322, precision=Precision.float32, store=store) is None
 
 
 def broken(folder: Path) -> Path:

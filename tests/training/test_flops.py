@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 
 from tests.architectures import CONFIGS as FAMILIES
 from tests.architectures import SMALL
-from training import train
+from training import devices, train
 from training.config import Layout, Precision
 from training.devices import ACCELERATORS, device_peak, find_accelerator, measure_gemm
 from training.flops import count_flops, count_pairs
@@ -117,6 +118,8 @@ def test_experts_are_not_counted_rather_than_counted_wrong() -> None:
         ("AMD Instinct MI300X", "MI300X"),
         ("Tesla T4", None),
         ("NVIDIA L40", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
     ],
 )
 def test_an_accelerator_is_found_by_the_name_that_torch_gives_it(torch_name: str, name: str | None) -> None:
@@ -129,6 +132,25 @@ def test_the_table_is_consistent() -> None:
     assert all(device.bf16_flops > device.tf32_flops >= device.fp32_flops for device in ACCELERATORS)
     h100 = find_accelerator("H100")
     assert h100 and (h100.peak_flops(Precision.bfloat16), h100.peak_flops(Precision.float32)) == (989e12, 67e12)
+
+
+def test_a_cpus_rate_is_the_operations_of_a_product_over_the_shortest_time_that_it_took(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[float] = []
+    threads: list[int] = []
+
+    def read_clock() -> float:
+        read.append(time.perf_counter())
+        threads.append(torch.get_num_threads())
+        return read[-1]
+
+    monkeypatch.setattr(devices, "time", SimpleNamespace(monotonic=time.monotonic, perf_counter=read_clock))
+    there = torch.get_num_threads()
+    rate = measure_gemm(threads=1)
+    shortest = min(end - begin for begin, end in zip(read[::2], read[1::2], strict=True))
+    assert rate == 2 * 1024**3 / shortest
+    assert {*threads} == {1} and torch.get_num_threads() == there
 
 
 def test_a_cpus_rate_is_what_a_product_of_another_shape_gives_too() -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from infra.models import fetch_embedded
 from infra.settings import read_settings
+from training import plan as plan_module
 from training import train
 from training.config import Layout, LoraConfig, Precision, Runtime
 from training.job import Job
@@ -23,6 +24,8 @@ from training.loop import make_optimiser
 from training.lora import add_adapter
 from training.memory import MicroBatchSize, estimate_footprint, measure_free
 from training.model import checkpoint_activations
+from training.objectives.dpo import DpoConfig
+from training.objectives.objective import TrainConfig
 from training.objectives.sft import SftConfig
 from training.plan import (
     ARCHITECTURES,
@@ -36,6 +39,8 @@ from training.plan import (
     plan_training,
     read_architecture,
     require_room,
+    share_busy,
+    size_microbatch,
 )
 from training.render import Rendered
 from training.train import PolicyForward
@@ -286,21 +291,49 @@ def test_rows_without_a_tokenizer_are_counted_by_characters(tmp_path: Path, make
 
 
 def test_hours_and_dollars_by_hand() -> None:
-    """Llama 3.1 8B, a million tokens: 6 x parameters without the input embedding and with the head at half the positions."""
+    """Llama 3.1 8B, a million tokens: 6 x parameters without the input embedding and with the head at half the positions. Ten rows a step
+    are two for each of five ranks, for eight no less."""
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
     config = SftConfig(batch_prompts=10, precision=Precision.bfloat16)
     work = Workload(1000, ((500, (500,)),), "stated")
-    machine = choose_machine(
-        "NVIDIA H100 80GB HBM3", config, Runtime(), ranks=8, mfu=Mfu(0.5, "given"), usd_per_hour=2.0
-    )
-    plan = plan_training(model, config, Runtime(), work, machine)
+
+    def on(ranks: int) -> Plan:
+        machine = choose_machine("NVIDIA H100 80GB HBM3", config, Runtime(), ranks=ranks, mfu=Mfu(0.5, "given"), usd_per_hour=2.0)  # fmt: skip
+        return plan_training(model, config, Runtime(), work, machine)
+
+    plan, more = on(5), on(8)
     head = 128256 * 4096
     trunk = 8_030_261_248 - 2 * head - 65 * 4096  # norms are no matrices
     pairs = 1000 * 1001 // 2
     assert plan.flops == 1000 * 3 * (2 * trunk * 1000 + 2 * head * 500 + 32 * 4 * 4096 * pairs)
-    assert plan.hours == pytest.approx(plan.flops / (8 * 989e12 * 0.5) / 3600)
-    assert plan.usd == pytest.approx(plan.hours * 16)
-    assert (plan.steps, plan.tokens, plan.microbatch_tokens) == (100, 1_000_000, 1250)
+    assert plan.hours == pytest.approx(plan.flops / (5 * 989e12 * 0.5) / 3600)
+    assert plan.usd == pytest.approx(plan.hours * 10)
+    assert (plan.steps, plan.tokens, plan.microbatch_tokens) == (100, 1_000_000, 2000)
+    assert (more.hours, more.flops) == (pytest.approx(plan.hours), plan.flops)
+    assert more.usd == pytest.approx(more.hours * 16)
+    assert (plan.busy_share, more.busy_share) == (1.0, 0.625)
+
+
+def test_a_micro_batch_is_no_larger_than_what_training_cuts_a_row_into() -> None:
+    """A prompt of 500 tokens with sixteen responses of 500, one row a step; and a long row among short ones."""
+    many = Workload(100, ((500, (500,) * 16),), "stated")
+
+    def size(config: TrainConfig, work: Workload, *, ranks: int = 1, **runtime: Any) -> tuple[int, int, int]:
+        found = size_microbatch(config, Runtime(microbatch_tokens=2048, **runtime), work, ranks=ranks)
+        return found.tokens, found.keys, found.positions
+
+    sft, dpo = SftConfig(responses="all", batch_prompts=1), DpoConfig(batch_prompts=1)
+    # five trees of a prompt with three responses, and one with the last: 11,000 tokens in six
+    assert size(sft, many)[0] == 2048
+    assert size(sft, many, ranks=6) == (2000, 3000, 1500)
+    assert size(sft, many, layout="rows") == (2048, 0, 1024)
+    assert size(dpo, many) == size(dpo, many, ranks=2) == (8500, 16_000, 8000)  # compared, so never cut
+    assert size(dpo, many, layout="rows") == (16_000, 0, 8000)
+    long = Workload(100, (*(((100, (50, 50)),) * 9), (7000, (500, 500))), "stated")
+    assert size(sft, long) == (7500, 7500, 500)
+    spread = SftConfig(responses="all", batch_prompts=16)
+    plans = {ranks: share_busy(spread, Runtime(), assume_workload(100, 64), ranks=ranks) for ranks in (1, 12, 16, 64)}
+    assert plans == {1: 1.0, 12: pytest.approx(2 / 3), 16: 1.0, 64: 0.25}
 
 
 def test_a_price_is_given_or_assumed_or_not_known() -> None:
@@ -394,6 +427,17 @@ def test_ranks_are_the_recipes_and_those_on_one_cpu_share_it() -> None:
     assert plan.usd == pytest.approx(plan.hours * 2 * 0.2) and plan.ranks_with_room is None
     gpus = choose_machine("H100", config, runtime)
     assert (gpus.ranks, gpus.devices) == (4, 4)
+
+
+def test_a_cpus_rate_is_that_of_the_threads_that_will_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    monkeypatch.setattr(plan_module, "measure_gemm", lambda threads: asked.append(threads) or 1e12)
+    one, two = (
+        choose_machine("cpu", SftConfig(), Runtime(threads=threads, ranks=ranks))
+        for threads, ranks in ((1, 2), (None, 2))
+    )
+    assert asked == [2, None] and one.peak_flops == two.peak_flops == 5e11
+    assert "measured here on 2 threads" in one.basis and "measured here, " in two.basis
 
 
 def test_refusals() -> None:

@@ -104,11 +104,11 @@ def cut_trees(
     A group above the budget is cut into trees that repeat its prompt, unless `whole_groups`. As many as the budget needs, or so many that all
     ranks have equally many, about equally full: none is too small to keep a device busy.
     """
-    branches = [
-        part
-        for members in members_of_groups(group_R)
-        for part in ([members] if whole_groups else split_group(samples, members, budget=budget))
-    ]
+    branches: list[list[int]] = []
+    for members in members_of_groups(group_R):
+        responses = [samples[index].num_trained for index in members]
+        parts = split_group(samples[members[0]].start, responses, budget=budget)
+        branches += [members] if whole_groups else [[members[k] for k in part] for part in parts]
     sizes = [samples[part[0]].start + sum(samples[index].num_trained for index in part) for part in branches]
     full = first_fit(sizes, budget=budget)
     even = spread(sizes, count=min(len(sizes), -(-len(full) // ranks) * ranks))
@@ -159,16 +159,16 @@ def share_rows(pack: Callable[..., list[list[int]]], *, budget: int, ranks: int)
     return batches
 
 
-def split_group(samples: Sequence[Rendered], members: Sequence[int], *, budget: int) -> list[list[int]]:
-    """Return a group's members in parts that each fit the budget with their prompt; a part has at least one."""
+def split_group(prompt: int, responses: Sequence[int], *, budget: int) -> list[list[int]]:
+    """Return the places of responses, by their tokens, in parts that each fit the budget with the prompt's; a part has at least one."""
     parts: list[list[int]] = []
     size = 0
-    for index in members:
-        size += samples[index].num_trained
+    for place, tokens in enumerate(responses):
+        size += tokens
         if not parts or size > budget:
             parts.append([])
-            size = samples[index].start + samples[index].num_trained
-        parts[-1].append(index)
+            size = prompt + tokens
+        parts[-1].append(place)
     return parts
 
 
@@ -182,7 +182,8 @@ def count_padded(samples: Sequence[Rendered], group_B: np.ndarray, *, layout: La
 
 def members_of_groups(group_R: np.ndarray) -> list[list[int]]:
     """Return the indices of each group's responses; a group's responses are neighbours."""
-    return [part.tolist() for part in np.split(np.arange(len(group_R)), np.flatnonzero(np.diff(group_R)) + 1)]
+    parts = np.split(np.arange(len(group_R)), np.flatnonzero(np.diff(group_R)) + 1)
+    return [part.tolist() for part in parts if len(part)]
 
 
 @dataclass(frozen=True)

@@ -46,10 +46,10 @@ def pair_weights(columns: Columns) -> FloatArray:
 
 def margins(value_R: "Tensor", group_R: np.ndarray) -> "Tensor":
     """Return for each response by how much the first of its group exceeds it; groups come whole, numbered from 0."""
-    import torch
+    from training.tree import send
 
-    first_G = torch.from_numpy(first_of_groups(group_R)).to(value_R.device)
-    return value_R[first_G][torch.from_numpy(group_R).to(value_R.device)] - value_R
+    first_R = send(first_of_groups(group_R)[group_R], device=value_R.device)
+    return value_R[first_R] - value_R
 
 
 def first_of_groups(group_R: np.ndarray) -> np.ndarray:

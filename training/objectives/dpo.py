@@ -7,7 +7,7 @@ stored column: no reference model is in memory.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import ConfigDict, Field
@@ -27,6 +27,7 @@ class DpoConfig(TrainConfig):
     """Direct preference optimisation, arXiv 2305.18290: preferred against each other response, with stored reference log-probabilities."""
 
     model_config = ConfigDict(title="DPO")
+    whole_groups: ClassVar[bool] = True
 
     objective: Literal["dpo"] = Field("dpo", title="Objective")
     beta: float = Field(
@@ -67,7 +68,7 @@ class Dpo(Objective):
     beta: float
     label_smoothing: float = 0.0
 
-    whole_groups = True
+    whole_groups = DpoConfig.whole_groups
 
     def weigh(self, columns: Columns) -> FloatArray:
         """Return 0 for the chosen response of a group, 1 / (K - 1) for each other. ValueError where log pi_ref is missing."""
@@ -80,10 +81,11 @@ class Dpo(Objective):
 
     def loss_sum(self, value_R: "Tensor", weight_R: "Tensor", columns: Columns) -> "Tensor":
         """Return the loss summed over the groups that these responses make up; groups come whole."""
-        import torch
         from torch.nn.functional import logsigmoid
 
-        logp_ref_R = torch.from_numpy(check_reference(columns)).to(value_R.device)
+        from training.tree import send
+
+        logp_ref_R = send(check_reference(columns), device=value_R.device)
         margin_R = margins(self.beta * (value_R - logp_ref_R), columns.group_R)
         loss_R = -(1 - self.label_smoothing) * logsigmoid(margin_R) - self.label_smoothing * logsigmoid(-margin_R)
         return (weight_R * loss_R).sum()

@@ -9,7 +9,7 @@ The file of an objective holds its config too, which is read where there is no t
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,6 +103,9 @@ class TrainConfig(Config):
     seed: int = Field(0, ge=0, title="Seed", description="Order of the rows, and LoRA's first matrices; at least 0.")
     objective: str = Field(title="Objective")  # narrowed by each objective to its own name
 
+    # Whether the loss of a response depends on the others of its prompt, so that they stay in one forward pass.
+    whole_groups: ClassVar[bool] = False
+
     @property
     def columns(self) -> tuple[StoredColumn, ...]:
         """What is scored before this objective trains."""
@@ -123,7 +126,7 @@ class Objective(Protocol):
     Pure functions of values, weights and stored columns; classes inherit from it to get what most objectives have in common.
     """
 
-    whole_groups: bool  # the loss of a response depends on the others of its prompt: keep them in one forward pass
+    whole_groups: bool  # as its config has it
 
     def transform(self, columns: Columns) -> Columns:
         """Return stored columns as they are weighed, such as with other rewards; a prompt's follow from that prompt alone."""
@@ -157,7 +160,7 @@ class WeightedLikelihood(Objective):
     The weights of a global batch of N responses sum to N, which is checked before training.
     """
 
-    whole_groups = False
+    whole_groups = TrainConfig.whole_groups
 
     def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
         """Return N * Tbar: the loss reads as nats per token."""

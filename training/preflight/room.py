@@ -48,19 +48,18 @@ def try_largest(ready: Ready, report: Report, passes: Passes) -> str | None:
     trial = find_largest_of_first(ready, budget=report.microbatch_tokens)
     needed = estimate_trial(ready, trial)
     free = share_of_free(ready)
-    estimate = needed.gradients + needed.gathered + needed.activations + needed.logits
     report.memory = {
-        "microbatch_tokens": trial.tokens, "free_bytes": free, "estimated_bytes": estimate, "optimiser_bytes": needed.optimiser,
+        "microbatch_tokens": trial.tokens, "free_bytes": free, "estimated_bytes": needed.step, "optimiser_bytes": needed.optimiser,
     }  # fmt: skip
     row_ids = ready.steps.row_ids(trial.step)
     seconds = 4 * trial.tokens * passes.seconds_per_token
     left = passes.seconds_left()
     if ready.device.type == "cpu" or seconds > left:  # where too much is a kill and no exception, or is not tried
-        require_room(estimate + needed.optimiser, free, f"{trial} would take about", row_ids)
+        require_room(needed.step + needed.optimiser, free, f"{trial} would take about", row_ids)
     if seconds > left:
         return (
             f"{trial}: not tried, as it would take about {seconds:.0f} s of {left:.0f} s left; by the formula it takes "
-            f"{show_bytes(estimate + needed.optimiser)} with the optimiser's state, {show_bytes(free)} are free"
+            f"{show_bytes(needed.step + needed.optimiser)} with the optimiser's state, {show_bytes(free)} are free"
         )
     if ready.world.is_first:
         write_json(ready.job.output / FILE, report.as_json())  # should the kernel end this process now
