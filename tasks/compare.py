@@ -27,7 +27,7 @@ from tasks.score import score_tokens
 from tasks.sources import resolve_source
 from tasks.step import Attempt, Given, Metrics, Planned, Source, step
 from training.config import Config, Runtime, TokenScoreConfig
-from training.job import write_json
+from training.job import read_json_lines, write_json
 
 if TYPE_CHECKING:
     from evaluation.comparison import Answer, Comparison, ItemText, Subject, TokenAnswers, Verdicts
@@ -139,7 +139,7 @@ def read_texts(folder: Path) -> "dict[tuple[str, str], ItemText]":
     """Return what each item of a benchmark asked and got."""
     from evaluation.comparison import ItemText
 
-    items = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    items = read_json_lines(folder / "samples.jsonl")
     return {
         (str(item["task"]), str(item["doc_id"])): ItemText(item["prompt"], item["answer"], item["target"])
         for item in items
@@ -151,7 +151,7 @@ def read_verdicts(folder: Path) -> "Verdicts":
     from evaluation.comparison import Verdicts
 
     (row,) = (row for row in json.loads((folder / "scores.json").read_text()) if row["decides"])
-    pairs = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    pairs = read_json_lines(folder / "samples.jsonl")
     return Verdicts(
         detail=f"{row['metric'].replace('_', ' ')} {row['task']}, {row['filter']}",
         profile=json.loads((folder / "profile.json").read_text()),

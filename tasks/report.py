@@ -16,6 +16,7 @@ from tasks.execute import Execution, StepAttempt
 from tasks.gate import CHALLENGER, CHAMPION, read_rewards
 from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
 from training.config import Config
+from training.job import read_json_lines
 
 if TYPE_CHECKING:
     from evaluation.harness.result import ScoreRow
@@ -31,7 +32,7 @@ class ReportConfig(Config):
     recipe: str
 
 
-@step(version=7)
+@step(version=8)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.alignment import AlignmentResult
@@ -161,7 +162,7 @@ def read_answers(path: Path) -> "tuple[TrainingAnswer, ...]":
     """Return what the policy answered while it trained; nothing where it was not asked."""
     from evaluation.pages.report import TrainingAnswer
 
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = read_json_lines(path) if path.exists() else []
     return tuple(TrainingAnswer(**{name: line[name] for name in ("step", "prompt", "answer")}) for line in lines)
 
 

@@ -9,7 +9,6 @@ distributed checkpoints have them: any number of ranks reads what any other numb
 
 import dataclasses
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from training.distributed import ALONE, World
-from training.job import write_json
+from training.job import flush, write_json
 
 FILE_BYTES = 2**30  # about a file of one rank, which is in memory twice while it is written
 PARTIAL = ".partial"
@@ -82,7 +81,8 @@ def save_checkpoint(
         return
     partial = name_partial(final)
     if world.is_first:
-        shutil.rmtree(partial, ignore_errors=True)  # of an attempt that was killed
+        for killed in folder.glob(f"*{PARTIAL}"):  # whose room this one may need
+            shutil.rmtree(killed, ignore_errors=True)
         (partial / "tensors").mkdir(parents=True)
     world.barrier()
     tensors = {name: tensor.contiguous() for name, tensor in model_tensors(model).items()}
@@ -163,15 +163,6 @@ def own_errors() -> Iterator[None]:
     except CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         raise cause from error
-
-
-def flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def restore_checkpoint(

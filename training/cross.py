@@ -70,7 +70,12 @@ def run(job: Job) -> None:
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     unscored = read_dropped(job.inputs["reference"])
     examples, _ = load_examples(
-        job.inputs["rows"], renderer, select=select_distinct, min_responses=2, unscored=frozenset(unscored)
+        job.inputs["rows"],
+        renderer,
+        select=select_distinct,
+        min_responses=2,
+        unscored=frozenset(unscored),
+        distinct=True,  # as the objective that takes it, which is for fixed sets alone
     )
     batches = plan_batches(examples, config)
     summary = check_cost(batches, max_pairs=MAX_PAIRS)

@@ -74,7 +74,8 @@ def run(job: Job) -> None:
     started = time.monotonic()
     policy = job.inputs["policy"]
     model, tokenizer = load_policy(policy, precision=config.precision, device=device)
-    check_context(model, config.max_prompt_tokens + config.max_new_tokens)
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    check_context(model, longest, setting="max_prompt_tokens + max_new_tokens")
     generator = Generator(
         job=job,
         model=model,

@@ -83,8 +83,13 @@ class Job:
             raise Interrupted(self.name)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `output/summary.json`: the flat counts and figures that the record and the report show; and on what it was computed."""
+        """Write `output/summary.json`: the flat counts and figures that the record and the report show; and on what it was computed.
+
+        Whoever finds it takes the output as it is, so all the rest is on disk before.
+        """
         write_json(self.work / HARDWARE_FILE, describe_hardware())
+        for path in [*self.output.rglob("*"), self.output]:
+            flush(path)
         write_json(self.output / "summary.json", summary)
 
 
@@ -105,6 +110,22 @@ def write_json(path: Path, value: Any) -> None:
         out.flush()
         os.fsync(out.fileno())
     partial.replace(path)
+
+
+def flush(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Return the values of a file of JSON lines. Line feeds end them, and not what else parts lines in a text (U+2028, U+0085), which JSON
+    writes as it is."""
+    with path.open() as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write_error(path: Path, error: Exception) -> None:

@@ -153,21 +153,22 @@ class Agent(threading.Thread):
             self.error = error
 
 
-def find_killed(failures: Mapping[int, ProcessFailure]) -> dict[int, int]:
-    """Return the ranks that were killed, with their status. Later, or by SIGTERM, it was the agent that ended them."""
+def find_killed(failures: Mapping[int, ProcessFailure], *, told: bool) -> dict[int, int]:
+    """Return the ranks that were killed, with their status. Later, or by SIGTERM, it was the agent that ended them; by SIGABRT, where another
+    has told what it failed of, NCCL, which aborts who waits for it."""
     first = min(failure.timestamp for failure in failures.values())
+    by_us = {-signal.SIGTERM, -signal.SIGABRT} if told else {-signal.SIGTERM}
     return {
         rank: failure.exitcode
         for rank, failure in failures.items()
-        if failure.exitcode < 0
-        and failure.exitcode != -signal.SIGTERM
-        and failure.timestamp <= first + SAME_TIME_SECONDS
+        if failure.exitcode < 0 and failure.exitcode not in by_us and failure.timestamp <= first + SAME_TIME_SECONDS
     }
 
 
 def read_smaller(job: Job, failures: Mapping[int, ProcessFailure]) -> int | None:
     """Return the budget of micro-batches that a rank without room asks for; None where ranks failed of something else."""
-    smaller: int | None = None if find_killed(failures) else read_error(job).get("microbatch_tokens")
+    error = read_error(job)
+    smaller: int | None = None if find_killed(failures, told=bool(error)) else error.get("microbatch_tokens")
     return smaller
 
 
@@ -193,14 +194,15 @@ def with_budget(job: Job) -> Job:
 
 def raise_failure(job: Job, failures: Mapping[int, ProcessFailure], *, ranks: int) -> None:
     """Raise what the first of the failed ranks failed of; the others failed because it was gone."""
-    killed = find_killed(failures)
     error_file = job.work / "error.json"
+    killed = find_killed(failures, told=error_file.exists())
     statuses = {failure.exitcode for failure in failures.values()}
     if killed:
         error_file.unlink(missing_ok=True)  # of a rank that missed the killed one
         rank, status = min(killed.items())
+        waited = ", as NCCL ends one that has waited for another in vain" if status == -signal.SIGABRT else ""
         raise RankDied(
-            f"rank {rank} of {ranks}: {describe_exit(status)}; the other ranks were ended; run the same command again to go "
+            f"rank {rank} of {ranks}: {describe_exit(status)}{waited}; the other ranks were ended; run the same command again to go "
             "on from the checkpoint"
         )
     if error_file.exists():

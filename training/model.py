@@ -260,12 +260,12 @@ def save_policy(model: Any, tokenizer: Any, folder: Path, *, weights: dict[str, 
     stage.rmdir()
 
 
-def check_context(model: Any, max_tokens: int) -> None:
-    """Raise ValueError when rows may be longer than the positions the model has."""
+def check_context(model: Any, max_tokens: int, *, setting: str = "max_tokens") -> None:
+    """Raise ValueError, which names the setting, when rows may be longer than the positions the model has."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's name
     if context is not None and max_tokens > context:
         raise ValueError(
-            f"max_tokens: got {max_tokens}, the model {model.config.model_type} has a context of {context} tokens; "
-            f"set max_tokens to {context} or less"
+            f"{setting}: got {max_tokens}, the model {model.config.model_type} has a context of {context} tokens; "
+            f"set {setting} to {context} or less"
         )

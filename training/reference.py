@@ -22,7 +22,7 @@ from training.config import ReferenceScoreConfig, Runtime
 from training.data.batch import cut, lay_out
 from training.data.manifest import check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
-from training.job import Job, write_json
+from training.job import Job, read_json_lines, write_json
 from training.logprobs import check_head, check_layout, choose_groups, longest_of, sum_logps
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
@@ -142,7 +142,7 @@ def is_finished(part: Path, row_ids: list[str]) -> bool:
     """Return whether a part is there and of these very rows. Its parquet file is written last."""
     if not part.is_file():
         return False
-    dropped = [json.loads(line)["row_id"] for line in dropped_file(part).read_text().splitlines()]
+    dropped = [line["row_id"] for line in read_json_lines(dropped_file(part))]
     found = pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist()
     return sorted(found + dropped) == sorted(row_ids)
 

@@ -41,9 +41,12 @@ class Sampler:
         """Keep of an earlier attempt what it wrote up to the step that this one goes on from."""
         if not self._world.is_first or not self._prompts:
             return
-        lines = self._path.read_text().splitlines(keepends=True) if step and self._path.is_file() else []
+        kept: list[bytes] = []
+        if step and self._path.is_file():
+            lines = self._path.read_bytes().splitlines(keepends=True)  # of bytes: at line feeds alone
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
         partial = self._path.with_name(FILE + ".partial")
-        partial.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step))
+        partial.write_bytes(b"".join(kept))
         partial.replace(self._path)
 
     def write(self, step: int) -> None:

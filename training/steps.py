@@ -137,22 +137,22 @@ class Steps:
     @cached_property
     def digest(self) -> str:
         """64 hex digits over rows, their tokens, reference log-probabilities, weights and constants of all steps."""
-        order, samples, weights, logps = self._parts()
+        order, samples, logps = self._parts()
+        weights = [weight_R.tobytes() for weight_R in self._weights]
         return digest_plan([*order, repr(self.mean_tokens), *weights, *logps, *samples])
 
     @cached_property
     def digests(self) -> dict[str, str]:
-        """What `digest` covers, each by its own, to say what differs between two runs."""
-        order, samples, weights, logps = self._parts()
-        parts: dict[str, Sequence[str | bytes]] = {"rows": [*order, *samples], "weights": weights, "reference": logps}
-        return {name: digest_plan(part) for name, part in parts.items()}
+        """What `digest` covers and is stored, each by its own, to say what differs between two runs."""
+        order, samples, logps = self._parts()
+        return {"rows": digest_plan([*order, *samples]), "reference": digest_plan(logps)}
 
-    def _parts(self) -> tuple[list[str], list[bytes], list[bytes], list[bytes]]:
-        """Return row ids in order, token ids, weights and reference log-probabilities."""
+    def _parts(self) -> tuple[list[str], list[bytes], list[bytes]]:
+        """Return row ids in order, token ids and reference log-probabilities."""
         samples = [self._forward.identity(s) for example in self._examples for s in example.samples]
         logps = [example.logp_ref_K.tobytes() for example in self._examples if example.logp_ref_K is not None]
         order = json.dumps([self.row_ids(step) for step in range(self.num_steps)])
-        return [order], samples, [w.tobytes() for w in self._weights], logps
+        return [order], samples, logps
 
     def rows(self, step: int) -> list[Example]:
         """Return the rows of a step."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from training.config import Layout, Precision, ResponseRegime, Runtime, StoredColumn
 from training.cross import plan_batches, read_cross
-from training.data.batch import MicroBatch, collate, cut, lay_out
+from training.data.batch import MicroBatch, collate, cut, digest_plan, lay_out
 from training.data.examples import Example, load_examples, read_dropped, read_scores
 from training.data.manifest import RowsManifest, check_reference, check_samples, check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter
@@ -70,6 +70,7 @@ class Prepared:
     kept: list[Example]  # some of the held-out rows
     dropped: Counter[str]
     columns: Columns  # of the train split, as stored
+    cross: Crosses
     base: str | None  # digest of the weights that training starts from; the first rank knows it
 
 
@@ -105,7 +106,9 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     runtime = runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens})  # what the device has room for
     if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
         write_weights(job, steps)
-    identity = {"config": config.model_dump(mode="json"), "base": prepared.base, "data": steps.digests}
+    world.barrier()  # the others have nothing to write
+    data = steps.digests | {"scores": digest_scores(prepared.columns, prepared.cross)}
+    identity = {"config": config.model_dump(mode="json"), "base": prepared.base, "data": data}
     peak = device_peak(world.device, config.precision)
     progress = run_steps(
         policy,
@@ -160,7 +163,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     heldout = plan_heldout(kept, config, objective, forward, mean_tokens=steps.mean_tokens)
     ready = Ready(job, runtime, world, config.precision, policy, tokenizer, trained, objective, forward, steps)
     digest = base.weights_sha256 if base is not None else None
-    return Prepared(policy, ready, heldout, kept, dropped, columns, digest)
+    return Prepared(policy, ready, heldout, kept, dropped, columns, cross, digest)
 
 
 def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:
@@ -301,6 +304,7 @@ def gather_examples(
         reference=reference,
         min_responses=min_responses,
         unscored=frozenset(unscored),
+        distinct=regime == ResponseRegime.support,
         split=split,
         limit=limit,
     )
@@ -325,6 +329,14 @@ def replace_rewards(examples: Sequence[Example], columns: Columns) -> list[Examp
     return [replace(example, reward_K=reward_K) for example, reward_K in zip(examples, rewards, strict=True)]
 
 
+def digest_scores(columns: Columns, cross: Crosses) -> str:
+    """Return the digest of what weights are made of, as it is stored. Not of the weights: their last bits are the processor's, and a run
+    goes on on another kind of it."""
+    own = [column.tobytes() for column in (columns.reward_R, columns.logq_R, columns.preferred_R) if column is not None]
+    foreign = [matrix.tobytes() for batch in cross.values() for matrix in (batch.reward_GN, batch.logp_ref_GN)]
+    return digest_plan([*own, *foreign])
+
+
 def make_settings(config: TrainConfig) -> Settings:
     """Return what the loop needs of a config."""
     return Settings(
@@ -342,13 +354,14 @@ def write_weights(job: Job, steps: Steps) -> None:
     """Write `weights.parquet`: the weights of the last epoch, in the order of training."""
     with RowsWriter(job.output / "weights.parquet", WEIGHTS_SCHEMA) as out:
         for step in range(steps.num_steps - steps.steps_per_epoch, steps.num_steps):
-            begin = 0
+            begin, rows = 0, []
             for example in steps.rows(step):
                 weight = [0.0] * example.num_responses
                 for k, place in enumerate(example.places):
                     weight[place] = float(steps.weights(step)[begin + k])
                 begin += len(example.places)
-                out.write([{"row_id": example.row_id, "weight": weight}])
+                rows.append({"row_id": example.row_id, "weight": weight})
+            out.write(rows)
 
 
 def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> dict[str, Any]:

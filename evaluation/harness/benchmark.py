@@ -10,7 +10,7 @@ from typing import Any
 from evaluation.config import VariedConfig
 from evaluation.harness.mirror import FILL, missing_data
 from training.config import Runtime
-from training.job import Job, write_json
+from training.job import Job, read_json_lines, write_json
 
 FLAG_SAMPLES = 5
 FLAG_CHARS = 200
@@ -66,7 +66,7 @@ def run(job: Job) -> None:
 def summarise(rows: list[Row], *, output: Path, name: str) -> Row:
     """Return the deciding score, what share of the answers was unusable, and a flag where the score itself is suspect."""
     (deciding,) = (row for row in rows if row["decides"])
-    samples = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    samples = read_json_lines(output / "samples.jsonl")
     profile = json.loads((output / "profile.json").read_text())
     summary: Row = {
         "benchmark": name,

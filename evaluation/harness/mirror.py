@@ -174,7 +174,7 @@ def read_mmlu(path: Path, *, subject: str) -> list[Row]:
 def read_jsonl(path: Path, *, fields: tuple[str, ...]) -> list[Row]:
     """Return one row of the named text fields for each line."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(read_text(path)), start=1):
         if line.strip():
             rows.append(pick(parse(line, where=f"{path}:{number}"), fields=fields, where=f"{path}:{number}"))
     return require_rows(rows, path)

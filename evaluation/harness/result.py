@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from training.config import Config
+from training.job import read_json_lines
 
 ItemKey = tuple[str, str]  # task, doc_id
 MODEL_FIELD = "model"  # of a profile: what the two policies may differ in
@@ -143,8 +144,7 @@ def _show(tree: dict[str, Any], key: str) -> str:
 
 def _read_items(path: Path) -> Iterator[tuple[ItemKey, tuple[float, str]]]:
     seen: set[ItemKey] = set()
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        item = json.loads(line)
+    for number, item in enumerate(read_json_lines(path), start=1):
         key, score = (str(item["task"]), str(item["doc_id"])), float(item["correct"])
         if key in seen:
             raise ValueError(f"{path}, line {number}: {key[0]}, document {key[1]} is there twice; run the step again")

@@ -5,6 +5,7 @@ The folder holds `question.jsonl` (`uid`, `prompt`), `model_answer/<model>.jsonl
 Source: github lmarena/arena-hard-auto; arXiv 2406.11939.
 """
 
+import io
 import re
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def read_stored_answers(folder: Path, model: str) -> dict[str, str]:
             "another baseline"
         )
     answers = {}
-    for number, line in enumerate(read_text(paths[0]).splitlines(), start=1):
+    for number, line in enumerate(io.StringIO(read_text(paths[0])), start=1):
         where = f"{paths[0]}:{number}"
         row = parse(line, where=where)
         turns = row.get("messages") if isinstance(row, dict) else None

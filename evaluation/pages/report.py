@@ -25,13 +25,14 @@ from evaluation.harness.result import ScoreRow
 from evaluation.pages import report_plots
 from evaluation.reward_bias import RewardBias
 from training.config import Config
+from training.job import read_json_lines
 
 ForestRow = tuple[str, str, float, float, float]  # name, series, value, low, high
 
 # Of training: by chart its axis, and the metric of each name in the legend.
 CURVES = {
     "loss": ("loss, nats per token", {"trained": "train/loss", "held out": "heldout/loss"}),
-    "ess": ("effective sample size, share", {"effective sample size": "train/ess"}),
+    "ess": ("effective sample size, share", {"within prompts": "train/ess", "of the batch": "train/ess_batch"}),
     "logp": (
         "log-probability, nats",
         {"chosen": "train/logp_chosen", "rejected": "train/logp_rejected", "best": "train/logp_best"},
@@ -204,7 +205,7 @@ def draw_charts(data: ReportData) -> dict[str, report_plots.Figure]:
         target = data.verdict.target(HELDOUT_REWARD)
         charts["gains"] = report_plots.plot_gains(gains, target) if target else None
     if data.metrics:
-        lines = read_metrics(data.metrics)
+        lines = read_json_lines(data.metrics)
         for name, (title, series) in CURVES.items():
             charts[name] = report_plots.plot_curves(lines, series, title=title)
     if data.weights:
@@ -257,11 +258,6 @@ def pair_scores(data: ReportData) -> list[tuple[ScoreRow | None, ScoreRow | None
     keys = dict.fromkeys([*challenger, *champion])
     pairs = [(champion.get(key), challenger.get(key)) for key in keys]
     return sorted(pairs, key=lambda pair: not any(row and row.decides for row in pair))
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def read_weights(path: Path) -> list[float]:

@@ -1,5 +1,6 @@
 """Mirrors: every upstream format, whole or not at all, digests that follow the content, all that is missing at once."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from evaluation.config import BenchmarkConfig
-from evaluation.harness.mirror import build_mirror, digest_mirror, missing_data, read_header
+from evaluation.harness.mirror import build_mirror, digest_mirror, missing_data, read_header, read_jsonl
 
 
 def benchmark(*tasks: str) -> BenchmarkConfig:
@@ -81,6 +82,12 @@ def test_broken_rows_are_refused_by_file_and_line(
     (raw_benchmarks / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         build_mirror(raw_benchmarks, tmp_path / "mirror")
+
+
+def test_a_line_of_upstream_files_ends_at_a_line_feed_alone(tmp_path: Path) -> None:
+    rows = [{"question": "a\u2028b\x85c", "answer": "1"}, {"question": "d", "answer": "2"}]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows))
+    assert read_jsonl(tmp_path / "test.jsonl", fields=("question", "answer")) == rows
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:

@@ -127,7 +127,19 @@ def test_a_checkpoint_loses_its_name_before_its_files(tmp_path: Path, monkeypatc
     monkeypatch.setattr(shutil, "rmtree", lambda path, **options: (deleted.append(path.name), delete(path, **options)))
     save(tmp_path, step=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"]
-    assert deleted == ["step-00000002.partial", "step-00000001.partial", "step-00000001.partial"]
+    assert deleted == ["step-00000001.partial", "step-00000001.partial"]
+
+
+def test_what_a_killed_save_left_makes_room_for_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another step: with the last checkpoint and a new one there is no room for a third."""
+    save(tmp_path, step=1)
+    (tmp_path / "step-00000002.partial" / "tensors").mkdir(parents=True)
+    write, there = checkpoint.write_tensors, list[str]()
+    monkeypatch.setattr(
+        checkpoint, "write_tensors", lambda *a: (there.extend(sorted(p.name for p in tmp_path.iterdir())), write(*a))
+    )
+    save(tmp_path, step=3)
+    assert there == ["step-00000001", "step-00000003.partial"]
 
 
 def save_and_tell(world: World, folder: Path) -> list[str]:

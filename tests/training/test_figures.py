@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from tests.architectures import make_model
 from tests.training.test_logprobs import plain_logps
 from tests.training.test_loop import settings
 from tests.training.test_tree import make_group
+from training import loop
 from training.checkpoint import Progress
 from training.config import Layout, ResponseRegime, Runtime
 from training.data.examples import Example
 from training.job import Job
 from training.logprobs import check_layout
 from training.loop import Trainer, make_optimiser
-from training.objectives.objective import Objective
+from training.objectives.objective import Columns, FloatArray, Objective
 from training.objectives.sft import Sft
 from training.objectives.var import Normaliser, ReferenceFactor, Var
 from training.steps import Forwarded, Steps
@@ -89,8 +91,16 @@ def job(make_job: Callable[..., Job]) -> Job:
 
 
 @pytest.mark.parametrize(("budget", "padding"), [(5, 10 / 35), (1, 0.0)])
-def test_every_figure_by_hand(job: Job, budget: int, padding: float) -> None:
-    """All in one micro-batch, and each response in its own: the same figures, but for padding."""
+def test_every_figure_by_hand(job: Job, budget: int, padding: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All in one micro-batch, and each response in its own: the same figures, but for padding and for time, of which a pass takes half a second."""
+    clock = [0.0]
+
+    class Timed(Told):
+        def values(self, model: Any, micro: list[int]) -> Forwarded:
+            clock[0] += 0.5
+            return super().values(model, micro)
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     objective = Var(
         lambda_=1.0,
         regime=ResponseRegime.support,
@@ -99,7 +109,8 @@ def test_every_figure_by_hand(job: Job, budget: int, padding: float) -> None:
     )
     model = nn.Module()
     model.weight = nn.Parameter(torch.tensor(LOGP))
-    figures, _ = take_step(model, make_examples(), objective, Told(), job, budget=budget)
+    figures, _ = take_step(model, make_examples(), objective, Timed(), job, budget=budget)
+    seconds = 0.5 * math.ceil(5 / budget)
     of_weights = sum(weight * -logp for weight, logp in zip(WEIGHTS, LOGP, strict=True))
     expected = {
         "loss": of_weights / (5 * 3),  # N responses of 3 tokens on average
@@ -107,6 +118,7 @@ def test_every_figure_by_hand(job: Job, budget: int, padding: float) -> None:
         "grad_norm": math.sqrt(sum(weight**2 for weight in WEIGHTS)) / 15,
         "ess": (49 / 50 + 8 / 9) / 2,  # (16 + 9) / 49 is 25/49 of 2, 3/8 of 3
         "ess_collapsed": 0.0,
+        "ess_batch": 5 / (100 / 49 + 27 / 8),  # 25 over five times the squares 64/49, 36/49, 9/4, 9/16, 9/16
         "weight_max": 4 / 7,
         "kl_weights": (4 / 7 * math.log(8 / 7) + 3 / 7 * math.log(6 / 7) + math.log(1.5) / 2 + math.log(0.75) / 2) / 2,
         "reward_tilt": (6 / 7 * LOG3 + 1.5 * LOG2) / 5 - (LOG3 + LOG2) / 5,
@@ -119,14 +131,23 @@ def test_every_figure_by_hand(job: Job, budget: int, padding: float) -> None:
         "learning_rate": 0.1,
         "skipped": 0.0,
         "microbatch_tokens": budget,
+        "tokens_per_second": 25 / seconds,
+        "tflops_per_second": 5000 / seconds / 1e12,
+        "flop_share": 5000 / seconds / 1e6,  # of a device that does 1e6 operations a second
     }
     assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-6)
-    told = {"tokens_per_second", "tflops_per_second", "flop_share", "memory_gib", "peak_memory_gib"}
-    assert figures.keys() == expected.keys() | told
+    assert figures.keys() == expected.keys() | {"memory_gib", "peak_memory_gib"}
     assert 0 < figures["memory_gib"] <= figures["peak_memory_gib"]
-    # 25 tokens and 5000 operations in the same seconds, of a device that does 1e6 a second
-    assert figures["flop_share"] == pytest.approx(figures["tflops_per_second"] * 1e12 / 1e6)
-    assert figures["tokens_per_second"] / 25 == pytest.approx(figures["tflops_per_second"] * 1e12 / 5000)
+
+
+@pytest.mark.parametrize(("weight", "words"), [(0.0, "all are zero"), (math.nan, "got NaN"), (-1.0, "negative")])
+def test_weights_that_train_nothing_end_the_run_before_it_begins(weight: float, words: str) -> None:
+    class Fixed(Sft):
+        def weigh(self, columns: Columns) -> FloatArray:
+            return np.full(len(columns.group_R), weight)
+
+    with pytest.raises(ValueError, match=rf"weights of step 0 \(rows row\d, row\d\): .*{words}"):
+        Steps(make_examples(), Fixed(), Told(), batch_prompts=2, epochs=1, seed=0)
 
 
 @pytest.mark.parametrize(("layout", "padding"), [(Layout.rows, 1 - 32 / 48), (Layout.tree, 0.0)])

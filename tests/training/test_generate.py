@@ -342,7 +342,9 @@ def test_long_prompts_are_dropped_and_named(rows: Path, tiny_policy: Path, make_
         match=r"all prompts of the heldout split were dropped \(16 too_long\); raise max_prompt_tokens, which is 8",
     ):
         run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=8)
-    with pytest.raises(ValueError, match="context of 1024 tokens"):
+    with pytest.raises(
+        ValueError, match=r"max_prompt_tokens \+ max_new_tokens: got \d+, the model llama has a context of 1024 tokens"
+    ):
         run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=1020)
 
 

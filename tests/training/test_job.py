@@ -12,6 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from training.job import Job, read_json_lines
+
 # A job that starts a child of its own, says so, counts until it is told to stop, and saves how far it came.
 SLOW_JOB = """
 import subprocess, sys, time
@@ -106,6 +108,26 @@ def test_the_users_mistake_is_2_with_its_message(
     done = run_training(write_job(tmp_path, name, **changes))
     assert done.returncode == 2, done.stderr
     assert message in read_error(tmp_path)["message"]
+
+
+def test_lines_of_json_end_at_line_feeds_alone(tmp_path: Path) -> None:
+    values = [{"text": "a\u2028b\u2029c\x85d\x1ce\r\n"}, {"text": ""}]
+    (tmp_path / "lines").write_text("".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+    assert read_json_lines(tmp_path / "lines") == values
+
+
+def test_the_summary_is_on_disk_after_all_that_it_speaks_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job("train", {}, {}, {}, output=tmp_path / "o", work=tmp_path / "w")
+    for path in (job.output / "model.safetensors", job.output / "adapter" / "config.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+    job.work.mkdir()
+    flushed: list[str] = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(Path(f"/proc/self/fd/{file}").readlink().name), sync(file)))  # fmt: skip
+    job.write_summary({"steps": 1})
+    assert flushed[-1] == "summary.json.partial"
+    assert {"model.safetensors", "config.json", "adapter", "o"} <= set(flushed[:-1])
 
 
 def test_our_fault_is_1_with_its_message(tmp_path: Path) -> None:

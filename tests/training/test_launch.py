@@ -17,13 +17,24 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from tasks.child import STOP_SECONDS, ChildJob, StepFailed, UserError, run_child
 from tests.hosts import Host
 from training import train
 from training.config import Runtime
 from training.job import EXIT_INTERRUPTED, Job
-from training.launch import ANSWER_SECONDS, SHUTDOWN_SECONDS, describe_roll, launch, with_budget
+from training.launch import (
+    ANSWER_SECONDS,
+    SHUTDOWN_SECONDS,
+    RankDied,
+    describe_roll,
+    launch,
+    raise_failure,
+    read_error,
+    read_smaller,
+    with_budget,
+)
 
 CONFIG = {
     "objective": "sft",
@@ -404,6 +415,25 @@ def test_a_rank_that_never_comes_to_an_exchange_is_named_with_where_it_is(
     assert re.search(
         r"in vain \(.*\); rank 1 is at training/loop\.py:\d+, add_up; expected all to come there", error["message"]
     )
+
+
+def failed(status: int) -> ProcessFailure:
+    return ProcessFailure(local_rank=0, pid=1, exitcode=status, error_file="")
+
+
+def test_a_rank_that_nccl_aborted_takes_no_blame_from_the_one_that_it_waited_for(make_job: Callable[..., Job]) -> None:
+    """Its watchdog ends who waits in vain; the other has said what it failed of, or, where it hangs, has not."""
+    job, failures = make_job("train", "a", config={}, inputs={}), {0: failed(-signal.SIGABRT), 1: failed(2)}
+    with pytest.raises(RankDied, match=r"rank 0 of 2: .*SIGABRT, as NCCL ends one that has waited for another in vain"):
+        raise_failure(job, failures, ranks=2)
+    error = {"type": "OutOfMemory", "message": "no room", "microbatch_tokens": 64}
+    (job.work / "error.json").write_text(json.dumps(error))
+    assert read_smaller(job, failures) == 64
+    with pytest.raises(SystemExit, match="2"):
+        raise_failure(job, failures, ranks=2)
+    assert read_error(job) == error
+    with pytest.raises(RankDied, match=r"rank 1 of 2: .*SIGKILL.*; the other ranks were ended"):
+        raise_failure(job, {0: failed(-signal.SIGABRT), 1: failed(-signal.SIGKILL)}, ranks=2)
 
 
 def test_a_roll_call_blames_who_does_not_answer_or_else_who_does_not_wait() -> None:

@@ -123,6 +123,7 @@ def test_learning_rate_by_hand() -> None:
 def test_matrices_decay_norms_and_biases_do_not() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2), nn.Embedding(4, 2))
     optimiser = make_optimiser(model, settings(weight_decay=0.3))
+    assert optimiser.defaults["fused"] is True
     decay = {id(p): group["weight_decay"] for group in optimiser.param_groups for p in group["params"]}
     got = {name: decay[id(p)] for name, p in model.named_parameters()}
     assert got == {"0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "2.weight": 0.3}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -22,7 +22,7 @@ from training.data.batch import collate
 from training.distributed import ALONE, World
 from training.job import Job
 from training.logprobs import sum_logps
-from training.lora import add_adapter
+from training.lora import add_adapter, write_adapter
 from training.model import load_policy
 from training.render import Rendered
 from training.sharding import gather_weights, load_sharded_policy
@@ -219,6 +219,37 @@ def test_adapter_and_merged_weights_from_disk_are_the_policy_in_memory_on_32_pro
         written[size] = load_file(job.output / "adapter" / "adapter_model.safetensors")
     assert written[1].keys() == written[2].keys()
     assert max((written[2][name] - tensor).abs().max().item() for name, tensor in written[1].items()) < 1e-5
+
+
+def test_files_that_are_not_what_was_trained_are_not_exported(
+    inputs: dict[str, Path], make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix of the adapter that is written otherwise, and merging that strays in one number."""
+    config = {**LORA, "epochs": 3}
+
+    def scale_one(folder: Path, described: LoraConfig, trained: dict[str, Tensor]) -> None:
+        name = next(name for name in trained if ".lora_B." in name)
+        write_adapter(folder, described, {**trained, name: 1.5 * trained[name]})
+
+    merge = LoraModel.merge_and_unload
+
+    def stray(self: LoraModel, **options: Any) -> Any:
+        merged = merge(self, **options)
+        merged.get_output_embeddings().weight[7] += 0.5
+        return merged
+
+    for name, (owner, attribute, broken) in {
+        "adapter": (train, "write_adapter", scale_one),
+        "merged": (LoraModel, "merge_and_unload", stray),
+    }.items():
+        job = make_job("train", name, config=config, inputs=inputs)
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(ValueError, match=rf"LoRA export: {name} \d.* nats per token"),
+        ):
+            patch.setattr(owner, attribute, broken)
+            train.run(job)
+        assert not (job.output / "model.safetensors").exists()
 
 
 def export_strayed(world: World, job: dict[str, Any]) -> str:

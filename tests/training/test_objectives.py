@@ -1,5 +1,6 @@
 """Objectives: weights worked by hand, their limits and invariances, and every refusal by name."""
 
+import json
 import math
 from typing import Any
 
@@ -281,6 +282,15 @@ def test_of_several_lambdas_with_one_effective_sample_size_the_smallest_is_taken
     assert describe_weights(data, var(mirrored).weigh(data))["ess"] == pytest.approx(0.5, abs=1e-6)
 
 
+def test_an_effective_sample_size_that_is_reached_where_two_responses_tie_alone_is_found() -> None:
+    """Against 2,200 nats the reward wins or loses all within a thousandth of lambda, between two of those that are scanned."""
+    data = columns([[0.0, 1.0]], [[0.0, -2200.0]])
+    config = {"lambda_unit": "ess_target", "reference_factor": "sum"}
+    found = resolve(data, regime=ResponseRegime.support, lambda_=0.8, **config)
+    assert found == pytest.approx(1 / 2200, rel=1e-2)
+    assert describe_weights(data, var(found).weigh(data))["ess"] == pytest.approx(0.8, abs=1e-6)
+
+
 def test_an_effective_sample_size_out_of_reach_is_refused_with_the_range() -> None:
     with pytest.raises(ValueError, match=r"ess_target: got 0\.5, expected a share of K between 0\.6667 and 1"):
         resolve(columns([[1.0, 1.0, 0.0]]), lambda_=0.5, lambda_unit="ess_target")  # the two best tie
@@ -391,6 +401,7 @@ def test_figures_by_hand() -> None:
     # effective sizes 4 / 2.5 = 1.6 and 2, as shares of 2: 0.8 and 1
     assert figures["ess"] == pytest.approx(0.9)
     assert figures["ess_collapsed"] == 0.0
+    assert figures["ess_batch"] == pytest.approx(16 / (4 * 4.5))  # weights of 0.5, 1.5, 1, 1
     assert figures["weight_max"] == pytest.approx(0.75)
     assert figures["kl_weights"] == pytest.approx((0.25 * math.log(0.5) + 0.75 * math.log(1.5)) / 2)
     assert figures["reward_tilt"] == pytest.approx((1.5 + 2.0) / 4 - 3 / 4)
@@ -402,6 +413,34 @@ def test_collapsed_prompts_are_those_where_one_response_has_nearly_all_weight() 
     data = columns([[0.0, 1.0], [2.0, 0.0], [0.0, 0.0]])
     # shares 0.95 and 0.96: 1 / (0.95^2 + 0.05^2) = 1.105 responses, 1 / (0.96^2 + 0.04^2) = 1.083
     assert describe_weights(data, np.array([1.9, 0.1, 1.92, 0.08, 1.0, 1.0]))["ess_collapsed"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("rewards", [[[0.0, 1.0], [-10.0, -9.0]], [[0.0, 1.0], [-9.0, -10.0]]])
+def test_prompts_without_weight_neither_agree_nor_disagree_with_the_reward(rewards: list[list[float]]) -> None:
+    """By in_batch e^-1000 of the weight is left for the second, whose heaviest response would be the first of equals."""
+    data = columns(rewards)
+    objective = sampled(0.01, normaliser=Normaliser.in_batch)
+    told = objective.summary(data, data, objective.weigh(data))
+    assert told["argmax_agreement"] == 1.0 and "warning" not in told
+
+
+@pytest.mark.parametrize("lambda_", [1e-300, 1e-160, 1e160, 1e300])
+def test_a_run_of_any_lambda_has_a_summary(lambda_: float) -> None:
+    data = columns([[0.0, 1.0], [2.0, 0.0]])
+    told = sampled(lambda_).summary(data, data, sampled(lambda_).weigh(data))
+    json.dumps(told, allow_nan=False)
+    if lambda_ < 1:  # a number beyond all that JSON has
+        assert "variance_reward_over_lambda" not in told
+    else:
+        assert 0 <= told["variance_reward_over_lambda"] < 1e-300
+
+
+def test_a_prompt_that_has_all_the_weight_of_a_batch_is_seen_in_the_batchs_sample_size() -> None:
+    """By in_batch, of four prompts whose two responses tie: e^-100 of the weight is left for three of them."""
+    data = columns([[100.0, 100.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    figures = describe_weights(data, sampled(1.0, normaliser=Normaliser.in_batch).weigh(data))
+    assert (figures["ess"], figures["weight_max"]) == (1.0, 0.5)
+    assert figures["ess_batch"] == pytest.approx(0.25)
 
 
 def test_figures_of_a_prompt_without_weight() -> None:

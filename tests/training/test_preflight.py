@@ -1,7 +1,10 @@
 """The preflight: what it says of a sound run, and each failure from inputs that are really broken."""
 
 import dataclasses
+import functools
 import json
+import mmap
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig
 
 from tests.ranks import Ranks
+from tests.training.test_tree import OneOff
 from training import memory, reference, train
 from training.config import Precision, Runtime
 from training.data.batch import MicroBatch
@@ -27,6 +31,7 @@ from training.data.rows import RowsWriter
 from training.distributed import World
 from training.job import Job, write_json
 from training.logprobs import choose_groups, longest_of
+from training.model import find_layers, train_compiled
 from training.objectives.objective import Columns, FloatArray
 from training.objectives.sft import Sft
 from training.preflight import passes as passes_module
@@ -124,6 +129,17 @@ def test_the_layout_is_tried_on_the_shortest_row_too_and_as_it_will_train(
     many = [Rendered(ids_T=np.arange(9 + n), start=4) for n in range(8)]
     assert [len(sample.ids_T) for sample in choose_groups([many])[0]] == [16, 15, 14]
     assert "3 rows, the longest and the shortest" in find(check_run(ready), "layout").line
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_run_in_bfloat16_tries_the_layout_in_it(
+    precision: str, inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    ready = prepare(make_job("train", "a", config={**SFT, "precision": precision}, inputs=inputs))
+    report = check_run(dataclasses.replace(ready, policy=OneOff(ready.model)))
+    failed = find(report, "layout")
+    assert failed.outcome == ("failed" if precision == "bfloat16" else "passed")
+    assert ("layout tree, bfloat16: " in failed.line) == (precision == "bfloat16")
 
 
 def test_an_adapter_needs_room_for_its_own_moments_alone(inputs: dict[str, Path], make_job: Callable[..., Job]) -> None:
@@ -361,6 +377,60 @@ def test_a_slow_policy_is_checked_within_thirty_seconds(
     assert report.failures == [] and 0 < clock.now <= 30
     (memory_line,) = [check.line for check in report.checks if check.name == "memory"]
     assert ("not tried, as it would take about" not in memory_line) == tried
+
+
+class Kept(torch.autograd.Function):
+    """Keeps 200 MB for the backward pass, of pages that no freed tensor has left there."""
+
+    @staticmethod
+    def forward(ctx: Any, value_B: Tensor) -> Tensor:
+        ctx.save_for_backward(torch.frombuffer(mmap.mmap(-1, 200_000_000), dtype=torch.uint8).fill_(1))
+        return value_B.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Tensor:
+        gradient: Tensor = gradients[0] * ctx.saved_tensors[0][0]
+        return gradient
+
+
+class HungryForward(PolicyForward):
+    """The policy of an architecture that keeps more than the formula says, once gradients are asked for."""
+
+    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
+        out = super().values(model, micro)
+        return out._replace(value_B=Kept.apply(out.value_B)) if out.value_B.requires_grad else out
+
+
+def test_what_the_largest_micro_batch_took_is_measured_and_held_to_what_is_free(
+    inputs: dict[str, Path], make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = prepare(make_job("train", "a", config=SFT, inputs=inputs))
+    hungry = replace(ready, forward=HungryForward(ready.device, ready.runtime.layout))
+    report = check_run(hungry)
+    assert not report.failures and 190e6 < report.memory["peak_bytes"] < 300e6  # the kernel counts by batches of pages
+    assert report.memory["estimated_bytes"] < 50e6
+    (ready.job.output / FILE).unlink()
+    monkeypatch.setattr(room, "measure_free", lambda device: 100_000_000)
+    (failed,) = check_run(hungry).failures
+    assert failed.name == "memory" and re.search(r"took 0\.19 GiB.* got 95\.4 MiB free; expected room", failed.line)
+
+
+def test_compiled_layers_are_held_to_plain_ones_where_they_train(
+    inputs: dict[str, Path], make_job: Callable[..., Job]
+) -> None:
+    """Code that a compiler got wrong runs where gradients are asked for alone, which no other check does."""
+    for factor in (1.0, 1.01):
+        ready = prepare(make_job("train", f"by-{factor}", config=SFT, inputs=inputs))
+        layer = find_layers(ready.model)[0]
+
+        def compiled(*arguments: Any, plain: Any = layer.forward, by: float = factor, **options: Any) -> Any:
+            return by * plain(*arguments, **options)
+
+        layer.forward = functools.partial(train_compiled, compiled, layer.forward)
+        report = check_run(dataclasses.replace(ready, runtime=ready.runtime.model_copy(update={"compile": True})))
+        assert [check.name for check in report.checks] == [*NAMES, "compiled_layers"]
+        assert [check.name for check in report.failures] == ([] if factor == 1 else ["compiled_layers"])
+    assert "by compiled layers and" in report.failures[0].line and len(report.failures[0].rows) == 3
 
 
 class NarrowForward(PolicyForward):

@@ -22,6 +22,23 @@ def test_the_ratio_of_gains_has_the_interval_that_many_prompts_and_seeds_give() 
     low, high = found["var_vs_dpo_reward_gain_ci"]
     assert low < found["var_vs_dpo_reward_gain"] < high
     assert high - low < 0.02  # unpaired, as if the gains were of different prompts, it would be 0.17
+
+
+def test_the_interval_of_the_ratio_is_fiellers_at_95_percent() -> None:
+    """Of seeds that all gain the same: the roots of (v - r d)^2 = z^2 Var(v - r d) by the prompts' own variances."""
+    draw = np.random.default_rng(1)
+    var_P, dpo_P = draw.normal(1.5, 2.0, size=300), draw.normal(1.0, 1.0, size=300)
+    found = compare_gains(np.tile(var_P, (3, 1)), np.tile(dpo_P, (3, 1)))
+    (vv, vd), (_, dd) = np.cov(var_P, dpo_P) / 300
+    v, d, z = var_P.mean(), dpo_P.mean(), 1.959964
+    low, high = sorted(np.roots([d**2 - z**2 * dd, -2 * (v * d - z**2 * vd), v**2 - z**2 * vv]).real)
+    assert found["var_vs_dpo_reward_gain_ci"] == pytest.approx([low, high], abs=0.05 * (high - low))
+
+
+def test_the_gain_of_many_prompts_has_its_standard_error() -> None:
+    draw = np.random.default_rng(0)
+    shared_P = draw.normal(1.0, 0.5, size=400)
+    found = compare_gains(*(np.tile(factor * shared_P, (3, 1)) for factor in (1.5, 1.0)))
     assert found["reward_gain_dpo_se"] == pytest.approx(0.5 / 400**0.5, rel=0.1)
 
 
@@ -82,3 +99,10 @@ def test_gains_over_the_base_at_equal_time(bench: Bench) -> None:
         assert min(found["reward_gain_seconds"][method]) >= 0.5
     assert min(found["reward_gain_pairs_dpo"] + found["reward_gain_prompts_var"]) >= 8
     assert found["reward_gain_var_se"] > 0
+    (target,) = found["reward_gain_targets_var"]
+    assert target["samples"] != target["weighted"] != target["best"]
+    # Sampling and scoring are in VAR's time: where they alone take longer than there is, one step is left.
+    keys = [json.loads(json.loads(path.read_text())["key"]) for path in bench.scratch.glob("var_gain-*/found.json")]
+    spec = {name: value for name, value in keys[0].items() if name not in ("kind", "steps", *SHARED)}
+    late = bench.measure("var_gain", **spec | {"samples": spec["samples"] | {"seconds": 1000.0}})
+    assert late["seconds"] > 1000 and late["prompts"] == 8

@@ -1,6 +1,5 @@
 """Answers while training: those of the model as it was, and no trace of them in what is trained."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from tests.ranks import Ranks
 from training import samples, train
 from training.config import Runtime
 from training.distributed import World
-from training.job import Interrupted, Job
+from training.job import Interrupted, Job, read_json_lines
 from training.loop import Trainer
 from training.samples import FILE, GREEDY, MOST_PROMPTS
 
@@ -26,14 +25,18 @@ CONFIG = {
 def inputs(tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any) -> dict[str, Path]:
     """Eight prompts to train on, four steps; five held out, one more than are answered."""
     rows = [
-        make_row(f"{'Why ' * (i % 3)}{i}?", [f"Answer {i}", "No"], split="train" if i < 8 else "heldout")
+        make_row(
+            f"{'Why ' * (i % 3)}{i}?" + ("\u2028So\x85\u2029?" if i == 9 else ""),  # which some take for ends of lines
+            [f"Answer {i}", "No"],
+            split="train" if i < 8 else "heldout",
+        )
         for i in range(13)
     ]
     return {"rows": write_rows(tmp_path / "rows", rows), "base": tiny_policy}
 
 
 def read_samples(output: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output / FILE).read_text().splitlines()]
+    return read_json_lines(output / FILE)
 
 
 def answer_greedily(folder: Path, prompt: list[dict[str, str]]) -> str:
@@ -88,6 +91,7 @@ def test_a_run_that_goes_on_tells_each_step_once(
     assert read_samples(cut.output)[-1]["step"] == 3
     train.run(make_job("train", "cut", config=CONFIG, inputs=inputs, **runtime))
     assert (cut.output / FILE).read_text() == (whole.output / FILE).read_text()
+    assert sum("\u2028So\x85\u2029?" in line["prompt"] for line in read_samples(cut.output)) == 5
 
 
 def run_on(world: World, job: dict[str, Any]) -> None:

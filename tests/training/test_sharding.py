@@ -27,7 +27,7 @@ from tests.architectures import CONFIGS, VOCABULARY, make_model
 from tests.ranks import Ranks
 from tests.training.test_logprobs import make_samples
 from tests.training.test_loop import Line, settings
-from training import distributed, logprobs
+from training import distributed, logprobs, sharding
 from training.config import LoraConfig, Precision, Runtime
 from training.data.batch import collate
 from training.data.schema import SCHEMA
@@ -44,8 +44,17 @@ CONFIG = SftConfig(responses="all", batch_prompts=4, epochs=4, max_tokens=96, le
 
 
 def read_policy(world: World, folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], int]:
-    """Return the gathered weights, the buffers, and how many numbers this rank holds itself."""
-    policy, _ = load_sharded_policy(folder, world, precision=Precision.float32)
+    """Return the gathered weights, the buffers, and how many numbers this rank holds itself. None is made before it is a part."""
+    shard, made = sharding.shard_policy, set[str]()
+
+    def note(policy: Policy, *arguments: Any, **options: Any) -> Any:
+        made.update(parameter.device.type for parameter in policy.parameters())
+        return shard(policy, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "shard_policy", note)
+        policy, _ = load_sharded_policy(folder, world, precision=Precision.float32)
+    assert made == {"meta"}
     held = sum(p.to_local().numel() for p in policy.parameters())  # type: ignore[attr-defined]
     return gather_weights(policy.model, world), dict(policy.model.named_buffers()), held
 

@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training import generate, reference, train
+from training import generate, loop, reference, train
 from training.config import Precision
 from training.data.batch import collate
-from training.data.examples import read_scores
+from training.data.examples import load_examples, read_scores
 from training.data.rows import RowsWriter, read_rows
 from training.data.schema import SCHEMA
-from training.data.selection import select_preferred_first
-from training.job import Job
+from training.data.selection import select_all, select_preferred_first
+from training.job import Interrupted, Job
 from training.logprobs import sum_logps
 from training.model import load_policy
+from training.objectives import lambdas, transforms, var
 from training.render import Renderer
 
 VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
@@ -601,11 +602,62 @@ def test_a_work_folder_of_another_run_is_refused_by_what_differs(
     with RowsWriter(tmp_path / "fewer" / "rows.parquet", SCHEMA) as out:
         out.write([row for row in rows if row["row_id"] != rows[0]["row_id"]])
     assert attempt(VAR, inputs) == []
-    assert attempt({**VAR, "lambda_": 3.0}, inputs) == ["config.lambda_", "data.weights"]
-    assert attempt(VAR, {**inputs, "rewards": write_rewards(tmp_path / "other", scored)}) == ["data.weights"]
+    assert attempt({**VAR, "lambda_": 3.0}, inputs) == ["config.lambda_"]
+    assert attempt(VAR, {**inputs, "rewards": write_rewards(tmp_path / "other", scored)}) == ["data.scores"]
     assert {"data.rows", "data.reference"} <= set(attempt(VAR, {**inputs, "rows": tmp_path / "fewer"}))
     sft = {"objective": "sft", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
-    assert {"config.objective", "config.lambda_", "data.weights"} <= set(attempt(sft, inputs))
+    assert {"config.objective", "config.lambda_", "data.scores"} <= set(attempt(sft, inputs))
+
+
+def test_a_run_goes_on_on_a_processor_whose_exponential_has_another_last_bit(
+    inputs: dict[str, Path], make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What weights are made of is the run's, and the weights follow from it."""
+    config = {**VAR, "lambda_unit": "ess_target", "lambda_": 0.8, "reward_transform": "quantile"}
+    whole = make_job("train", "whole", config=config, inputs=inputs)
+    train.run(whole)
+    save, saved = loop.save_checkpoint, []
+
+    def save_once(*arguments: Any, **options: Any) -> None:
+        save(*arguments, **options)
+        saved.append(1)
+        raise Interrupted("train")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_checkpoint", save_once)
+        with pytest.raises(Interrupted):
+            train.run(make_job("train", "a", config=config, inputs=inputs, checkpoint_every_steps=1))
+    for module in (lambdas, transforms, var):
+        patched = module.softmax_weights
+        monkeypatch.setattr(module, "softmax_weights", lambda *a, f=patched, **o: np.nextafter(f(*a, **o), 0.0))
+    job = make_job("train", "a", config=config, inputs=inputs, checkpoint_every_steps=1)
+    train.run(job)
+    assert [line["step"] for line in read_metrics(job)] == [line["step"] for line in read_metrics(whole)]
+    ours, theirs = (load_file(each.output / "model.safetensors") for each in (job, whole))
+    assert all(torch.allclose(ours[name], tensor, rtol=0, atol=1e-6) for name, tensor in theirs.items())
+
+
+def test_responses_that_the_template_makes_the_same_tokens_of_count_once_in_a_fixed_set(
+    inputs: dict[str, Path], make_job: Callable[..., Job], make_row: Any, write_rows: Any, tmp_path: Path
+) -> None:
+    """The preferred one of them stays, and a row of which one response is left has none to compare it with."""
+    base = shutil.copytree(inputs["base"], tmp_path / "trimming")
+    template = (base / "chat_template.jinja").read_text()
+    assert "{{ message['content'] }}" in template
+    (base / "chat_template.jinja").write_text(template.replace("message['content'] }}", "message['content'] | trim }}"))
+    rows = [make_row(f"Question {i}?", ["Yes", "Yes\n", "No"], preferred=1) for i in range(4)]
+    folder = write_rows(tmp_path / "spaced", [*rows, make_row("Which?", ["Yes", "Yes "])])
+    sft = {"objective": "sft", "responses": "all", "batch_prompts": 4, "max_tokens": 128}
+    job = make_job("train", "spaced", config=sft, inputs={"rows": folder, "base": base})
+    train.run(job)
+    assert read_summary(job)["responses"] == 4 * 2 + 1
+    renderer = Renderer(AutoTokenizer.from_pretrained(base), max_tokens=128)
+    for distinct, places in ((True, [(1, 2)] * 4), (False, [(0, 1, 2)] * 4 + [(0, 1)])):
+        examples, dropped = load_examples(folder, renderer, select=select_all, min_responses=2, distinct=distinct)
+        assert [example.places for example in examples] == places
+        assert dropped == ({"same_tokens": 1} if distinct else {})
+    (first, *_), _ = load_examples(folder, renderer, select=select_all, distinct=True)
+    assert (first.preferred, first.num_responses) == (0, 3)
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora": {"rank": 2}}])

@@ -1,6 +1,5 @@
 """Rows joined with their stored columns and rendered: what a policy is trained on. Every row left out is counted by reason."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ import pyarrow.parquet as pq
 
 from training.data.rows import read_rows
 from training.data.selection import Select
+from training.job import read_json_lines
 from training.objectives.objective import FloatArray
-from training.render import Renderer, UnusableRow
+from training.render import Rendered, Renderer, UnusableRow
 
 # K responses of a row
 
@@ -52,7 +52,7 @@ def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> di
 def read_dropped(folder: Path) -> set[str]:
     """Return the row ids that a scorer left out on purpose."""
     path = folder / "dropped.jsonl"
-    return {json.loads(line)["row_id"] for line in path.read_text().splitlines()} if path.is_file() else set()
+    return {line["row_id"] for line in read_json_lines(path)} if path.is_file() else set()
 
 
 def load_examples(
@@ -64,10 +64,13 @@ def load_examples(
     reference: dict[str, dict[str, list[float]]] | None = None,
     min_responses: int = 1,
     unscored: frozenset[str] = frozenset(),
+    distinct: bool = False,
     split: str = "train",
     limit: int | None = None,
 ) -> tuple[list[Example], Counter[str]]:
     """Return the rows of a split as examples, `limit` at most, and the number of rows dropped by reason.
+
+    `distinct` takes responses of a row that are the same tokens, as where the chat template trims them, for one.
 
     A row that loses a response as too long or unusable is dropped whole, never renormalised: what is left of a group is another
     prompt's worth of evidence. Rows in `unscored` were dropped by a scorer, with its own reasons. ValueError for rows that a column
@@ -92,10 +95,18 @@ def load_examples(
                 dropped["too_few_responses" if places else "no_preference"] += 1
                 continue
             try:
-                examples.append(make_example(row, places, renderer, rewards=rewards, reference=reference))
+                samples = renderer.stored(row, places)
             except UnusableRow as unusable:
                 dropped[unusable.reason] += 1
                 first = first or f"; row {row['row_id']}: {unusable}"
+                continue
+            chosen = dict(zip(places, samples, strict=True))
+            if distinct:
+                chosen = drop_equal_tokens(chosen, preferred=row["preferred"])
+            if len(chosen) < min_responses:
+                dropped["same_tokens"] += 1
+                continue
+            examples.append(make_example(row, chosen, rewards=rewards, reference=reference))
     if missing:
         raise ValueError(
             f"rows folder {rows}: {len(missing)} rows of the {split} split have no reward or no reference log-probability "
@@ -110,16 +121,25 @@ def load_examples(
     return examples, dropped
 
 
+def drop_equal_tokens(chosen: dict[int, Rendered], *, preferred: int | None) -> dict[int, Rendered]:
+    """Return responses by their places in a row; of those with the same tokens the preferred one alone, or the first."""
+    found: dict[bytes, int] = {}
+    for place, sample in chosen.items():
+        tokens = sample.ids_T.tobytes()
+        if tokens not in found or place == preferred:
+            found[tokens] = place
+    return {place: chosen[place] for place in found.values()}
+
+
 def make_example(
     row: dict[str, Any],
-    places: list[int],
-    renderer: Renderer,
+    chosen: dict[int, Rendered],
     *,
     rewards: dict[str, dict[str, list[float]]] | None,
     reference: dict[str, dict[str, list[float]]] | None,
 ) -> Example:
-    """Render the chosen responses of a row and pick their columns."""
-    samples = renderer.stored(row, places)
+    """Pick the columns of the chosen responses of a row, by their places in it."""
+    places, samples = list(chosen), tuple(chosen.values())
     num_tokens_K = np.array([sample.num_trained for sample in samples])
     logp_ref_K = pick(row, reference, "logp", places)
     if reference is not None:
@@ -131,7 +151,7 @@ def make_example(
             )
     return Example(
         row_id=row["row_id"],
-        samples=tuple(samples),
+        samples=samples,
         places=tuple(places),
         num_responses=len(row["responses"]),
         num_tokens_K=num_tokens_K,

@@ -57,6 +57,7 @@ class RowsWriter:
         self._writer = pq.ParquetWriter(self._partial, schema, compression="zstd")
         self._schema = schema
         self._waiting: list[pa.RecordBatch] = []
+        self._waiting_rows = self._waiting_bytes = 0
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows given as dictionaries."""
@@ -65,8 +66,9 @@ class RowsWriter:
     def write_batch(self, batch: pa.RecordBatch) -> None:
         """Append a record batch of the file's schema."""
         self._waiting.append(batch)
-        rows = sum(waiting.num_rows for waiting in self._waiting)
-        if rows >= ROW_GROUP_ROWS or sum(waiting.nbytes for waiting in self._waiting) >= ROW_GROUP_BYTES:
+        self._waiting_rows += batch.num_rows
+        self._waiting_bytes += batch.nbytes
+        if self._waiting_rows >= ROW_GROUP_ROWS or self._waiting_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
     def _flush(self) -> None:
@@ -74,6 +76,7 @@ class RowsWriter:
         if table.num_rows:
             self._writer.write_table(table, row_group_size=table.num_rows)
         self._waiting = []
+        self._waiting_rows = self._waiting_bytes = 0
 
     def __enter__(self) -> "RowsWriter":
         return self

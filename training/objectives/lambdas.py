@@ -15,6 +15,7 @@ from training.objectives.weights import softmax_weights, within_group_variance
 
 DECADES = 6  # lambda is looked for up to so many powers of ten from the standard deviation, both ways
 POINTS_PER_DECADE = 20
+MOST_TIES = 240  # of the lambdas at which two responses tie, where an effective sample size may peak between those
 ESS_TOLERANCE = 1e-6
 
 
@@ -53,8 +54,9 @@ def find_ess(target: float, *, reward_R: FloatArray, base_R: FloatArray, group_R
     """Return the smallest lambda whose mean ESS is `target`; ValueError with the attainable range where there is none.
 
     Without a reference factor the ESS grows with lambda, and its ends bracket the target. With one it need not (towards 0
-    the best response is left alone, towards infinity the likeliest), so lambda is scanned. Of several that fit the smallest
-    is taken, where the reward weighs most.
+    the best response is left alone, towards infinity the likeliest), so lambda is scanned, where responses tie too: against a long
+    response the reference outweighs the reward by so much that they share the weight nowhere else. Of several that fit the
+    smallest is taken, where the reward weighs most.
     """
     from scipy.optimize import brentq
 
@@ -63,6 +65,8 @@ def find_ess(target: float, *, reward_R: FloatArray, base_R: FloatArray, group_R
 
     is_monotone = not base_R.any()
     log_lambdas = np.linspace(-DECADES, DECADES, 2 if is_monotone else 2 * DECADES * POINTS_PER_DECADE + 1)
+    if not is_monotone:
+        log_lambdas = np.union1d(log_lambdas, find_ties(reward_R=reward_R, base_R=base_R, group_R=group_R))
     misses = np.array([miss(log_lambda) for log_lambda in log_lambdas])
     near = np.flatnonzero(np.abs(misses) <= ESS_TOLERANCE)
     crossed = np.flatnonzero(np.sign(misses[:-1]) * np.sign(misses[1:]) < 0)
@@ -75,6 +79,19 @@ def find_ess(target: float, *, reward_R: FloatArray, base_R: FloatArray, group_R
     if len(near) and (not len(crossed) or near[0] <= crossed[0]):
         return float(10.0 ** log_lambdas[near[0]])
     return float(10.0 ** brentq(miss, log_lambdas[crossed[0]], log_lambdas[crossed[0] + 1], xtol=1e-12))
+
+
+def find_ties(*, reward_R: FloatArray, base_R: FloatArray, group_R: np.ndarray) -> FloatArray:
+    """Return the logarithms to base 10 of lambdas at which two responses of a prompt have the same score, MOST_TIES at most."""
+    found = []
+    for apart in range(1, int(np.bincount(group_R).max())):
+        same = group_R[apart:] == group_R[:-apart]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found.append(np.log10((reward_R[apart:] - reward_R[:-apart]) / (base_R[:-apart] - base_R[apart:]))[same])
+    ties = np.unique(np.concatenate(found)) if found else np.zeros(0)
+    ties = ties[np.abs(ties) < DECADES]  # NaN is not
+    chosen: FloatArray = ties[np.linspace(0, len(ties) - 1, min(len(ties), MOST_TIES)).astype(int)]
+    return chosen
 
 
 def mean_ess(lambda_: float, *, reward_R: FloatArray, base_R: FloatArray, group_R: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from training.objectives.cross import cross_batch_weights
 from training.objectives.lambdas import LambdaUnit, check_lambda, resolve_lambda
 from training.objectives.objective import Columns, Crosses, FloatArray, TrainConfig, WeightedLikelihood, check_column
 from training.objectives.transforms import RewardTransform, describe_transform, transform_rewards
-from training.objectives.weights import argmax_agrees, softmax_weights, within_group_variance
+from training.objectives.weights import describe_weights, softmax_weights, within_group_variance
 
 # R responses of a global batch, G groups (prompts)
 
@@ -201,13 +201,12 @@ class Var(WeightedLikelihood):
     def summary(self, stored: Columns, columns: Columns, weight_R: FloatArray) -> dict[str, Any]:
         """Return lambda, what reward and reference contribute, what became of the rewards, and a warning where they are not heard."""
         reward_R = check_rewards(columns)
-        agreement = float(argmax_agrees(columns, weight_R).mean())
-        told: dict[str, Any] = {
-            "lambda": self.lambda_,
-            "regime": self.regime.value,
-            "argmax_agreement": agreement,
-            "variance_reward_over_lambda": within_group_variance(reward_R, columns.group_R) / self.lambda_**2,
-        }
+        agreement = describe_weights(columns, weight_R)["argmax_agreement"]  # of prompts that have some weight
+        told: dict[str, Any] = {"lambda": self.lambda_, "regime": self.regime.value, "argmax_agreement": agreement}
+        with np.errstate(over="ignore"):
+            variance = np.float64(within_group_variance(reward_R, columns.group_R)) / self.lambda_ / self.lambda_
+        if np.isfinite(variance):  # of a lambda that leaves the best response alone it is no number
+            told["variance_reward_over_lambda"] = float(variance)
         if self.regime == ResponseRegime.support and self.reference_factor != ReferenceFactor.none:
             told["variance_reference_factor"] = within_group_variance(self.base(columns), columns.group_R)
         if agreement < MIN_ARGMAX_AGREEMENT:

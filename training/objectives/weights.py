@@ -42,7 +42,8 @@ def describe_weights(columns: Columns, weight_R: FloatArray) -> dict[str, float]
     """Return the figures of one global batch.
 
     ess: effective sample size (sum w)^2 / sum w^2 as a share of K, mean over prompts. ess_collapsed: share of prompts whose
-    effective sample size is below 1.1 responses. weight_max: the largest share of a prompt's weight on one response. kl_weights: KL(w || uniform) in nats, mean over prompts. reward_tilt: weighted minus plain
+    effective sample size is below 1.1 responses. ess_batch: that of the whole batch as a share of N, which tells of prompts that have all of its
+    weight, as under in_batch. weight_max: the largest share of a prompt's weight on one response. kl_weights: KL(w || uniform) in nats, mean over prompts. reward_tilt: weighted minus plain
     mean reward, in its units. argmax_agreement: share of prompts whose heaviest response has the best reward.
     Prompts whose weights are all zero (possible under in_batch) count for none of the per-prompt figures.
     """
@@ -57,6 +58,7 @@ def describe_weights(columns: Columns, weight_R: FloatArray) -> dict[str, float]
     figures = {
         "ess": float((1.0 / (square_G[alive_G] * count_G[alive_G])).mean()),
         "ess_collapsed": float((1.0 / square_G[alive_G] < COLLAPSED_ESS).mean()),
+        "ess_batch": float(weight_R.sum() ** 2 / (len(weight_R) * (weight_R**2).sum())),
         "weight_max": float(share_R.max()),
         "kl_weights": float(kl_G[alive_G].mean()),
     }

@@ -84,15 +84,15 @@ class Passes:
                 logp_B[part] = out.double().cpu().numpy()
         return logp_B
 
-    def cut(self, members: Sequence[int]) -> list[list[int]]:
+    def cut(self, members: Sequence[int], *, budget: int | None = None) -> list[list[int]]:
         """Return the micro-batches that training on one rank would make of responses of the first step, as places among them."""
-        group_B = self.ready.steps.columns(0).group_R[list(members)]
-        budget, whole = self.ready.runtime.microbatch_tokens, self.ready.objective.whole_groups
+        group_B, whole = self.ready.steps.columns(0).group_R[list(members)], self.ready.objective.whole_groups
+        budget = budget or self.ready.runtime.microbatch_tokens
         return self.ready.forward.cut(self.samples(members), group_B, budget=budget, whole_groups=whole)
 
-    def loss(self, members: Sequence[int]) -> float:
-        """Return the loss of responses of the first step, in one pass."""
-        with torch.no_grad(), self.autocast():
+    def loss(self, members: Sequence[int], *, gradients: bool = False) -> float:
+        """Return the loss of responses of the first step, in one pass; where gradients are asked for, as compiled layers compute it."""
+        with torch.set_grad_enabled(gradients), self.autocast():
             return self.ready.steps.part(self.ready.policy, self.ready.steps.load(0, members)).loss.item()
 
     def autocast(self) -> torch.autocast:
@@ -203,6 +203,20 @@ def microbatches(ready: Ready, passes: Passes) -> str:
             row_ids(ready, tried),
         )
     return f"{len(tried)} responses: {whole:.6g} in one pass, {parts:.6g} in {len(cut)}"
+
+
+def compiled_layers(ready: Ready, report: Report, passes: Passes) -> str:
+    """Compiled layers, which train, give the loss of the plain ones, which all other checks run."""
+    tried = [passes.tried[n] for n in passes.cut(passes.tried, budget=report.microbatch_tokens)[0]]
+    plain, compiled = passes.loss(tried), passes.loss(tried, gradients=True)
+    bound = MAX_LAYOUT_GAP[DTYPES[ready.precision]]
+    if not abs(compiled - plain) <= bound * max(abs(compiled), abs(plain)):
+        raise Failure(
+            f"{len(tried)} responses of the first step have a loss of {compiled:.6g} by compiled layers and {plain:.6g} by plain ones; "
+            f"expected equal ones within {bound:g} of it; the compiler is at fault: set runtime.compile to false",
+            row_ids(ready, tried),
+        )
+    return f"{len(tried)} responses: {compiled:.6g} by compiled layers, {plain:.6g} by plain ones"
 
 
 def row_ids(ready: Ready, members: Sequence[int]) -> list[str]:

@@ -11,6 +11,7 @@ from training.preflight.passes import (
     LEAST_SECONDS,
     Passes,
     check_layout_of,
+    compiled_layers,
     layout,
     microbatches,
     output_head,
@@ -52,6 +53,8 @@ def check_run(ready: Ready) -> Report:
         make(reference, ready, report, passes)
         make(microbatches, ready, report, passes)
         make(memory, ready, report, report, passes)
+        if ready.runtime.compile:
+            make(compiled_layers, ready, report, report, passes)
     reshard(ready.policy)
     if world.is_first:
         write_json(path, report.as_json())
