@@ -18,11 +18,12 @@ from types import TracebackType
 from typing import Self
 
 from infra.store import FileChanged, Store, StoredFile, StoreError
+from tasks.child import METRICS_FILE
 from tasks.step import Planned
 
 logger = logging.getLogger("varflow.checkpoints")
 ROOT = "checkpoints"
-BESIDE = ("metrics.jsonl", "answers.jsonl")  # of the output: what the steps up to the checkpoint have told
+BESIDE = (METRICS_FILE, "answers.jsonl")  # of the output: what the steps up to the checkpoint have told
 LAST_SECONDS = (
     3.0  # for an upload under way when the child has ended; after a failure this process may be killed 5 s later
 )
@@ -65,7 +66,12 @@ class StoredCheckpoints:
         step, newest = find_newest(self._folder)
         if newest is None or step <= self._uploaded:
             return
-        staged = stage(newest, self._folder)
+        try:
+            staged = stage(newest, self._folder)
+        except OSError as error:  # a disk without second names, or without room
+            logger.warning("%s was not stored: %s", newest.name, error)
+            self._uploaded = step
+            return
         if staged is not None:
             self._uploaded = step
             self._place = f"{self._root}/{staged.name}-{uuid.uuid4().hex[:8]}"
@@ -146,6 +152,16 @@ def delete(store: Store, root: str, manifest: str) -> None:
     if found is not None:
         for item in list(store.scan(f"{root}/{json.loads(found[0])['name']}")):
             store.delete(item.name)
+
+
+def cut_metrics(folder: Path) -> None:
+    """Cut the metrics of a work folder to those that its newest checkpoint knows of, as the job does when it goes on: who listens would
+    hear the steps behind it twice."""
+    _, newest = find_newest(folder)
+    known = json.loads((newest / "state.json").read_text())["progress"]["metrics_bytes"] if newest else 0
+    metrics = folder / "output" / METRICS_FILE
+    if metrics.exists() and metrics.stat().st_size > known:
+        os.truncate(metrics, known)
 
 
 def find_newest(folder: Path) -> tuple[int, Path | None]:

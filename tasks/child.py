@@ -27,6 +27,7 @@ STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this pr
 LOG_TAIL_LINES = 25
 VMSTAT = Path("/proc/vmstat")  # counts of the kernel since the machine started
 NO_SPACE = os.strerror(errno.ENOSPC)
+METRICS_FILE = "metrics.jsonl"  # of a job's output
 PREFLIGHT_FILE = "preflight.json"  # of training.preflight, which needs torch
 
 
@@ -84,7 +85,7 @@ def run_child(
             "work": str(job.work),
         },
     )
-    lines = follow(job.output / "metrics.jsonl")
+    lines = follow(job.output / METRICS_FILE)
     killed_before = count_memory_kills()
     reader, writer = os.pipe()
     try:

@@ -1,11 +1,19 @@
 """What steps cost: seconds, devices, tokens, and USD where the price of a device is known."""
 
+import json
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from infra.records import Record
 from training.devices import find_price
+from training.job import write_json
+
+KEEP_SECONDS = 10.0  # at most so many are lost where this process is killed
 
 
 @dataclass(frozen=True)
@@ -15,6 +23,38 @@ class Total:
     seconds: float
     usd: float | None
     unpriced_seconds: float
+
+
+class Spent:
+    """The seconds of all attempts at a step, in a file of its work folder, which goes once the step is recorded. As a context it keeps
+    them at its end, however that comes."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._started = path, time.monotonic()
+        self._earlier = float(json.loads(path.read_text())) if path.exists() else 0.0
+        self._next = self._started + KEEP_SECONDS
+
+    @property
+    def seconds(self) -> float:
+        """Those of earlier attempts, and of this one up to now."""
+        return self._earlier + time.monotonic() - self._started
+
+    def keep(self) -> None:
+        """Write them down, at most every KEEP_SECONDS; call it as often as you like."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + KEEP_SECONDS
+        with suppress(OSError):  # a full disk costs a figure, not the work
+            write_json(self._path, round(self.seconds, 3))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._next = 0.0
+        self.keep()
 
 
 def price_step(

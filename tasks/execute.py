@@ -34,9 +34,9 @@ from tasks.artifacts import (
     read_summary,
     remember_files,
 )
-from tasks.checkpoints import StoredCheckpoints, discard_checkpoints
-from tasks.child import ChildJob, InputChanged, run_child
-from tasks.cost import price_step, total_costs
+from tasks.checkpoints import StoredCheckpoints, cut_metrics, discard_checkpoints
+from tasks.child import METRICS_FILE, ChildJob, InputChanged, follow, run_child
+from tasks.cost import Spent, price_step, total_costs
 from tasks.mirror import MetricsMirror, Notes, give_way, listener
 from tasks.samples import SamplesMirror
 from tasks.step import ArtifactRef, Metrics, Planned, Source, found
@@ -173,12 +173,13 @@ class Execution:
             )
             with self._closing(run):
                 output = place_output(work_folder, home=self.settings.home)
-                attempt = StepAttempt(planned, self, run, work_folder, output, lock, self.input_folders(planned))
+                spent = Spent(work_folder / "spent.json")
+                attempt = StepAttempt(planned, self, run, work_folder, output, lock, self.input_folders(planned), spent)
                 params = flatten(planned.config.model_dump(mode="json"))
                 self._notes.tell(f"the config of {planned.title}", partial(self.tracking.log, run.id, params=params))
-                with self._keeping_nothing(planned, output):
+                with self._keeping_nothing(planned, output), spent:
                     metrics = planned.step.work(planned.config, attempt)
-            made = Made(output, metrics, time.monotonic() - started, attempt.hardware, attempt.inputs)
+            made = Made(output, metrics, spent.seconds, attempt.hardware, attempt.inputs)
             commit = self._committer.submit(self._commit, planned, run, made)
             commit.add_done_callback(partial(self._release, held.pop_all(), run))
         if count_bytes(output) <= COMMIT_BESIDE_BYTES:
@@ -369,6 +370,7 @@ class StepAttempt:
     output: Path
     lock: int
     inputs: Mapping[str, Path]
+    spent: Spent
     hardware: Mapping[str, Any] = field(default_factory=lambda: CPU)  # what the child computed on, if there was one
 
     @property
@@ -379,35 +381,39 @@ class StepAttempt:
     def run_child(self, package: str, job: str) -> dict[str, Any]:
         """Run `python -m <package>` on a job with this step's config, inputs and output; return its summary.
 
-        What an earlier attempt finished but could not commit is taken as it is.
+        What an earlier attempt finished but could not commit is taken as it is, and told again: this attempt's MLflow run is the record's.
         """
-        if not (self.output / "summary.json").exists():
-            tracking, store = self.execution.tracking, self.execution.store
-            mirror = MetricsMirror(tracking, run=self.run.id, title=self.planned.title)
-            samples = SamplesMirror(self.output, store=store, tracking=tracking, run=self.run)
+        tracking, store = self.execution.tracking, self.execution.store
+        mirror = MetricsMirror(tracking, run=self.run.id, title=self.planned.title)
+        samples = SamplesMirror(self.output, store=store, tracking=tracking, run=self.run)
+        if (self.output / "summary.json").exists():
+            mirror(next(follow(self.output / METRICS_FILE)))
+        else:
             with StoredCheckpoints(store, self.planned, self.folder) as checkpoints:
+                cut_metrics(self.folder)
 
                 def heed(lines: list[dict[str, float]]) -> None:
                     mirror(lines)
                     samples()
                     checkpoints()
+                    self.spent.keep()
 
-                run_child(
-                    ChildJob(
-                        package=package,
-                        name=job,
-                        config=self.planned.config.model_dump(mode="json"),
-                        runtime=self.planned.runtime.model_dump(mode="json"),
-                        inputs=self.inputs,
-                        folder=self.folder,
-                        environment=child_environment(thread_environment(self.planned.runtime.threads)),
-                        stdin=tell_endpoint(self.planned.config, settings=self.execution.settings),
-                    ),
-                    keep_fds=(self.lock,),
-                    on_metrics=heed,
+                child = ChildJob(
+                    package=package,
+                    name=job,
+                    config=self.planned.config.model_dump(mode="json"),
+                    runtime=self.planned.runtime.model_dump(mode="json"),
+                    inputs=self.inputs,
+                    folder=self.folder,
+                    environment=child_environment(thread_environment(self.planned.runtime.threads)),
+                    stdin=tell_endpoint(self.planned.config, settings=self.execution.settings),
                 )
-            mirror.close()
-            samples.close()
+                try:
+                    run_child(child, keep_fds=(self.lock,), on_metrics=heed)
+                finally:
+                    mirror.deliver()  # the figures before a failure are those that people look for
+        mirror.close()
+        samples.close()
         noted = self.folder / "work" / HARDWARE_FILE
         if noted.exists():
             self.hardware = json.loads(noted.read_text())

@@ -83,22 +83,24 @@ class MetricsMirror:
             self._waiting += [(name, value, at, step) for name, value in line.items() if "/" in name]
         if lines:
             self._show(lines[-1])
-        if self._waiting and time.monotonic() >= self._next_ship:
-            self._ship()
+        if time.monotonic() >= self._next_ship:
+            self.deliver()
 
     def close(self) -> None:
         """Deliver what waits, within a bounded time."""
         deadline = time.monotonic() + FINAL_SHIP_SECONDS
-        while self._waiting and time.monotonic() < deadline:
-            if not self._ship():
-                time.sleep(1.0)
+        while not self.deliver() and time.monotonic() < deadline:
+            time.sleep(1.0)
         if self._waiting:
             get_run_logger().warning(
                 "MLflow did not take %d metric points of %s; the artifact's metrics.jsonl has them all",
                 len(self._waiting), self._title,
             )  # fmt: skip
 
-    def _ship(self) -> bool:
+    def deliver(self) -> bool:
+        """Send what waits, and say whether MLflow took it."""
+        if not self._waiting:
+            return True
         try:
             self._tracking.log(self._run, metrics=self._waiting)
         except TrackingError:

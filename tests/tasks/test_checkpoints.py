@@ -1,5 +1,6 @@
 """Checkpoints in a real S3: a training whose machine is gone ends on another one with the same bits."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import pytest
 from infra.settings import Settings
 from infra.store import Store, open_store
 from tasks import checkpoints
-from tasks.checkpoints import StoredCheckpoints, discard_checkpoints, list_manifests, name_root, stage
+from tasks.checkpoints import StoredCheckpoints, cut_metrics, discard_checkpoints, list_manifests, name_root, stage
 from tasks.child import ChildJob, StepFailed, run_child
 from tasks.step import Planned, Source
 from tasks.train import train
@@ -267,6 +268,38 @@ def test_a_store_that_is_away_costs_checkpoints_and_nothing_else(
         and "step-00000008 was not stored" in caplog.text
         and "checkpoints stay at s3://none/checkpoints/train" in caplog.text
     )
+
+
+def test_a_disk_that_takes_no_second_names_costs_checkpoints_and_nothing_else(
+    plan: Planned, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    leave_checkpoint(tmp_path, 4)
+
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with StoredCheckpoints(store, plan, tmp_path) as stored:
+        stored()
+        stored()
+    assert [record.getMessage() for record in caplog.records] == [
+        "step-00000004 was not stored: [Errno 1] Operation not permitted"
+    ]
+    assert list_manifests(store, name_root(plan)) == []
+
+
+def test_metrics_are_cut_to_what_the_newest_checkpoint_knows_of(tmp_path: Path) -> None:
+    """As training does when it goes on: whoever follows the file would tell the steps behind it twice."""
+    metrics = tmp_path / "output" / "metrics.jsonl"
+    metrics.parent.mkdir()
+    for told, expected in ((10, "0123456789"), (30, "0123456789abcdef"), (None, "")):
+        metrics.write_text("0123456789abcdef")
+        shutil.rmtree(tmp_path / "work", ignore_errors=True)
+        if told is not None:
+            state = {"shards": {"a": 7}, "progress": {"metrics_bytes": told}}
+            (leave_checkpoint(tmp_path, 4) / "state.json").write_text(json.dumps(state))
+        cut_metrics(tmp_path)
+        assert metrics.read_text() == expected
 
 
 def test_what_training_deletes_meanwhile_is_left_alone_or_whole(tmp_path: Path) -> None:

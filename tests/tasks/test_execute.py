@@ -1,5 +1,6 @@
 """Committing beside the next step: what is read before it is up, what is recorded first, what a failure leaves."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,17 +10,21 @@ import pytest
 from mlflow.tracking.client import MlflowClient
 from prefect import flow
 
+from flows.plan import DEMO
 from infra import records
 from infra.settings import Settings
 from infra.store import Store, open_store
 from tasks import execute
 from tasks.artifacts import open_digests, place_output
-from tasks.child import InputChanged
+from tasks.child import InputChanged, UserError
 from tasks.execute import Execution
+from tasks.ingest import ingest
 from tasks.step import Attempt, Metrics, Planned, Source, Step, Work
 from tests.faults.command import prefect_at
 from tests.faults.held_store import HeldStore
-from training.config import Config, Runtime
+from training.config import Config, Device, IngestConfig, ResponseRegime, Runtime
+from training.job import read_json_lines
+from training.objectives.sft import SftConfig
 from training.weights import digest_weights
 
 
@@ -137,6 +142,57 @@ def test_a_priced_step_has_its_usd_on_its_own_run_and_on_the_parent(servers: Set
 )
 def test_no_figure_takes_the_place_of_another_on_the_parent_run(name: str, label: str, placed: str) -> None:
     assert execute.place_metric(name, label) == placed
+
+
+def trains(config: SftConfig, attempt: Attempt) -> Metrics:
+    """Train for real."""
+    attempt.run_child("training", "train")
+    return {}
+
+
+def plan_training(settings: Settings, **config: Any) -> tuple[Planned, Planned]:
+    """Plan the demo's rows and a small policy trained on them."""
+    digests = open_digests(settings)
+    source, base = (Source(name, DEMO / name, digests.of(DEMO / name)) for name in ("preferences.jsonl", "tiny-policy"))
+    rows = ingest(IngestConfig(responses=ResponseRegime.support), {"source": source}, runtime=Runtime())
+    planned = Step("trains", 1, trains, "")(SftConfig(**config), {"rows": rows, "base": base}, runtime=Runtime(device=Device.cpu))  # fmt: skip
+    return rows, planned
+
+
+def read_points(settings: Settings, run: Any, name: str) -> list[int]:
+    """Return the steps at which MLflow has a metric of a run, each as often as it is there."""
+    history = MlflowClient(settings.mlflow_tracking_uri).get_metric_history(run.info.run_id, name)
+    return [point.step for point in history]
+
+
+def test_what_a_failing_training_told_last_is_in_mlflow_too(servers: Settings) -> None:
+    rows, planned = plan_training(servers, learning_rate=1e30, warmup_fraction=0.0)
+    with pytest.raises(UserError, match="NaN or infinite in 3 steps in a row"):
+        run(servers, "failing", rows, planned)
+    failed = read_runs(servers, "failing")["trains"]
+    assert failed.info.status == "FAILED"
+    (metrics,) = (servers.home / "work" / "trains").glob("*/output/metrics.jsonl")
+    told = [line["step"] for line in read_json_lines(metrics)]
+    assert read_points(servers, failed, "train/learning_rate") == told == [1, 2, 3]
+
+
+def test_a_training_that_was_done_and_not_recorded_is_told_again_and_costs_what_it_took(servers: Settings) -> None:
+    """The run that its record names has the curves, and the seconds are those of both attempts."""
+    store, (rows, planned) = open_store(servers), plan_training(servers)
+    make_foreign_record(store, planned)
+    with pytest.raises(ValueError, match="another identity has this fingerprint"):
+        run(servers, "unrecorded", rows, planned)
+    (spent,) = (servers.home / "work" / "trains").glob("*/spent.json")
+    first = json.loads(spent.read_text())
+    assert first > 1
+    store.delete(records.record_name(planned.step.name, planned.fingerprint))
+    ended = run(servers, "recorded", rows, planned)
+    record = ended.ref(planned).record
+    assert first < record.cost["wall_seconds"] < 2 * first
+    (metrics,) = (servers.home / "artifacts").glob("*/preflight.json")
+    told = [line["step"] for line in read_json_lines(metrics.with_name("metrics.jsonl"))]
+    assert read_points(servers, read_runs(servers, "recorded")["trains"], "train/loss") == told
+    assert len(told) > 5 and not spent.exists()
 
 
 def test_a_commit_that_fails_ends_the_run_and_leaves_nothing_that_was_made_of_it(servers: Settings) -> None:
