@@ -28,6 +28,7 @@ from training.config import (
     Schedule,
 )
 from training.data import ingest
+from training.data.examples import read_scores
 from training.data.rows import RowsWriter, read_rows
 from training.data.schema import SCHEMA
 from training.data.splits import choose_split
@@ -38,7 +39,9 @@ from training.loop import Trainer, make_optimiser
 from training.memory import keep_freed_memory
 from training.model import load_policy, load_tokenizer
 from training.objectives.lambdas import LambdaUnit
+from training.objectives.objective import largest_of_sets
 from training.objectives.var import ReferenceFactor, VarConfig
+from training.objectives.weights import softmax_weights, within_group_variance
 from training.render import Renderer, UnusableRow, render_prompt
 from training.reward import score
 from training.reward.scorer import load_scorer
@@ -234,6 +237,25 @@ def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
     say(f"{steps} steps, {seconds:.0f} s")
     prompts = steps * spec["batch_prompts"]
     return {"rewards": meter.rewards(trainer.model.model).tolist(), "seconds": seconds, "prompts": prompts}
+
+
+def measure_target(spec: dict[str, Any]) -> dict[str, Any]:
+    """Return what a scorer says of the samples that VAR learns from: of all, by their weights, and of the best of each prompt by the weights'
+    own reward. A policy that has learned its target whole gains on these prompts what the second is above the first."""
+    rows = [row for batch in read_rows(Path(spec["samples"]["rows"])) for row in batch.to_pylist()]
+    stored = read_scores(Path(spec["samples"]["rewards"]), "reward")
+    group_R = np.repeat(np.arange(len(rows)), [len(row["responses"]) for row in rows])
+    reward_R = np.concatenate([stored[row["row_id"]]["reward"] for row in rows])
+    lambda_ = spec["lambda_"] * within_group_variance(reward_R, group_R) ** 0.5
+    weight_R = softmax_weights(reward_R, np.zeros_like(reward_R), group_R, lambda_=lambda_)
+    prompts, texts = [rows[group]["prompt"] for group in group_R], [text for row in rows for text in row["responses"]]
+    judged_R, _ = open_scorer(Path(spec["scorer"])).score(prompts, texts, budget=RUNTIME.microbatch_tokens)
+    best_R = reward_R == largest_of_sets(reward_R, group_R)
+    return {
+        "samples": judged_R.mean(),
+        "weighted": np.average(judged_R, weights=weight_R),
+        "best": judged_R[best_R].mean(),
+    }
 
 
 def make_trainer(spec: dict[str, Any], *, epochs: int) -> Trainer:

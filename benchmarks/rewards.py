@@ -14,7 +14,8 @@ a one (length, say) moves with one token's probability.
 **DPO**: both have the same seconds; DPO the pairs, VAR the base's own samples for their first prompts, drawn and weighed in its time. Six trials each, of the
 same learning rates, on held-out prompts of their own, then three other seeds of the best, answered greedily and scored by the second reward
 model. The interval of the ratio is Fieller's, with the covariances of a bootstrap over prompts and seeds; where DPO's gain is not
-significant, there is no ratio. On the pairs themselves VAR learns to answer as they do: SmolLM2's own answers are better (benchmarks/README.md).
+significant, there is no ratio. `reward_gain_targets_var` says what VAR had to learn: what the second reward model gives its samples, the
+same by their weights, and the best of each prompt. On the pairs themselves VAR learns to answer as they do: SmolLM2's own answers are better (benchmarks/README.md).
 """
 
 from collections.abc import Sequence
@@ -163,6 +164,10 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
     seeds = range(1, sizes.seeds + 1)
     dpo, var = ([run(best[name], final, seed) for seed in seeds] for name, run in (("dpo", run_dpo), ("var", run_var)))
     base_P = np.array(bench.measure("base", heldout=final)["rewards"])
+    learned = [bench.measure("samples", scorer=weigher["folder"], seed=seed, **drawn) for seed in seeds]
+    targets = [
+        bench.measure("target", samples=each, scorer=judge["folder"], lambda_=best["var"][1]) for each in learned
+    ]
     var_SP, dpo_SP = (np.array([found["rewards"] for found in runs]) - base_P for runs in (var, dpo))
     return compare_gains(var_SP, dpo_SP) | {
         "reward_gain_base": float(base_P.mean()),
@@ -172,6 +177,7 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
         "reward_gain_dpo_microbatch": dpo[0]["microbatch"],
         "reward_gain_pairs_dpo": [found["pairs"] for found in dpo],
         "reward_gain_prompts_var": [found["prompts"] for found in var],
+        "reward_gain_targets_var": [{name: found[name] for name in ("samples", "weighted", "best")} for found in targets],
         "reward_gain_seconds": {"dpo": [found["seconds"] for found in dpo], "var": [found["seconds"] for found in var]},
         "reward_model_accuracy": {"weigher": weigher["accuracy"], "judge": judge["accuracy"]},
         "reward_model_seconds": {"weigher": weigher["seconds"], "judge": judge["seconds"]},

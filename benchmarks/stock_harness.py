@@ -11,6 +11,7 @@ from typing import Any
 
 from evaluation.config import BenchmarkConfig
 from evaluation.harness.samples import ANSWER_CHARS
+from training.job import read_json_lines
 
 ANNOUNCED = ("Running loglikelihood requests", "Running generate_until requests")  # lm-eval's, where start-up ends
 # lm-eval fetches this metric from the hub; for its command line to run offline, a plain one lies in the mirror.
@@ -123,7 +124,7 @@ def read_stock(output: Path) -> tuple[dict[str, Any], dict[str, list[dict[str, A
     samples = {}
     for path in output.rglob("samples_*.jsonl"):
         name = path.name.removeprefix("samples_").rpartition("_")[0]
-        samples[name] = [json.loads(line) for line in path.read_text().splitlines()]
+        samples[name] = read_json_lines(path)
     return json.loads(results.read_text())["results"], samples
 
 
@@ -140,7 +141,7 @@ def differences(config: BenchmarkConfig, *, ours: Path, stock: Path) -> list[str
             stock_value = theirs[f"{key},{row['filter']}"]
             if row[name] != (None if stock_value == "N/A" else stock_value):
                 found.append(f"{row['task']} {row['metric']},{row['filter']} {name}: {row[name]}, stock {stock_value}")
-    items = [json.loads(line) for line in (ours / "samples.jsonl").read_text().splitlines()]
+    items = read_json_lines(ours / "samples.jsonl")
     twins = {(task, s["doc_id"]): s for task, some in samples.items() for s in some if s["filter"] == config.filter}
     if len(items) != len(twins):
         found.append(f"{len(items)} items, stock {len(twins)}")

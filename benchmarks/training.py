@@ -392,6 +392,7 @@ KINDS = {
     "rows": "reward_runs.measure_rows",
     "reward_model": "reward_runs.measure_reward_model",
     "samples": "reward_runs.measure_samples",
+    "target": "reward_runs.measure_target",
     "base": "reward_runs.measure_base",
     "var_curve": "reward_runs.measure_var_curve",
     "var_gain": "reward_runs.measure_var_gain",
