@@ -3,8 +3,10 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -13,8 +15,9 @@ import torch
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from trl import DPOConfig, SFTConfig
 
-from benchmarks import training_gpu
+from benchmarks import engine, peers, training_gpu
 from benchmarks.children import MeasurementFailed
 from benchmarks.engine import (
     SETTINGS,
@@ -151,6 +154,121 @@ def test_layers_are_compiled_in_the_steps_that_say_so_alone(shared: dict[str, An
         Lane(Trainer(model, optimiser, work, SETTINGS, runtime, job, Progress()), stance).take_step()
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == 0 < graphs[1]
+
+
+class Recorded(Bench):
+    """Comparisons of figures that are told to it."""
+
+    def __init__(self, found: Callable[[str, dict[str, Any]], dict[str, Any]]) -> None:
+        super().__init__({}, Path(), talk=False, extent=EXTENT)
+        self._found = found
+
+    def measure_in_turn(self, *asked: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+        return [self._found(kind, options) for kind, options in asked]
+
+
+def recall(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what each kind took for eight pairs, in numbers that divide well: VAR a second a pair and half of one for its reference."""
+    recomputes, whole = "activation_checkpointing" in options, "one_microbatch" in options
+    scored = {"scoring_seconds": 4.0, "scored_pairs": 8}
+    if kind == "var":
+        peak = 2 * 2**30 if recomputes else 3 * 2**30 if whole else 0
+        return {
+            "seconds": 12.0 if recomputes else 8.0,
+            "pairs": 8,
+            "flops": 80.0,
+            "microbatches": 1,
+            "peak_bytes": peak,
+            **scored,
+        }
+    if kind == "dpo":
+        seconds = {(8, False): 48.0, (4, True): 24.0, (8, True): 32.0}[options["microbatch"], options["tuned"]]
+        tuned = {"scoring_seconds": 12.0, "scored_pairs": 8, "peak_bytes": 12 * 2**30}
+        return {"seconds": seconds, "pairs": 8, **(tuned if options["tuned"] else {"peak_bytes": 10 * 2**30})}
+    if kind == "sft":
+        return {
+            "seconds": {(8, False): 20.0, (4, True): 10.0, (8, True): 12.0}[options["microbatch"], options["tuned"]],
+            "pairs": 8,
+        }
+    if kind == "plain":
+        return {"seconds_per_pair": {"4": 0.8, "8": 0.9}, "flops_per_pair": 8.0}
+    variants = {
+        "gemm": [{"flops": 80, "seconds": 8, "pairs": 8, "tokens": 100}, {"flops": 80, "seconds": 5, "pairs": 8, "tokens": 100}],
+        "groups": [{"seconds": 2, "flops": 10}, {"seconds": 6, "flops": 25}],
+        "lengths": [
+            {"tokens": 1000, "seconds": 4, "flops": 10_000, "attention_flops": 1000},
+            {"tokens": 1000, "seconds": 8, "flops": 16_000, "attention_flops": 7000},
+        ],
+    }  # fmt: skip
+    return {"variants": variants[kind], "gemm_rate": {"gemm": 12.5, "groups": 1.0, "lengths": 5000.0}[kind]}
+
+
+def test_every_throughput_figure_is_made_of_what_was_measured_by_hand() -> None:
+    found = run_groups(Recorded(recall), [name for name in GROUPS if name not in LONG_GROUPS], expected={})
+    expected = {
+        "gemm_share": 0.8,
+        "gemm_share_compiled": 1.28,
+        "var_vs_dpo_speed": 6.0,  # seconds a pair: 6 and 1
+        "var_vs_dpo_tuned_speed": 3.0,  # at its best, a micro-batch of 4
+        "var_vs_dpo_speed_with_scoring": 3.0,  # 6 to 1.5, but tuned 3 + 1.5 to 1.5
+        "var_vs_dpo_peak_memory": 0.2,  # both compute activations again
+        "var_vs_dpo_tuned_peak_memory": 0.25,  # neither does
+        "var_recomputing_vs_dpo_speed": 4.0,
+        "dpo_tuned_microbatch": 4,
+        "var_vs_sft_time": 0.4,
+        "var_vs_sft_tuned_time": 0.8,
+        "var_vs_plain_loop_time": 1.25,
+        "var_vs_plain_loop_flops": 1.25,
+        "k8_vs_k2_cost_over_flops": 1.2,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["tokens_per_second_by_length"] == {128: 250.0, 512: 125.0}
+    assert found["tokens_per_second_predicted_by_length"] == {128: 250.0, 512: 156.2}
+    assert found["tokens_per_second_over_predicted_by_length"] == {128: 1.0, 512: 0.8}
+    assert found["gemm_share_by_length"] == {128: 0.5, 512: 0.4}
+
+
+def test_every_figure_of_the_gpu_is_made_of_what_was_measured_by_hand() -> None:
+    def recall(kind: str, options: dict[str, Any]) -> dict[str, Any]:
+        if kind == "var":
+            rates = {"flops": 800.0, "gemm_rate": 200.0, "device": "cuda", "parameters": 1, "peak_device_gib": 1.0}
+            return {"seconds": 8.0, "pairs": 64, "tokens": 8000, **rates}
+        seconds = {(8, False): 80.0, (16, True): 40.0, (32, True): 20.0, (64, True): 24.0}
+        return {"seconds": seconds[options["microbatch"], options["tuned"]], "pairs": 64, "tokens": 12_000}
+
+    found = training_gpu.compare(Recorded(recall), batch_pairs=64, sweep_seconds=60.0, profile=False)
+    expected = {
+        "mfu": 0.5,
+        "tokens_per_second": 1000.0,
+        "var_vs_dpo_tokens": 1000 / 150,
+        "var_vs_dpo_tuned_tokens": 1000 / 600,
+        "var_vs_dpo_pairs": 10.0,
+        "var_vs_dpo_tuned_pairs": 2.5,
+        "dpo_tuned_microbatch": 32,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["sweep_ended"] == "slower"
+
+
+def test_the_machines_rate_is_that_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0])
+    monkeypatch.setattr(engine, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert engine.gemm_rate(size=8) == 2 * 8**3 / 2.0
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_peers_take_their_steps_with_our_optimiser_in_our_precision(precision: str, tmp_path: Path) -> None:
+    """TRL's own default is bfloat16."""
+    spec = SHARED | {"folder": str(tmp_path), "precision": precision, "microbatch": 2, "steps": 5}
+    for config in (DPOConfig, SFTConfig):
+        arguments = config(**peers.shared(spec))
+        assert (arguments.bf16, arguments.fp16) == (precision == "bfloat16", False)
+        assert arguments.train_batch_size * arguments.gradient_accumulation_steps == SHARED["batch_pairs"]
+        assert arguments.optim == "adamw_torch_fused" and arguments.lr_scheduler_type == "constant"
+        theirs = (arguments.learning_rate, arguments.weight_decay, arguments.max_grad_norm, arguments.warmup_steps)
+        assert theirs == (SETTINGS.learning_rate, SETTINGS.weight_decay, SETTINGS.max_grad_norm, 0)
+        ours = make_optimiser(torch.nn.Linear(1, 1), SETTINGS).defaults
+        assert (arguments.adam_beta1, arguments.adam_beta2) == ours["betas"] and arguments.adam_epsilon == ours["eps"]
 
 
 @pytest.mark.slow
