@@ -153,18 +153,14 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     room = f"together on each rank, of {show_bytes(machine.memory_bytes)}" + ("" if plan.fits else ": DOES NOT FIT")
     trained = f" ({plan.trained_parameters:,} trained)" if plan.trained_parameters < plan.parameters else ""
     rate = f"{machine.ranks} x {machine.name} at {machine.peak_flops / 1e12:,.4g} TFLOP/s"
-    idle = (
-        f", which have work {plan.busy_share:.0%} of the time: of a step there is not as much for each"
-        if plan.busy_share < 1
-        else ""
-    )
+    idle = f"; a step has {plan.parts:.4g} parts for {machine.ranks} ranks, which work {plan.busy_share:.0%} of the time: raise train.batch_prompts, or lower --ranks"
     return [
         ("policy", f"{plan.model_type}, {plan.parameters:,} parameters{trained}, {plan.layers} layers"),
         ("data", f"{plan.rows:,} rows of {plan.tokens_per_row:,.0f} tokens ({plan.data_basis})"),
         ("run", f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3g} operations"),
         ("memory", f"{show_bytes(sizes.total):>10}  {room}"),
         *(("", f"{show_bytes(size):>10}  {name}") for name, size in parts.items() if size),
-        ("time", f"{show_hours(plan.hours)} on {rate} ({machine.basis}){idle}"),
+        ("time", f"{show_hours(plan.hours)} on {rate} ({machine.basis}){idle if plan.busy_share < 1 else ''}"),
         (
             "cost",
             "no price known; give --usd-per-hour or set VARFLOW_USD_PER_HOUR"

@@ -101,7 +101,7 @@ class Plan:
     flops: int
     machine: Machine
     ranks_with_room: int | None  # that would do where these have none; None on CPUs, and where no number would
-    busy_share: float  # of the ranks' time: a step's parts are not always as many for each
+    parts: float  # that a step can be cut into, on average
     hours: float
     usd: float | None
 
@@ -110,9 +110,15 @@ class Plan:
         """Whether a rank has room for its share."""
         return self.footprint.total <= self.machine.memory_bytes
 
+    @property
+    def busy_share(self) -> float:
+        """The share of the ranks' time in which they have a part of a step."""
+        return share_busy(self.parts, ranks=self.machine.ranks)
+
     def as_json(self) -> dict[str, Any]:
         """Return the plan as JSON values."""
-        return asdict(self) | {"fits": self.fits, "bytes_per_rank": self.footprint.total}
+        found = {"fits": self.fits, "bytes_per_rank": self.footprint.total, "busy_share": self.busy_share}
+        return asdict(self) | found
 
 
 def read_architecture(path: Path) -> Any:
@@ -235,7 +241,8 @@ def choose_machine(
         threads = None if runtime.threads is None else runtime.threads * together
         rate, memory = measure_gemm(threads) / together, measure_free(torch.device("cpu")) // together
         part = "" if together == 1 else f"one of {together} parts of the "
-        basis = f"{part}float32 rate measured here{'' if threads is None else f' on {threads} threads'}, {said}"
+        on = "" if threads is None else f" on {threads} thread{'s' if threads > 1 else ''}"
+        basis = f"{part}float32 rate measured here{on}, {said}"
         return Machine("cpu", ranks, runtime.replicas, rate, share.value, memory, runtime.nodes, usd, basis, paid)
     found = find_accelerator(name)
     if found is None:
@@ -268,7 +275,8 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
     )
     flops = round(sampled / len(work.shapes) * work.rows * config.epochs)
     footprint = partial(estimate_rank, model, config, runtime, work, machine)
-    busy = share_busy(config, runtime, work, ranks=machine.ranks)
+    parts = count_parts(config, runtime, work)
+    busy = share_busy(parts, ranks=machine.ranks)
     hours = flops / (machine.ranks * busy * machine.peak_flops * machine.mfu) / 3600
     return Plan(
         model_type=model.config.model_type,
@@ -285,7 +293,7 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
         flops=flops,
         machine=machine,
         ranks_with_room=None if machine.name == "cpu" else find_ranks(footprint, machine),
-        busy_share=busy,
+        parts=parts,
         hours=hours,
         usd=None if machine.usd_per_hour is None else hours * machine.devices * machine.usd_per_hour,
     )
@@ -295,21 +303,20 @@ def size_microbatch(config: TrainConfig, runtime: Runtime, work: Workload, *, ra
     """Return a micro-batch of mean parts (`list_parts`), as many as the budget and the rank's share of a step allow, or of the largest alone."""
     parts = list_parts(config, runtime, work)
     tokens, keys, positions = (sum(sizes) / len(parts) for sizes in zip(*map(astuple, parts), strict=True))
-    count = min(share_parts(config, parts, work, ranks=ranks), runtime.microbatch_tokens / tokens)
+    each = math.ceil(count_parts(config, runtime, work) / ranks)
+    count = min(each, runtime.microbatch_tokens / tokens)
     filled = MicroBatchSize(round(count * tokens), round(count * keys), round(count * positions))
     return max(filled, *parts, key=lambda size: size.tokens)
 
 
-def share_busy(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> float:
-    """Return the share of the ranks' time in which they have a part of the step: with 16 for 12 ranks two thirds, for 64 a quarter."""
-    parts = list_parts(config, runtime, work)
-    each = share_parts(config, parts, work, ranks=ranks)
-    return config.batch_prompts * len(parts) / len(work.shapes) / ranks / each
+def count_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> float:
+    """Return how many parts a step can be cut into, on average."""
+    return config.batch_prompts * len(list_parts(config, runtime, work)) / len(work.shapes)
 
 
-def share_parts(config: TrainConfig, parts: Sequence[MicroBatchSize], work: Workload, *, ranks: int) -> int:
-    """Return how many parts of a step the rank has that has most; `parts` are those of all shapes."""
-    return math.ceil(config.batch_prompts * len(parts) / len(work.shapes) / ranks)
+def share_busy(parts: float, *, ranks: int) -> float:
+    """Return the share of the ranks' time in which they have a part of a step: of 16 for 12 ranks two thirds, for 64 a quarter."""
+    return parts / ranks / math.ceil(parts / ranks)
 
 
 def list_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> list[MicroBatchSize]:

@@ -46,7 +46,10 @@ def test_a_model_of_any_size_is_planned_and_what_does_not_fit_is_an_error(tmp_pa
     assert done.stderr.startswith("varflow: memory: llama of 70.6 B parameters") and done.stderr.count("\n") == 1
     fits = varflow(*words, "--ranks", "64", "--mfu", "0.35", "--json", cwd=tmp_path)
     assert fits.returncode == 0, fits.stderr
-    assert json.loads(fits.stdout)["fits"] is True
+    found = json.loads(fits.stdout)
+    assert found["fits"] is True and (found["parts"], found["busy_share"]) == (16, 0.25)
+    told = varflow(*words, "--ranks", "64", cwd=tmp_path).stdout
+    assert "a step has 16 parts for 64 ranks, which work 25% of the time: raise train.batch_prompts" in told
 
 
 def test_a_config_file_alone_is_enough(tmp_path: Path) -> None:

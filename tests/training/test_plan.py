@@ -35,6 +35,7 @@ from training.plan import (
     assume_workload,
     build_on_meta,
     choose_machine,
+    count_parts,
     measure_workload,
     plan_training,
     read_architecture,
@@ -332,8 +333,10 @@ def test_a_micro_batch_is_no_larger_than_what_training_cuts_a_row_into() -> None
     long = Workload(100, (*(((100, (50, 50)),) * 9), (7000, (500, 500))), "stated")
     assert size(sft, long) == (7500, 7500, 500)
     spread = SftConfig(responses="all", batch_prompts=16)
-    plans = {ranks: share_busy(spread, Runtime(), assume_workload(100, 64), ranks=ranks) for ranks in (1, 12, 16, 64)}
-    assert plans == {1: 1.0, 12: pytest.approx(2 / 3), 16: 1.0, 64: 0.25}
+    assert count_parts(spread, Runtime(), assume_workload(100, 64)) == 16
+    assert count_parts(spread, Runtime(layout="rows"), assume_workload(100, 64)) == 32
+    busy = {ranks: share_busy(16, ranks=ranks) for ranks in (1, 12, 16, 64)}
+    assert busy == {1: 1.0, 12: pytest.approx(2 / 3), 16: 1.0, 64: 0.25}
 
 
 def test_a_price_is_given_or_assumed_or_not_known() -> None:
