@@ -195,28 +195,31 @@ def microbatches(ready: Ready, passes: Passes) -> str:
         raise NotApplicable("what is tried is one micro-batch, however small the budget")
     whole = passes.loss(tried)
     parts = sum(passes.loss([tried[b] for b in members]) for members in cut)
-    bound = MAX_LAYOUT_GAP[DTYPES[ready.precision]]
-    if not abs(whole - parts) <= bound * max(abs(whole), abs(parts)):
-        raise Failure(
-            f"{len(tried)} responses of the first step have a loss of {whole:.6g} in one pass and {parts:.6g} in {len(cut)}; "
-            f"expected equal ones within {bound:g} of it; what is trained would depend on runtime.microbatch_tokens",
-            row_ids(ready, tried),
-        )
-    return f"{len(tried)} responses: {whole:.6g} in one pass, {parts:.6g} in {len(cut)}"
+    fault = "what is trained would depend on runtime.microbatch_tokens"
+    return require_same_loss(ready, tried, (whole, "in one pass"), (parts, f"in {len(cut)}"), fault=fault)
 
 
 def compiled_layers(ready: Ready, report: Report, passes: Passes) -> str:
     """Compiled layers, which train, give the loss of the plain ones, which all other checks run."""
     tried = [passes.tried[n] for n in passes.cut(passes.tried, budget=report.microbatch_tokens)[0]]
     plain, compiled = passes.loss(tried), passes.loss(tried, gradients=True)
+    fault = "the compiler is at fault: set runtime.compile to false"
+    return require_same_loss(ready, tried, (compiled, "by compiled layers"), (plain, "by plain ones"), fault=fault)
+
+
+def require_same_loss(
+    ready: Ready, members: Sequence[int], one: tuple[float, str], other: tuple[float, str], *, fault: str
+) -> str:
+    """Return two losses of responses of the first step in words, each with how it was computed; Failure where they differ."""
+    (got, how), (expected, as_expected) = one, other
     bound = MAX_LAYOUT_GAP[DTYPES[ready.precision]]
-    if not abs(compiled - plain) <= bound * max(abs(compiled), abs(plain)):
+    if not abs(got - expected) <= bound * max(abs(got), abs(expected)):
         raise Failure(
-            f"{len(tried)} responses of the first step have a loss of {compiled:.6g} by compiled layers and {plain:.6g} by plain ones; "
-            f"expected equal ones within {bound:g} of it; the compiler is at fault: set runtime.compile to false",
-            row_ids(ready, tried),
+            f"{len(members)} responses of the first step have a loss of {got:.6g} {how} and {expected:.6g} {as_expected}; "
+            f"expected equal ones within {bound:g} of it; {fault}",
+            row_ids(ready, members),
         )
-    return f"{len(tried)} responses: {compiled:.6g} by compiled layers, {plain:.6g} by plain ones"
+    return f"{len(members)} responses: {got:.6g} {how}, {expected:.6g} {as_expected}"
 
 
 def row_ids(ready: Ready, members: Sequence[int]) -> list[str]:
