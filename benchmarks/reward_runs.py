@@ -38,10 +38,10 @@ from training.logprobs import check_layout, choose_groups
 from training.loop import Trainer, make_optimiser
 from training.memory import keep_freed_memory
 from training.model import load_policy, load_tokenizer
-from training.objectives.lambdas import LambdaUnit
+from training.objectives.lambdas import LambdaUnit, resolve_lambda
 from training.objectives.objective import largest_of_sets
 from training.objectives.var import ReferenceFactor, VarConfig
-from training.objectives.weights import softmax_weights, within_group_variance
+from training.objectives.weights import softmax_weights
 from training.render import Renderer, UnusableRow, render_prompt
 from training.reward import score
 from training.reward.scorer import load_scorer
@@ -241,13 +241,14 @@ def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
 
 def measure_target(spec: dict[str, Any]) -> dict[str, Any]:
     """Return what a scorer says of the samples that VAR learns from: of all, by their weights, and of the best of each prompt by the weights'
-    own reward. A policy that has learned its target whole gains on these prompts what the second is above the first."""
+    own reward. Samples of a policy that has learned its target whole are on these prompts as much better as the second is than the first."""
     rows = [row for batch in read_rows(Path(spec["samples"]["rows"])) for row in batch.to_pylist()]
     stored = read_scores(Path(spec["samples"]["rewards"]), "reward")
     group_R = np.repeat(np.arange(len(rows)), [len(row["responses"]) for row in rows])
     reward_R = np.concatenate([stored[row["row_id"]]["reward"] for row in rows])
-    lambda_ = spec["lambda_"] * within_group_variance(reward_R, group_R) ** 0.5
-    weight_R = softmax_weights(reward_R, np.zeros_like(reward_R), group_R, lambda_=lambda_)
+    base_R = np.zeros_like(reward_R)
+    lambda_ = resolve_lambda(spec["lambda_"], LambdaUnit.reward_std, reward_R=reward_R, base_R=base_R, group_R=group_R)
+    weight_R = softmax_weights(reward_R, base_R, group_R, lambda_=lambda_)
     prompts, texts = [rows[group]["prompt"] for group in group_R], [text for row in rows for text in row["responses"]]
     judged_R, _ = open_scorer(Path(spec["scorer"])).score(prompts, texts, budget=RUNTIME.microbatch_tokens)
     best_R = reward_R == largest_of_sets(reward_R, group_R)

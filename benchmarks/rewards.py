@@ -151,10 +151,12 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
     def run_dpo(trial: Sequence[float], heldout: dict[str, Any], seed: int) -> dict[str, Any]:
         return bench.measure("dpo_gain", learning_rate=trial[0], beta=trial[1], heldout=heldout, seed=seed, limit=limit, **common)  # fmt: skip
 
+    def draw(seed: int) -> dict[str, Any]:
+        return bench.measure("samples", scorer=weigher["folder"], seed=seed, **drawn)
+
     def run_var(trial: Sequence[float], heldout: dict[str, Any], seed: int) -> dict[str, Any]:
-        samples = bench.measure("samples", scorer=weigher["folder"], seed=seed, **drawn)
         rate, lambda_ = trial
-        return bench.measure("var_gain", learning_rate=rate, lambda_=lambda_, heldout=heldout, seed=seed, limit=limit, samples=samples, batch_prompts=BATCH_PROMPTS, **drawn)  # fmt: skip
+        return bench.measure("var_gain", learning_rate=rate, lambda_=lambda_, heldout=heldout, seed=seed, limit=limit, samples=draw(seed), batch_prompts=BATCH_PROMPTS, **drawn)  # fmt: skip
 
     tried = {
         name: {tuple(trial): float(np.mean(run(trial, tuning, 0)["rewards"])) for trial in trials}
@@ -164,10 +166,7 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
     seeds = range(1, sizes.seeds + 1)
     dpo, var = ([run(best[name], final, seed) for seed in seeds] for name, run in (("dpo", run_dpo), ("var", run_var)))
     base_P = np.array(bench.measure("base", heldout=final)["rewards"])
-    learned = [bench.measure("samples", scorer=weigher["folder"], seed=seed, **drawn) for seed in seeds]
-    targets = [
-        bench.measure("target", samples=each, scorer=judge["folder"], lambda_=best["var"][1]) for each in learned
-    ]
+    targets = [bench.measure("target", samples=draw(seed), scorer=judge["folder"], lambda_=best["var"][1]) for seed in seeds]  # fmt: skip
     var_SP, dpo_SP = (np.array([found["rewards"] for found in runs]) - base_P for runs in (var, dpo))
     return compare_gains(var_SP, dpo_SP) | {
         "reward_gain_base": float(base_P.mean()),

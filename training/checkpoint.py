@@ -81,8 +81,8 @@ def save_checkpoint(
         return
     partial = name_partial(final)
     if world.is_first:
-        for killed in folder.glob(f"*{PARTIAL}"):  # whose room this one may need
-            shutil.rmtree(killed, ignore_errors=True)
+        for killed in folder.glob(f"*{PARTIAL}"):  # whose room this one may need, and whose name
+            shutil.rmtree(killed)
         (partial / "tensors").mkdir(parents=True)
     world.barrier()
     tensors = {name: tensor.contiguous() for name, tensor in model_tensors(model).items()}
@@ -130,17 +130,14 @@ def publish(partial: Path, final: Path) -> None:
         flush(path)
     partial.rename(final)
     flush(final.parent)
-    for other in sorted(
-        final.parent.iterdir(), reverse=True
-    ):  # those without a name first: they may be in another's way
+    for other in final.parent.iterdir():
         if other != final:
             discard(other)
 
 
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint: first its name, since one that is half deleted must not be seen."""
-    nameless = checkpoint if is_partial(checkpoint) else checkpoint.rename(name_partial(checkpoint))
-    shutil.rmtree(nameless)
+    shutil.rmtree(checkpoint.rename(name_partial(checkpoint)))
 
 
 def name_partial(checkpoint: Path) -> Path:
