@@ -144,26 +144,26 @@ class Lane:
 
     trainer: Trainer
     stance: str  # torch.compile's: force_eager where the model's layers are compiled, but not for this lane
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of a step; on a GPU of all together
     peak_gib: float = 0.0  # of all steps, those that warm up too; on a GPU of tensors
 
-    def take_step(self) -> float:
-        """Take the next step and return its seconds."""
+    def take_steps(self, count: int = 1) -> float:
+        """Take the next steps one after the other and return their seconds."""
         device = self.trainer.world.device
         with torch.compiler.set_stance(self.stance):
             started = read_clock(device)
-            figures = self.trainer.take_step()
-            seconds = read_clock(device) - started
-        assert figures is not None, "nobody asks it to stop"
-        self.peak_gib = max(self.peak_gib, figures["train/peak_memory_gib"])
-        return seconds
+            for _ in range(count):
+                figures = self.trainer.take_step()
+                assert figures is not None, "nobody asks it to stop"
+                self.peak_gib = max(self.peak_gib, figures["train/peak_memory_gib"])
+            return read_clock(device) - started
 
     def describe(self, count: Flops | None) -> dict[str, Any]:
         """Return what the timed steps took and what went through the model; `flops` are of use (training/flops.py): no padding, no masked
         pair of attention, nothing that is computed a second time. Of these, `attention_flops`."""
         work, done = self.trainer.work, self.trainer.progress
         assert isinstance(work, Steps)
-        steps = range(1, len(self.seconds) + 1)
+        steps = range(1, done.step)
         positions = sum(sample.num_trained for step in steps for sample in work.samples(step))
         others = count.step(tokens=done.tokens, positions=positions, segments=[]) if count else done.flops
         return {
@@ -190,14 +190,16 @@ def take_steps(lanes: list[Lane], spec: dict[str, Any]) -> list[float]:
             assert isinstance(work, Steps)
             lengths = [sum(len(sample.ids_T) for sample in work.samples(step)) for step in range(work.num_steps)]
             lane.trainer.progress.step = int(np.argmax(lengths))
-            lane.take_step()
+            lane.take_steps()
     for lane in lanes:
         lane.trainer.progress = Progress(step=1)
     rates = [measure()]
-    for _ in range(spec["steps"]):
+    # A GPU is still at a step's last kernels when the next step is laid out: its steps are not waited for one by one.
+    at_once = max(1, spec["steps"]) if world.device.type == "cuda" else 1
+    for _ in range(0, spec["steps"], at_once):
         await_turn(spec)
         for lane in lanes:
-            lane.seconds.append(lane.take_step())
+            lane.seconds.append(lane.take_steps(at_once))
             rates.append(measure())
     return rates
 

@@ -25,10 +25,11 @@ GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns"
 
 
 class Stopwatch(TrainerCallback):  # type: ignore[misc]
-    """Times the steps behind those that warm up, and counts what the policy is fed in them."""
+    """Times the steps behind those that warm up, and counts what the policy is fed in them: end to end, the loading of rows with them, or
+    each by itself where other processes have theirs in between."""
 
     def __init__(self, model: Any, spec: dict[str, Any]) -> None:
-        self._model, self._device, self._spec = model, model.device, spec
+        self._model, self._device, self._spec, self._in_turn = model, model.device, spec, "in_turn" in spec
         self._seconds = self._begun = 0.0
         # Of forward passes: tokens, still on the device, and the same with padding.
         self._seen: list[tuple[Any, int]] = []
@@ -40,14 +41,19 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         self._seen.append((padded if mask is None else mask.sum(), padded))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        await_turn(self._spec)
         self._seen.clear()  # of log-probabilities that were computed before
-        self._begun = read_clock(self._device)
+        if self._in_turn:
+            await_turn(self._spec)
+            self._begun = read_clock(self._device)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step > self._spec["warming_steps"]:
-            self._seconds += read_clock(self._device) - self._begun
+        timed = state.global_step - self._spec["warming_steps"]
+        if timed > 0:
             self._counted += self._seen
+        if timed > 0 and (self._in_turn or timed == self._spec["steps"]):
+            self._seconds += read_clock(self._device) - self._begun
+        if timed == 0 and not self._in_turn:
+            self._begun = read_clock(self._device)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._loss = state.log_history[-1]["train_loss"]

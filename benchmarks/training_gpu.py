@@ -3,7 +3,8 @@
 `python -m benchmarks.training_gpu --data FOLDER [--architecture FILE] [--json]`, where FOLDER holds HH-RLHF's `helpful-base`; TRL comes
 with the `dev` extra. The model is Llama 3.2 1B with random weights, since no rate depends on them; SmolLM2's tokenizer; weights,
 gradients and AdamW in float32, matrix products in bfloat16, FlexAttention, layers compiled. The same pairs in the same number of
-steps; every measurement in a process of its own; two steps on the longest rows come first, warm up and do not count.
+steps; every measurement in a process of its own; two steps on the longest rows come first, warm up and do not count. Steps are timed end to end,
+as a run takes them: the loading of rows is in the time of both, and nobody waits for the device between them.
 
 Keys: `mfu` = 3 F / (seconds x peak), F the operations of a forward pass that the mathematics needs (training/flops.py: no padding, no
 masked pair, nothing that is computed a second time), peak the data sheet's dense bfloat16 rate (training/devices.py);

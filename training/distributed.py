@@ -34,6 +34,9 @@ class World:
     size: int = 1
     mesh: DeviceMesh | None = None  # replicate x shard; None when alone
     files: dist.ProcessGroup | None = None  # all ranks, for waits as long as files take; None when alone
+    numbers: dist.ProcessGroup | None = (
+        None  # all ranks, for what their CPUs know: no GPU is waited for; None where those exchange all
+    )
 
     @property
     def is_first(self) -> bool:
@@ -54,20 +57,20 @@ class World:
         """Return sums over all ranks, in float64; every rank gives as many values and gets the same."""
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.numbers)
         return [float(value) for value in total.tolist()]
 
     def any(self, flag: bool) -> bool:
         """Say whether the flag is set on any rank; every rank gets the same answer."""
-        return self.sum([float(flag)])[0] > 0
+        return self.max(float(flag)) > 0
 
     def max(self, value: float) -> float:
         """Return the largest value of any rank; every rank gets the same."""
         if self.size == 1:
             return value
-        largest = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.numbers)
         return float(largest.item())
 
     def first(self, value: float) -> float:
@@ -148,7 +151,9 @@ def join_world(device: torch.device, *, replicas: int) -> World:
             f"runtime.replicas: got {replicas} for {size} ranks; expected a divisor of the number of ranks"
         )
     mesh = make_mesh(device, size=size, replicas=replicas)
-    return World(device, rank, size, mesh, dist.new_group(backend="gloo", timeout=FILES_TIMEOUT))
+    files = dist.new_group(backend="gloo", timeout=FILES_TIMEOUT)
+    numbers = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None
+    return World(device, rank, size, mesh, files, numbers)
 
 
 def make_mesh(device: torch.device, *, size: int, replicas: int) -> DeviceMesh:

@@ -58,6 +58,9 @@ POLL_SECONDS = 0.1
 MEETING_SECONDS = 600  # of several machines: until all have started the job
 SHUTDOWN_SECONDS = 20  # from the first rank's end to the end of all; a parent that stops the job waits 25 s
 SAME_TIME_SECONDS = 5  # ranks that ended so close to the first did so by themselves
+FAILED_SECONDS = (
+    10  # from a rank's error to the end of those that its agent does not reach: on other machines, or within NCCL
+)
 ANSWER_SECONDS = 5  # for all ranks to say where they are
 PACKAGE = Path(__file__).parent
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -76,6 +79,8 @@ def launch(job: Job, runtime: Runtime) -> None:
 
     Where a rank has said in `work/error.json` why it failed, SystemExit with its status, unless smaller micro-batches may do.
     """
+    # As torch itself has it: its agent would let NCCL take communicators apart under a rank that still computes with them.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     if runtime.node_rank == 0:  # before the others meet it, so that none of them finds an earlier attempt's
         stop_file(job).unlink(missing_ok=True)
         shutil.rmtree(roll_folder(job), ignore_errors=True)
@@ -200,7 +205,11 @@ def raise_failure(job: Job, failures: Mapping[int, ProcessFailure], *, ranks: in
     if killed:
         error_file.unlink(missing_ok=True)  # of a rank that missed the killed one
         rank, status = min(killed.items())
-        waited = ", as NCCL ends one that has waited for another in vain" if status == -signal.SIGABRT else ""
+        waited = (
+            ", as NCCL ends one that waited for another in vain or whose GPU failed: the log says which"
+            if status == -signal.SIGABRT
+            else ""
+        )
         raise RankDied(
             f"rank {rank} of {ranks}: {describe_exit(status)}{waited}; the other ranks were ended; run the same command again to go "
             "on from the checkpoint"
@@ -226,17 +235,21 @@ def roll_folder(job: Job) -> Path:
 
 
 def watch_agent(agent: int, job: Job) -> None:
-    """Stop the job when the stop file appears, answer a roll call; end this process at once when the agent is gone."""
+    """Stop the job when the stop file appears, answer a roll call; end this process at once when the agent is gone, and soon after another
+    rank has said what the job failed of: on another machine, or waiting for a GPU, this one may not see it for minutes."""
 
     def watch() -> None:
-        answered = False
-        while os.getppid() == agent:
+        answered, failed = False, 0
+        while os.getppid() == agent and failed * POLL_SECONDS < FAILED_SECONDS:
+            failed += (job.work / "error.json").exists()
             if stop_file(job).exists():
                 job.stop.set()
             if not answered and roll_folder(job).exists():
                 answered = True
                 answer_roll(job)
             time.sleep(POLL_SECONDS)
+        if os.getppid() == agent:
+            os._exit(1)
         end_group()
 
     threading.Thread(target=watch, name="agent's life", daemon=True).start()

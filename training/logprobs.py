@@ -224,6 +224,7 @@ class ChunkedLogp(torch.autograd.Function):
             pick = compile_on(kind, pick_logps)
             for rows in chunks(len(target_P), vocabulary=len(matrix_VH), kind=kind):
                 logits_CV = hidden_PH[rows].to(ctx.dtype) @ matrix_VH.T
+                fix_vocabulary(logits_CV)
                 logz_P[rows], logp_P[rows] = pick(logits_CV, bias_V, target_P[rows], softcap)
         finished_in_place = logits_CV.dtype == widen(ctx.dtype) and not (bias_V is None and softcap is None)
         ctx.last_CV = None if finished_in_place else logits_CV
@@ -245,6 +246,7 @@ class ChunkedLogp(torch.autograd.Function):
             hidden_CH = hidden_PH[rows].to(ctx.dtype)
             logits_CV = hidden_CH @ matrix_VH.T if ctx.last_CV is None else ctx.last_CV
             ctx.last_CV = None  # it is overwritten
+            fix_vocabulary(logits_CV)
             grad_CV, bias_share_V = differentiate(
                 logits_CV, bias_V, target_P[rows], logz_P[rows], grad_P[rows], ctx.softcap
             )
@@ -254,6 +256,12 @@ class ChunkedLogp(torch.autograd.Function):
             if grad_weight_VH is not None:
                 add_product(grad_weight_VH, grad_CV.T, hidden_CH)
         return grad_hidden_PH, grad_weight_VH, grad_bias_V, None, None
+
+
+def fix_vocabulary(logits_CV: Tensor) -> None:
+    """Let code that is compiled for logits be of their vocabulary: it reads rows then that it knows to be aligned."""
+    if logits_CV.is_cuda:
+        torch._dynamo.mark_static(logits_CV, 1)
 
 
 def add_product(sum_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
@@ -306,6 +314,6 @@ def widen(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunks(count: int, *, vocabulary: int, kind: str) -> list[slice]:
-    """Return slices over `count` positions, each with at most CHUNK_ELEMENTS logits."""
+    """Return slices over `count` positions, each with at most CHUNK_ELEMENTS logits: the last one, which is kept, with as many as any."""
     size = max(1, CHUNK_ELEMENTS[kind] // vocabulary)
-    return [slice(begin, min(begin + size, count)) for begin in range(0, count, size)]
+    return [slice(max(0, end - size), end) for end in range(count, 0, -size)][::-1]

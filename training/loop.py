@@ -12,9 +12,10 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -188,6 +189,7 @@ class Trainer:
     world: World = ALONE
     peak_flops: float | None = None  # a second, of all ranks' devices; None where nobody knows it
     budget: int = field(init=False)  # tokens a micro-batch: as asked for, or what the device has room for
+    _ahead: "Beginning | None" = None
 
     def __post_init__(self) -> None:
         asked, progress = self.runtime.microbatch_tokens, self.progress
@@ -260,8 +262,7 @@ class Trainer:
         """Add up loss and gradients of all micro-batches of a step, as the budget cuts them. Nothing is read back before all are on their
         way to an accelerator, and the norm of the gradients with them."""
         parts: list[Part] = []
-        shares = list(self.world.share(self.work.cut(step, budget=self.budget, ranks=self.world.size)))
-        batch = self.work.load(step, shares[0][0])
+        _, _, shares, batch = self.begin(step)
         for place, (_, counts) in enumerate(shares):
             if self.world.any(self.job.stop.is_set()):
                 return None
@@ -277,12 +278,27 @@ class Trainer:
                 batch = self.work.load(step, shares[place + 1][0])
             part = part.done()
             parts.append(part)
-        return Total.of(parts, self.world, norm=self.measure_norm())
+        norm = self.measure_norm()
+        self._ahead = self.begin(step + 1) if step + 1 < self.work.num_steps else None  # while an accelerator is busy
+        return Total.of(parts, self.world, norm=norm)
+
+    def begin(self, step: int) -> "Beginning":
+        """Return how a step is cut, with its first micro-batch; at once where the step before has seen to it."""
+        ahead, self._ahead = self._ahead, None  # what it holds is the step's to let go
+        if ahead is not None and ahead[:2] == (step, self.budget):
+            return ahead
+        shares = list(self.world.share(self.work.cut(step, budget=self.budget, ranks=self.world.size)))
+        return Beginning(step, self.budget, shares, self.work.load(step, shares[0][0]))
 
     def measure_norm(self) -> Tensor:
-        """Return the norm of all ranks' gradients together."""
+        """Return the norm of all ranks' gradients together, on all of them the same to the bit."""
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        if not isinstance(norm, DTensor):
+            return norm
+        whole = norm.full_tensor()
+        if norm.device_mesh.ndim > 1:  # each replica adds up its own parts, which one may do in another order
+            dist.all_reduce(whole, dist.ReduceOp.MAX)
+        return whole
 
     def look(self, work: Work) -> float:
         """Return the loss of other work's first step under the model as it is."""
@@ -358,6 +374,15 @@ class Trainer:
                 f"step {step}: loss or gradient was NaN or infinite in {progress.skipped_in_row} steps in a row; expected finite "
                 f"ones; rows of these steps: {', '.join(progress.skipped_rows)}; lower the learning rate or look at these rows"
             )
+
+
+class Beginning(NamedTuple):
+    """What a step needs before its first forward pass: this rank's shares of it, as a budget cuts them, and the first of them loaded."""
+
+    step: int
+    budget: int
+    shares: list[tuple[list[int], bool]]
+    batch: Any
 
 
 @dataclass(frozen=True)

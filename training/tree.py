@@ -318,5 +318,5 @@ def cap_scores(softcap: float, device: torch.device) -> Any:
 
 @cache
 def compile_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of FlexAttention, compiled where there is a GPU: as it is, it would hold all scores."""
-    return torch.compile(function, dynamic=True) if kind == "cuda" else function
+    """Return a function of FlexAttention, compiled where there is a GPU: as it is, it would hold all scores. An error where it cannot be."""
+    return torch.compile(function, dynamic=True, fullgraph=True) if kind == "cuda" else function

@@ -424,7 +424,9 @@ def failed(status: int) -> ProcessFailure:
 def test_a_rank_that_nccl_aborted_takes_no_blame_from_the_one_that_it_waited_for(make_job: Callable[..., Job]) -> None:
     """Its watchdog ends who waits in vain; the other has said what it failed of, or, where it hangs, has not."""
     job, failures = make_job("train", "a", config={}, inputs={}), {0: failed(-signal.SIGABRT), 1: failed(2)}
-    with pytest.raises(RankDied, match=r"rank 0 of 2: .*SIGABRT, as NCCL ends one that has waited for another in vain"):
+    with pytest.raises(
+        RankDied, match=r"rank 0 of 2: .*SIGABRT, as NCCL ends one that waited for another in vain or whose GPU failed"
+    ):
         raise_failure(job, failures, ranks=2)
     error = {"type": "OutOfMemory", "message": "no room", "microbatch_tokens": 64}
     (job.work / "error.json").write_text(json.dumps(error))

@@ -199,6 +199,34 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(job: Job, tmp_path: Path) 
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+class Told(Line):
+    """The line, and in which order its micro-batches are loaded and its figures read."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__(num_steps)
+        self.events: list[str] = []
+
+    def load(self, step: int, members: Sequence[int]) -> tuple[int, Sequence[int]]:
+        self.events.append(f"load {step}: {list(members)}")
+        return super().load(step, members)
+
+    def part(self, model: Any, batch: tuple[int, Sequence[int]]) -> Part:
+        def figures() -> dict[str, float]:
+            self.events.append(f"read {batch[0]}: {list(batch[1])}")
+            return {}
+
+        return replace(super().part(model, batch), figures=figures)
+
+
+def test_the_next_step_is_begun_before_this_ones_figures_are_waited_for(job: Job) -> None:
+    """So that a device has something to do meanwhile; every micro-batch is loaded once."""
+    work = Told(num_steps=2)
+    run(make_line(), work, job, budget=2)
+    first, second = ["load 0: [0, 1]", "load 0: [2, 3]"], ["load 1: [0, 1]", "load 1: [2, 3]"]
+    read = [[event.replace("load", "read") for event in events] for events in (first, second)]
+    assert work.events == [*first, second[0], *read[0], second[1], *read[1]]
+
+
 class Narrow(Line):
     """A device with room for so many points at once."""
 

@@ -151,7 +151,7 @@ def test_layers_are_compiled_in_the_steps_that_say_so_alone(shared: dict[str, An
     optimiser = make_optimiser(model, SETTINGS)
     graphs = []
     for stance in ("force_eager", "default"):
-        Lane(Trainer(model, optimiser, work, SETTINGS, runtime, job, Progress()), stance).take_step()
+        Lane(Trainer(model, optimiser, work, SETTINGS, runtime, job, Progress()), stance).take_steps()
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == 0 < graphs[1]
 
