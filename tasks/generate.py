@@ -6,7 +6,7 @@ from tasks.step import Attempt, Metrics, step
 from training.config import GenerateConfig
 
 
-@step(version=4)
+@step(version=5)
 def generate(config: GenerateConfig, attempt: Attempt) -> Metrics:
     """Sample responses for the prompts of a split. Inputs: `rows`, `policy`."""
     summary = attempt.run_child("training", "generate")

@@ -4,21 +4,21 @@ from tasks.step import Attempt, Metrics, step
 from training.config import CrossScoreConfig, ReferenceScoreConfig, RewardScoreConfig, TokenScoreConfig
 
 
-@step(version=2)
+@step(version=3)
 def score_rewards(config: RewardScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response its reward. Inputs: `rows`, `scorer`."""
     summary = attempt.run_child("training", "score_rewards")
     return {"reward/mean": float(summary["mean"]), "reward/std": float(summary["std"])}
 
 
-@step(version=5)
+@step(version=6)
 def score_reference(config: ReferenceScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response its log-probability under the reference. Inputs: `rows`, `reference`."""
     summary = attempt.run_child("training", "score_reference")
     return {"reference/rows": float(summary["rows"]), "reference/dropped": float(summary["dropped"])}
 
 
-@step(version=5)
+@step(version=6)
 def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response of a training batch its reward and log-probability under every prompt of that batch.
 
@@ -28,7 +28,7 @@ def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
     return {"cross/pairs": float(summary["pairs"])}
 
 
-@step(version=3)
+@step(version=4)
 def score_tokens(config: TokenScoreConfig, attempt: Attempt) -> Metrics:
     """Give every token of a few answers its log-probability under two models. Inputs: `reference`, `policy` (models),
     `reference_answers`, `policy_answers`."""

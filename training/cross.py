@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 
 from training.config import CrossScoreConfig, Runtime
 from training.data.batch import digest_plan, plan_steps
-from training.data.examples import Example, load_examples, read_dropped
+from training.data.examples import Example, load_examples
 from training.data.manifest import read_rows_manifest
 from training.data.rows import RowsWriter, join_parts, read_rows
+from training.data.scored import is_finished, read_dropped, require_finite, write_dropped
 from training.data.selection import select_distinct
 from training.job import Job, write_json
 from training.logprobs import check_head
@@ -170,16 +171,13 @@ def score_batches(
             job.check_stop()
             started = time.monotonic()
             pairs = make_pairs(scorer.renderer, step, batch, rows)
+            scored = score_pairs(scorer, rewards, pairs)
+            write_dropped(part, [])  # a batch loses no row
             with RowsWriter(part, SCHEMA) as out:
-                out.write(score_pairs(scorer, rewards, pairs))
+                out.write(scored)
             seconds = time.monotonic() - started
             metrics.write(step + 1, {"score/pairs_per_second": len(batch) * len(pairs.responses) / seconds})
     return parts
-
-
-def is_finished(part: Path, row_ids: list[str]) -> bool:
-    """Return whether a part is there and of these very rows."""
-    return part.is_file() and pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist() == row_ids
 
 
 def make_pairs(renderer: Renderer, step: int, batch: Sequence[Example], rows: dict[str, dict[str, Any]]) -> Pairs:
@@ -202,28 +200,28 @@ def score_pairs(scorer: Scorer, rewards: RewardScorer, pairs: Pairs) -> list[dic
     """Return a batch's rows of the matrices."""
     G, N = len(pairs.rows), len(pairs.responses)
     logps, _ = score_groups(scorer, pairs.samples_GN)
+    row_ids = [row["row_id"] for row in pairs.rows]
+    require_finite(
+        dict(zip(row_ids, logps, strict=True)),
+        of=f"reference {scorer.model.name_or_path}: got NaN or infinite log-probabilities under the prompts",
+    )
     prompts = [row["prompt"] for row in pairs.rows for _ in pairs.responses]
-    broken = [row["row_id"] for row, logp_N in zip(pairs.rows, logps, strict=True) if not np.isfinite(logp_N).all()]
-    if broken:
+    try:
+        reward, _ = rewards.score(prompts, pairs.responses * G, budget=scorer.runtime.microbatch_tokens)
+    except UnusableRow as unusable:
+        _, refused = rewards.split([row | {"responses": pairs.responses} for row in pairs.rows])
         raise ValueError(
-            f"reference {scorer.model.name_or_path}: got NaN or infinite log-probabilities under the prompts of {len(broken)} "
-            f"rows ({', '.join(broken[:3])}), expected finite ones; try precision float32, or another model"
-        )
-    reward, _ = rewards.score(prompts, pairs.responses * G, budget=scorer.runtime.microbatch_tokens)
-    bad = sorted({pairs.rows[n // N]["row_id"] for n in np.flatnonzero(~np.isfinite(reward))})
-    if bad:
-        raise ValueError(
-            f"reward model {rewards.model.name_or_path}: got NaN or infinite rewards under the prompts of {len(bad)} rows "
-            f"({', '.join(bad[:3])}), expected finite ones; try precision float32, or another model"
-        )
+            f"score_cross, step {pairs.step}: row {refused[0]['row_id']}: {unusable}; expected that the reward model reads every "
+            "response of a batch under every prompt of it"
+        ) from unusable
+    reward_GN = reward.reshape(G, N).tolist()
+    require_finite(
+        dict(zip(row_ids, reward_GN, strict=True)),
+        of=f"reward model {rewards.model.name_or_path}: got NaN or infinite rewards under the prompts",
+    )
     return [
-        {
-            "step": pairs.step,
-            "row_id": row["row_id"],
-            "reward": reward[n * N : (n + 1) * N].tolist(),
-            "logp": logps[n],
-        }
-        for n, row in enumerate(pairs.rows)
+        {"step": pairs.step, "row_id": row_id, "reward": reward_N, "logp": logp_N}
+        for row_id, reward_N, logp_N in zip(row_ids, reward_GN, logps, strict=True)
     ]
 
 

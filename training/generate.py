@@ -21,6 +21,7 @@ from training.config import GenerateConfig, ResponseRegime, Runtime
 from training.data.batch import pack_by_tokens
 from training.data.rows import RowsWriter, join_parts, read_rows
 from training.data.schema import SCHEMA
+from training.data.scored import describe_dropped
 from training.job import Job, write_json
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
@@ -174,7 +175,7 @@ def render_window(generator: Generator, rows: list[dict[str, Any]]) -> tuple[lis
                 raise UnusableRow("too_long", f"{len(ids)} tokens")
             fitting.append(Prompt(row, ids))
         except UnusableRow as error:
-            unusable.append({"row_id": row["row_id"], "reason": error.reason, "detail": str(error)})
+            unusable.append(describe_dropped(row["row_id"], error))
     return fitting, unusable
 
 
@@ -195,7 +196,7 @@ def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) ->
         new = run_in_halves(generator.answer, [(prompts[place // K], place % K) for place in places])
         for place, tokens in zip(places, new, strict=True):
             answers[place] = tokens
-    texts = generator.tokenizer.batch_decode(answers, skip_special_tokens=True)
+    texts = generator.tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     with RowsWriter(part, SCHEMA) as out:
         out.write(
             [

@@ -79,8 +79,6 @@ def launch(job: Job, runtime: Runtime) -> None:
 
     Where a rank has said in `work/error.json` why it failed, SystemExit with its status, unless smaller micro-batches may do.
     """
-    # As torch itself has it: its agent would let NCCL take communicators apart under a rank that still computes with them.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "3")
     if runtime.node_rank == 0:  # before the others meet it, so that none of them finds an earlier attempt's
         stop_file(job).unlink(missing_ok=True)
         shutil.rmtree(roll_folder(job), ignore_errors=True)

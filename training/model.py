@@ -234,12 +234,22 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
 
 
 def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Raise ValueError when the tokenizer can produce an id that the embedding does not have."""
-    largest_id = max(tokenizer.get_vocab().values())
+    """Raise ValueError when the tokenizer can produce an id that the embedding does not have.
+
+    Special tokens that neither frame a text nor stand in the chat template are no matter: Gemma 3's tokenizer has one for images, which its
+    models of text have no row for. Texts that hold a special token by name are not rendered (training/render.py).
+    """
     num_embeddings = model.get_input_embeddings().num_embeddings
-    if largest_id >= num_embeddings:
+    framing = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+    idle = {added.content for added in tokenizer.added_tokens_decoder.values() if added.special} - framing
+    beyond = {
+        token: token_id
+        for token, token_id in tokenizer.get_vocab().items()
+        if token_id >= num_embeddings and not (token in idle and token not in (tokenizer.chat_template or ""))
+    }
+    if beyond:
         raise ValueError(
-            f"model {folder}: the tokenizer's largest id is {largest_id}, the embedding has {num_embeddings} rows; "
+            f"model {folder}: the tokenizer's largest id is {max(beyond.values())}, the embedding has {num_embeddings} rows; "
             "expected every id to be a row; tokenizer and weights are of different models"
         )
 
@@ -264,6 +274,12 @@ def check_context(model: Any, max_tokens: int, *, setting: str = "max_tokens") -
     """Raise ValueError, which names the setting, when rows may be longer than the positions the model has."""
     config = model.config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's name
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    padding_idx = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    if (
+        context is not None and padding_idx is not None
+    ):  # RoBERTa and its like count positions from behind that of padding
+        context -= padding_idx + 1
     if context is not None and max_tokens > context:
         raise ValueError(
             f"{setting}: got {max_tokens}, the model {model.config.model_type} has a context of {context} tokens; "

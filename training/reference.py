@@ -4,10 +4,7 @@ The rows go through in windows. A finished window is a file in `work/parts`, so 
 memory does not grow with the number of rows.
 """
 
-import json
-import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +19,16 @@ from training.config import ReferenceScoreConfig, Runtime
 from training.data.batch import cut, lay_out
 from training.data.manifest import check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
-from training.job import Job, read_json_lines, write_json
+from training.data.schema import digest_row
+from training.data.scored import (
+    describe_dropped,
+    is_finished,
+    join_dropped,
+    require_finite,
+    require_some,
+    write_dropped,
+)
+from training.job import Job, write_json
 from training.logprobs import check_head, check_layout, choose_groups, longest_of, sum_logps
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
@@ -32,6 +38,9 @@ from training.render import Rendered, Renderer, UnusableRow
 SCHEMA = pa.schema(
     [
         pa.field("row_id", pa.string(), nullable=False),
+        pa.field(
+            "content_id", pa.string(), nullable=False
+        ),  # `digest_row` of the prompt and responses that were scored
         pa.field(
             "logp", pa.list_(pa.float64()), nullable=False
         ),  # nats, summed over trained tokens, stop token included
@@ -67,11 +76,10 @@ def run(job: Job) -> None:
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
     prepare_layout(scorer, find_extremes(scorer))
     parts = score_windows(scorer)
-    summary = assemble(parts, job)
-    if summary["rows"] == 0:
-        raise ValueError(
-            f"rows folder {job.inputs['rows']}: {describe_drops(summary)}; raise max_tokens or mend the rows"
-        )
+    join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
+    dropped = join_dropped(parts, job.output)
+    summary = summarise(job) | dropped
+    require_some(summary["rows"], dropped, job.inputs["rows"], remedy="raise max_tokens or mend the rows")
     digests = asdict(digest_model(job.inputs["reference"], tokenizer))
     write_json(job.output / "manifest.json", {"model": digests, "max_tokens": config.max_tokens})
     summary |= {
@@ -133,29 +141,26 @@ def score_windows(scorer: Scorer) -> list[Path]:
     return parts
 
 
-def dropped_file(part: Path) -> Path:
-    """Return the file of a part that names its dropped rows."""
-    return part.with_suffix(".dropped.jsonl")
-
-
-def is_finished(part: Path, row_ids: list[str]) -> bool:
-    """Return whether a part is there and of these very rows. Its parquet file is written last."""
-    if not part.is_file():
-        return False
-    dropped = [line["row_id"] for line in read_json_lines(dropped_file(part))]
-    found = pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist()
-    return sorted(found + dropped) == sorted(row_ids)
-
-
 def score_window(scorer: Scorer, rows: list[dict[str, Any]], part: Path) -> int:
-    """Render and score some rows, write their part, return the tokens that went through the model."""
+    """Render and score some rows, write their part, return the tokens that went through the model. ValueError names rows without a finite
+    log-probability."""
     rendered, dropped = render_rows(scorer.renderer, rows)
     logps, tokens = score_groups(scorer, list(rendered.values()))
+    name = scorer.model.name_or_path
+    require_finite(
+        dict(zip(rendered, logps, strict=True)), of=f"reference {name}: got NaN or infinite log-probabilities"
+    )
+    content = {row["row_id"]: digest_row(row["prompt"], row["responses"]) for row in rows}
     scores = [
-        {"row_id": row_id, "logp": logp_K, "num_tokens": [sample.num_trained for sample in samples]}
+        {
+            "row_id": row_id,
+            "content_id": content[row_id],
+            "logp": logp_K,
+            "num_tokens": [sample.num_trained for sample in samples],
+        }
         for (row_id, samples), logp_K in zip(rendered.items(), logps, strict=True)
     ]
-    write_lines(dropped_file(part), dropped)
+    write_dropped(part, dropped)
     with RowsWriter(part, SCHEMA) as out:
         out.write(scores)
     return tokens
@@ -171,7 +176,7 @@ def render_rows(
         try:
             rendered[row["row_id"]] = renderer.stored(row)
         except UnusableRow as unusable:
-            dropped.append({"row_id": row["row_id"], "reason": unusable.reason, "detail": str(unusable)})
+            dropped.append(describe_dropped(row["row_id"], unusable))
     return rendered, dropped
 
 
@@ -200,17 +205,8 @@ def score_groups(scorer: Scorer, groups: list[list[Rendered]]) -> tuple[list[lis
     return [logp_R[end - n : end].tolist() for n, end in zip(counts, ends, strict=True)], tokens
 
 
-def assemble(parts: list[Path], job: Job) -> dict[str, Any]:
-    """Join the parts into the artifact's files and return the counts."""
-    join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
-    reasons: Counter[str] = Counter()
-    partial = job.output / "dropped.jsonl.partial"
-    with partial.open("w") as out:
-        for part in parts:
-            for line in dropped_file(part).read_text().splitlines(keepends=True):
-                reasons[json.loads(line)["reason"]] += 1
-                out.write(line)
-    partial.replace(job.output / "dropped.jsonl")
+def summarise(job: Job) -> dict[str, Any]:
+    """Return the counts of all scores, read a part at a time."""
     rows = responses = trained = 0
     logp = 0.0
     with pq.ParquetFile(job.output / "scores.parquet") as file:
@@ -220,23 +216,4 @@ def assemble(parts: list[Path], job: Job) -> dict[str, Any]:
             trained += batch.column("num_tokens").flatten().sum().as_py() or 0
             logp += batch.column("logp").flatten().sum().as_py() or 0.0
     summary: dict[str, Any] = {"rows": rows, "responses": responses, "trained_tokens": trained}
-    summary |= {"dropped": reasons.total()} | {f"dropped_{reason}": count for reason, count in sorted(reasons.items())}
     return summary | ({"logp_per_token": logp / trained} if trained else {})
-
-
-def describe_drops(summary: dict[str, Any]) -> str:
-    """Return how many rows were dropped and why, in words."""
-    reasons = ", ".join(
-        f"{count} {name.removeprefix('dropped_')}" for name, count in summary.items() if name.startswith("dropped_")
-    )
-    return f"all {summary['dropped']} rows were dropped ({reasons or 'there were none'})"
-
-
-def write_lines(path: Path, lines: list[dict[str, str]]) -> None:
-    """Write JSON lines atomically."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as out:
-        out.writelines(json.dumps(line) + "\n" for line in lines)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)

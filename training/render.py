@@ -46,13 +46,23 @@ class Rendered:
 
 
 def render_prompt(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
-    """Return the ids of a conversation up to and including the cue for the assistant's next turn; UnusableRow as `apply_template`."""
+    """Return the ids of a conversation up to and including the cue for the assistant's next turn; UnusableRow as `apply_template`, and for a
+    turn that holds a special token by name: it would be read as one, and end the turn, say, where its author did not."""
+    for message in prompt:
+        if marker := next((text for text in marker_texts(tokenizer) if text in message["content"]), None):
+            raise UnusableRow(
+                "marker_in_prompt",
+                f"the {message['role']}'s turn holds {marker!r}, a special token of this tokenizer; expected text without any",
+            )
     ids: list[int] = apply_template(tokenizer, prompt, add_generation_prompt=True)
     return ids
 
 
-def apply_template(tokenizer: Any, conversations: list[Any], *, add_generation_prompt: bool = False) -> Any:
-    """Return the ids of a conversation, or of each of several; UnusableRow where the template refuses it."""
+def apply_template(
+    tokenizer: Any, conversations: list[Any], *, add_generation_prompt: bool = False, as_text: bool = False
+) -> Any:
+    """Return the ids of a conversation, or of each of several; UnusableRow where the template refuses it. With `as_text` special tokens that
+    a turn holds by name are read as text."""
     try:
         return tokenizer.apply_chat_template(
             conversations,
@@ -61,6 +71,7 @@ def apply_template(tokenizer: Any, conversations: list[Any], *, add_generation_p
             tokenize=True,
             return_dict=False,
             date_string=TODAY.strftime("%d %b %Y"),
+            sanitize_control_tokens=as_text,
         )
     except TemplateError as refusal:
         raise UnusableRow(
@@ -83,6 +94,12 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids that the tokenizer treats as markers, end-of-turn tokens among them."""
     added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
     return frozenset(tokenizer.all_special_ids) | frozenset(added)
+
+
+@cache
+def marker_texts(tokenizer: Any) -> tuple[str, ...]:
+    """Return the special tokens of a tokenizer by name."""
+    return tuple(filter(None, tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))))
 
 
 class Renderer:

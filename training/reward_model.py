@@ -39,6 +39,7 @@ from training.model import (
     start_torch,
 )
 from training.objectives.bradley_terry import BradleyTerry
+from training.render import UnusableRow
 from training.reward.render import RewardInput, RewardRenderer
 from training.reward.scorer import compute_rewards, score_batch, set_pad_token
 from training.sharding import as_layers, gather_weights, reshard, shard_and_read
@@ -50,13 +51,14 @@ from training.weights import digest_weights
 LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pairs:
     """The usable rows of a split; the first response of each is the preferred one."""
 
     examples: list[Example]
     num_chars: list[list[int]]  # of each example's responses, for the length baseline
     dropped: Counter[str]
+    cut: int = 0  # responses that did not fit whole, with their prompt
 
 
 def run(job: Job) -> None:
@@ -114,6 +116,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
             "microbatch_tokens": progress.microbatch_tokens,
             "dropout": max((m.p for m in policy.modules() if isinstance(m, nn.Dropout)), default=0.0),
             **accuracy,
+            "cut_responses": sum(found.cut for found in pairs.values()),
             **count_dropped(pairs),
             "wall_seconds": round(time.monotonic() - started, 3),
         }
@@ -227,19 +230,28 @@ def load_pairs(rows: Path, renderer: RewardRenderer, *, split: str) -> Pairs:
             if len(places) < 2:
                 pairs.dropped["equal_responses"] += 1
                 continue
-            texts = [responses[k] for k in places]
-            samples = renderer([row["prompt"]] * len(texts), texts)
+            try:
+                samples = renderer([row["prompt"]] * len(places), [responses[k] for k in places])
+            except UnusableRow as unusable:
+                pairs.dropped[unusable.reason] += 1
+                continue
+            # What it reads of both may be the same, as where they differ behind what fits: there is nothing to learn.
+            kept = [n for n, sample in enumerate(samples) if n == 0 or not samples[0].reads_as(sample)]
+            if len(kept) < 2:
+                pairs.dropped["same_tokens"] += 1
+                continue
+            pairs.cut += sum(samples[n].cut for n in kept)
             pairs.examples.append(
                 Example(
                     row_id=row["row_id"],
-                    samples=tuple(samples),
-                    places=tuple(places),
+                    samples=tuple(samples[n] for n in kept),
+                    places=tuple(places[n] for n in kept),
                     num_responses=len(responses),
-                    num_tokens_K=np.array([len(sample.ids) for sample in samples]),
+                    num_tokens_K=np.array([len(samples[n].ids) for n in kept]),
                     preferred=0,
                 )
             )
-            pairs.num_chars.append([len(text) for text in texts])
+            pairs.num_chars.append([len(responses[places[n]]) for n in kept])
     if not pairs.examples:
         counts = (
             ", ".join(f"{count} {reason}" for reason, count in sorted(pairs.dropped.items())) or "the split is empty"

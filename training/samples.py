@@ -62,11 +62,15 @@ class Sampler:
                 line = {
                     "step": step,
                     "row_id": row_id,
-                    "prompt": self._tokenizer.decode(ids, skip_special_tokens=True),
-                    "answer": self._tokenizer.decode(tokens, skip_special_tokens=True),
+                    "prompt": self._decode(ids),
+                    "answer": self._decode(tokens),
                     "truncated": tokens[-1] not in self._stop_ids,
                 }
                 out.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
 
     def _answer_all(self, model: Any) -> list[list[int]]:
         prompts = [ids for _, ids in self._prompts]

@@ -4,7 +4,7 @@ The models are loaded one after the other, and an answer goes through alone: the
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ import torch
 
 from training.config import Runtime, TokenScoreConfig
 from training.data.batch import collate
+from training.data.manifest import read_rows_manifest
 from training.data.rows import find_rows_file
 from training.job import Job, write_json
 from training.logprobs import as_policy, check_head, trained_logps
-from training.model import check_context, load_policy, start_torch
+from training.model import check_context, digest_rendering, load_policy, start_torch
 from training.render import Renderer, UnusableRow
 
 # T tokens of an answer, the one that stops it included
 
 WHO = ("reference", "policy")
-COLUMNS = ["row_id", "prompt", "responses", "truncated"]
+COLUMNS = ["row_id", "prompt", "responses", "truncated", "response_ids"]
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ def score_answers(
     check_context(model, config.max_tokens)
     renderer, policy = Renderer(tokenizer, max_tokens=config.max_tokens), as_policy(model)
     scored: list[ScoredAnswer | None] = []
-    for _, row in answers:
+    alike = {whose: is_read_as_drawn(job.inputs[f"{whose}_answers"], tokenizer) for whose in WHO}
+    for whose, row in answers:
         job.check_stop()
         try:
-            (sample,) = renderer.row(row["prompt"], row["responses"][:1], row["truncated"] and row["truncated"][:1])
+            (sample,) = renderer.stored(row if alike[whose] else row | {"response_ids": None}, [0])
         except UnusableRow:
             scored.append(None)
             continue
@@ -86,6 +88,12 @@ def score_answers(
         ids_T = tuple(sample.ids_T[sample.start :].tolist())
         scored.append(ScoredAnswer(ids_T, tuple(cut_text(tokenizer, ids_T)), tuple(logp_T.tolist())))
     return scored
+
+
+def is_read_as_drawn(answers: Path, tokenizer: Any) -> bool:
+    """Return whether sampled answers are tokens of this tokenizer and template; those of another are read from their text."""
+    manifest = read_rows_manifest(answers)
+    return manifest.policy is not None and digest_rendering(tokenizer).items() <= asdict(manifest.policy).items()
 
 
 def cut_text(tokenizer: Any, ids_T: tuple[int, ...]) -> list[str]:

@@ -18,9 +18,10 @@ from torch import Tensor
 from training.config import Layout, Precision, ResponseRegime, Runtime, StoredColumn
 from training.cross import plan_batches, read_cross
 from training.data.batch import MicroBatch, collate, cut, digest_plan, lay_out
-from training.data.examples import Example, load_examples, read_dropped, read_scores
+from training.data.examples import Example, load_examples, read_scores
 from training.data.manifest import RowsManifest, check_reference, check_samples, check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter
+from training.data.scored import read_dropped
 from training.devices import device_peak, name_device
 from training.distributed import World, open_world
 from training.flops import Flops, count_flops
@@ -291,10 +292,11 @@ def gather_examples(
                 f"train: no input `rewards`; got {sorted(job.inputs)}; the objective {config.objective} needs rewards; score the rows"
             )
         rewards = read_scores(job.inputs["rewards"], "reward")
+        unscored |= read_dropped(job.inputs["rewards"])
     # Whether an objective can do without the reference is its own to say: not every regime of VAR looks at it.
     if StoredColumn.reference in config.columns and "reference" in job.inputs:
         reference = read_scores(job.inputs["reference"], "logp", columns=["num_tokens"])
-        unscored = read_dropped(job.inputs["reference"])
+        unscored |= read_dropped(job.inputs["reference"])
     select, min_responses = config.choose_responses(regime)
     return load_examples(
         rows,

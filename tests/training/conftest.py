@@ -13,7 +13,7 @@ from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA, digest_row
 from training.job import Job
 
-REWARDS = pa.schema([("row_id", pa.string()), ("reward", pa.list_(pa.float64()))])
+REWARDS = pa.schema([("row_id", pa.string()), ("content_id", pa.string()), ("reward", pa.list_(pa.float64()))])
 
 
 @pytest.fixture
@@ -62,12 +62,18 @@ def write_rows() -> Callable[..., Path]:
 
 @pytest.fixture
 def write_rewards() -> Callable[..., Path]:
-    """Return a function that writes a reward column by row id."""
+    """Return a function that writes a reward column by row id; of `sampled` rows, whose ids say nothing of the responses, these are given."""
 
-    def write(folder: Path, rewards: dict[str, list[float]]) -> Path:
+    def write(folder: Path, rewards: dict[str, list[float]], sampled: Sequence[dict[str, Any]] = ()) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
+        content = {row["row_id"]: digest_row(row["prompt"], row["responses"]) for row in sampled}
         with RowsWriter(folder / "scores.parquet", REWARDS) as out:
-            out.write([{"row_id": row_id, "reward": reward} for row_id, reward in rewards.items()])
+            out.write(
+                [
+                    {"row_id": row_id, "content_id": content.get(row_id, row_id), "reward": reward}
+                    for row_id, reward in rewards.items()
+                ]
+            )
         return folder
 
     return write

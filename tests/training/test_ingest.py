@@ -230,6 +230,20 @@ def test_equal_rows_of_samples_are_draws_of_their_own(tmp_path: Path, regime: di
     assert [row["row_id"] for row in kept(again)] == [row["row_id"] for row in rows]
 
 
+@pytest.mark.parametrize("order", [[None, 0, None], [0, None], [None, None, 0]])
+def test_a_preference_stands_for_equal_rows_without_one(tmp_path: Path, order: list[int | None]) -> None:
+    """Wherever it stands: by the order of the lines it would be lost, and its prompt with it to what learns from preferences."""
+    said = [{"prompt": "Is it?", "responses": ["Yes", "No"]} | ({} if p is None else {"preferred": p}) for p in order]
+    others = [{"prompt": f"Question {n}?", "responses": ["Yes", "No"], "preferred": 1} for n in range(20)]
+    job = ingest(tmp_path, [*said, *others])
+    rows = kept(job)
+    assert [(row["line"], row["preferred"]) for row in rows[:2]] == [(order.index(0) + 1, 0), (len(order) + 1, 1)]
+    left_out = sorted((entry["line"], entry["reason"]) for entry in quarantined(job))
+    assert left_out == [(line, "duplicate") for line, p in enumerate(order, start=1) if p is None]
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert (summary["rows"], summary["prompts"]) == (21, 21)
+
+
 def test_rows_that_contradict_each_other_both_go(tmp_path: Path) -> None:
     swapped = pair(4, chosen="Bad answer 4.", rejected="Good answer 4.")
     job = ingest(tmp_path, [*(pair(n) for n in range(10)), swapped])

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import embedding
-from transformers import AutoTokenizer, ByT5Tokenizer
+from transformers import AddedToken, AutoTokenizer, BertConfig, BertModel, ByT5Tokenizer, RobertaConfig, RobertaModel
 
 from tests.ranks import Ranks
 from training.config import Precision
 from training.distributed import ALONE, World
-from training.model import digest_tokenizer, load_policy
+from training.model import check_context, digest_tokenizer, load_policy
+from training.render import Renderer, UnusableRow
 from training.sharding import load_sharded_policy
 
 
@@ -76,3 +77,37 @@ def pad_with_stop(base: Path, folder: Path, *, tied: bool) -> Path:
         del state["lm_head.weight"]
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def test_a_special_token_that_nothing_writes_needs_no_row_of_the_embedding(tiny_policy: Path, tmp_path: Path) -> None:
+    """As that for images in the tokenizer of Gemma 3, whose models of text have none for it. Where a text holds it, the row is refused."""
+    folder = shutil.copytree(tiny_policy, tmp_path / "one-more")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(AddedToken("<image>", special=True), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = load_policy(folder, precision=Precision.float32, device=torch.device("cpu"))
+    assert max(tokenizer.get_vocab().values()) == model.get_input_embeddings().num_embeddings
+    renderer = Renderer(tokenizer, max_tokens=200)
+    for prompt, answer in (("Look: <image>", "No"), ("Look", "An <image>")):
+        with pytest.raises(UnusableRow, match="special token"):
+            renderer.row([{"role": "user", "content": prompt}], [answer])
+    tokenizer.chat_template += "<image>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"largest id is \d+, the embedding has \d+ rows; .*of different models"):
+        load_policy(folder, precision=Precision.float32, device=torch.device("cpu"))
+
+
+def test_positions_behind_that_of_padding_are_fewer_than_the_configuration_says() -> None:
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 30,
+    }
+    roberta = RobertaModel(RobertaConfig(**sizes, max_position_embeddings=66, pad_token_id=1)).eval()
+    check_context(roberta, 64)
+    assert roberta(input_ids=torch.full((1, 64), 5)).last_hidden_state.isfinite().all()
+    with pytest.raises(ValueError, match="max_tokens: got 65, the model roberta has a context of 64 tokens"):
+        check_context(roberta, 65)
+    check_context(BertModel(BertConfig(**sizes, max_position_embeddings=66)), 66)

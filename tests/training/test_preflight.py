@@ -220,7 +220,7 @@ def test_a_response_cut_short_needs_no_stop_token(
     assert find(report, "stop_tokens").line.startswith("9 responses")
 
 
-def test_a_bos_in_the_users_words_fails_where_it_doubles_the_templates(
+def test_a_bos_that_the_template_doubles_in_some_rows_fails(
     inputs: dict[str, Path],
     make_job: Callable[..., Job],
     copy_policy: Callable[..., Path],
@@ -229,13 +229,15 @@ def test_a_bos_in_the_users_words_fails_where_it_doubles_the_templates(
     tmp_path: Path,
 ) -> None:
     turn = "<|im_start|>{{ message['role'] }}\n"
-    base = copy_policy("bare", "chat_template.jinja", turn, "{% if not loop.first %}" + turn + "{% endif %}")
-    rows = [make_row(f"{'<s>' if i == 3 else ''}Question {i}?", ["Yes", "No"]) for i in range(6)]
+    twice = "{% if loop.first and message['role'] == 'system' %}<s>{% endif %}"
+    base = copy_policy("doubling", "chat_template.jinja", turn, twice + turn)
+    rows = [make_row(f"Question {i}?", ["Yes", "No"]) for i in range(6)]
+    rows[3]["prompt"] = [{"role": "system", "content": "Be brief."}, *rows[3]["prompt"]]
     inputs = {"rows": write_rows(tmp_path / "doubled", rows), "base": base}
     report = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs)))
     (failed,) = report.failures
     assert failed.line.startswith("1 of 6 rows begin with 2 BOS tokens ('<s>'); expected 1")
-    assert failed.rows == [{"row_id": rows[3]["row_id"], "excerpt": "<s>Question 3?"}]
+    assert failed.rows == [{"row_id": rows[3]["row_id"], "excerpt": "Question 3?"}]
 
 
 class Doubled(Sft):

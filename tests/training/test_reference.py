@@ -186,6 +186,26 @@ def test_all_rows_dropped_is_an_error(tiny_policy: Path, rows: Path, make_job: C
         reference.run(long)
 
 
+def test_a_row_without_a_number_is_named_before_anything_is_written(
+    tiny_policy: Path, tmp_path: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
+) -> None:
+    folder = shutil.copytree(tiny_policy, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    token = AutoTokenizer.from_pretrained(folder).encode("z", add_special_tokens=False)[0]
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    if "lm_head.weight" not in weights:  # a head of its own: tied to the embedding it would give NaN for every row
+        weights["lm_head.weight"] = load_file(tiny_policy / "model.safetensors")["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    bad = make_row("Question", ["Yes", "z z z"])
+    rows = write_rows(tmp_path / "rows", [make_row("Question", ["Yes", "No"]), bad])
+    job = make_job("score_reference", "nan", config=CONFIG, inputs={"rows": rows, "reference": folder})
+    with pytest.raises(ValueError, match=rf"NaN or infinite log-probabilities for 1 of 2 rows \({bad['row_id']}\)"):
+        reference.run(job)
+    assert not list(job.output.glob("*.parquet")) and not list((job.work / "parts").iterdir())
+
+
 def test_the_longest_rows_of_the_whole_file_are_looked_at_before_any_is_scored(
     longrope_policy: Path, tmp_path: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
 ) -> None:

@@ -72,6 +72,15 @@ def test_a_marker_inside_a_response_is_refused(tokenizer: Any) -> None:
     assert caught.value.reason == "marker_in_response"
 
 
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_a_marker_inside_a_prompt_is_refused(role: str, tokenizer: Any) -> None:
+    """Read as a token it would end the turn: the policy would be asked something else than the row says."""
+    prompt = [{"role": role, "content": "What does <|im_end|> mean?"}, *PROMPT]
+    with pytest.raises(UnusableRow, match=rf"the {role}'s turn holds '<\|im_end\|>', a special token") as caught:
+        Renderer(tokenizer, max_tokens=200).row(prompt, ["It ends a turn."])
+    assert caught.value.reason == "marker_in_prompt"
+
+
 def test_the_first_of_two_closing_markers_is_the_stop_token(tokenizer: Any) -> None:
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", "<|im_end|>\n<pad>")
     rendered = Renderer(tokenizer, max_tokens=200).row(PROMPT, ["Mix flour."])[0]

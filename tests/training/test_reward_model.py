@@ -70,6 +70,24 @@ def test_learns_the_rule_and_reports_its_figures(
     assert rewards[0] > rewards[1]
 
 
+def test_what_does_not_fit_is_counted_and_pairs_that_are_cut_to_the_same_tokens_are_left_out(
+    tiny_reward_model: Path, tmp_path: Path, make_row: Any, write_rows: Any, make_job: Callable[..., Job]
+) -> None:
+    """They differ behind what the model reads: each would cost ln 2 whatever is learned, and count as half a win."""
+    long = "bake bread and " * 40
+    made = [
+        make_row(f"Please explain {n}", [f"bake bread {n}", "the sky"], split="heldout" if n % 4 == 0 else "train")
+        for n in range(16)
+    ]
+    made.append(make_row("Long", [long + "good", long + "bad", "the sky"]))
+    made.append(make_row("Same", [long + "good", long + "bad"]))
+    inputs = {"rows": write_rows(tmp_path / "rows", made), "base": tiny_reward_model}
+    job = make_job("reward_model", "cut", config=CONFIG, inputs=inputs)
+    reward_model.run(job)
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert (summary["rows"], summary["dropped_same_tokens"], summary["cut_responses"]) == (13, 1, 1)
+
+
 def test_a_single_label_head_is_made_from_the_seed(rows: Path, tiny_reward_model: Path) -> None:
     config = RewardModelConfig.model_validate(CONFIG)
     first, _ = reward_model.load_base(tiny_reward_model, config, Runtime(), ALONE)

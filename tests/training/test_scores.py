@@ -15,9 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
+from training import train
 from training.config import Precision, RewardRender
-from training.job import Job
+from training.data.schema import digest_row
+from training.job import Job, read_json_lines
 from training.reward import score
 from training.reward.scorer import load_scorer
 
@@ -137,6 +140,44 @@ def test_a_reward_that_is_no_number_is_refused_with_its_row(
     with pytest.raises(ValueError, match=rf"NaN or infinite rewards for 1 of 2 rows \({bad['row_id']}\)"):
         score.run(job)
     assert not (job.output / "scores.parquet").exists() and not list((job.work / "parts").iterdir())
+
+
+def test_a_conversation_that_the_reward_model_refuses_is_dropped_with_the_reason_and_not_trained_on(
+    tiny_policy: Path, tmp_path: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
+) -> None:
+    """As Gemma 2's template refuses a system turn: one such row ended the job, and every rerun."""
+    folder = tmp_path / "scorer"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_policy)
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+    LlamaForSequenceClassification(LlamaConfig.from_pretrained(tiny_policy, num_labels=1)).save_pretrained(folder)
+    made = [make_row(f"Question {n}?", [f"Answer {n}", "No"]) for n in range(6)]
+    system = [{"role": "system", "content": "Be brief."}, *made[2]["prompt"]]
+    made[2] |= {"prompt": system, "row_id": digest_row(system, made[2]["responses"])}
+    inputs = {"rows": write_rows(tmp_path / "rows", made), "scorer": folder}
+    config = CONFIG | {"render": "chat_template"}
+    job = make_job("score_rewards", "a", config=config, inputs=inputs)
+    score.run(job)
+    assert list(read(job)) == [row["row_id"] for n, row in enumerate(made) if n != 2]
+    (line,) = read_json_lines(job.output / "dropped.jsonl")
+    assert (line["row_id"], line["reason"]) == (made[2]["row_id"], "template_refuses")
+    assert "System role not supported" in line["detail"]
+    summary = json.loads((job.output / "summary.json").read_text())
+    assert (summary["rows"], summary["dropped"], summary["dropped_template_refuses"]) == (5, 1, 1)
+    score.run(job)  # its only window is finished
+    assert len(read(job)) == 5
+    folders = {"rows": inputs["rows"], "rewards": job.output, "base": tiny_policy}
+    settings = {"objective": "var", "reference_factor": "none", "batch_prompts": 2, "max_tokens": 96}
+    trained = make_job("train", "train", config=settings, inputs=folders)
+    train.run(trained)
+    summary = json.loads((trained.output / "summary.json").read_text())
+    assert (summary["rows"], summary["dropped_not_scored"]) == (5, 1)
+    only = {"rows": write_rows(tmp_path / "only", made[2:3]), "scorer": folder}
+    with pytest.raises(
+        ValueError, match=r"all 1 rows were dropped \(1 template_refuses\); mend the rows, or take another"
+    ):
+        score.run(make_job("score_rewards", "only", config=config, inputs=only))
 
 
 def test_no_rows_are_refused(

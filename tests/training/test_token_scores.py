@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training import reference, token_scores
+from training import generate, reference, token_scores
 from training.job import HARDWARE_FILE, Job
 from training.token_scores import cut_text
 
@@ -83,6 +83,28 @@ def test_only_the_named_rows_and_no_answer_that_is_read_differently(
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:4]  # the same ids, cut otherwise
     (moved / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert score(make_job("score_tokens", "two", config=config, inputs=inputs)) == {}
+
+
+def test_sampled_answers_are_the_tokens_that_were_drawn(
+    rows: Path, tiny_policy: Path, moved: Path, make_job: Callable[..., Job]
+) -> None:
+    """Read from its text again, an answer that was cut within a character would be one that nobody drew."""
+    settings = {"split": "train", "samples_per_prompt": 1, "max_new_tokens": 7, "limit": 3}
+    drawn = make_job("generate", "drawn", config=settings, inputs={"rows": rows, "policy": tiny_policy})
+    generate.run(drawn)
+    answers = {row["row_id"]: row for row in pq.read_table(drawn.output / "responses.parquet").to_pylist()}
+    inputs = {"reference": tiny_policy, "policy": moved, "reference_answers": drawn.output, "policy_answers": rows}
+    config = {"row_ids": sorted(answers), "max_tokens": 96}
+    found = score(make_job("score_tokens", "drawn-tokens", config=config, inputs=inputs))
+    scored = make_job(
+        "score_reference", "of-drawn", config={"max_tokens": 96}, inputs={"rows": drawn.output, "reference": moved}
+    )
+    reference.run(scored)
+    logps = {row["row_id"]: row["logp"][0] for row in pq.read_table(scored.output / "scores.parquet").to_pylist()}
+    for row_id, row in answers.items():
+        tokens = found["reference", row_id]
+        assert len(tokens) == len(row["response_ids"][0])
+        assert sum(token["policy"] for token in tokens) == pytest.approx(logps[row_id], abs=2e-4)
 
 
 def test_a_character_of_several_tokens_is_the_last_ones(tiny_policy: Path) -> None:

@@ -418,7 +418,7 @@ def test_samples_of_the_base_itself_are_trained_on_as_they_lie(
     generate.run(sampled)
     rows = [row for batch in read_rows(sampled.output) for row in batch.to_pylist()]
     rewards = write_rewards(
-        tmp_path / "sampled-rewards", {r["row_id"]: [float(len(a)) for a in r["responses"]] for r in rows}
+        tmp_path / "sampled-rewards", {r["row_id"]: [float(len(a)) for a in r["responses"]] for r in rows}, rows
     )
     folders = {"rows": sampled.output, "base": tiny_policy, "rewards": rewards}
     job = make_job("train", "on-samples", config={**VAR, "reference_factor": "none"}, inputs=folders)
@@ -535,6 +535,15 @@ def test_refusals(inputs: dict[str, Path], make_job: Callable[..., Job], tmp_pat
     refuse("logp_ref: no such column", reference=None, config={"reference_factor": "sum"})
     refuse("logp_ref: no such column; the objective dpo", reference=None, config=DPO | {"reference_factor": None})
     refuse("no scores.parquet", rewards=tmp_path)
+    for name, what in (("rewards", "reward"), ("reference", "logp_ref")):
+        changed = edit_scores(
+            inputs[name], tmp_path / f"{name}-of-others", lambda rows: [{**r, "content_id": "0" * 32} for r in rows]
+        )
+        refuse(rf"row \w+: its {what} is of another prompt or other responses than the row has", **{name: changed})
+    table = pq.read_table(inputs["rewards"] / "scores.parquet")
+    (tmp_path / "unbound").mkdir()
+    pq.write_table(table.drop_columns("content_id"), tmp_path / "unbound" / "scores.parquet")
+    refuse("no column content_id; .*score the rows again", rewards=tmp_path / "unbound")
     refuse("no row of the train split is left", config={"max_tokens": 8})
     (inputs["rows"] / "manifest.json").write_text(json.dumps({"regime": "guess"}))
     refuse("regime is 'guess', expected one of")

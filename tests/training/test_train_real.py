@@ -35,7 +35,7 @@ def test_real_pairs_train(
     all_rows = pq.read_table(rows.output / "rows.parquet").to_pylist()
     assert read_summary(scored)["rows"] + len(dropped) == len(all_rows)
     rewards = write_rewards(
-        tmp_path / "rewards", {r["row_id"]: [len(a) / 100 for a in r["responses"]] for r in all_rows}
+        tmp_path / "rewards", {r["row_id"]: [len(a) / 100 for a in r["responses"]] for r in all_rows}, all_rows
     )
     config = {"objective": "var", "reference_factor": "mean", "batch_prompts": 16, "max_tokens": 1024}
     inputs = {"rows": rows.output, "base": tiny_policy, "rewards": rewards, "reference": scored.output}

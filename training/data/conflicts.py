@@ -20,12 +20,12 @@ TABLES = """
 create table seen (place integer primary key, content_id text not null, preferred integer, prompt blob not null, at text not null);
 create index seen_content on seen (content_id);
 create table edges (pair blob not null, forward integer not null, place integer not null);
-create table contradicted (place integer primary key, at text not null);
+create table refused (place integer primary key, reason text not null, at text not null);
 """
 FIND = """
 create index edges_pair on edges (pair, forward);
-insert into contradicted
-select place, min(at) from (
+insert or ignore into refused
+select place, 'contradiction', min(at) from (
     select a.place as place, seen.at as at
     from edges a join edges b on a.pair = b.pair and b.forward = 1 - a.forward join seen on seen.place = b.place
 ) group by place;
@@ -45,13 +45,19 @@ class SeenRows:
         )
 
     def find_duplicate(self, content_id: str, *, preferred: int | None) -> str | None:
-        """Return "source:line" of an earlier row with this content, unless the two prefer different responses."""
+        """Return "source:line" of an earlier row with this content that says as much, unless the two prefer different responses."""
         found = self._db.execute(
-            "select at from seen where content_id = ?1 and (preferred = ?2 or preferred is null or ?2 is null)"
-            " order by place limit 1",
+            "select at from seen where content_id = ?1 and (preferred = ?2 or ?2 is null) order by place limit 1",
             (content_id, preferred),
         ).fetchone()
         return found[0] if found else None
+
+    def supersede(self, content_id: str, *, at: str) -> None:
+        """Let a row at "source:line" that says which response is preferred stand for earlier ones with this content that do not."""
+        self._db.execute(
+            "insert or ignore into refused select place, 'duplicate', ?2 from seen where content_id = ?1 and preferred is null",
+            (content_id, at),
+        )
 
     def count(self, content_id: str) -> int:
         """Return how many rows with this content were added."""
@@ -73,14 +79,14 @@ class SeenRows:
         """Find every row that another row contradicts. Call once, after the last `add`."""
         self._db.executescript(FIND)
 
-    def read_contradictions(self, *, start: int, stop: int) -> dict[int, str]:
-        """Return the contradicted rows among places start <= place < stop, each with one row that says the opposite."""
-        query = "select place, at from contradicted where place >= ? and place < ?"
-        return dict(self._db.execute(query, (start, stop)).fetchall())
+    def read_refused(self, *, start: int, stop: int) -> dict[int, tuple[str, str]]:
+        """Return the rows among places start <= place < stop that another row contradicts or stands for: the reason, and which one."""
+        query = "select place, reason, at from refused where place >= ? and place < ?"
+        return {place: (reason, at) for place, reason, at in self._db.execute(query, (start, stop))}
 
     def count_prompts(self) -> int:
-        """Return how many different prompts the uncontradicted rows have."""
-        query = "select count(distinct prompt) from seen where place not in (select place from contradicted)"
+        """Return how many different prompts the rows have that are not refused."""
+        query = "select count(distinct prompt) from seen where place not in (select place from refused)"
         return int(self._db.execute(query).fetchone()[0])
 
     def __enter__(self) -> "SeenRows":

@@ -1,7 +1,7 @@
 """Rows joined with their stored columns and rendered: what a policy is trained on. Every row left out is counted by reason."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from training.data.rows import read_rows
+from training.data.schema import digest_row
 from training.data.selection import Select
-from training.job import read_json_lines
 from training.objectives.objective import FloatArray
 from training.render import Rendered, Renderer, UnusableRow
 
@@ -33,12 +33,19 @@ class Example:
     logq_K: FloatArray | None = None
 
 
-def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> dict[str, dict[str, list[float]]]:
-    """Return the stored lists of a score folder by row id: `column` and, where asked for, others. ValueError for a row with two scores."""
+Scores = dict[
+    str, dict[str, Any]
+]  # by row id: `content_id` of what was scored, and lists with a value for each response
+
+
+def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> Scores:
+    """Return what a score folder has of each row: `column` and, where asked for, others. ValueError for a row with two scores."""
     path = folder / "scores.parquet"
     if not path.is_file():
         raise ValueError(f"{column} folder {folder}: no scores.parquet; expected one; score the rows again")
-    names = [column, *columns]
+    names = ["content_id", column, *columns]
+    if missing := sorted({"row_id", *names} - set(pq.read_schema(path).names)):
+        raise ValueError(f"{path}: no column {', '.join(missing)}; expected it beside the scores; score the rows again")
     rows = pq.read_table(path, columns=["row_id", *names]).to_pylist()
     twice = [row_id for row_id, count in Counter(row["row_id"] for row in rows).items() if count > 1]
     if twice:
@@ -49,19 +56,13 @@ def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> di
     return {row["row_id"]: {name: row[name] for name in names} for row in rows}
 
 
-def read_dropped(folder: Path) -> set[str]:
-    """Return the row ids that a scorer left out on purpose."""
-    path = folder / "dropped.jsonl"
-    return {line["row_id"] for line in read_json_lines(path)} if path.is_file() else set()
-
-
 def load_examples(
     rows: Path,
     renderer: Renderer,
     *,
     select: Select,
-    rewards: dict[str, dict[str, list[float]]] | None = None,
-    reference: dict[str, dict[str, list[float]]] | None = None,
+    rewards: Scores | None = None,
+    reference: Scores | None = None,
     min_responses: int = 1,
     unscored: frozenset[str] = frozenset(),
     distinct: bool = False,
@@ -74,8 +75,9 @@ def load_examples(
 
     A row that loses a response as too long or unusable is dropped whole, never renormalised: what is left of a group is another
     prompt's worth of evidence. Rows in `unscored` were dropped by a scorer, with its own reasons. ValueError for rows that a column
-    lacks, for columns of other rows, and for a reference that read other tokens.
+    lacks, for columns of other rows or of other responses to them, and for a reference that read other tokens.
     """
+    columns = {name: scores for name, scores in (("reward", rewards), ("logp_ref", reference)) if scores is not None}
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     missing: list[str] = []
@@ -87,9 +89,10 @@ def load_examples(
             if row["row_id"] in unscored:
                 dropped["not_scored"] += 1
                 continue
-            if any(column is not None and row["row_id"] not in column for column in (rewards, reference)):
+            if any(row["row_id"] not in scores for scores in columns.values()):
                 missing.append(row["row_id"])
                 continue
+            check_content(row, columns)
             places = select(row)
             if len(places) < min_responses:
                 dropped["too_few_responses" if places else "no_preference"] += 1
@@ -121,6 +124,17 @@ def load_examples(
     return examples, dropped
 
 
+def check_content(row: dict[str, Any], columns: Mapping[str, Scores]) -> None:
+    """Raise ValueError where a column is of other responses: sampled again, a prompt keeps its row id."""
+    content_id = digest_row(row["prompt"], row["responses"])
+    for name, scores in columns.items():
+        if scores[row["row_id"]]["content_id"] != content_id:
+            raise ValueError(
+                f"row {row['row_id']}: its {name} is of another prompt or other responses than the row has; expected these; they were "
+                "changed, or sampled again, since they were scored: score these rows"
+            )
+
+
 def drop_equal_tokens(chosen: dict[int, Rendered], *, preferred: int | None) -> dict[int, Rendered]:
     """Return responses by their places in a row; of those with the same tokens the preferred one alone, or the first."""
     found: dict[bytes, int] = {}
@@ -135,8 +149,8 @@ def make_example(
     row: dict[str, Any],
     chosen: dict[int, Rendered],
     *,
-    rewards: dict[str, dict[str, list[float]]] | None,
-    reference: dict[str, dict[str, list[float]]] | None,
+    rewards: Scores | None,
+    reference: Scores | None,
 ) -> Example:
     """Pick the columns of the chosen responses of a row, by their places in it."""
     places, samples = list(chosen), tuple(chosen.values())
@@ -171,13 +185,11 @@ def place_preferred(row: dict[str, Any], places: list[int]) -> int | None:
     return next(equal, None)
 
 
-def pick(
-    row: dict[str, Any], column: dict[str, dict[str, list[float]]] | None, name: str, places: list[int]
-) -> np.ndarray | None:
+def pick(row: dict[str, Any], scores: Scores | None, name: str, places: list[int]) -> np.ndarray | None:
     """Return the values of a stored list at some places, float64; None without the column, NaN for nulls."""
-    if column is None:
+    if scores is None:
         return None
-    values = column[row["row_id"]][name]
+    values = scores[row["row_id"]][name]
     if len(values) != len(row["responses"]):
         raise ValueError(
             f"row {row['row_id']}: {name} has {len(values)} values, the row {len(row['responses'])} responses; "

@@ -160,6 +160,8 @@ def _understand(
         earlier = seen.find_duplicate(content_id, preferred=parsed.preferred)
         if earlier is not None:
             raise UnusableRow(Reason.duplicate, f"same prompt and responses as {earlier}")
+        if parsed.preferred is not None:
+            seen.supersede(content_id, at=f"{row.source}:{row.line}")
     elif repeats := seen.count(content_id):
         row_id = digest_row(parsed.prompt, parsed.responses, repeats=repeats)
         counts.repeated_samples += 1
@@ -183,28 +185,32 @@ def _understand(
 def _keep(
     job: Job, *, seen: SeenRows, quarantine: Quarantine, counts: Counts, candidates: Path, out: RowsWriter
 ) -> None:
-    """Second pass: write the rows that no other row contradicts."""
+    """Second pass: write the rows that no other row contradicts or stands for."""
     place = 0
     with pq.ParquetFile(candidates, pre_buffer=False) as spooled:
         for batch in spooled.iter_batches(batch_size=CHUNK_ROWS, use_threads=False):
             job.check_stop()
             rows = batch.to_pylist()
-            reversals = seen.read_contradictions(start=place, stop=place + len(rows))
+            refused = seen.read_refused(start=place, stop=place + len(rows))
             for n, row in enumerate(rows):
-                if place + n in reversals:
-                    _quarantine_reversed(row, reversals[place + n], quarantine=quarantine)
+                if place + n in refused:
+                    _quarantine_refused(row, *refused[place + n], quarantine=quarantine)
                 else:
                     counts.keep(row)
-            out.write([row for n, row in enumerate(rows) if place + n not in reversals])
+            out.write([row for n, row in enumerate(rows) if place + n not in refused])
             place += len(rows)
 
 
-def _quarantine_reversed(row: dict[str, Any], other: str, *, quarantine: Quarantine) -> None:
+def _quarantine_refused(row: dict[str, Any], reason: str, other: str, *, quarantine: Quarantine) -> None:
+    details = {
+        Reason.contradiction: f"{other} prefers the other way round",
+        Reason.duplicate: f"same prompt and responses as {other}, which says which one is preferred",
+    }
     quarantine.put(
         source=row["source"],
         line=row["line"],
-        reason=Reason.contradiction,
-        detail=f"{other} prefers the other way round",
+        reason=Reason(reason),
+        detail=details[Reason(reason)],
         raw=json.dumps({name: row[name] for name in ("prompt", "responses", "preferred")}),
     )
 

@@ -23,6 +23,10 @@ class RewardInput:
     )  # 0 for the prompt's tokens, 1 for the response's; None where the model has no such input
     cut: bool  # something did not fit
 
+    def reads_as(self, other: "RewardInput") -> bool:
+        """Return whether a model reads the same of both."""
+        return (self.ids, self.segments) == (other.ids, other.segments)
+
 
 class RewardRenderer:
     """Renders pairs with a reward model's own fast tokenizer; `max_tokens` counts special tokens too."""
@@ -74,7 +78,7 @@ class RewardRenderer:
             [*prompt, {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        rows = apply_template(self._tokenizer, turns)
+        rows = apply_template(self._tokenizer, turns, as_text=True)  # nobody writes a turn's frame by hand
         return [RewardInput(self._cut_left(ids), None, cut=len(ids) > self._max_tokens) for ids in rows]
 
     def _cut_left(self, ids: list[int]) -> list[int]:

@@ -15,25 +15,30 @@ import pyarrow.parquet as pq
 
 from training.config import RewardScoreConfig, Runtime
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
+from training.data.schema import digest_row
+from training.data.scored import is_finished, join_dropped, require_finite, require_some, write_dropped
 from training.job import Job
 from training.metrics import MetricsWriter
 from training.model import start_torch
+from training.render import UnusableRow
 from training.reward.scorer import RewardScorer, load_scorer
 from training.reward.statistics import RewardStatistics
 
 SCHEMA = pa.schema(
     [
         pa.field("row_id", pa.string(), nullable=False),
+        pa.field(
+            "content_id", pa.string(), nullable=False
+        ),  # `digest_row` of the prompt and responses that were scored
         pa.field("reward", pa.list_(pa.float64()), nullable=False),  # in the order of the row's responses
     ]
 )
 PART_SCHEMA = SCHEMA.append(pa.field("cut", pa.int32(), nullable=False))  # responses of the row that did not fit whole
 WINDOW_ROWS = 256
-BAD_ROWS_SHOWN = 5
 
 
 def run(job: Job) -> None:
-    """Score every row of both splits: `output/scores.parquet`, `output/summary.json`."""
+    """Score every row of both splits: `scores.parquet`, `dropped.jsonl`, `summary.json` in `output`."""
     config = RewardScoreConfig.model_validate(job.config)
     runtime = Runtime.model_validate(job.runtime)
     device = start_torch(runtime)
@@ -50,7 +55,10 @@ def run(job: Job) -> None:
     if not parts:
         raise ValueError(f"rows folder {job.inputs['rows']}: got no rows, expected at least one; ingest a source first")
     join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
-    summary = summarise(job, parts)
+    dropped = join_dropped(parts, job.output)
+    rows = pq.ParquetFile(job.output / "scores.parquet").metadata.num_rows
+    require_some(rows, dropped, job.inputs["rows"], remedy="mend the rows, or take another reward model")
+    summary = summarise(job, parts) | dropped
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
@@ -79,27 +87,43 @@ def score_windows(job: Job, scorer: RewardScorer, *, budget: int) -> list[Path]:
     return parts
 
 
-def is_finished(part: Path, row_ids: list[str]) -> bool:
-    """Return whether a part is there and of these very rows."""
-    return part.is_file() and pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist() == row_ids
-
-
 def score_window(scorer: RewardScorer, rows: list[dict[str, Any]], *, part: Path, budget: int) -> int:
     """Score some rows, write their part, return the number of responses. ValueError names rows without a finite reward."""
+    dropped: list[dict[str, str]] = []
+    try:
+        by_row = score_rows(scorer, rows, budget=budget)
+    except UnusableRow:
+        rows, dropped = scorer.split(rows)
+        by_row = score_rows(scorer, rows, budget=budget) if rows else []
+    require_finite(
+        {row["row_id"]: reward for row, reward, _ in by_row},
+        of=f"reward model {scorer.model.name_or_path}: got NaN or infinite rewards",
+    )
+    write_dropped(part, dropped)
+    with RowsWriter(part, PART_SCHEMA) as out:
+        out.write(
+            [
+                {
+                    "row_id": row["row_id"],
+                    "content_id": digest_row(row["prompt"], row["responses"]),
+                    "reward": reward.tolist(),
+                    "cut": int(cut.sum()),
+                }
+                for row, reward, cut in by_row
+            ]
+        )
+    return sum(len(row["responses"]) for row in rows)
+
+
+def score_rows(
+    scorer: RewardScorer, rows: list[dict[str, Any]], *, budget: int
+) -> list[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    """Return each row with its responses' rewards, and which of them did not fit; UnusableRow where the model refuses one of the rows."""
     prompts = [row["prompt"] for row in rows for _ in row["responses"]]
     responses = [response for row in rows for response in row["responses"]]
     rewards, cut = scorer.score(prompts, responses, budget=budget)
     ends = np.cumsum([len(row["responses"]) for row in rows])[:-1]
-    by_row = list(zip(rows, np.split(rewards, ends), np.split(cut, ends), strict=True))
-    bad = [row["row_id"] for row, reward, _ in by_row if not np.isfinite(reward).all()]
-    if bad:
-        raise ValueError(
-            f"reward model {scorer.model.name_or_path}: got NaN or infinite rewards for {len(bad)} of {len(rows)} rows "
-            f"({', '.join(bad[:BAD_ROWS_SHOWN])}), expected finite ones; try precision float32, or another model"
-        )
-    with RowsWriter(part, PART_SCHEMA) as out:
-        out.write([{"row_id": row["row_id"], "reward": r.tolist(), "cut": int(c.sum())} for row, r, c in by_row])
-    return len(responses)
+    return list(zip(rows, np.split(rewards, ends), np.split(cut, ends), strict=True))
 
 
 def summarise(job: Job, parts: list[Path]) -> dict[str, float | int]:
@@ -107,8 +131,9 @@ def summarise(job: Job, parts: list[Path]) -> dict[str, float | int]:
     statistics, cut = RewardStatistics(), 0
     for (window, part), expected in zip(windows(job), parts, strict=True):
         assert part == expected
-        scored = pq.read_table(part).to_pylist()
-        for row, score in zip(window.to_pylist(), scored, strict=True):
+        scored = {score["row_id"]: score for score in pq.read_table(part).to_pylist()}
+        for row in (row for row in window.to_pylist() if row["row_id"] in scored):
+            score = scored[row["row_id"]]
             chars = [len(response) for response in row["responses"]]
             statistics.add(score["reward"], chars=chars, preferred=row["preferred"], split=row["split"])
             cut += score["cut"]

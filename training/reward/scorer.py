@@ -12,9 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from training.config import Precision, RewardRender
 from training.data.batch import pack_by_tokens
+from training.data.scored import describe_dropped
 from training.logprobs import as_policy
 from training.memory import run_in_halves
 from training.model import DTYPES, check_context, check_model_folder, check_vocabulary
+from training.render import UnusableRow
 from training.reward.render import RewardInput, RewardRenderer
 
 # B responses of a batch, T tokens
@@ -47,6 +49,17 @@ class RewardScorer:
         for members in pack_by_tokens([len(item.ids) for item in inputs], budget=budget):
             rewards[members] = score_batch(self.model, [inputs[n] for n in members]).numpy()
         return rewards, np.array([item.cut for item in inputs])
+
+    def split(self, rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        """Return the rows that the model can read, and row id, reason and detail of the others."""
+        usable, unusable = [], []
+        for row in rows:
+            try:
+                self.renderer([row["prompt"]] * len(row["responses"]), row["responses"])
+                usable.append(row)
+            except UnusableRow as refusal:
+                unusable.append(describe_dropped(row["row_id"], refusal))
+        return usable, unusable
 
     def check(self) -> None:
         """Raise ValueError unless scores are finite and do not depend on what else is in the batch.

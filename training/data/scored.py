@@ -1,0 +1,83 @@
+"""What a scorer leaves of each window of rows: a part with the scores of those that it could read, and the others with the reason."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from training.job import read_json_lines
+from training.render import UnusableRow
+
+DROPPED = "dropped.jsonl"
+ROWS_SHOWN = 5
+
+
+def describe_dropped(row_id: str, unusable: UnusableRow) -> dict[str, str]:
+    """Return the line of a row that is left out."""
+    return {"row_id": row_id, "reason": unusable.reason, "detail": str(unusable)}
+
+
+def write_dropped(part: Path, lines: Sequence[Mapping[str, str]]) -> None:
+    """Write the rows that a window's part leaves out, atomically; the part itself is written after it, and says that both are done."""
+    path = dropped_file(part)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+        out.flush()
+        os.fsync(out.fileno())
+    partial.replace(path)
+
+
+def dropped_file(part: Path) -> Path:
+    """Return the file of a part that names its dropped rows."""
+    return part.with_suffix(".dropped.jsonl")
+
+
+def is_finished(part: Path, row_ids: Sequence[str]) -> bool:
+    """Return whether a part is there and of these very rows."""
+    if not part.is_file():
+        return False
+    dropped = [line["row_id"] for line in read_json_lines(dropped_file(part))]
+    found = pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist()
+    return sorted(found + dropped) == sorted(row_ids)
+
+
+def join_dropped(parts: Iterable[Path], output: Path) -> dict[str, int]:
+    """Write `dropped.jsonl` of all parts and return its counts: `dropped`, and by reason `dropped_<reason>`."""
+    reasons: Counter[str] = Counter()
+    partial = output / (DROPPED + ".partial")
+    with partial.open("w") as out:
+        for part in parts:
+            for line in read_json_lines(dropped_file(part)):
+                reasons[line["reason"]] += 1
+                out.write(json.dumps(line) + "\n")
+    partial.replace(output / DROPPED)
+    return {"dropped": reasons.total()} | {f"dropped_{reason}": count for reason, count in sorted(reasons.items())}
+
+
+def read_dropped(folder: Path) -> set[str]:
+    """Return the row ids that a scorer left out on purpose."""
+    return {line["row_id"] for line in read_json_lines(folder / DROPPED)} if (folder / DROPPED).is_file() else set()
+
+
+def require_some(rows: int, dropped: Mapping[str, int], folder: Path, *, remedy: str) -> None:
+    """Raise ValueError where no row of a folder is left to be scored."""
+    if rows == 0:
+        reasons = ", ".join(f"{n} {name.removeprefix('dropped_')}" for name, n in dropped.items() if name != "dropped")
+        raise ValueError(
+            f"rows folder {folder}: all {dropped['dropped']} rows were dropped ({reasons or 'there were none'}); {remedy}"
+        )
+
+
+def require_finite(values: Mapping[str, Sequence[float] | np.ndarray], *, of: str) -> None:
+    """Raise ValueError that names the rows whose scores are NaN or infinite; `of` says whose scores they are."""
+    bad = [row_id for row_id, scores in values.items() if not np.isfinite(scores).all()]
+    if bad:
+        raise ValueError(
+            f"{of} for {len(bad)} of {len(values)} rows ({', '.join(bad[:ROWS_SHOWN])}), expected finite ones; try precision "
+            "float32, or another model"
+        )
