@@ -394,7 +394,7 @@ import os, time
 from training.steps import Steps
 load = Steps.load
 def sleep(self, step, members):
-    if os.environ.get("RANK") == "1" and step == 3:
+    if os.environ.get("RANK") == "1" and step == 4:  # which is begun within the step before it
         time.sleep(10_000)
     return load(self, step, members)
 Steps.load = sleep
@@ -413,7 +413,7 @@ def test_a_rank_that_never_comes_to_an_exchange_is_named_with_where_it_is(
     assert error["type"] == "RankSilent", error
     assert re.match(r"rank [02] of 3 waited for another at training/\S+\.py:\d+, \w+ in vain", error["message"])
     assert re.search(
-        r"in vain \(.*\); rank 1 is at training/loop\.py:\d+, add_up; expected all to come there", error["message"]
+        r"in vain \(.*\); rank 1 is at training/loop\.py:\d+, begin; expected all to come there", error["message"]
     )
 
 
