@@ -78,11 +78,19 @@ def measure_rows(spec: dict[str, Any]) -> dict[str, Any]:
         "own": parts["train"] + kept,
         "judge": parts["heldout"] + kept,
         "pairs": short,
-        "heldout": [row for row in kept if len(render_prompt(tokenizer, row["prompt"])) <= spec["longest_prompt"]],
+        "heldout": [row for row in kept if is_short(tokenizer, row["prompt"], longest=spec["longest_prompt"])],
     }
     for name, chosen in written.items():
         write_rows(folder / name, chosen)
     return {name: str(folder / name) for name in written} | {f"num_{name}": len(rows) for name, rows in written.items()}
+
+
+def is_short(tokenizer: Any, prompt: list[dict[str, str]], *, longest: int) -> bool:
+    """Say whether a prompt can be rendered, in so many tokens at most."""
+    try:
+        return len(render_prompt(tokenizer, prompt)) <= longest
+    except UnusableRow:
+        return False
 
 
 def fits(renderer: Renderer, row: dict[str, Any]) -> bool:

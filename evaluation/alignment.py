@@ -32,7 +32,7 @@ class Answers:
     characters: Mapping[str, list[int]]
     truncated_share: float  # of the answers, cut by the token limit
     empty_share: float
-    dropped: int  # prompts that were too long to be answered
+    dropped: int  # prompts without a reward: too long to be answered, or refused by the policy's or the reward model's chat template
 
 
 class Level(Config):
@@ -83,7 +83,10 @@ class AlignmentResult(Config):
             if side.empty_share > MOST_UNUSABLE
         ]
         if self.dropped:
-            flags.append(f"prompts: {self.dropped} were too long to be answered (answers.max_prompt_tokens)")
+            flags.append(
+                f"prompts: {self.dropped} were too long to be answered (answers.max_prompt_tokens) or refused by a chat template; "
+                "dropped.jsonl of the answers and of their rewards says which"
+            )
         return "; ".join(flags) or None
 
 
@@ -98,7 +101,7 @@ def read_answers(answers: Path, rewards: Path) -> Answers:
         characters={row["row_id"]: [len(text) for text in row["responses"]] for row in texts},
         truncated_share=sum(cut) / len(cut),
         empty_share=sum(empty) / len(empty),
-        dropped=int(json.loads((answers / "summary.json").read_text())["dropped"]),
+        dropped=int(json.loads((answers / "summary.json").read_text())["dropped"]) + len(texts) - len(scores),
     )
 
 
@@ -112,7 +115,8 @@ def measure(name: str, model: Answers, baseline: Answers | None) -> AlignmentRes
         unlike = len(baseline.rewards.keys() ^ model.rewards.keys())
         raise ValueError(
             f"{name}: both models must have answered the same prompts; {unlike} were answered by one of them only, and "
-            f"{model.dropped} and {baseline.dropped} were too long for model and baseline; raise answers.max_prompt_tokens"
+            f"{model.dropped} and {baseline.dropped} were too long for model and baseline, or refused by a chat template; raise "
+            "answers.max_prompt_tokens, or look at dropped.jsonl"
         )
     own_N, base_N = (np.array([np.mean(side.rewards[row]) for row in rows]) for side in (model, baseline))
     return level.model_copy(

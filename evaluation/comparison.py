@@ -449,9 +449,10 @@ def subject_order(subjects: Sequence[Subject], name: str) -> int:
 
 
 def choose_rows(rows: Iterable[str], first: Mapping[str, float], last: Mapping[str, float]) -> list[str]:
-    """Return the held-out rows whose reward moved most from the first model to the last, up and down."""
+    """Return the held-out rows whose reward moved most from the first model to the last, up and down; rows without one where none has."""
     ordered = sorted(rows)
-    if first and last:
+    if rewarded := [row for row in ordered if row in first and row in last]:
+        ordered = rewarded
         ordered.sort(key=lambda row: last[row] - first[row])
     half = SAMPLES // 2
     return ordered[::-1] if len(ordered) <= SAMPLES else [*reversed(ordered[-half:]), *ordered[:half]]

@@ -124,8 +124,8 @@ def plan_preferences(
     if StoredColumn.reference in config.train.columns:
         columns["reference"] = plan(score_reference, config.reference, {"rows": rows, "reference": policy})
     if StoredColumn.cross in config.train.columns:
-        scored: dict[str, Given] = {"rows": rows, "base": policy, "scorer": scorer, "reference": columns["reference"]}
-        columns["cross"] = plan(score_cross, cross_config(config), scored)
+        scored: dict[str, Given] = {"rows": rows, "base": policy, "scorer": scorer}
+        columns["cross"] = plan(score_cross, cross_config(config), scored | columns)
     return rows, scorer, columns
 
 

@@ -32,7 +32,7 @@ def pair_set(config: PairSetConfig, attempt: Attempt) -> Metrics:
     return {f"data/{config.title}": float(counts["rows"])}
 
 
-@step(version=1)
+@step(version=2)
 def alignment(config: PromptSetConfig, attempt: Attempt) -> Metrics:
     """Weigh the rewards of a model's answers to a prompt set. Inputs: `answers`, `rewards`, and perhaps a baseline's as
     `baseline_answers`, `baseline_rewards`."""
@@ -49,7 +49,7 @@ def alignment(config: PromptSetConfig, attempt: Attempt) -> Metrics:
     return metrics
 
 
-@step(version=1)
+@step(version=2)
 def reward_bias(config: PairSetConfig, attempt: Attempt) -> Metrics:
     """Test a reward model on a pair set. Inputs: `rows`, `scores`."""
     from evaluation.reward_bias import measure

@@ -74,7 +74,7 @@ class Measured:
         return self.only is None or f"{record.step}/{record.fingerprint}" in self.only
 
 
-@step(version=4)
+@step(version=5)
 def compare(config: ComparisonConfig, attempt: Attempt) -> Metrics:
     """Lay models side by side. Inputs: of the model at place N `N_eval_<benchmark>`, `N_answers`, `N_rewards`, `N_set_<prompt set>`
     (its rewards), `N_judge_<benchmark>`, `N_rows`, and `N_tokens` of its answers and the first model's."""

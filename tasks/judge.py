@@ -19,7 +19,7 @@ NOISE = ("flip_rate", "max_difference")  # of a judge that draws, over its repea
 EARLIER = 8  # evaluations whose calls are looked through
 
 
-@step(version=3)
+@step(version=4)
 def judge(config: JudgeConfig, attempt: Attempt) -> Metrics:
     """Have a judge say which of two answers is better. Inputs: `benchmark`, its files, and what evaluation.judges.judging lists."""
     take_over(config, cast(StepAttempt, attempt))  # the only one that needs the store

@@ -8,7 +8,7 @@ from training.config import CrossScoreConfig, ReferenceScoreConfig, RewardScoreC
 def score_rewards(config: RewardScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response its reward. Inputs: `rows`, `scorer`."""
     summary = attempt.run_child("training", "score_rewards")
-    return {"reward/mean": float(summary["mean"]), "reward/std": float(summary["std"])}
+    return {f"reward/{name}": float(summary[name]) for name in ("mean", "std", "dropped")}
 
 
 @step(version=6)
@@ -22,7 +22,7 @@ def score_reference(config: ReferenceScoreConfig, attempt: Attempt) -> Metrics:
 def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response of a training batch its reward and log-probability under every prompt of that batch.
 
-    Inputs: `rows`, `base`, `scorer`, and the rows' own `reference` scores, whose dropped rows are no part of a batch.
+    Inputs: `rows`, `base`, `scorer`, and the rows' own `reference` scores and `rewards`, whose dropped rows are no part of a batch.
     """
     summary = attempt.run_child("training", "score_cross")
     return {"cross/pairs": float(summary["pairs"])}

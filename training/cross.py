@@ -21,7 +21,7 @@ from training.data.batch import digest_plan, plan_steps
 from training.data.examples import Example, load_examples
 from training.data.manifest import read_rows_manifest
 from training.data.rows import RowsWriter, join_parts, read_rows
-from training.data.scored import is_finished, read_dropped, require_finite, write_dropped
+from training.data.scored import is_finished, read_dropped, require_finite
 from training.data.selection import select_distinct
 from training.job import Job, write_json
 from training.logprobs import check_head
@@ -69,7 +69,9 @@ def run(job: Job) -> None:
     check_head(model)
     check_context(model, config.max_tokens)
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
-    unscored = read_dropped(job.inputs["reference"])
+    unscored = {
+        row_id for name in ("reference", "rewards") if name in job.inputs for row_id in read_dropped(job.inputs[name])
+    }
     examples, _ = load_examples(
         job.inputs["rows"],
         renderer,
@@ -172,7 +174,6 @@ def score_batches(
             started = time.monotonic()
             pairs = make_pairs(scorer.renderer, step, batch, rows)
             scored = score_pairs(scorer, rewards, pairs)
-            write_dropped(part, [])  # a batch loses no row
             with RowsWriter(part, SCHEMA) as out:
                 out.write(scored)
             seconds = time.monotonic() - started

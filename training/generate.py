@@ -21,7 +21,7 @@ from training.config import GenerateConfig, ResponseRegime, Runtime
 from training.data.batch import pack_by_tokens
 from training.data.rows import RowsWriter, join_parts, read_rows
 from training.data.schema import SCHEMA
-from training.data.scored import describe_dropped
+from training.data.scored import describe_dropped, is_finished
 from training.job import Job, write_json
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
@@ -177,11 +177,6 @@ def render_window(generator: Generator, rows: list[dict[str, Any]]) -> tuple[lis
         except UnusableRow as error:
             unusable.append(describe_dropped(row["row_id"], error))
     return fitting, unusable
-
-
-def is_finished(part: Path, row_ids: list[str]) -> bool:
-    """Return whether a part is there and of these very rows."""
-    return part.is_file() and pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist() == row_ids
 
 
 def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) -> int:

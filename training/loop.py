@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -279,7 +279,9 @@ class Trainer:
             part = part.done()
             parts.append(part)
         norm = self.measure_norm()
-        self._ahead = self.begin(step + 1) if step + 1 < self.work.num_steps else None  # while an accelerator is busy
+        if step + 1 < self.work.num_steps:  # while an accelerator is busy
+            with suppress(torch.OutOfMemoryError):  # the next step finds no room by itself then
+                self._ahead = self.begin(step + 1)
         return Total.of(parts, self.world, norm=norm)
 
     def begin(self, step: int) -> "Beginning":

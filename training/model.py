@@ -237,7 +237,7 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
     """Raise ValueError when the tokenizer can produce an id that the embedding does not have.
 
     Special tokens that neither frame a text nor stand in the chat template are no matter: Gemma 3's tokenizer has one for images, which its
-    models of text have no row for. Texts that hold a special token by name are not rendered (training/render.py).
+    models of text have no row for. A conversation that holds a special token by name is not rendered with it (training/render.py).
     """
     num_embeddings = model.get_input_embeddings().num_embeddings
     framing = {getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
@@ -245,7 +245,7 @@ def check_vocabulary(model: Any, tokenizer: Any, folder: Path) -> None:
     beyond = {
         token: token_id
         for token, token_id in tokenizer.get_vocab().items()
-        if token_id >= num_embeddings and not (token in idle and token not in (tokenizer.chat_template or ""))
+        if token_id >= num_embeddings and not (token in idle and token not in str(tokenizer.chat_template))
     }
     if beyond:
         raise ValueError(

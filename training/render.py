@@ -62,7 +62,10 @@ def apply_template(
     tokenizer: Any, conversations: list[Any], *, add_generation_prompt: bool = False, as_text: bool = False
 ) -> Any:
     """Return the ids of a conversation, or of each of several; UnusableRow where the template refuses it. With `as_text` special tokens that
-    a turn holds by name are read as text."""
+    a turn holds by name are read as text, by a tokenizer that can."""
+    listed = tokenizer.chat_control_tokens
+    if as_text and listed is None:
+        tokenizer.chat_control_tokens = []  # else whatever the template writes: models are trained on `<think>` in an answer
     try:
         return tokenizer.apply_chat_template(
             conversations,
@@ -79,6 +82,17 @@ def apply_template(
             f"the chat template refuses the conversation ({refusal}); expected one that it takes; leave out what it names, or take "
             "another template",
         ) from refusal
+    except ValueError as refusal:
+        if "sanitize" not in str(refusal):  # some vocabularies have no other pieces for a special token's name
+            raise
+        if isinstance(conversations[0], Mapping):
+            return apply_template(tokenizer, conversations, add_generation_prompt=add_generation_prompt)
+        return [
+            apply_template(tokenizer, turns, add_generation_prompt=add_generation_prompt, as_text=True)
+            for turns in conversations
+        ]
+    finally:
+        tokenizer.chat_control_tokens = listed
 
 
 @cache

@@ -3,8 +3,9 @@
 The models are loaded one after the other, and an answer goes through alone: there are only a few.
 """
 
+import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ import torch
 
 from training.config import Runtime, TokenScoreConfig
 from training.data.batch import collate
-from training.data.manifest import read_rows_manifest
 from training.data.rows import find_rows_file
 from training.job import Job, write_json
 from training.logprobs import as_policy, check_head, trained_logps
-from training.model import check_context, digest_rendering, load_policy, start_torch
+from training.model import check_context, digest_rendering, load_policy, load_tokenizer, start_torch
 from training.render import Renderer, UnusableRow
 
 # T tokens of an answer, the one that stops it included
@@ -75,7 +75,7 @@ def score_answers(
     check_context(model, config.max_tokens)
     renderer, policy = Renderer(tokenizer, max_tokens=config.max_tokens), as_policy(model)
     scored: list[ScoredAnswer | None] = []
-    alike = {whose: is_read_as_drawn(job.inputs[f"{whose}_answers"], tokenizer) for whose in WHO}
+    alike = {whose: is_read_as_drawn(job, whose) for whose in WHO}
     for whose, row in answers:
         job.check_stop()
         try:
@@ -90,10 +90,11 @@ def score_answers(
     return scored
 
 
-def is_read_as_drawn(answers: Path, tokenizer: Any) -> bool:
-    """Return whether sampled answers are tokens of this tokenizer and template; those of another are read from their text."""
-    manifest = read_rows_manifest(answers)
-    return manifest.policy is not None and digest_rendering(tokenizer).items() <= asdict(manifest.policy).items()
+def is_read_as_drawn(job: Job, whose: str) -> bool:
+    """Return whether answers were drawn as tokens of both models' tokenizer and template; others are read from their text."""
+    manifest = job.inputs[f"{whose}_answers"] / "manifest.json"
+    drawn = (json.loads(manifest.read_text()).get("policy") if manifest.is_file() else None) or {}
+    return all(digest_rendering(load_tokenizer(job.inputs[who])).items() <= drawn.items() for who in WHO)
 
 
 def cut_text(tokenizer: Any, ids_T: tuple[int, ...]) -> list[str]:

@@ -13,7 +13,7 @@ from training.config import GenerateConfig
 from training.data.batch import pack_by_tokens
 from training.memory import run_in_halves
 from training.model import digest_model, load_policy, start_torch
-from training.render import render_prompt
+from training.render import apply_template
 from training.sampling import find_stop_ids, generate_batch
 
 WINDOW = 64  # conversations that are sorted into batches together
@@ -47,7 +47,8 @@ class LocalModel:
         while window := list(islice(conversations, WINDOW)):
             fitting = []
             for number, conversation in window:
-                ids = render_prompt(self._tokenizer, conversation)
+                # What an answer holds by name is text: no policy can end the judge's turn, or make it refuse.
+                ids = apply_template(self._tokenizer, conversation, add_generation_prompt=True, as_text=True)
                 if self._context is not None and len(ids) + self._greedy.max_new_tokens > self._context:
                     words = f"{len(ids)} tokens and an answer of {self._greedy.max_new_tokens} exceed the context of {self._context}"
                     yield number, Reply(words, "refused", "", 0, 0)
@@ -72,7 +73,7 @@ class LocalModel:
         )
 
     def _read(self, prompt: list[int], new: list[int]) -> Reply:
-        text = self._tokenizer.decode(new, skip_special_tokens=True)
+        text = self._tokenizer.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         finish: Finish = "stop" if new[-1] in self._stop_ids else "length"
         return Reply(text, finish, self.name, len(prompt), len(new))
 

@@ -119,4 +119,8 @@ def test_answers_are_read_from_the_artifacts(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(json.dumps({"dropped": 2}))
     found = measure("s", read_answers(tmp_path, tmp_path), None)
     assert (found.model.reward, found.model.characters, found.dropped) == (2.25, 4.0, 2)
+    (tmp_path / "refused").mkdir()
+    pq.write_table(pa.Table.from_pylist(scores[1:]), tmp_path / "refused" / "scores.parquet")
+    found = measure("s", read_answers(tmp_path, tmp_path / "refused"), None)
+    assert (found.n, found.model.reward, found.model.characters, found.dropped) == (1, 3.0, 6.0, 3)
     assert (found.model.truncated_share, found.model.empty_share) == (0.25, 0.25)

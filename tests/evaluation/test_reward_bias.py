@@ -46,6 +46,16 @@ def test_accuracy_by_group_worked_by_hand(tmp_path: Path) -> None:
     assert found.longer_preferred == pytest.approx(2 / 3)
 
 
+def test_a_pair_without_a_reward_is_in_no_figure(tmp_path: Path) -> None:
+    """As where the reward model's chat template refuses it."""
+    rows = [
+        {"row_id": f"{n}", "source": "length bias", "responses": ["Two.", "It may well be three."]} for n in range(3)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = measure("evalbiasbench", rows=tmp_path, scores=write(tmp_path, {"0": [1.0, 0.0], "2": [0.0, 1.0]}))
+    assert (found.overall.n, found.overall.accuracy) == (2, 0.5)
+
+
 def measure_real(folder: Path, output: Path, *, sign: int) -> RewardBias:
     write_pairs(folder, PairSetConfig(name="evalbiasbench"), output=output)
     rows = pq.read_table(output / "rows.parquet").to_pylist()

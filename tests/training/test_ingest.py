@@ -244,6 +244,15 @@ def test_a_preference_stands_for_equal_rows_without_one(tmp_path: Path, order: l
     assert (summary["rows"], summary["prompts"]) == (21, 21)
 
 
+@pytest.mark.parametrize("order", [[None, 0, 1], [0, None, 1], [0, 1, None]])
+def test_rows_that_go_stand_for_no_other(tmp_path: Path, order: list[int | None]) -> None:
+    said = [{"prompt": "Is it?", "responses": ["Yes", "No"]} | ({} if p is None else {"preferred": p}) for p in order]
+    others = [{"prompt": f"Question {n}?", "responses": ["Yes", "No"], "preferred": 1} for n in range(20)]
+    job = ingest(tmp_path, [*said, *others])
+    assert kept(job)[0]["line"] == order.index(None) + 1 and kept(job)[0]["preferred"] is None
+    assert [entry["reason"] for entry in quarantined(job)] == ["contradiction"] * 2
+
+
 def test_rows_that_contradict_each_other_both_go(tmp_path: Path) -> None:
     swapped = pair(4, chosen="Bad answer 4.", rejected="Good answer 4.")
     job = ingest(tmp_path, [*(pair(n) for n in range(10)), swapped])

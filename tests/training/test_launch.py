@@ -417,6 +417,32 @@ def test_a_rank_that_never_comes_to_an_exchange_is_named_with_where_it_is(
     )
 
 
+WATCH = """
+import os, sys, time
+from pathlib import Path
+from training import launch
+from training.job import Job
+launch.FAILED_SECONDS = 0.5
+launch.watch_agent(os.getppid(), Job.read(Path(sys.argv[1])))
+print("watching", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_rank_ends_soon_after_another_has_said_what_the_job_failed_of(write_job: Callable[..., Path]) -> None:
+    """One that its own agent does not end, as on another machine, where it waits for the one that is gone."""
+    job_file = write_job("alone")
+    work = job_file.parent / "work"
+    work.mkdir()
+    command = [sys.executable, "-c", WATCH, str(job_file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as rank:
+        assert rank.stdout is not None and rank.stdout.readline() == "watching\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            rank.wait(1.0)
+        (work / "error.json").write_text("{}")
+        assert rank.wait(timeout=30) == 1
+
+
 def failed(status: int) -> ProcessFailure:
     return ProcessFailure(local_rank=0, pid=1, exitcode=status, error_file="")
 

@@ -227,6 +227,18 @@ def test_the_next_step_is_begun_before_this_ones_figures_are_waited_for(job: Job
     assert work.events == [*first, second[0], *read[0], second[1], *read[1]]
 
 
+def test_what_was_begun_for_another_budget_is_begun_anew(job: Job) -> None:
+    """As where held-out rows had no room between two steps."""
+    work, model = Told(num_steps=2), make_line()
+    runtime = Runtime(microbatch_tokens=4)
+    trainer = Trainer(model, make_optimiser(model, settings()), work, settings(), runtime, job, Progress())
+    trainer.take_step()
+    trainer.shrink(2)
+    trainer.take_step()
+    loaded = [event for event in work.events if event.startswith("load 1")]
+    assert loaded == ["load 1: [0, 1, 2, 3]", "load 1: [0, 1]", "load 1: [2, 3]"]
+
+
 class Narrow(Line):
     """A device with room for so many points at once."""
 

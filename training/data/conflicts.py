@@ -22,6 +22,7 @@ create index seen_content on seen (content_id);
 create table edges (pair blob not null, forward integer not null, place integer not null);
 create table refused (place integer primary key, reason text not null, at text not null);
 """
+# Rows that other rows contradict, and then those without a preference that a row with one, which stays, stands for.
 FIND = """
 create index edges_pair on edges (pair, forward);
 insert or ignore into refused
@@ -29,6 +30,10 @@ select place, 'contradiction', min(at) from (
     select a.place as place, seen.at as at
     from edges a join edges b on a.pair = b.pair and b.forward = 1 - a.forward join seen on seen.place = b.place
 ) group by place;
+insert or ignore into refused
+select plain.place, 'duplicate', min(said.at) from seen plain join seen said on said.content_id = plain.content_id
+where plain.preferred is null and said.preferred is not null and said.place not in (select place from refused)
+group by plain.place;
 """
 
 
@@ -45,19 +50,12 @@ class SeenRows:
         )
 
     def find_duplicate(self, content_id: str, *, preferred: int | None) -> str | None:
-        """Return "source:line" of an earlier row with this content that says as much, unless the two prefer different responses."""
+        """Return "source:line" of an earlier row with this content that says the same: prefers the same response, or none too."""
         found = self._db.execute(
-            "select at from seen where content_id = ?1 and (preferred = ?2 or ?2 is null) order by place limit 1",
+            "select at from seen where content_id = ?1 and preferred is ?2 order by place limit 1",
             (content_id, preferred),
         ).fetchone()
         return found[0] if found else None
-
-    def supersede(self, content_id: str, *, at: str) -> None:
-        """Let a row at "source:line" that says which response is preferred stand for earlier ones with this content that do not."""
-        self._db.execute(
-            "insert or ignore into refused select place, 'duplicate', ?2 from seen where content_id = ?1 and preferred is null",
-            (content_id, at),
-        )
 
     def count(self, content_id: str) -> int:
         """Return how many rows with this content were added."""
@@ -75,8 +73,8 @@ class SeenRows:
                 pair = hashlib.sha256(prompt + "\0".join(sorted((winner, loser))).encode()).digest()[:16]
                 self._db.execute("insert into edges values (?, ?, ?)", (pair, winner < loser, place))
 
-    def find_contradictions(self) -> None:
-        """Find every row that another row contradicts. Call once, after the last `add`."""
+    def find_refused(self) -> None:
+        """Find every row that another row contradicts, or stands for. Call once, after the last `add`."""
         self._db.executescript(FIND)
 
     def read_refused(self, *, start: int, stop: int) -> dict[int, tuple[str, str]]:

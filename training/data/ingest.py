@@ -94,7 +94,7 @@ def run(job: Job) -> None:
     ):
         _collect(job, config, seen=seen, quarantine=quarantine, counts=counts, candidates=candidates)
         if config.responses is ResponseRegime.support:
-            seen.find_contradictions()
+            seen.find_refused()
         _keep(job, seen=seen, quarantine=quarantine, counts=counts, candidates=candidates, out=out)
         prompts = seen.count_prompts()
         _check_counts(counts, config=config, source=source, prompts=prompts)
@@ -160,8 +160,6 @@ def _understand(
         earlier = seen.find_duplicate(content_id, preferred=parsed.preferred)
         if earlier is not None:
             raise UnusableRow(Reason.duplicate, f"same prompt and responses as {earlier}")
-        if parsed.preferred is not None:
-            seen.supersede(content_id, at=f"{row.source}:{row.line}")
     elif repeats := seen.count(content_id):
         row_id = digest_row(parsed.prompt, parsed.responses, repeats=repeats)
         counts.repeated_samples += 1

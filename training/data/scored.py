@@ -38,10 +38,10 @@ def dropped_file(part: Path) -> Path:
 
 
 def is_finished(part: Path, row_ids: Sequence[str]) -> bool:
-    """Return whether a part is there and of these very rows."""
+    """Return whether a part is there and of these very rows; one without a file of dropped rows leaves out none."""
     if not part.is_file():
         return False
-    dropped = [line["row_id"] for line in read_json_lines(dropped_file(part))]
+    dropped = [line["row_id"] for line in read_json_lines(dropped_file(part))] if dropped_file(part).is_file() else []
     found = pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist()
     return sorted(found + dropped) == sorted(row_ids)
 

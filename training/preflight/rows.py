@@ -95,7 +95,7 @@ def bos(ready: Ready) -> str:
     if wrong:
         raise Failure(
             f"{len(wrong)} of {len(examples)} rows begin with {got[wrong[0]]} BOS tokens ({tokenizer.bos_token!r}); expected "
-            f"{expected}, as the chat template writes; take the token's text out of these prompts, or mend the template",
+            f"{expected}, as the chat template writes; mend the template",
             wrong,
         )
     plain = count_leading(np.asarray(tokenizer("a")["input_ids"]), bos)
