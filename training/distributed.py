@@ -34,9 +34,7 @@ class World:
     size: int = 1
     mesh: DeviceMesh | None = None  # replicate x shard; None when alone
     files: dist.ProcessGroup | None = None  # all ranks, for waits as long as files take; None when alone
-    numbers: dist.ProcessGroup | None = (
-        None  # all ranks, for what their CPUs know: no GPU is waited for; None where those exchange all
-    )
+    numbers: dist.ProcessGroup | None = None  # all ranks' CPUs; None where these exchange everything
 
     @property
     def is_first(self) -> bool:

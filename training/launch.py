@@ -58,9 +58,7 @@ POLL_SECONDS = 0.1
 MEETING_SECONDS = 600  # of several machines: until all have started the job
 SHUTDOWN_SECONDS = 20  # from the first rank's end to the end of all; a parent that stops the job waits 25 s
 SAME_TIME_SECONDS = 5  # ranks that ended so close to the first did so by themselves
-FAILED_SECONDS = (
-    10  # from a rank's error to the end of those that its agent does not reach: on other machines, or within NCCL
-)
+FAILED_SECONDS = 10  # from a rank's error to the end of those that its agent does not reach, elsewhere or within NCCL
 ANSWER_SECONDS = 5  # for all ranks to say where they are
 PACKAGE = Path(__file__).parent
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h

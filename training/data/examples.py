@@ -33,9 +33,8 @@ class Example:
     logq_K: FloatArray | None = None
 
 
-Scores = dict[
-    str, dict[str, Any]
-]  # by row id: `content_id` of what was scored, and lists with a value for each response
+# By row id: `content_id` of what was scored, and lists with a value for each response.
+Scores = dict[str, dict[str, Any]]
 
 
 def read_scores(folder: Path, column: str, *, columns: Sequence[str] = ()) -> Scores:
