@@ -73,6 +73,7 @@ class Prepared:
     columns: Columns  # of the train split, as stored
     cross: Crosses
     base: str | None  # digest of the weights that training starts from; the first rank knows it
+    regime: ResponseRegime
 
 
 def run(job: Job) -> None:
@@ -108,7 +109,7 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
         write_weights(job, steps)
     world.barrier()  # the others have nothing to write
-    data = steps.digests | {"scores": digest_scores(prepared.columns, prepared.cross)}
+    data = steps.digests | {"scores": digest_scores(prepared.columns, prepared.cross), "regime": prepared.regime.value}
     identity = {"config": config.model_dump(mode="json"), "base": prepared.base, "data": data}
     peak = device_peak(world.device, config.precision)
     progress = run_steps(
@@ -164,7 +165,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     heldout = plan_heldout(kept, config, objective, forward, mean_tokens=steps.mean_tokens)
     ready = Ready(job, runtime, world, config.precision, policy, tokenizer, trained, objective, forward, steps)
     digest = base.weights_sha256 if base is not None else None
-    return Prepared(policy, ready, heldout, kept, dropped, columns, cross, digest)
+    return Prepared(policy, ready, heldout, kept, dropped, columns, cross, digest, manifest.regime)
 
 
 def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:

@@ -46,6 +46,7 @@ class Case:
     folder: Path
     precision: Precision = Precision.float32
     layers: Runtime = field(default_factory=Runtime)  # how they run
+    layout: Layout = Layout.tree
 
 
 @dataclass
@@ -74,11 +75,12 @@ def take_step(world: World, case: Case) -> Outcome:
     """Run one step with the loop's own code, sharded where there are several ranks."""
     with wide_norms():
         policy = Policy(copy.deepcopy(case.model))
-        enable_trees(policy.model)
+        if case.layout == Layout.tree:
+            enable_trees(policy.model)
         prepare_layers(policy.model, case.layers, device=world.device)
         if world.size > 1:
             shard_policy(policy, world, precision=case.precision)
-        forward = PolicyForward(world.device, Layout.tree)
+        forward = PolicyForward(world.device, case.layout)
         work = Steps(case.examples, case.objective, forward, batch_prompts=len(case.examples), epochs=1, seed=0)
         job = Job(name="train", config={}, runtime={}, inputs={}, output=case.folder, work=case.folder)
         runtime = Runtime(microbatch_tokens=case.budget)
@@ -241,6 +243,21 @@ def test_uneven_shares_change_nothing(
     expected = take_step(ALONE, case)
     for got in ranks.run(take_step, size=size, case=case):
         assert (got.loss, got.tokens) == (pytest.approx(expected.loss, rel=1e-10), expected.tokens)
+        assert_close(got.gradients, expected.gradients, bound=1e-10)
+
+
+@pytest.mark.parametrize(("size", "replicas"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("budget", [1, 60])
+def test_ranks_change_nothing_of_separate_rows(
+    size: int, replicas: int, budget: int, make_case: Callable[..., Case], ranks: Ranks
+) -> None:
+    """What cannot share its prompts is padded instead, in the cut of each number of ranks; the numbers are those of trees."""
+    trees = make_case(budget=budget, rows=5)
+    case = dataclasses.replace(trees, layout=Layout.rows)
+    expected = take_step(ALONE, trees)
+    for got in (take_step(ALONE, case), *ranks.run(take_step, size=size, replicas=replicas, case=case)):
+        assert got.loss == pytest.approx(expected.loss, rel=1e-10)
+        assert got.figures == pytest.approx(expected.figures, rel=1e-10, abs=1e-10)
         assert_close(got.gradients, expected.gradients, bound=1e-10)
 
 

@@ -82,6 +82,12 @@ def test_the_newest_wins_and_the_older_is_deleted(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000009"]
     (tmp_path / "step-00000011.partial").mkdir()  # killed while writing
     assert restore(tmp_path)[2].step == 9
+    save(tmp_path / "other", step=7)
+    (tmp_path / "other" / "step-00000007").rename(
+        tmp_path / "step-00000007"
+    )  # left by one that was killed before it deleted it
+    (tmp_path / "other").rmdir()
+    assert restore(tmp_path)[2].step == 9
     save(tmp_path, step=12)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000012"]
 

@@ -16,7 +16,7 @@ from tests.ranks import Ranks
 from training import reward_model
 from training.config import RewardModelConfig, RewardRender, Runtime
 from training.distributed import ALONE, World
-from training.job import Interrupted, Job
+from training.job import Interrupted, Job, read_json_lines
 from training.reward import scorer
 from training.reward.scorer import load_scorer
 from training.reward_model import binomial_interval, measure_accuracy, share_of_wins
@@ -209,6 +209,10 @@ def test_accuracy_does_not_depend_on_the_batch(rows: Path, tiny_reward_model: Pa
     assert measure_accuracy(model, pairs, budget=1) == measure_accuracy(model, pairs, budget=2048)
 
 
+def read_norms(job: Job) -> list[float]:
+    return [line["train/grad_norm"] for line in read_json_lines(job.output / "metrics.jsonl")]
+
+
 def run_on(world: World, job: dict[str, Any], runtime: Runtime) -> None:
     reward_model.train(Job(**job), RewardModelConfig.model_validate(job["config"]), runtime, world)
 
@@ -245,6 +249,7 @@ def test_two_ranks_give_the_reward_model_of_one(
     figures = [json.loads((j.output / "summary.json").read_text()) for j in (both, alone)]
     assert figures[0]["accuracy"] == pytest.approx(figures[1]["accuracy"], abs=0 if precision == "float32" else 0.2)
     assert figures[0]["final_loss"] == pytest.approx(figures[1]["final_loss"], rel=10 * bound)
+    assert read_norms(both)[0] == pytest.approx(read_norms(alone)[0], rel=10 * bound)  # AdamW would hide a factor
 
 
 def test_micro_batches_change_nothing_of_a_reward_model(
@@ -263,6 +268,8 @@ def test_micro_batches_change_nothing_of_a_reward_model(
         assert max((got[name] - tensor).abs().max().item() for name, tensor in wanted.items()) < 1e-4
     losses = [json.loads((job.output / "summary.json").read_text())["final_loss"] for job in jobs]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    first, *norms = (read_norms(job) for job in jobs)  # AdamW would hide a factor
+    assert len(first) == 10 and norms == [pytest.approx(first, rel=1e-3)] * 2
 
 
 def test_dropout_is_found_wherever_a_configuration_names_it(tiny_reward_model: Path, tiny_policy: Path) -> None:

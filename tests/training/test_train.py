@@ -141,8 +141,14 @@ def test_weights_are_those_of_the_objective(inputs: dict[str, Path], make_job: C
     summary = read_summary(job)
     assert summary["lambda"] == 3.0
     assert 0 < summary["mean_ess"] <= 1
-    assert summary["variance_reference_factor"] > 0
-    assert summary["variance_reward_over_lambda"] > 0
+    means = [np.divide(scores[row["row_id"]]["logp"], scores[row["row_id"]]["num_tokens"]) for row in rows]
+    freedom = sum(len(mean_K) - 1 for mean_K in means)
+    for name, values in (
+        ("reference_factor", means),
+        ("reward_over_lambda", [np.array(reward[row["row_id"]]) / 3.0 for row in rows]),
+    ):
+        spread = sum(((value_K - value_K.mean()) ** 2).sum() for value_K in values) / freedom
+        assert summary[f"variance_{name}"] == pytest.approx(spread, rel=1e-9)
 
 
 def test_lambda_of_an_effective_sample_size_is_in_the_summary(
@@ -595,7 +601,8 @@ def test_the_loss_of_held_out_rows_is_looked_at_on_the_way(
 def test_a_work_folder_of_another_run_is_refused_by_what_differs(
     inputs: dict[str, Path], make_job: Callable[..., Job], write_rewards: Any, tmp_path: Path
 ) -> None:
-    """Lambda, objective, rewards and rows, each alone changed since the checkpoint; and nothing else is named."""
+    """Lambda, objective, rewards, the regime and rows, each changed since the checkpoint; of the first, the third and the fourth nothing else
+    is named."""
 
     def attempt(config: dict[str, Any], given: dict[str, Path]) -> list[str]:
         try:
@@ -614,6 +621,13 @@ def test_a_work_folder_of_another_run_is_refused_by_what_differs(
     assert attempt({**VAR, "lambda_": 3.0}, inputs) == ["config.lambda_"]
     assert attempt(VAR, {**inputs, "rewards": write_rewards(tmp_path / "other", scored)}) == ["data.scores"]
     assert {"data.rows", "data.reference"} <= set(attempt(VAR, {**inputs, "rows": tmp_path / "fewer"}))
+    shutil.copytree(inputs["rows"], tmp_path / "drawn")
+    told = json.loads((inputs["rows"] / "manifest.json").read_text())
+    exact = {"regime": "from_reference", "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+    (tmp_path / "drawn" / "manifest.json").write_text(json.dumps(told | exact))
+    assert {"data.regime", "config.reference_factor"} <= set(
+        attempt({**VAR, "reference_factor": "none"}, {**inputs, "rows": tmp_path / "drawn"})
+    )
     sft = {"objective": "sft", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
     assert {"config.objective", "config.lambda_", "data.scores"} <= set(attempt(sft, inputs))
 

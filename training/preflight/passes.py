@@ -45,11 +45,11 @@ class Passes:
         ready, steps = self.ready, self.ready.steps
         group_R = steps.columns(0).group_R
         first = [index for index, group in enumerate(group_R) if group == group_R[0]]
-        if (
-            ready.device.type == "cuda"
-        ):  # its kernels are compiled and loaded once for the whole run, which is in no pass's time
+        if ready.device.type == "cuda":  # whose kernels are compiled and loaded once for the whole run
             self.values(first)
-            self.started = time.monotonic()
+        self.started = (
+            time.monotonic()
+        )  # behind the checks that are always whole: what they take is not theirs that follow
         started = time.monotonic()
         self.values(first)
         seconds = self.ready.world.max(time.monotonic() - started)  # of the slowest rank; all go by the same clock
