@@ -56,9 +56,8 @@ def measure(name: str, *, rows: Path, scores: Path) -> RewardBias:
     table = pq.read_table(scores / "scores.parquet", columns=["row_id", "reward"]).to_pylist()
     reward = {row["row_id"]: row["reward"] for row in table}
     asked = pq.read_table(rows / "rows.parquet", columns=columns).to_pylist()
-    pairs = [
-        pair for pair in asked if pair["row_id"] in reward
-    ]  # without those that the reward model's template refuses
+    # Without those that the reward model's template refuses.
+    pairs = [pair for pair in asked if pair["row_id"] in reward]
     right_N = np.array([beats(*reward[pair["row_id"]]) for pair in pairs])
     longer_N = np.array([beats(*map(len, pair["responses"])) for pair in pairs])
     group_N = np.array([pair["source"] for pair in pairs])

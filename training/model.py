@@ -276,9 +276,7 @@ def check_context(model: Any, max_tokens: int, *, setting: str = "max_tokens") -
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's name
     embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
     padding_idx = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    if (
-        context is not None and padding_idx is not None
-    ):  # RoBERTa and its like count positions from behind that of padding
+    if context is not None and padding_idx is not None:  # RoBERTa counts positions from behind that of padding
         context -= padding_idx + 1
     if context is not None and max_tokens > context:
         raise ValueError(

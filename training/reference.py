@@ -21,6 +21,7 @@ from training.data.manifest import check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.data.schema import digest_row
 from training.data.scored import (
+    CONTENT_ID,
     describe_dropped,
     is_finished,
     join_dropped,
@@ -38,9 +39,7 @@ from training.render import Rendered, Renderer, UnusableRow
 SCHEMA = pa.schema(
     [
         pa.field("row_id", pa.string(), nullable=False),
-        pa.field(
-            "content_id", pa.string(), nullable=False
-        ),  # `digest_row` of the prompt and responses that were scored
+        CONTENT_ID,
         pa.field(
             "logp", pa.list_(pa.float64()), nullable=False
         ),  # nats, summed over trained tokens, stop token included

@@ -43,9 +43,7 @@ def run(job: Job) -> None:
     config = TokenScoreConfig.model_validate(job.config)
     device = start_torch(Runtime.model_validate(job.runtime))
     started = time.monotonic()
-    answers = [
-        (whose, row) for whose in WHO for row in read_chosen(job.inputs[f"{whose}_answers"], row_ids=config.row_ids)
-    ]
+    answers = read_answers(job, row_ids=config.row_ids)
     scored = [score_answers(job, who, answers, config=config, device=device) for who in WHO]
     told = []
     for (whose, row), reference, policy in zip(answers, *scored, strict=True):
@@ -57,6 +55,26 @@ def run(job: Job) -> None:
     tokens = sum(len(answer["tokens"]) for answer in told)
     summary = {"answers": len(told), "left_out": len(answers) - len(told), "scored_tokens": tokens}
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def read_answers(job: Job, *, row_ids: tuple[str, ...]) -> list[tuple[str, dict[str, Any]]]:
+    """Return whose answers to the named rows there are: as tokens where they were drawn as those of both models' tokenizer and template, else
+    as text alone."""
+    renderings = [digest_rendering(load_tokenizer(job.inputs[who])) for who in WHO]
+    answers: list[tuple[str, dict[str, Any]]] = []
+    for whose in WHO:
+        folder = job.inputs[f"{whose}_answers"]
+        drawn = read_sampler(folder).items()
+        as_drawn = all(rendering.items() <= drawn for rendering in renderings)
+        chosen = read_chosen(folder, row_ids=row_ids)
+        answers += [(whose, row if as_drawn else row | {"response_ids": None}) for row in chosen]
+    return answers
+
+
+def read_sampler(folder: Path) -> dict[str, str]:
+    """Return the digests of the policy that drew a folder's answers; nothing where it does not say."""
+    manifest = folder / "manifest.json"
+    return (json.loads(manifest.read_text()).get("policy") if manifest.is_file() else None) or {}
 
 
 def read_chosen(folder: Path, *, row_ids: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -75,11 +93,10 @@ def score_answers(
     check_context(model, config.max_tokens)
     renderer, policy = Renderer(tokenizer, max_tokens=config.max_tokens), as_policy(model)
     scored: list[ScoredAnswer | None] = []
-    alike = {whose: is_read_as_drawn(job, whose) for whose in WHO}
-    for whose, row in answers:
+    for _, row in answers:
         job.check_stop()
         try:
-            (sample,) = renderer.stored(row if alike[whose] else row | {"response_ids": None}, [0])
+            (sample,) = renderer.stored(row, [0])
         except UnusableRow:
             scored.append(None)
             continue
@@ -88,13 +105,6 @@ def score_answers(
         ids_T = tuple(sample.ids_T[sample.start :].tolist())
         scored.append(ScoredAnswer(ids_T, tuple(cut_text(tokenizer, ids_T)), tuple(logp_T.tolist())))
     return scored
-
-
-def is_read_as_drawn(job: Job, whose: str) -> bool:
-    """Return whether answers were drawn as tokens of both models' tokenizer and template; others are read from their text."""
-    manifest = job.inputs[f"{whose}_answers"] / "manifest.json"
-    drawn = (json.loads(manifest.read_text()).get("policy") if manifest.is_file() else None) or {}
-    return all(digest_rendering(load_tokenizer(job.inputs[who])).items() <= drawn.items() for who in WHO)
 
 
 def cut_text(tokenizer: Any, ids_T: tuple[int, ...]) -> list[str]:

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.job import read_json_lines
 from training.render import UnusableRow
 
 DROPPED = "dropped.jsonl"
+CONTENT_ID = pa.field(
+    "content_id", pa.string(), nullable=False
+)  # `digest_row` of the prompt and responses that were scored
 ROWS_SHOWN = 5
 
 

@@ -49,10 +49,9 @@ class Passes:
             self.values(first)
         self.started = (
             time.monotonic()
-        )  # behind the checks that are always whole: what they take is not theirs that follow
-        started = time.monotonic()
+        )  # behind the checks that are always whole, whose time is not that of those that follow
         self.values(first)
-        seconds = self.ready.world.max(time.monotonic() - started)  # of the slowest rank; all go by the same clock
+        seconds = self.ready.world.max(time.monotonic() - self.started)  # of the slowest rank; all go by the same clock
         self.seconds_per_token = seconds / self.count(first)
         of_run = sum(len(s.ids_T) for e in ready.examples for s in e.samples) * steps.num_steps / steps.steps_per_epoch
         seconds = SHARE_OF_RUN * 3 * of_run * self.seconds_per_token

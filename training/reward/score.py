@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from training.config import RewardScoreConfig, Runtime
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.data.schema import digest_row
-from training.data.scored import is_finished, join_dropped, require_finite, require_some, write_dropped
+from training.data.scored import CONTENT_ID, is_finished, join_dropped, require_finite, require_some, write_dropped
 from training.job import Job
 from training.metrics import MetricsWriter
 from training.model import start_torch
@@ -27,9 +27,7 @@ from training.reward.statistics import RewardStatistics
 SCHEMA = pa.schema(
     [
         pa.field("row_id", pa.string(), nullable=False),
-        pa.field(
-            "content_id", pa.string(), nullable=False
-        ),  # `digest_row` of the prompt and responses that were scored
+        CONTENT_ID,
         pa.field("reward", pa.list_(pa.float64()), nullable=False),  # in the order of the row's responses
     ]
 )
