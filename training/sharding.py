@@ -173,9 +173,8 @@ def gather_weights(model: nn.Module, world: World, *, trained_only: bool = False
             continue
         if tensor not in gathered:
             full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if (
-                full.is_cuda and not world.is_first
-            ):  # no more than one ahead of the rank that copies them: it may take longer than TIMEOUT
+            # No more than one ahead of the rank that copies them, which may take longer than TIMEOUT.
+            if full.is_cuda and not world.is_first:
                 torch.cuda.current_stream().synchronize()
             gathered[tensor] = full.detach().cpu() if world.is_first else full.new_empty(0)
         whole[name] = gathered[tensor]  # tied ones stay one, as what saves them expects

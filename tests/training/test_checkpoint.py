@@ -83,9 +83,8 @@ def test_the_newest_wins_and_the_older_is_deleted(tmp_path: Path) -> None:
     (tmp_path / "step-00000011.partial").mkdir()  # killed while writing
     assert restore(tmp_path)[2].step == 9
     save(tmp_path / "other", step=7)
-    (tmp_path / "other" / "step-00000007").rename(
-        tmp_path / "step-00000007"
-    )  # left by one that was killed before it deleted it
+    # As one leaves it that was killed before it deleted it.
+    (tmp_path / "other" / "step-00000007").rename(tmp_path / "step-00000007")
     (tmp_path / "other").rmdir()
     assert restore(tmp_path)[2].step == 9
     save(tmp_path, step=12)

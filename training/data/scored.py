@@ -14,9 +14,7 @@ from training.job import read_json_lines
 from training.render import UnusableRow
 
 DROPPED = "dropped.jsonl"
-CONTENT_ID = pa.field(
-    "content_id", pa.string(), nullable=False
-)  # `digest_row` of the prompt and responses that were scored
+CONTENT_ID = pa.field("content_id", pa.string(), nullable=False)  # `digest_row` of what was scored
 ROWS_SHOWN = 5
 
 

@@ -47,9 +47,7 @@ class Passes:
         first = [index for index, group in enumerate(group_R) if group == group_R[0]]
         if ready.device.type == "cuda":  # whose kernels are compiled and loaded once for the whole run
             self.values(first)
-        self.started = (
-            time.monotonic()
-        )  # behind the checks that are always whole, whose time is not that of those that follow
+        self.started = time.monotonic()  # behind the checks that are always whole: their time is not that of others
         self.values(first)
         seconds = self.ready.world.max(time.monotonic() - self.started)  # of the slowest rank; all go by the same clock
         self.seconds_per_token = seconds / self.count(first)
