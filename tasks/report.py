@@ -32,7 +32,7 @@ class ReportConfig(Config):
     recipe: str
 
 
-@step(version=8)
+@step(version=9)
 def report(config: ReportConfig, attempt: Attempt) -> Metrics:
     """Write the page: verdict, evidence, data, cost, lineage. Inputs: what the gate weighed and what it came from."""
     from evaluation.alignment import AlignmentResult

@@ -4,7 +4,7 @@ from tasks.step import Attempt, Metrics, step
 from training.objectives.objective import TrainConfig
 
 
-@step(version=6)
+@step(version=7)
 def train(config: TrainConfig, attempt: Attempt) -> Metrics:
     """Train the policy on scored responses. Inputs: `rows`, `base`, and the columns that the objective needs."""
     summary = attempt.run_child("training", "train")

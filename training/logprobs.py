@@ -29,6 +29,7 @@ MAX_LAYOUT_GAP = {
 # How many times the mean one token may be off: in bfloat16 0.9 nats, of the seven families in tests/architectures.py 0.03 at most.
 ONE_TOKEN = 30
 SIBLINGS = 3  # of a prompt's responses, that a layout is tried on
+SOME_IDS = np.arange(6)  # that a model has, whatever its tokenizer
 # Logits held at once: 128 MiB in float32, a matrix product that keeps two cores busy; an accelerator wants larger ones.
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 
@@ -89,8 +90,16 @@ def trained_logps(model: Any, micro: MicroBatch) -> Tensor:
     return logp_P
 
 
-def check_head(model: Any) -> None:
-    """Raise ValueError unless hidden states times output embedding, capped as the config says, are the model's logits.
+class LayoutError(ValueError):
+    """Log-probabilities in a layout are not what each response gives alone."""
+
+    def __init__(self, line: str, groups: Sequence[int]) -> None:
+        super().__init__(line)
+        self.groups = list(groups)  # places of those that differ, the furthest off first
+
+
+def check_head(model: Any, ids_T: np.ndarray = SOME_IDS) -> None:
+    """Raise ValueError unless hidden states times output embedding, capped as the config says, are the model's logits of some tokens.
 
     Some architectures scale their logits behind the head; log-probabilities computed here would be of another model. So would be
     what is saved of one that changes its weights as it computes (RWKV, which divides them in evaluation mode).
@@ -104,7 +113,7 @@ def check_head(model: Any) -> None:
         )
     parameters = list(policy.parameters())
     versions = [parameter._version for parameter in parameters]
-    gap, bound = policy(compare_logits)
+    gap, bound = policy(compare_logits, ids_T)
     if versions != [parameter._version for parameter in parameters]:
         raise ValueError(
             f"model type {kind}: a forward pass changes its weights; expected them to stay; what is saved would be another model; "
@@ -121,10 +130,10 @@ def check_head(model: Any) -> None:
         )
 
 
-def compare_logits(model: Any) -> tuple[float, float]:
+def compare_logits(model: Any, ids_T: np.ndarray) -> tuple[float, float]:
     """Return how far a model's logits of some ids are from hidden states times output embedding, and how far they may be."""
     head = model.get_output_embeddings()
-    ids_BT = torch.arange(6, device=head.weight.device).view(1, 6)
+    ids_BT = torch.from_numpy(ids_T.astype(np.int64))[None].to(head.weight.device)
     with torch.no_grad():
         expected = model(input_ids=ids_BT, use_cache=False).logits
         got = head(model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state)
@@ -155,7 +164,7 @@ def check_layout(
     dtype: torch.dtype | None = None,
     narrow: bool = False,
 ) -> None:
-    """Make a model ready for a layout. ValueError unless log-probabilities in it are what each response gives alone.
+    """Make a model ready for a layout. LayoutError unless log-probabilities in it are what each response gives alone.
 
     `dtype` is what the layers compute in, where it is not that of the parameters; with `narrow` all is looked at under bfloat16 autocast
     too. `groups` are the responses of some prompts; longer ones show more, as with windows of attention, and a short one beside them
@@ -179,25 +188,34 @@ def check_layout(
         if layout == Layout.tree:
             enable_trees(policy.model)
         together = read([lay_out(samples, group_B, device=device, layout=layout)])
+    group_P = np.repeat(group_B, [sample.num_trained for sample in samples])
     for mode, got_P, expected_P in zip(modes, together, alone, strict=True):
-        require_equal(got_P, expected_P, mode, kind=policy.model.config.model_type, layout=layout)
+        # What is no number alone says nothing of the layout: who reads it names its rows.
+        known_P = expected_P.isfinite()
+        gap_P = (got_P - expected_P)[known_P].abs().cpu().numpy()
+        require_small(gap_P, group_P[known_P.cpu().numpy()], mode, kind=policy.model.config.model_type, layout=layout)
 
 
-def require_equal(got_P: Tensor, expected_P: Tensor, dtype: torch.dtype, *, kind: str, layout: Layout) -> None:
-    """Raise ValueError unless log-probabilities in a layout are those of each response alone, on average and one by one."""
-    known_P = expected_P.isfinite()  # what is no number alone says nothing of the layout: who reads it names its rows
-    gap_P = (got_P - expected_P)[known_P].abs()
-    gap, most = (gap_P.mean().item(), gap_P.max().item()) if known_P.any() else (0.0, 0.0)
+def require_small(gap_P: np.ndarray, group_P: np.ndarray, dtype: torch.dtype, *, kind: str, layout: Layout) -> None:
+    """Raise LayoutError unless the gaps of log-probabilities in a layout, of some groups, are small on average and one by one."""
     bound = MAX_LAYOUT_GAP[dtype]
-    if not (gap <= bound and most <= ONE_TOKEN * bound):
+
+    def is_small(gap_P: np.ndarray) -> bool:  # not "none is above": NaN is not small
+        return not len(gap_P) or bool(gap_P.mean() <= bound and gap_P.max() <= ONE_TOKEN * bound)
+
+    if not is_small(gap_P):
+        gap, most = gap_P.mean(), gap_P.max()
+        mean_of = {group: gap_P[group_P == group].mean() for group in np.unique(group_P).tolist()}
+        off = [group for group in mean_of if not is_small(gap_P[group_P == group])]
         remedy = (
             "its attention cannot be shared: set runtime.layout to rows"
             if layout == Layout.tree
             else "what it computes depends on the longest row beside it (dynamic RoPE, say): lower max_tokens until no row is that long"
         )
-        raise ValueError(
+        raise LayoutError(
             f"model type {kind}, layout {layout.value}, {str(dtype).removeprefix('torch.')}: log-probabilities differ by {gap:.3g} nats per token "
-            f"from those of each response alone, that of one token by {most:.3g}; expected at most {bound:g} and {ONE_TOKEN * bound:g}; {remedy}"
+            f"from those of each response alone, that of one token by {most:.3g}; expected at most {bound:g} and {ONE_TOKEN * bound:g}; {remedy}",
+            sorted(off, key=lambda group: -np.nan_to_num(mean_of[group], nan=np.inf)),
         )
 
 

@@ -51,10 +51,10 @@ from training.steps import Forwarded, Steps, gather_columns
 LOG = logging.getLogger(__name__)
 WEIGHTS_SCHEMA = pa.schema(
     [
+        pa.field("step", pa.int32(), nullable=False),  # of the plan, from 0
         pa.field("row_id", pa.string(), nullable=False),
-        pa.field(
-            "weight", pa.list_(pa.float64()), nullable=False
-        ),  # in the order of the row's responses; 0: not trained
+        # in the order of the row's responses; 0: not trained
+        pa.field("weight", pa.list_(pa.float64()), nullable=False),
     ]
 )
 HELDOUT_ROWS = 16  # whose weighted loss is followed
@@ -354,16 +354,16 @@ def make_settings(config: TrainConfig) -> Settings:
 
 
 def write_weights(job: Job, steps: Steps) -> None:
-    """Write `weights.parquet`: the weights of the last epoch, in the order of training."""
+    """Write `weights.parquet`: the plan of the run, its rows in the order of training, with the weights of their responses."""
     with RowsWriter(job.output / "weights.parquet", WEIGHTS_SCHEMA) as out:
-        for step in range(steps.num_steps - steps.steps_per_epoch, steps.num_steps):
+        for step in range(steps.num_steps):
             begin, rows = 0, []
             for example in steps.rows(step):
                 weight = [0.0] * example.num_responses
                 for k, place in enumerate(example.places):
                     weight[place] = float(steps.weights(step)[begin + k])
                 begin += len(example.places)
-                rows.append({"row_id": example.row_id, "weight": weight})
+                rows.append({"step": step, "row_id": example.row_id, "weight": weight})
             out.write(rows)
 
 

@@ -261,7 +261,7 @@ def pair_scores(data: ReportData) -> list[tuple[ScoreRow | None, ScoreRow | None
 
 
 def read_weights(path: Path) -> list[float]:
-    """Return the weights of all responses, of the first million at most."""
+    """Return the weights of all responses in all steps, of the first million at most."""
     weights: list[float] = []
     for batch in pq.ParquetFile(path).iter_batches(columns=["weight"]):
         weights += [weight for row in batch.column("weight").to_pylist() for weight in row]

@@ -191,7 +191,7 @@ def plot_weights(weights: Sequence[float]) -> Figure:
     """Return the distribution of the responses' weights; 1 is plain fine-tuning."""
     edges = _edges(weights)
     bars = _bars(_count(weights, edges), edges, name="responses", colour=CHALLENGER)
-    layout = _layout(height=260, x="weight of a response (1: as in plain fine-tuning)", y="responses")
+    layout = _layout(height=260, x="weight of a response (1: as in plain fine-tuning)", y="responses of all steps")
     layout |= {"bargap": 0.04, "shapes": [_line(1.0, dash="dash", colour=CHAMPION)]}
     return {"data": [bars], "layout": layout}
 

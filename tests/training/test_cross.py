@@ -144,12 +144,13 @@ def test_training_weighs_by_the_matrices(inputs: dict[str, Path], make_job: Call
     config = VAR | {"lambda_unit": "reward", "lambda_": 0.3}
     job = make_job("train", "train", config=config, inputs=inputs | {"cross": matrices.output})
     train.run(job)
-    weights = {row["row_id"]: row["weight"] for row in pq.read_table(job.output / "weights.parquet").to_pylist()}
+    plan = pq.read_table(job.output / "weights.parquet").to_pylist()
+    weights = {(row["step"], row["row_id"]): row["weight"] for row in plan}
     found = pq.read_table(matrices.output / "scores.parquet").to_pylist()
     tokens = {
         row["row_id"]: row["num_tokens"] for row in pq.read_table(inputs["reference"] / "scores.parquet").to_pylist()
     }
-    for step in (3, 4, 5):  # of the last epoch
+    for step in range(6):  # of both epochs, in which a prompt has other neighbours and another weight
         batch = [row for row in found if row["step"] == step]
         num_tokens = np.concatenate([tokens[row["row_id"]] for row in batch])
         score_GN = (
@@ -158,7 +159,7 @@ def test_training_weighs_by_the_matrices(inputs: dict[str, Path], make_job: Call
         group_N = np.repeat(np.arange(len(batch)), [len(tokens[row["row_id"]]) for row in batch])
         own = np.exp(score_GN)[group_N, np.arange(len(group_N))] / np.exp(score_GN).sum(axis=1)[group_N]
         expected = len(group_N) * own / own.sum()
-        assert np.concatenate([weights[row["row_id"]] for row in batch]) == pytest.approx(expected, rel=1e-9)
+        assert np.concatenate([weights[step, row["row_id"]] for row in batch]) == pytest.approx(expected, rel=1e-9)
     summary = json.loads((job.output / "summary.json").read_text())
     assert summary["rows"] == 10 and summary["lambda"] == 0.3
 

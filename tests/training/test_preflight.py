@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, CohereConfig, LlamaConfig
 
 from tests.ranks import Ranks
 from tests.training.test_tree import OneOff
@@ -48,6 +48,14 @@ from training.train import PolicyForward
 
 VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
 SFT = {"objective": "sft", "responses": "all", "batch_prompts": 4, "max_tokens": 128}
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+# Positions as they come up to this one, others beyond it.
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 33,
+    "short_factor": [1.0, 1.0], "long_factor": [4.0, 8.0],
+}  # fmt: skip
 NAMES = [
     "weights", "trained_tokens", "stop_tokens", "bos", "output_head", "unit_weights", "layout", "reference", "microbatches", "memory",
 ]  # fmt: skip
@@ -294,19 +302,21 @@ def test_a_step_without_trained_tokens_fails(inputs: dict[str, Path], make_job: 
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "words"),
+    ("name", "config", "words", "rows"),
     [
-        ("layout", BloomConfig(hidden_size=16, n_layer=2, n_head=4), "set runtime.layout to rows"),
-        ("output_head", CohereConfig(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            logit_scale=0.5,
-        ), "scaled logits"),
+        # Its attention is its own, whatever is read.
+        ("layout", BloomConfig(hidden_size=16, n_layer=2, n_head=4), "set runtime.layout to rows", 0),
+        ("layout", LlamaConfig(
+            **SMALL, max_position_embeddings=128, rope_parameters=LONG_ROPE, initializer_range=0.5,
+        ), "nats per token from those of each response alone", 3),
+        ("output_head", CohereConfig(**SMALL, logit_scale=0.5), "scaled logits", 1),
     ],
 )  # fmt: skip
 def test_an_architecture_that_cannot_be_trained_as_asked_fails_beside_all_else_that_does(
     name: str,
     config: Any,
     words: str,
+    rows: int,
     inputs: dict[str, Path],
     make_job: Callable[..., Job],
     copy_policy: Callable[..., Path],
@@ -317,8 +327,10 @@ def test_an_architecture_that_cannot_be_trained_as_asked_fails_beside_all_else_t
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     job = make_job("train", "a", config=SFT, inputs={**inputs, "base": base})
-    with pytest.raises(ValueError, match=rf"(?s)2 of 7 checks failed.*- stop_tokens: .*- {name}: .*{words}"):
+    with pytest.raises(ValueError, match=rf"(?s)2 of 7 checks failed.*- stop_tokens: .*- {name}: .*{words}") as caught:
         train.run(job)
+    shown = str(caught.value).partition(f"- {name}: ")[2].splitlines()[1:]
+    assert len(shown) == rows and all(re.fullmatch(r" +[0-9a-f]{12}  Question \d\?", line) for line in shown)
 
 
 def limit_memory(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> None:

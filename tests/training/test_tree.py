@@ -15,7 +15,7 @@ from training import tree as tree_module
 from training.config import Layout
 from training.data.batch import collate, collate_trees, cut_trees
 from training.flops import read_windows
-from training.logprobs import Policy, check_layout, sum_logps
+from training.logprobs import LayoutError, Policy, check_layout, sum_logps
 from training.model import checkpoint_activations, find_layers
 from training.render import Rendered
 from training.tree import Tree, attend_blocks, attend_segments, enable_trees
@@ -93,9 +93,10 @@ def test_a_short_row_shows_positions_that_are_switched_by_the_longest(layout: La
     rng = np.random.default_rng(0)
     long = [make_group(rng, 14, 9, 12), make_group(rng, 15, 7)]
     check_layout(AutoModelForCausalLM.from_config(config).eval(), long, layout=layout, device=CPU)
-    with pytest.raises(ValueError, match=r"llama.*nats per token"):
+    with pytest.raises(LayoutError, match=r"llama.*nats per token") as caught:
         model = AutoModelForCausalLM.from_config(config).eval()
         check_layout(model, [*long, make_group(rng, 3, 4)], layout=layout, device=CPU)
+    assert caught.value.groups == [2], "the short one alone"
 
 
 class OneOff(Policy):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from training.config import Precision
 from training.data.batch import collate, count_padded
-from training.logprobs import MAX_LAYOUT_GAP, check_head, check_layout, choose_groups, sum_logps
+from training.logprobs import MAX_LAYOUT_GAP, LayoutError, check_head, check_layout, choose_groups, sum_logps
 from training.model import DTYPES
 from training.objectives.objective import WeightedLikelihood
 from training.preflight.findings import ROWS_SHOWN, Failure, NotApplicable, Report
@@ -27,6 +27,7 @@ MOST_SECONDS = 30.0
 LEAST_SECONDS = 5.0
 SHARE_OF_RUN = 0.05
 MOST_TRIED_TOKENS = 2048
+HEAD_TOKENS = 64  # whose logits are held at once
 
 
 @dataclass
@@ -110,21 +111,40 @@ class Passes:
 
 def output_head(ready: Ready) -> str:
     """Hidden states times output embedding are the model's logits."""
-    with as_layers(ready.world, precision=ready.precision):
-        check_head(ready.policy)
-    return "hidden states times output embedding are the logits"
+    first = ready.steps.samples(0)[0].ids_T[:HEAD_TOKENS]
+    try:
+        with as_layers(ready.world, precision=ready.precision):
+            check_head(ready.policy, first)
+    except ValueError as refusal:
+        raise Failure(str(refusal), row_ids(ready, [0])) from refusal
+    return f"{len(first)} tokens: hidden states times output embedding are the logits"
 
 
 def layout(ready: Ready) -> str:
     """What the layout gives is what each response gives alone; the model is ready for it afterwards."""
-    count = check_layout_of(ready)
+    try:
+        count = check_layout_of(ready)
+    except ValueError as refusal:
+        raise Failure(str(refusal), rows_of(ready, refusal)) from refusal
     layout = ready.runtime.layout.value
     return f"{layout}: the log-probabilities of {count} rows, the longest and the shortest, are those of separate responses"
 
 
+def rows_of(ready: Ready, refusal: ValueError) -> list[str]:
+    """Return the rows that a layout's refusal is about: none where the model cannot have the layout whatever is read."""
+    groups = looked_at(ready)
+    firsts = [groups[place][0] for place in refusal.groups] if isinstance(refusal, LayoutError) else []
+    return [next(e.row_id for e in ready.examples if any(s is first for s in e.samples)) for first in firsts]
+
+
+def looked_at(ready: Ready) -> list[Sequence[Rendered]]:
+    """Return the responses of the rows that show a layout's faults."""
+    return choose_groups(example.samples for example in ready.examples)
+
+
 def check_layout_of(ready: Ready) -> int:
     """Make the model ready for the run's layout and return how many rows were looked at; ValueError as `check_layout`."""
-    groups = choose_groups(example.samples for example in ready.examples)
+    groups = looked_at(ready)
     with as_layers(ready.world, precision=ready.precision):
         check_layout(
             ready.policy,
