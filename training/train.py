@@ -370,11 +370,14 @@ def write_weights(job: Job, steps: Steps) -> None:
 def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> dict[str, Any]:
     """Return counts and speed."""
     last = range(steps.num_steps - steps.steps_per_epoch, steps.num_steps)
+    examples = [example for step in last for example in steps.rows(step)]
     summary: dict[str, Any] = {
         "steps": steps.num_steps,
         "skipped_steps": progress.skipped,
-        "rows": sum(len(steps.rows(step)) for step in last),
-        "responses": sum(len(steps.weights(step)) for step in last),
+        "rows": len(examples),
+        "responses": sum(len(example.samples) for example in examples),
+        # of these rows, which the objective does not read, or which repeat one in a fixed set
+        "responses_left_out": sum(example.num_responses - len(example.samples) for example in examples),
         "tokens": progress.tokens,
         "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
         "flops": progress.flops,
@@ -382,7 +385,7 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
         "mean_trained_tokens": steps.mean_tokens,
         "final_loss": progress.loss,
         "plan": steps.digest,
-        "respaced_responses": sum(s.respaced for step in last for example in steps.rows(step) for s in example.samples),
+        "respaced_responses": sum(sample.respaced for example in examples for sample in example.samples),
         "dropped": dropped.total(),
     }
     return summary | {f"dropped_{reason}": count for reason, count in sorted(dropped.items())}

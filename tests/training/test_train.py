@@ -354,8 +354,9 @@ def test_equal_responses_count_once_in_a_set_and_each_among_samples(
         )
     weights, summary = results["support"]
     assert weights == {rows[0]["row_id"]: pytest.approx([1.5, 0.5, 0.0])}
-    assert summary["dropped_too_few_responses"] == 1
-    weights, _ = results["from_reference"]
+    assert (summary["dropped_too_few_responses"], summary["responses_left_out"]) == (1, 1)
+    weights, summary = results["from_reference"]
+    assert summary["responses_left_out"] == 0
     assert weights[rows[0]["row_id"]] == pytest.approx([9 / 7, 3 / 7, 9 / 7])
     assert weights[rows[1]["row_id"]] == pytest.approx([1.5, 0.5])
 
