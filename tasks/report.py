@@ -58,6 +58,7 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             samples=read_samples(inputs, rewards),
             metrics=existing(trained / "metrics.jsonl"),
             weights=existing(trained / "weights.parquet"),
+            training=read_json(trained / "summary.json"),
             answers=read_answers(trained / "answers.jsonl"),
             preflight=read_json(trained / "preflight.json"),
             data=read_json(inputs["rows"] / "summary.json"),

@@ -112,6 +112,7 @@ class ReportData(Config):
     samples: tuple[SampleAnswer, ...] = ()
     metrics: Path | None = None  # metrics.jsonl of the train step
     weights: Path | None = None  # weights.parquet of the train step
+    training: dict[str, Any] | None = None  # its summary; a `warning` is among the doubts
     answers: tuple[TrainingAnswer, ...] = ()  # answers.jsonl of the train step
     preflight: dict[str, Any] | None = None  # preflight.json of the train step
     data: dict[str, Any] | None = None  # counts of ingest; `quarantined_by_reason` is drawn
@@ -134,11 +135,12 @@ def render_report(data: ReportData) -> str:
         .render(
             data=data,
             verdict=data.verdict,
-            doubts=[*data.verdict.flags, *doubt_reward(data.reward_model or {})],
+            doubts=[*data.verdict.flags, *doubt_reward(data.reward_model or {}), *doubt_weights(data.training or {})],
             charts=draw_charts(data),
             scores=pair_scores(data),
             answers=lay_out_answers(data.answers),
             counts=dict(flatten(data.data or {}, without="quarantined_by_reason")),
+            training_figures=dict(flatten(data.training or {}, without="warning")),
             reward_figures=dict(flatten(data.reward_model or {})),
             provenance=dict(flatten(data.provenance)),
             names={step.fingerprint: step.title for step in data.steps},
@@ -180,6 +182,11 @@ def doubt_reward(summary: dict[str, Any]) -> list[str]:
     if accuracy <= length:
         return [f"{said}, no better than that the longer response wins ({length:.1%}): it may reward length alone"]
     return []
+
+
+def doubt_weights(summary: dict[str, Any]) -> list[str]:
+    """Return what the objective itself warns of, where it does."""
+    return [f"training: {summary['warning']}"] if "warning" in summary else []
 
 
 def lay_out_answers(answers: tuple[TrainingAnswer, ...]) -> dict[str, Any]:

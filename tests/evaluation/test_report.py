@@ -123,7 +123,7 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
     lines = [{"time": i, "step": i, "total": 40, "train/loss": 3 / (i + 1) + 1, **constant} for i in range(40)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     weights = draw.dirichlet([1, 1], 300) * 2
-    table = {"row_id": [f"{i:032x}" for i in range(300)], "weight": weights.tolist()}
+    table = {"step": list(range(300)), "row_id": [f"{i:032x}" for i in range(300)], "weight": weights.tolist()}
     pq.write_table(pa.table(table), folder / "weights.parquet")
     rows, model = "a" * 64, "b" * 64
     steps = (
@@ -152,6 +152,7 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
         "samples": (SampleAnswer(prompt=HOSTILE, champion=HOSTILE, challenger="", champion_reward=-1.25),),
         "metrics": folder / "metrics.jsonl",
         "weights": folder / "weights.parquet",
+        "training": {"lambda": 0.4375, "regime": "support", "warning": f"only 45% of the prompts: {HOSTILE}"},
         "answers": tuple(
             TrainingAnswer(step=step, prompt=prompt, answer=f"after {step}" if prompt == "Why?" else HOSTILE)
             for step in range(0, 200, 10)
@@ -235,6 +236,7 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     assert "49.5 ± 2.5" in page.text and "50.0 ± 2.5" in page.text
     assert "−0.5" in page.text  # difference in points
     assert "1 computed in this run, 3 min 5 s of work, 1 found done" in page.text
+    assert "training: only 45% of the prompts" in page.text and "lambda 0.4375" in page.text
     assert (
         "bbh: 2 runs of the champion alone that vary batch size differ by up to 0.2 points (1.2% of items flip"
         in page.text
@@ -383,7 +385,15 @@ def test_equal_data_give_the_equal_page(tmp_path: Path) -> None:
 
 def test_absent_parts_are_named_and_not_drawn(tmp_path: Path) -> None:
     bare: dict[str, Any] = {"answers": (), "preflight": None, "contamination": ()}
-    bare |= {"metrics": None, "weights": None, "data": None, "reward_model": None, "config": {}, "provenance": {}}
+    bare |= {
+        "metrics": None,
+        "weights": None,
+        "training": None,
+        "data": None,
+        "reward_model": None,
+        "config": {},
+        "provenance": {},
+    }
     bare |= {name: () for name in ("champion_scores", "challenger_scores", "rewards", "samples", "steps")}
     bare |= {"alignment": (), "reward_tests": ()}
     page = Page(render_report(make_report(tmp_path, **bare, links={})))

@@ -1,18 +1,21 @@
 """The deployments table: what it holds, and that what the user set on the server stays."""
 
 import importlib
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.filters import FlowFilter, FlowFilterName, LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.schedules import CronSchedule
 
 from flows.deployments import register, table
 from infra.settings import Settings
 from infra.stack import down, up
-from tests.faults.command import prefect_at
+from tests.faults.command import Command, prefect_at
+from tests.faults.deployment import run_python
 
 
 @pytest.fixture
@@ -85,6 +88,16 @@ def test_each_field_of_a_form_has_a_title_and_a_description(client: SyncPrefectC
                 shown = definitions.get(own.get("$ref", "").rpartition("/")[2], {}) | own
                 assert shown.get("title"), f"{entry.name}: {name}.{field} has no title"
                 assert shown.get("description") or "const" in shown, f"{entry.name}: {name}.{field} has no description"
+
+
+def test_what_our_own_loggers_warn_of_stands_on_the_runs_page(
+    varflow: Command, stack: Settings, client: SyncPrefectClient
+) -> None:
+    warn = "lambda: logging.getLogger('varflow.train').warning('only 45% of the prompts')"
+    run_python(varflow, f"import logging; from prefect import flow; flow(name='warns', persist_result=False)({warn})()")
+    (run,) = client.read_flow_runs(flow_filter=FlowFilter(name=FlowFilterName(any_=["warns"])))
+    logs = client.read_logs(LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run.id])))
+    assert [log.level for log in logs if log.message == "only 45% of the prompts"] == [logging.WARNING]
 
 
 @pytest.mark.slow
