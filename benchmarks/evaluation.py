@@ -1,6 +1,6 @@
 """How long an evaluation takes against lm-eval's own command line, and whether its numbers are the same.
 
-`python -m benchmarks.evaluation --data FOLDER --json [--only NAME] [--repeats N] [--limit N]`, where FOLDER holds the benchmarks' upstream
+`python -m benchmarks.evaluation --json [--data FOLDER] [--only NAME] [--repeats N] [--limit N]`, where FOLDER holds the benchmarks' upstream
 files (evaluation/harness/mirror.py). SmolLM2-135M in float32, the same rows, batch size and answer cap, a process each, stock and ours
 in turn. Start-up is what comes before lm-eval says that it sends requests, and is reported apart; ours begins with the same words.
 
@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import ROWS_VARIABLE, find_rows
 from benchmarks.stock_harness import Timed, add_code_eval, differences, offline_environment, run_timed, stock_command
 from evaluation.config import BenchmarkConfig
 from evaluation.harness.benchmark import run
@@ -61,7 +62,12 @@ CASES = {
 def main() -> None:
     """Measure and print; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with the benchmarks' upstream files")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        default=find_rows(),
+        help=f"folder with the benchmarks' upstream files; default: {ROWS_VARIABLE}",
+    )
     parser.add_argument("--only", action="append", choices=list(CASES), help="measure this alone; may be repeated")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side, in turn")
     parser.add_argument("--limit", type=int, help="items of each task, instead of each benchmark's own number")

@@ -1,7 +1,7 @@
 """How fast the training engine is, against the machine's own matrix multiply and against what a user would take instead.
 
-`python -m benchmarks.training --data FOLDER --json [--only NAME] [--quick]`, where FOLDER holds HH-RLHF's `helpful-base`; TRL comes with
-the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same steps; every measurement runs in a process of its
+`python -m benchmarks.training --json [--data FOLDER] [--only NAME] [--quick]`, where FOLDER holds HH-RLHF's `helpful-base`: `hh-rlhf` of
+the folder of real rows (VARFLOW_TEST_DATA), where none is given; TRL comes with the `dev` extra. SmolLM2-135M, float32 everywhere, AdamW, the same pairs in the same steps; every measurement runs in a process of its
 own; two steps on the longest rows come first, warm up and do not count. What a ratio compares takes its steps in turn, so that what slows the machine down
 slows both: processes that are there at the same time, each waiting while another has its step and keeping the memory that it frees, or, where it is the same code (layers compiled
 or not, eight responses or two, lengths, the plain loop's micro-batches), one process. Micro-batches of a sweep are measured one after the other,
@@ -10,7 +10,7 @@ by one step.
 Keys: `gemm_share`, `gemm_share_compiled` (FLOPs of a VAR step over its time, as a share of the rate of a large float32 matrix product, which is
 measured before, between and after both's steps and taken as their median; with `runtime.compile`, which takes a C++ compiler),
 `var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (over the faster of both, with the time
-of the reference log-probabilities on both sides), `var_vs_sft_time`, `var_vs_sft_tuned_time` (VAR on both responses over TRL SFT on the chosen alone, by
+of the reference log-probabilities on both sides; over each `var_vs_dpo_default_speed_with_scoring`, `var_vs_dpo_tuned_speed_with_scoring`), `var_vs_sft_time`, `var_vs_sft_tuned_time` (VAR on both responses over TRL SFT on the chosen alone, by
 default and tuned), `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone, at its best micro-batch; what both would
 differ by at the same rate is `var_vs_plain_loop_flops`),
 `var_vs_dpo_peak_memory`, `var_vs_dpo_tuned_peak_memory` (all pairs of the step at once on both sides; default and VAR compute activations again,
@@ -51,6 +51,7 @@ from typing import Any
 
 from benchmarks.children import Child, run_in_turn
 from benchmarks.rewards import Sizes, compare_reward_gain, compare_with_grpo
+from benchmarks.rows import ROWS_VARIABLE, find_rows
 from infra.models import fetch_embedded
 from infra.settings import read_settings
 
@@ -65,6 +66,7 @@ SHARED: dict[str, Any] = {
 LONGEST_PAIR = 512  # tokens of prompt and longest response
 TRIED: dict[str, Any] = {"tuned": True, "steps": 1, "warming_steps": 1}  # a micro-batch of a sweep
 AT_ONCE: dict[str, Any] = {"steps": 0, "warming_steps": 1}  # for the memory that a step takes
+DATA_HELP = f"folder with HH-RLHF's helpful-base/*.jsonl.gz; default: hh-rlhf of {ROWS_VARIABLE}"
 FOUND = "found.json"  # in the folder of a measurement that is done
 
 
@@ -87,7 +89,7 @@ QUICK_SECONDS = {"gemm": 60, "dpo": 427, "sft": 218, "groups": 80, "lengths": 63
 def main() -> None:
     """Measure and print; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with HH-RLHF's helpful-base/*.jsonl.gz")
+    parser.add_argument("--data", type=Path, default=find_rows("hh-rlhf"), help=DATA_HELP)
     parser.add_argument(
         "--only",
         action="append",
@@ -119,7 +121,9 @@ def main() -> None:
         print(json.dumps(run_child(json.loads(options.child))))
         return
     if options.data is None or not options.data.is_dir():
-        parser.error(f"--data: got {options.data}, expected the folder that holds HH-RLHF's helpful-base")
+        parser.error(
+            f"--data: got {options.data}, expected the folder that holds HH-RLHF's helpful-base, or {ROWS_VARIABLE} set to the one above it"
+        )
     model, encoder = (
         fetch_embedded(name, home=read_settings().home, progress=lambda line: None)
         for name in ("smollm2-135m-instruct", "minilm-l6-v2")
@@ -260,12 +264,15 @@ def compare_with_dpo(bench: Bench) -> dict[str, Any]:
     scored, beside_scored, tuned_scored = (
         seconds_per_pair(found) + found["scoring_seconds"] / found["scored_pairs"] for found in (var, beside, tuned)
     )
+    # TRL's default scores the reference within each step, beside the policy.
+    with_scoring = {"default": seconds_per_pair(default) / scored, "tuned": tuned_scored / beside_scored}
     at_once = bench.measure("var", one_microbatch=True, **AT_ONCE)
     recomputing = bench.measure("var", one_microbatch=True, activation_checkpointing=True)  # as TRL's does by default
     return {
         "var_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(var),
         "var_vs_dpo_tuned_speed": seconds_per_pair(tuned) / seconds_per_pair(beside),
-        "var_vs_dpo_speed_with_scoring": min(seconds_per_pair(default) / scored, tuned_scored / beside_scored),
+        "var_vs_dpo_speed_with_scoring": min(with_scoring.values()),
+        **{f"var_vs_dpo_{peer}_speed_with_scoring": ratio for peer, ratio in with_scoring.items()},
         "var_vs_dpo_peak_memory": recomputing["peak_bytes"] / default["peak_bytes"],
         "var_vs_dpo_tuned_peak_memory": at_once["peak_bytes"] / tuned_at_once["peak_bytes"],
         "var_recomputing_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(recomputing),
@@ -365,6 +372,8 @@ GROUP_OF = {
     "var_vs_dpo_speed": "dpo",
     "var_vs_dpo_tuned_speed": "dpo",
     "var_vs_dpo_speed_with_scoring": "dpo",
+    "var_vs_dpo_default_speed_with_scoring": "dpo",
+    "var_vs_dpo_tuned_speed_with_scoring": "dpo",
     "var_vs_dpo_peak_memory": "dpo",
     "var_vs_dpo_tuned_peak_memory": "dpo",
     "var_vs_sft_time": "sft",
@@ -374,6 +383,7 @@ GROUP_OF = {
     "tokens_per_second_by_length": "lengths",
     "var_vs_grpo_time_to_reward": "grpo",
     "var_vs_dpo_reward_gain": "reward_gain",
+    "var_vs_dpo_reward_gain_ci": "reward_gain",
 }
 
 

@@ -1,6 +1,6 @@
 """How fast the training engine is on a GPU: its share of the device's rate, and its speed against TRL's on the same device.
 
-`python -m benchmarks.training_gpu --data FOLDER [--architecture FILE] [--json]`, where FOLDER holds HH-RLHF's `helpful-base`; TRL comes
+`python -m benchmarks.training_gpu [--data FOLDER] [--architecture FILE] [--json]`, where FOLDER holds HH-RLHF's `helpful-base`; TRL comes
 with the `dev` extra. The model is Llama 3.2 1B with random weights, since no rate depends on them; SmolLM2's tokenizer; weights,
 gradients and AdamW in float32, matrix products in bfloat16, FlexAttention, layers compiled. The same pairs in the same number of
 steps; every measurement in a process of its own; two steps on the longest rows come first, warm up and do not count. Steps are timed end to end,
@@ -30,7 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks.children import MeasurementFailed
-from benchmarks.training import Bench, seconds_per_pair
+from benchmarks.rows import find_rows
+from benchmarks.training import DATA_HELP, Bench, seconds_per_pair
 from infra.models import fetch_embedded
 from infra.settings import read_settings
 from training.plan import ARCHITECTURES
@@ -50,7 +51,8 @@ SHARED = {
 def main() -> None:
     """Measure and print; the last line is JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with HH-RLHF's helpful-base/*.jsonl.gz")
+    rows = find_rows("hh-rlhf")
+    parser.add_argument("--data", type=Path, default=rows, required=rows is None, help=DATA_HELP)
     parser.add_argument("--architecture", type=Path, default=ARCHITECTURES / "llama-3.2-1b.json", help="a config.json")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--sweep-seconds", type=float, default=300.0, help="no micro-batch is begun later in the sweep")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from benchmarks.engine import (
     order_pairs,
     pick_pairs,
 )
-from benchmarks.training import GROUP_OF, GROUPS, LONG_GROUPS, SHARED, Bench, Extent, plot_lengths, run_groups
+from benchmarks.training import GROUP_OF, GROUPS, LONG_GROUPS, SHARED, Bench, Extent, main, plot_lengths, run_groups
 from training.checkpoint import Progress
 from training.config import Layout, Runtime
 from training.flops import count_flops
@@ -57,6 +58,17 @@ def shared(tiny_policy: Path, tmp_path: Path) -> dict[str, Any]:
 def bench(shared: dict[str, Any], tmp_path: Path) -> Bench:
     """Return the throughput comparisons as small as they can be."""
     return Bench(shared, tmp_path / "scratch", talk=False, extent=EXTENT)
+
+
+def test_rows_are_those_that_the_environment_names_where_none_are_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks.training", "--json", "--only", "var_vs_dpo_reward_gain_ci"])
+    for named, got in (("", "None"), (str(tmp_path), str(tmp_path / "hh-rlhf"))):
+        monkeypatch.setenv("VARFLOW_TEST_DATA", named)
+        with pytest.raises(SystemExit):
+            main()
+        assert f"--data: got {got}, expected the folder" in capsys.readouterr().err
 
 
 def make_work(spec: dict[str, Any], lengths: list[int]) -> tuple[Any, Any]:
@@ -282,6 +294,7 @@ def test_every_throughput_group_runs_to_its_figures(
     assert turns == [(kind, n) for kinds in (("var", "dpo"), ("var", "dpo"), ("var", "sft", "sft"), ("var", "plain")) for n in "123" for kind in kinds]  # fmt: skip
     ratios = (
         "gemm_share", "gemm_share_compiled", "var_vs_dpo_speed", "var_vs_dpo_tuned_speed", "var_vs_dpo_speed_with_scoring", "var_vs_sft_time",
+        "var_vs_dpo_default_speed_with_scoring", "var_vs_dpo_tuned_speed_with_scoring",
         "var_vs_sft_tuned_time", "var_vs_plain_loop_time", "var_vs_dpo_peak_memory", "var_vs_dpo_tuned_peak_memory", "k8_vs_k2_cost_over_flops",
     )  # fmt: skip
     assert all(found[name] > 0 for name in ratios)
