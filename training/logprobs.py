@@ -28,7 +28,7 @@ MAX_LAYOUT_GAP = {
 }  # nats per token; a wrong mask is far off
 # How many times the mean one token may be off: in bfloat16 0.9 nats, of the seven families in tests/architectures.py 0.03 at most.
 ONE_TOKEN = 30
-SIBLINGS = 3  # of a prompt's responses, that a layout is tried on
+SIBLINGS = 2  # of a prompt's responses, that a layout is tried on
 SOME_IDS = np.arange(6)  # that a model has, whatever its tokenizer
 # Logits held at once: 128 MiB in float32, a matrix product that keeps two cores busy; an accelerator wants larger ones.
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}

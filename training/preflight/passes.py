@@ -35,8 +35,8 @@ class Passes:
     """The model's passes over responses of the first step, and how long they may take."""
 
     ready: Ready
-    started: float  # of time.monotonic()
-    seconds_allowed: float = LEAST_SECONDS
+    started: float  # of time.monotonic(): the first check, then the first whose passes are counted
+    seconds_allowed: float = LEAST_SECONDS  # since then
     seconds_per_token: float = 0.0  # of a forward pass
     tried: list[int] = field(default_factory=list)  # responses of the first step, whole prompts
     logp_B: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of those
@@ -46,15 +46,19 @@ class Passes:
         ready, steps = self.ready, self.ready.steps
         group_R = steps.columns(0).group_R
         first = [index for index, group in enumerate(group_R) if group == group_R[0]]
-        if ready.device.type == "cuda":  # whose kernels are compiled and loaded once for the whole run
+        spent = ready.world.max(time.monotonic() - self.started)  # by the checks that are always whole
+        if (
+            ready.device.type == "cuda"
+        ):  # whose kernels are compiled and loaded once for the whole run, in what was spent too
             self.values(first)
-        self.started = time.monotonic()  # behind the checks that are always whole: their time is not that of others
+            spent = 0.0
+        self.started = time.monotonic()
         self.values(first)
         seconds = self.ready.world.max(time.monotonic() - self.started)  # of the slowest rank; all go by the same clock
         self.seconds_per_token = seconds / self.count(first)
         of_run = sum(len(s.ids_T) for e in ready.examples for s in e.samples) * steps.num_steps / steps.steps_per_epoch
         seconds = SHARE_OF_RUN * 3 * of_run * self.seconds_per_token
-        self.seconds_allowed = round(min(MOST_SECONDS, max(LEAST_SECONDS, seconds)), 3)
+        self.seconds_allowed = round(max(LEAST_SECONDS, min(MOST_SECONDS, seconds) - spent), 3)
         # four forward passes in a third of the time
         tokens = min(MOST_TRIED_TOKENS, self.seconds_left() / 3 / 4 / self.seconds_per_token)
         groups = dict.fromkeys(group_R.tolist())
