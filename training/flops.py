@@ -1,11 +1,13 @@
 """Floating-point operations of a training step, counted from what the mathematics needs, a multiply and an add as two.
 
-Forward and backward are three times the forward pass: each matrix product of the forward pass has two of its size behind
-it. Useful operations alone count: no padding, no masked pair of attention, and the output head once, although most of
+A matrix product of the forward pass has two of its size behind it in the backward pass: one for the gradient of its input, one for
+that of its matrix. So a step costs three forward passes; beside an adapter the frozen matrices lack the second, and
+those that read nothing but the frozen embeddings the first too. Useful operations alone count: no padding, no masked pair of attention, and the output head once, although most of
 its logits are computed again in the backward pass (training/logprobs.py). So a share of a machine's rate says how much
 of it became training. Norms, activations, rotations and the softmax are left out: they are no matrix products.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,27 +15,26 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-FORWARD_AND_BACKWARD = 3
+# Of the first layer: the products that read the embeddings, and of their adapters the first matrix.
+READS_EMBEDDINGS = re.compile(
+    r"(^|\.)(layers|h)\.0\..*\b(q_proj|k_proj|v_proj|c_attn|qkv_proj|query_key_value)\b(?!.*lora_B)"
+)
 
 
 @dataclass(frozen=True)
 class Flops:
-    """What a forward pass of a dense decoder costs, by what it grows with."""
+    """What forward and backward pass of a dense decoder cost, by what it grows with."""
 
     per_token: int  # all matrices between embedding and output head
     per_position: int  # the output head, at each position that predicts a trained token
-    layers: tuple[tuple[int, int | None], ...]  # of each layer: operations a (query, key) pair, and its window
+    layers: tuple[tuple[int, int | None], ...]  # of each layer: operations a (query, key) pair of both, and its window
 
-    def forward(self, *, tokens: int, positions: int, segments: Sequence[tuple[int, int]]) -> int:
-        """Return the operations of a forward pass; `segments` are (position of the first token, tokens)."""
+    def step(self, *, tokens: int, positions: int, segments: Sequence[tuple[int, int]]) -> int:
+        """Return the operations of forward and backward pass; `segments` are (position of the first token, tokens)."""
         windows = {window for _, window in self.layers}
         pairs = {window: sum(count_pairs(*segment, window=window) for segment in segments) for window in windows}
         attention = sum(per_pair * pairs[window] for per_pair, window in self.layers)
         return self.per_token * tokens + self.per_position * positions + attention
-
-    def step(self, *, tokens: int, positions: int, segments: Sequence[tuple[int, int]]) -> int:
-        """Return the operations of forward and backward pass."""
-        return FORWARD_AND_BACKWARD * self.forward(tokens=tokens, positions=positions, segments=segments)
 
 
 def count_pairs(start: int, length: int, *, window: int | None) -> int:
@@ -52,24 +53,35 @@ def triangle(n: int) -> int:
 
 
 def count_flops(model: Any) -> Flops | None:
-    """Return what a decoder costs, or None where its matrices cannot be told from its modules (experts, latent attention).
+    """Return what a decoder costs with the parameters trained that are now, or None where its matrices cannot be told from its modules
+    (experts, latent attention).
 
     Exact for dense decoders: Llama, Qwen, Mistral, Gemma, GPT-2 and what is built like them. Works on the meta device.
     """
     config, trunk, head = model.config, model.base_model, model.get_output_embeddings()
-    matrices = [m.weight for m in trunk.modules() if isinstance(m, nn.Linear | Conv1D)]
-    known = {id(weight) for weight in matrices} | {id(m.weight) for m in trunk.modules() if isinstance(m, nn.Embedding)}
+    matrices = {name: m.weight for name, m in trunk.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    embeddings = [m.weight for m in trunk.modules() if isinstance(m, nn.Embedding)]
+    known = {id(weight) for weight in (*matrices.values(), *embeddings)}
     unknown = any(parameter.dim() >= 2 and id(parameter) not in known for parameter in trunk.parameters())
     if unknown or not isinstance(head, nn.Linear) or hasattr(config, "kv_lora_rank"):
         return None
     heads = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    per_pair = 2 * 2 * heads * width  # query times key, then weight times value
+    per_pair = 3 * 2 * 2 * heads * width  # query times key, then weight times value
+    begins = any(weight.requires_grad for weight in embeddings)
     return Flops(
-        per_token=2 * sum(weight.numel() for weight in matrices),
-        per_position=2 * head.weight.numel(),
+        per_token=sum(
+            count_matrix(weight, reads_trained=begins or not READS_EMBEDDINGS.search(name))
+            for name, weight in matrices.items()
+        ),
+        per_position=count_matrix(head.weight, reads_trained=True),
         layers=tuple((per_pair, window) for window in read_windows(config)),
     )
+
+
+def count_matrix(weight: Any, *, reads_trained: bool) -> int:
+    """Return what a matrix costs for each vector in forward and backward pass; `reads_trained`: its input depends on what is trained."""
+    return 2 * int(weight.numel()) * (1 + reads_trained + weight.requires_grad)
 
 
 def read_windows(config: Any) -> list[int | None]:

@@ -256,7 +256,7 @@ def choose_machine(
 def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workload, machine: Machine) -> Plan:
     """Return what training a model (of any device, meta too) on a workload takes.
 
-    Operations are those of training.flops, as if all weights were trained; memory is the formula of training.memory for a micro-batch
+    Operations are those of training.flops; memory is the formula of training.memory for a micro-batch
     of `size_microbatch`. Hours are operations / (ranks x busy share x a rank's rate x MFU), USD hours x devices x price. ValueError for a
     model whose operations cannot be counted.
     """

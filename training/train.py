@@ -155,8 +155,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     if StoredColumn.cross in config.columns:
         cross = read_cross(job.inputs["cross"], plan_batches(examples, config))
     objective = config.make(columns, regime=manifest.regime, cross=cross)
-    # Beside an adapter most matrices get no gradient: what a step costs is not three forward passes.
-    forward = PolicyForward(world.device, runtime.layout, None if config.lora.rank else count_flops(policy.model))
+    forward = PolicyForward(world.device, runtime.layout, count_flops(policy.model))
     trained = replace_rewards(examples, objective.transform(columns))
     steps = Steps(
         trained, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed

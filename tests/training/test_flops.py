@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
 from tests.architectures import CONFIGS as FAMILIES
 from tests.architectures import SMALL
 from training import devices, train
-from training.config import Layout, Precision
+from training.config import Layout, LoraConfig, Precision
 from training.devices import ACCELERATORS, device_peak, find_accelerator, measure_gemm
 from training.flops import count_flops, count_pairs
 from training.job import Job
+from training.lora import add_adapter
 from training.render import Rendered
 from training.train import PolicyForward
 from training.tree import enable_trees
@@ -56,11 +57,32 @@ def test_a_real_step_costs_what_torch_counts(name: str) -> None:
     width = getattr(model.config, "head_dim", None) or 4
     # torch's counter knows no product in place, and the gradient of the head's matrix is one: of the head's others it sees 2, or 3 with a cap
     seen = 3 if name == "gemma2" else 2
-    assert done["mm"] + done.get("addmm", 0) == 3 * flops.per_token * T + seen * head
+    assert done["mm"] + done.get("addmm", 0) == flops.per_token * T + seen * head
     assert done["bmm"] == 3 * (2 * 2 * HEADS * width) * LAYERS * T * T
     window = {"mistral": [6, 6], "gemma2": [6, None], "gemma3": [6, 6]}.get(name, [None, None])
     useful = sum(sum(min(q + 1, w or T) for q in range(T)) for w in window)
-    assert out.flops == 3 * (flops.per_token * T + head + 2 * 2 * HEADS * width * useful)
+    assert out.flops == flops.per_token * T + 3 * (head + 2 * 2 * HEADS * width * useful)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma2"])
+def test_beside_an_adapter_a_step_costs_what_torch_counts(name: str) -> None:
+    """No gradient of frozen matrices, nor of what the first layer's query, key and value read: frozen embeddings."""
+    model, sample = make_model(name), make_sample(9, 13)
+    whole = count_flops(model)
+    add_adapter(model, LoraConfig(rank=2, alpha=4))
+    flops = count_flops(model)
+    assert whole and flops
+    with FlopCounterMode(display=False) as counter:
+        forward = PolicyForward(CPU, Layout.rows, flops)
+        out = forward.values(model, forward.load([sample], np.array([0])))
+        out.value_B.sum().backward()
+    done = {str(op).split(".")[1]: int(n) for op, n in counter.get_flop_counts()["Global"].items()}
+    T, P = 22, 13
+    head = 2 * 16 * 61 * P
+    # capped logits are computed twice and count once
+    assert done["mm"] + done.get("addmm", 0) == flops.per_token * T + (3 if name == "gemma2" else 2) * head
+    assert flops.per_position * P == 2 * head
+    assert 2 / 3 * whole.per_token < flops.per_token < whole.per_token
 
 
 def test_a_tree_costs_its_prompt_once_and_each_response_its_way_to_the_root() -> None:
@@ -73,7 +95,7 @@ def test_a_tree_costs_its_prompt_once_and_each_response_its_way_to_the_root() ->
     out = forward.values(model, forward.load(samples, np.array([0, 0, 1])))
     seen = [*range(9), *range(9, 13), *range(9, 20), *range(3), *range(3, 5)]  # the position of every token
     pairs = sum(min(position + 1, 6) for position in seen)
-    assert out.flops == 3 * (flops.per_token * len(seen) + 2 * 16 * 61 * 17 + LAYERS * 4 * HEADS * 4 * pairs)
+    assert out.flops == flops.per_token * len(seen) + 3 * (2 * 16 * 61 * 17 + LAYERS * 4 * HEADS * 4 * pairs)
 
 
 def test_padding_costs_nothing() -> None:

@@ -128,8 +128,9 @@ def test_an_adapter_on_ranks_begins_and_ends_as_on_one(
         assert max((got[name] - tensor).abs().max().item() for name, tensor in wanted.items()) < 1e-5
     config = "adapter/adapter_config.json"
     assert json.loads((both.output / config).read_text()) == json.loads((alone.output / config).read_text())
-    summary = json.loads((both.output / "summary.json").read_text())
+    summary, expected = (json.loads((job.output / "summary.json").read_text()) for job in (both, alone))
     assert summary["adapter_gap"] <= 1e-5 and summary["merged_gap"] <= 1e-5
+    assert summary["flops"] == expected["flops"] > 0
 
 
 def test_an_adapter_in_bfloat16_on_ranks_is_exported(
