@@ -61,6 +61,7 @@ def smoke() -> AlignConfig:
         ),
         reward=GivenReward(model="demo:tiny-reward-model", scoring=RewardScoreConfig(max_tokens=64)),
         reference=ReferenceScoreConfig(max_tokens=512),
+        # mean: as `demo`, whose rows these are
         train=VarConfig(reference_factor=ReferenceFactor.mean, batch_prompts=8, max_tokens=512),
         heldout=GenerateConfig(max_new_tokens=8, limit=8),
         benchmarks="demo:benchmarks",
