@@ -4,7 +4,7 @@ from tasks.step import Attempt, Metrics, step
 from training.config import IngestConfig
 
 
-@step(version=5)
+@step(version=6)
 def ingest(config: IngestConfig, attempt: Attempt) -> Metrics:
     """Read, check, split and store preference rows. Input: `source`."""
     summary = attempt.run_child("training", "ingest")

@@ -4,7 +4,7 @@ from tasks.step import Attempt, Metrics, step
 from training.config import RewardModelConfig
 
 
-@step(version=3)
+@step(version=4)
 def reward_model(config: RewardModelConfig, attempt: Attempt) -> Metrics:
     """Train a reward model and measure it on held-out pairs. Inputs: `rows`, `base`."""
     summary = attempt.run_child("training", "reward_model")

@@ -11,14 +11,14 @@ def score_rewards(config: RewardScoreConfig, attempt: Attempt) -> Metrics:
     return {f"reward/{name}": float(summary[name]) for name in ("mean", "std", "dropped")}
 
 
-@step(version=6)
+@step(version=7)
 def score_reference(config: ReferenceScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response its log-probability under the reference. Inputs: `rows`, `reference`."""
     summary = attempt.run_child("training", "score_reference")
     return {"reference/rows": float(summary["rows"]), "reference/dropped": float(summary["dropped"])}
 
 
-@step(version=6)
+@step(version=7)
 def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response of a training batch its reward and log-probability under every prompt of that batch.
 
@@ -28,7 +28,7 @@ def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
     return {"cross/pairs": float(summary["pairs"])}
 
 
-@step(version=4)
+@step(version=5)
 def score_tokens(config: TokenScoreConfig, attempt: Attempt) -> Metrics:
     """Give every token of a few answers its log-probability under two models. Inputs: `reference`, `policy` (models),
     `reference_answers`, `policy_answers`."""

@@ -95,7 +95,10 @@ class IngestConfig(Config):
         description="Share of quarantined rows, from 0 to 1, above which ingestion refuses the source.",
     )
     min_response_chars: int = Field(
-        1, ge=1, title="Shortest response", description="Responses with fewer characters are quarantined; at least 1."
+        1,
+        ge=1,
+        title="Shortest response",
+        description="Of a fixed set: responses with fewer characters are quarantined; at least 1. Samples are kept whatever their length.",
     )
     max_row_chars: int = Field(
         20_000,
@@ -112,6 +115,11 @@ class IngestConfig(Config):
             raise ValueError(
                 f"responses support: got {', '.join(given)}, but a fixed set was not sampled; leave them empty, or set "
                 "responses to from_reference or from_behaviour"
+            )
+        if self.responses != ResponseRegime.support and self.min_response_chars > 1:
+            raise ValueError(
+                f"min_response_chars: got {self.min_response_chars} for responses {self.responses}, expected 1: what is left of samples "
+                "without the short ones are samples of another policy; leave it out"
             )
         if self.responses == ResponseRegime.from_reference and len(given) < len(stated):
             missing = ", ".join(name for name in stated if name not in given)

@@ -99,10 +99,13 @@ def prepare_model(model: Any, tokenizer: Any, folder: Path) -> Any:
     """Return the model, fit for the engine. ValueError for a vocabulary larger than its embedding, and for a model of more than text."""
     require_text(model.config, folder)
     check_vocabulary(model, tokenizer, folder)
-    # An embedding with padding_idx drops the gradient of that id. Several tokenizers pad with their stop token, and the
-    # engine never reads padding, so every id is to learn.
-    model.get_input_embeddings().padding_idx = None
+    train_every_id(model)
     return model
+
+
+def train_every_id(model: Any) -> None:
+    """Let the embedding of the pad id learn too: several tokenizers pad with their stop token, and no padding is read for anything."""
+    model.get_input_embeddings().padding_idx = None  # which drops the gradient of that id
 
 
 def require_text(config: Any, folder: Path) -> None:

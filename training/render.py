@@ -200,12 +200,24 @@ class Renderer:
             )
         if len(found) > self._num_end_markers:
             raise UnusableRow("marker_in_response", f"a response holds a special token (id {ids[found[0]]})")
-        end = found[0] if cut_short else found[0] + 1
+        respaced = self._is_respaced(ids[start : found[0]], response)
+        end = self._end_of_author(ids, start, found[0], response) if cut_short else found[0] + 1
         if end == start:
             raise UnusableRow("empty_response", "a truncated response has no tokens to train")
         self._check_length(end)
-        respaced = self._is_respaced(ids[start : found[0]], response)
         return Rendered(ids_T=np.asarray(ids[:end], dtype=np.int32), start=start, respaced=respaced)
+
+    def _end_of_author(self, ids: list[int], start: int, end: int, response: str) -> int:
+        """Return where a response that was cut ends, without the white space that the template writes behind it: its author had not come to
+        the end."""
+        if not response.strip():
+            return start
+        kept = len(response) - len(response.rstrip())
+        while len(text := self._decode(ids[start : end - 1])) - len(text.rstrip()) >= kept and (
+            text.strip() == self._decode(ids[start:end]).strip()
+        ):
+            end -= 1
+        return end
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self._max_tokens:

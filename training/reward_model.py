@@ -37,6 +37,7 @@ from training.model import (
     require_weights,
     save_policy,
     start_torch,
+    train_every_id,
 )
 from training.objectives.bradley_terry import BradleyTerry
 from training.render import UnusableRow
@@ -159,6 +160,7 @@ def load_base(folder: Path, config: RewardModelConfig, runtime: Runtime, world: 
     check_vocabulary(model, tokenizer, folder)
     set_pad_token(model, tokenizer, folder)
     check_context(model, config.max_tokens)
+    train_every_id(model)
     policy = Policy(model)
     if runtime.activation_checkpointing:
         checkpoint_activations(model)

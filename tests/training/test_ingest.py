@@ -132,6 +132,27 @@ def test_every_shape_is_recognised_and_read(value: dict[str, Any], format: str, 
     assert (row.prompt, row.responses, row.preferred) == expected
 
 
+def test_an_answer_that_was_cut_stays_marked_in_every_regime() -> None:
+    """A stop token trained behind it would be one that nobody wrote."""
+    cut = {"prompt": "Hi", "responses": ["A", "B", "A", "C"], "preferred": 2, "truncated": [False, True, False, True]}
+    row = parse_row(cut, format=SourceFormat.responses, config=CONFIG)
+    assert (row.responses, row.preferred, row.truncated) == (["A", "B", "C"], 0, [False, True, True])
+    for wrong in ([True], ["yes"] * 4):
+        with pytest.raises(UnusableRow, match="bad_truncated"):
+            parse_row(cut | {"truncated": wrong}, format=SourceFormat.responses, config=CONFIG)
+
+
+def test_among_samples_one_that_ended_at_once_stays() -> None:
+    """Left out, what is left would be samples of a policy that never does so."""
+    drawn = {"prompt": "Hi", "responses": ["A", ""], "logq": [-1.0, -(10**400)]}
+    config = IngestConfig(responses="from_reference", **EXACT)
+    assert parse_row(drawn, format=SourceFormat.responses, config=config).responses == ["A", ""]
+    with pytest.raises(UnusableRow, match=r"bad_logq: logq\[1\] is -10+"):
+        parse_row(drawn, format=SourceFormat.responses, config=IngestConfig(responses="from_behaviour"))
+    with pytest.raises(ValueError, match="min_response_chars: got 2 for responses from_reference, expected 1"):
+        IngestConfig(responses="from_reference", min_response_chars=2, **EXACT)
+
+
 UNUSABLE = [
     (pair(0, chosen=""), Reason.empty_response),
     (pair(0, rejected=" \n"), Reason.empty_response),
@@ -331,7 +352,7 @@ def test_log_q_comes_with_samples_of_another_policy() -> None:
     assert (row.responses, row.logq, row.truncated) == (["A", "B", "A"], [-1.5, 0.0, -1.5], [False, True, False])
     assert parse_row(value, format=SourceFormat.responses, config=SAMPLED).logq is None  # not part of its weight
     fixed = parse_row(value, format=SourceFormat.responses, config=CONFIG)
-    assert (fixed.logq, fixed.truncated) == (None, None)
+    assert (fixed.logq, fixed.truncated) == (None, [False, True])  # of the two that differ
     two = {"prompt": "Hi", "chosen": "A", "rejected": "B", "logq": [-1, -2]}
     assert parse_row(two, format=SourceFormat.pairs, config=BEHAVED).logq == [-1.0, -2.0]
 

@@ -291,6 +291,16 @@ def test_an_effective_sample_size_that_is_reached_where_two_responses_tie_alone_
     assert describe_weights(data, var(found).weigh(data))["ess"] == pytest.approx(0.8, abs=1e-6)
 
 
+def test_an_effective_sample_size_that_two_prompts_have_together_between_their_ties_is_found() -> None:
+    data = columns([[0.0, 3000.0], [0.0, 3001.2]], [[0.0, -3000.0], [0.0, -3000.0]])
+    config = {"lambda_unit": "ess_target", "reference_factor": "sum"}
+    found = resolve(data, regime=ResponseRegime.support, lambda_=0.9198, **config)
+    assert found == pytest.approx(1.0002, abs=1e-4)
+    assert describe_weights(data, var(found).weigh(data))["ess"] == pytest.approx(0.9198, abs=1e-6)
+    with pytest.raises(ValueError, match=r"got 0\.93, expected a share of K between 0\.5 and 0\.92"):
+        resolve(data, regime=ResponseRegime.support, lambda_=0.93, **config)
+
+
 def test_an_effective_sample_size_out_of_reach_is_refused_with_the_range() -> None:
     with pytest.raises(ValueError, match=r"ess_target: got 0\.5, expected a share of K between 0\.6667 and 1"):
         resolve(columns([[1.0, 1.0, 0.0]]), lambda_=0.5, lambda_unit="ess_target")  # the two best tie
@@ -335,6 +345,12 @@ def test_quantiles_depend_on_the_order_of_a_prompts_rewards_alone() -> None:
     before = transformed(columns([r.tolist() for r in rewards]), "quantile")
     bent = [np.exp(3 * r) + shift for r, shift in zip(rewards, (0.0, 50.0, -9.0), strict=True)]
     assert transformed(columns([r.tolist() for r in bent]), "quantile") == before
+
+
+def test_quantiles_are_rounded_by_no_other_prompt() -> None:
+    rewards = np.random.default_rng(0).normal(size=(20_000, 3)).tolist()
+    quantiles = np.array(transformed(columns(rewards), "quantile")).reshape(-1, 3)
+    assert np.abs(np.sort(quantiles) - np.array([1 / 6, 1 / 2, 5 / 6])).max() < 1e-15
 
 
 def test_quantile_rewards_have_the_closed_form_z() -> None:

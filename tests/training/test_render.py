@@ -58,6 +58,18 @@ def test_truncated_response_gets_no_stop_token(tokenizer: Any) -> None:
     assert caught.value.reason == "empty_response"
 
 
+def test_white_space_that_the_template_writes_behind_is_not_trained_where_the_answer_was_cut(tokenizer: Any) -> None:
+    """As Llama 2's does. What the author wrote last stays, white space too."""
+    use_template(tokenizer, "{{ content }} ")
+    for response, expected in (("Mix fl", "Mix fl"), ("Mix ", "Mix "), ("x", "x")):
+        whole, cut = Renderer(tokenizer, max_tokens=200).row(PROMPT, [response, response], [False, True])
+        assert tokenizer.decode(whole.ids_T[whole.start :]) == f"{response} <|im_end|>" and whole.respaced
+        assert tokenizer.decode(cut.ids_T[cut.start :]) == expected
+    with pytest.raises(UnusableRow, match="no tokens to train") as caught:
+        Renderer(tokenizer, max_tokens=200).row(PROMPT, ["Mix it", ""], [False, True])
+    assert caught.value.reason == "empty_response"
+
+
 def test_a_row_is_never_cut(tokenizer: Any) -> None:
     length = len(Renderer(tokenizer, max_tokens=200).row(PROMPT, ["Mix flour."])[0].ids_T)
     assert len(Renderer(tokenizer, max_tokens=length).row(PROMPT, ["Mix flour."])[0].ids_T) == length

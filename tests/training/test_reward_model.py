@@ -272,6 +272,27 @@ def test_micro_batches_change_nothing_of_a_reward_model(
     assert len(first) == 10 and norms == [pytest.approx(first, rel=1e-3)] * 2
 
 
+def test_a_stop_token_that_pads_too_learns(
+    rows: Path, tiny_policy: Path, tmp_path: Path, make_job: Callable[..., Job]
+) -> None:
+    """As SmolLM2's: it ends every turn that a decoder reads, and an embedding drops the gradient of its pad id."""
+    base = tmp_path / "padded"
+    shutil.copytree(tiny_policy, base)
+    stop = json.loads((base / "config.json").read_text())["eos_token_id"]
+    for name, changes in (
+        ("config.json", {"pad_token_id": stop}),
+        ("tokenizer_config.json", {"pad_token": "<|im_end|>"}),
+    ):
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | changes))
+    config = {**CONFIG, "epochs": 1, "weight_decay": 0.0, "render": RewardRender.chat_template.value}
+    job = make_job("reward_model", "a", config=config, inputs={"rows": rows, "base": base})
+    reward_model.run(job)
+    before, after = (
+        load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (base, job.output)
+    )
+    assert (after[stop] - before[stop]).abs().max() > 1e-3
+
+
 def test_dropout_is_found_wherever_a_configuration_names_it(tiny_reward_model: Path, tiny_policy: Path) -> None:
     assert (reward_model.read_dropout(tiny_reward_model), reward_model.read_dropout(tiny_policy)) == (0.1, 0.0)
 

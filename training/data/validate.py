@@ -1,7 +1,7 @@
 """From a parsed source row to prompt and responses, or the reason why not."""
 
-import math
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -56,7 +56,7 @@ class Preference:
     prompt: list[Message]
     responses: list[str]
     preferred: int | None
-    truncated: list[bool] | None = None  # of samples: cut by the answer cap
+    truncated: list[bool] | None = None  # cut by an answer cap
     logq: list[float] | None = None  # of samples of another policy: nats
 
 
@@ -75,21 +75,20 @@ def detect_format(value: Any) -> SourceFormat | None:
 def parse_row(value: Any, *, format: SourceFormat, config: IngestConfig) -> Preference:
     """Return the row's prompt and responses; raise UnusableRow with the first reason that speaks against it.
 
-    In the `support` regime equal responses are one response. A sampled set keeps them: how often a text was drawn is what
-    makes the importance weights right.
+    In the `support` regime equal responses are one response, and none is empty. A sampled set keeps them all: how often a text was
+    drawn, and that nothing was, is what makes the importance weights right.
     """
     if not isinstance(value, dict):
         raise UnusableRow(Reason.unknown_shape, f"got {type(value).__name__}, expected an object")
     row = PARSERS[format](value)
+    row = replace(row, truncated=_read_truncated(value, count=len(row.responses)))
     if config.responses is ResponseRegime.support:
         row = _drop_equal_responses(row)
-    else:
-        row = replace(row, truncated=_read_truncated(value, count=len(row.responses)))
+        _check_responses(row.responses, shortest=config.min_response_chars)
     if config.responses is ResponseRegime.from_behaviour:
         row = replace(row, logq=_read_logq(value, count=len(row.responses)))
     _check_text(row)
     _check_roles(row.prompt)
-    _check_responses(row.responses, shortest=config.min_response_chars)
     chars = sum(len(message["content"]) for message in row.prompt) + max(map(len, row.responses))
     if chars > config.max_row_chars:
         raise UnusableRow(Reason.too_long, f"{chars} characters, at most {config.max_row_chars} (max_row_chars)")
@@ -218,17 +217,19 @@ def _read_logq(value: dict[str, Any], *, count: int) -> list[float]:
     if not isinstance(logq, list) or len(logq) != count:
         raise UnusableRow(Reason.bad_logq, f"got {logq!r:.80}, expected a list of {count} numbers, one a response")
     for k, item in enumerate(logq):
-        if type(item) not in (int, float) or not math.isfinite(item) or item > 0:
+        if type(item) not in (int, float) or not -sys.float_info.max <= item <= 0:  # NaN is not
             raise UnusableRow(Reason.bad_logq, f"logq[{k}] is {item!r:.80}, expected a finite number, at most 0")
     return [float(item) for item in logq]
 
 
 def _drop_equal_responses(row: Preference) -> Preference:
-    unique = list(dict.fromkeys(row.responses))
+    first = {text: row.responses.index(text) for text in row.responses}  # place of each text
+    unique = list(first)
     if len(unique) == 1 and unique[0].strip():
         raise UnusableRow(Reason.same_responses, f"all {len(row.responses)} responses are equal")
     preferred = None if row.preferred is None else unique.index(row.responses[row.preferred])
-    return replace(row, responses=unique, preferred=preferred)
+    truncated = None if row.truncated is None else [row.truncated[place] for place in first.values()]
+    return replace(row, responses=unique, preferred=preferred, truncated=truncated)
 
 
 def _check_text(row: Preference) -> None:

@@ -4,7 +4,9 @@ The effective sample size (ESS) of a prompt's weights is (sum w)^2 / sum w^2; he
 """
 
 import math
+from collections.abc import Callable
 from enum import StrEnum
+from itertools import pairwise
 
 import numpy as np
 
@@ -68,6 +70,9 @@ def find_ess(target: float, *, reward_R: FloatArray, base_R: FloatArray, group_R
     if not is_monotone:
         log_lambdas = np.union1d(log_lambdas, find_ties(reward_R=reward_R, base_R=base_R, group_R=group_R))
     misses = np.array([miss(log_lambda) for log_lambda in log_lambdas])
+    if not is_monotone and (misses.max() < 0 or misses.min() > 0):  # perhaps it is reached beside the furthest point
+        log_lambdas = np.union1d(log_lambdas, find_peaks(miss, log_lambdas, misses))
+        misses = np.array([miss(log_lambda) for log_lambda in log_lambdas])
     near = np.flatnonzero(np.abs(misses) <= ESS_TOLERANCE)
     crossed = np.flatnonzero(np.sign(misses[:-1]) * np.sign(misses[1:]) < 0)
     if len(near) == len(crossed) == 0:
@@ -79,6 +84,19 @@ def find_ess(target: float, *, reward_R: FloatArray, base_R: FloatArray, group_R
     if len(near) and (not len(crossed) or near[0] <= crossed[0]):
         return float(10.0 ** log_lambdas[near[0]])
     return float(10.0 ** brentq(miss, log_lambdas[crossed[0]], log_lambdas[crossed[0] + 1], xtol=1e-12))
+
+
+def find_peaks(miss: Callable[[float], float], log_lambdas: FloatArray, misses: FloatArray) -> list[float]:
+    """Return where the misses, all of one sign, come nearest to 0 or cross it on either side of the point that is nearest."""
+    from scipy.optimize import minimize_scalar
+
+    nearest, sign = int(np.argmin(np.abs(misses))), np.sign(misses[0])
+    sides = list(pairwise(log_lambdas))[max(0, nearest - 1) : nearest + 1]
+    found = (
+        minimize_scalar(lambda at: sign * miss(at), bounds=side, method="bounded", options={"xatol": 1e-9})
+        for side in sides
+    )
+    return [float(each.x) for each in found]
 
 
 def find_ties(*, reward_R: FloatArray, base_R: FloatArray, group_R: np.ndarray) -> FloatArray:

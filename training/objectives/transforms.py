@@ -49,14 +49,23 @@ def quantiles(reward_R: FloatArray, base_R: FloatArray, group_R: np.ndarray) -> 
     mass_R = softmax_weights(np.zeros_like(reward_R), base_R, group_R, lambda_=1.0) / np.bincount(group_R)[group_R]
     order = np.lexsort((reward_R, group_R))
     set_R = sets_of_equals(reward_R[order], group_R[order])
-    mass_S = np.bincount(set_R, weights=mass_R[order])
+    mass_S: FloatArray = np.bincount(set_R, weights=mass_R[order]).astype(np.float64)
     first_S = np.unique(set_R, return_index=True)[1]
     group_S = group_R[order][first_S]
-    before_S = np.cumsum(mass_S) - mass_S
-    below_S = before_S - before_S[np.unique(group_S, return_index=True)[1]][group_S]
+    below_S = sum_before(mass_S, group_S)
     quantile_R = np.empty_like(reward_R)
     quantile_R[order] = (below_S + mass_S / 2)[set_R]
     return quantile_R
+
+
+def sum_before(mass_S: FloatArray, group_S: np.ndarray) -> FloatArray:
+    """Return what stands before each number within its group, whose members are neighbours; of no other group, in rounding either."""
+    place_S = np.arange(len(group_S)) - np.searchsorted(group_S, group_S)
+    below_S = np.zeros_like(mass_S)
+    for place in range(1, place_S.max() + 1):
+        at = np.flatnonzero(place_S == place)
+        below_S[at] = below_S[at - 1] + mass_S[at - 1]
+    return below_S
 
 
 def sets_of_equals(reward_R: FloatArray, group_R: np.ndarray) -> np.ndarray:
