@@ -180,6 +180,9 @@ def restore_checkpoint(
         return Progress()
     try:
         state = json.loads((newest / "state.json").read_text())
+        progress = Progress(**state["progress"])
+        if name_checkpoint(folder, progress.step) != newest:
+            raise OSError(f"state.json is of step {progress.step}")
         if (sizes := shard_sizes(newest)) != state["shards"]:
             raise OSError(f"files of tensors are {sizes}, expected {state['shards']}")
         rng = load_file(newest / "rng.safetensors")
@@ -187,15 +190,16 @@ def restore_checkpoint(
             check_identity(newest, state["identity"], identity)
         world.barrier()
         read_tensors(newest / "tensors", model, optimiser, world)
-    except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"checkpoint {newest}: damaged ({error}); delete it to start over") from error
+    except (OSError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        why = f"no {error} in state.json" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"checkpoint {newest}: damaged ({why}); delete it to start over") from error
     write_rng(rng, world.device)
-    return Progress(**state["progress"])
+    return progress
 
 
 def find_newest(folder: Path, world: World) -> Path | None:
     """Return the newest checkpoint as the first rank sees it: another's view of a shared disk may lag behind."""
-    whole = [path.name for path in folder.glob("step-*") if not is_partial(path)]
+    whole = [path.name for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     step = max((int(name.removeprefix("step-")) for name in whole), default=-1) if world.is_first else 0
     (step_of_first,) = world.sum([step])
     return name_checkpoint(folder, int(step_of_first)) if step_of_first >= 0 else None

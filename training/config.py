@@ -161,7 +161,7 @@ class RewardModelConfig(Config):
     )
     max_grad_norm: float = Field(1.0, gt=0, title="Gradient clipping", description="Largest gradient norm, above 0.")
     precision: Precision = Precision.float32
-    seed: int = Field(0, ge=0, title="Seed", description="Order of the rows and the new head; at least 0.")
+    seed: int = Field(0, ge=0, lt=2**63, title="Seed", description="Order of the rows and the new head; at least 0.")
     min_accuracy: float = Field(
         0.0,
         ge=0,
@@ -256,7 +256,7 @@ class GenerateConfig(Config):
         768, ge=8, title="Longest prompt", description="Prompts with more tokens are dropped and counted; at least 8."
     )
     precision: Precision = Precision.float32
-    seed: int = Field(0, ge=0, title="Seed", description="Noise of the sampling; at least 0.")
+    seed: int = Field(0, ge=0, lt=2**63, title="Seed", description="Noise of the sampling; at least 0.")
 
 
 class Schedule(StrEnum):
@@ -326,7 +326,11 @@ class Runtime(Config):
         description="Train a policy's layers as code that torch.compile makes of them: faster steps after a first one that waits for the compiler. On a CPU it takes a C++ compiler.",
     )
     threads: int | None = Field(
-        None, ge=1, title="Threads", description="CPU threads of a child process; at least 1, empty for all cores."
+        None,
+        ge=1,
+        le=4096,
+        title="Threads",
+        description="CPU threads of a child process; at least 1, empty for all cores.",
     )
     heldout_every_steps: int = Field(
         10,

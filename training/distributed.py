@@ -110,11 +110,21 @@ def open_world(runtime: Runtime, device: torch.device) -> Iterator[World]:
 
 
 def require_size(size: int, runtime: Runtime) -> None:
-    """Raise ValueError unless a job runs on as many ranks as it asks for: one alone would train the same model, unsharded."""
+    """Raise ValueError unless a job runs on as many ranks as it asks for, in replicas of equally many: one alone would train the same
+    model, unsharded."""
     if size != runtime.world_size:
         raise ValueError(
             f"runtime.ranks: got {size} ranks, expected {runtime.world_size} ({runtime.nodes} machines of {runtime.ranks}); start the "
             "job with `python -m training JOB.json` on each machine, which starts its ranks itself"
+        )
+    require_divisor(runtime.replicas, size)
+
+
+def require_divisor(replicas: int, size: int) -> None:
+    """Raise ValueError for ranks that cannot be divided into so many replicas."""
+    if size % replicas:
+        raise ValueError(
+            f"runtime.replicas: got {replicas} for {size} ranks; expected a divisor of the number of ranks"
         )
 
 
@@ -144,10 +154,7 @@ def own_gpu(local_rank: int) -> torch.device:
 def join_world(device: torch.device, *, replicas: int) -> World:
     """Return this rank of the process group. ValueError where its ranks cannot be divided into so many replicas."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    if size % replicas:
-        raise ValueError(
-            f"runtime.replicas: got {replicas} for {size} ranks; expected a divisor of the number of ranks"
-        )
+    require_divisor(replicas, size)
     mesh = make_mesh(device, size=size, replicas=replicas)
     files = dist.new_group(backend="gloo", timeout=FILES_TIMEOUT)
     numbers = dist.new_group(backend="gloo", timeout=TIMEOUT) if device.type == "cuda" else None

@@ -13,6 +13,7 @@ resumable, anything else a fault.
 """
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 EXIT_USER_ERROR = 2
 EXIT_CANNOT_WRITE = 74  # EX_IOERR: not even error.json could be written, for want of room
@@ -187,6 +188,17 @@ def describe_exit(status: int) -> str:
 def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
     """Run the job named in the job file `argv[0]`; `argv[1]`, if given, is the lifeline's file descriptor."""
     job = Job.read(Path(argv[0]))
+    try:
+        lock = lock_work(job)  # held as long as it is open
+    except OSError as refusal:
+        if refusal.errno in NO_ROOM:
+            return EXIT_CANNOT_WRITE
+        raise
+    if lock is None:
+        sys.stderr.write(
+            f"{job.name}: another process is at work in {job.work}, got its lock; expected none; wait for its end, or stop it\n"
+        )
+        return EXIT_USER_ERROR
     heed_signals(job.stop)
     orphaned = watch_parent(int(argv[1]), job.stop) if len(argv) > 1 else threading.Event()
     (job.work / "error.json").unlink(missing_ok=True)
@@ -194,6 +206,18 @@ def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
     if orphaned.is_set():
         end_group()
     return status
+
+
+def lock_work(job: Job) -> IO[str] | None:
+    """Return the locked file of a job's work folder, to be kept open; None where another process has it. Machines that train together, and
+    may see one folder, have one each."""
+    lock = (job.work / f"job-{job.runtime.get('node_rank', 0)}.lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
 
 
 def run_job(jobs: Mapping[str, Callable[[Job], None]], job: Job) -> int:

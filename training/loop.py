@@ -119,12 +119,14 @@ def run_steps(
     `heldout` is work of one step whose loss is looked at on the way, `sampler` answers prompts; `peak_flops`, a second and of all ranks, is what
     `train/flop_share` is a share of. Writes `output/metrics.jsonl` and `work/checkpoints`; with several ranks each calls it, and
     the first writes the metrics. Interrupted when any rank was told to stop, after a checkpoint of the last whole step.
-    ValueError after three steps in a row with a non-finite loss or gradient, and for a checkpoint of another run.
+    ValueError after three steps in a row with a non-finite loss or gradient, for weights that are not finite at the end, and for a
+    checkpoint of another run.
     """
     require_sharded(model, world)
     keep_freed_memory()
     torch.manual_seed(settings.seed)
     optimiser = make_optimiser(model, settings)
+    given = find_nonfinite(model)
     folder = job.work / "checkpoints"
     progress = restore_checkpoint(folder, model=model, optimiser=optimiser, identity=identity, world=world)
     trainer = Trainer(model, optimiser, work, settings, runtime, job, progress, world, peak_flops)
@@ -167,7 +169,25 @@ def run_steps(
                 )
             if stopped:
                 raise Interrupted(job.name)
+    require_finite_weights(model, given=given, world=world)
     return progress
+
+
+def find_nonfinite(model: nn.Module) -> set[str]:
+    """Return the parameters that hold NaN or infinite numbers, in this rank's part of them."""
+    parts = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in model.named_parameters())
+    return {name for name, part in parts if not part.isfinite().all()}
+
+
+def require_finite_weights(model: nn.Module, *, given: set[str], world: World) -> None:
+    """Raise ValueError where training has left numbers that are none: no loss has looked at what the last steps did. Some rows of an embedding
+    that nobody reads may have been so before."""
+    broken = sorted(find_nonfinite(model) - given)
+    if world.any(bool(broken)):
+        raise ValueError(
+            f"after the last step {len(broken)} tensors hold NaN or infinite numbers (first: {', '.join(broken[:3]) or 'on another rank'}), which "
+            "they did not before; expected finite ones; lower the learning rate or the weight decay; nothing is exported"
+        )
 
 
 def is_due(every: int, step: int, last: int) -> bool:

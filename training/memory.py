@@ -24,6 +24,7 @@ CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 )
+MEMBERSHIP = Path("/proc/self/cgroup")  # lines of number:controllers:path
 
 
 def keep_freed_memory() -> None:
@@ -190,7 +191,7 @@ def measure_free(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     free = [1024 * read_kib("/proc/meminfo", "MemAvailable")] if Path("/proc/meminfo").exists() else []
-    for folder, limit, use, cached in CGROUPS:
+    for folder, limit, use, cached in list_cgroups():
         if (folder / limit).exists() and (bound := (folder / limit).read_text().strip()) != "max":
             stat = folder / "memory.stat"  # not every sandbox has one
             counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
@@ -198,6 +199,15 @@ def measure_free(device: torch.device) -> int:
     if not free:  # no Linux
         return int(psutil.virtual_memory().available)
     return min(free)
+
+
+def list_cgroups() -> Iterator[tuple[Path, str, str, str]]:
+    """Yield the groups of CGROUPS and, below each, those that this process is in: a job of Slurm's or systemd's has its limit in one."""
+    lines = MEMBERSHIP.read_text().splitlines() if MEMBERSHIP.exists() else []
+    own = {Path(line.split(":", 2)[2]) for line in lines}
+    for root, limit, use, cached in CGROUPS:
+        groups = {root} | {root / path.relative_to("/") for member in own for path in (member, *member.parents)}
+        yield from ((folder, limit, use, cached) for folder in groups)
 
 
 def read_memory(device: torch.device) -> tuple[int, int]:

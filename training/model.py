@@ -3,22 +3,27 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
 
 from training.config import Device, Precision, Runtime
+from training.tree import allow_variants
 from training.weights import digest_weights
 
 DTYPES = {Precision.float32: torch.float32, Precision.bfloat16: torch.bfloat16}
 BATCH_STATE = ("padding", "truncation")  # of a tokenizer, left over from its last call
+# How anything is read from a folder: nothing is fetched, and no code of it runs, whatever somebody answers at a terminal.
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -51,15 +56,35 @@ def load_policy(folder: Path, *, precision: Precision, device: torch.device) -> 
     return prepare_model(model, tokenizer, folder).to(device).eval(), tokenizer
 
 
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """Raise ValueError that names the folder for a file of a model that is no such file, or not of this model's sizes."""
+    try:
+        yield
+    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"model {folder}: a file of it cannot be read ({error}); expected whole files as save_pretrained writes them; copy or fetch them again"
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(
+            f"model {folder}: its weights have other sizes than its config.json says; expected the configuration they were saved with; copy or "
+            "fetch both again"
+        ) from error
+
+
 def load_causal_model(folder: Path, **options: Any) -> Any:
     """Return what AutoModelForCausalLM makes of a local folder's safetensors.
 
     ValueError where it would draw some of them, or not tie what the configuration says is tied.
     """
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-    )
+    with reading(folder):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, **LOCAL, use_safetensors=True, output_loading_info=True, **options
+        )
     require_weights(loaded["missing_keys"], folder)
+    refuse_unused(loaded["unexpected_keys"], model, folder)
     head, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
     if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
         refuse_two(folder)
@@ -74,6 +99,15 @@ def refuse_two(folder: Path) -> NoReturn:
     )
 
 
+def refuse_unused(names: Collection[str], model: Any, folder: Path) -> None:
+    """Raise ValueError where tensors of a model's files, of its trunk, have no place in it: it would be another, smaller model."""
+    if names := [name for name in names if name.startswith(f"{model.base_model_prefix}.")]:
+        raise ValueError(
+            f"model {folder}: its files hold {len(names)} tensors that its config.json has no place for (first: {min(names)}), expected none: they "
+            "would be left out; mend config.json (num_hidden_layers, say), or load and save the model to leave them out on purpose"
+        )
+
+
 def require_weights(missing: Collection[str], folder: Path) -> None:
     """Raise ValueError where a model's files lack tensors of it, which transformers draws at random and only logs."""
     if missing:
@@ -86,7 +120,8 @@ def require_weights(missing: Collection[str], folder: Path) -> None:
 def load_tokenizer(folder: Path) -> Any:
     """Return the tokenizer of a policy's folder; ValueError as `load_policy`."""
     check_model_folder(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with reading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     if not tokenizer.chat_template:
         raise ValueError(
             f"model {folder}: the tokenizer has no chat template; expected one in tokenizer_config.json or "
@@ -158,6 +193,7 @@ def compile_layers(model: Any, *, device: torch.device) -> None:
             f"runtime.compile: torch.compile fails here ({str(error).splitlines()[0]}); expected a working compiler (on a CPU "
             "g++ and the headers of Python); install it, or set runtime.compile to false"
         ) from error
+    allow_variants()
     for layer in layers:
         layer.forward = partial(train_compiled, torch.compile(layer.forward, dynamic=True), layer.forward)
 
@@ -229,6 +265,13 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
         raise ValueError(
             f"model {folder}: no weights; expected *.safetensors, got {sorted(p.name for p in folder.iterdir())}; "
             "convert other formats with save_pretrained"
+        )
+    if (
+        folder / "adapter_config.json"
+    ).is_file():  # which transformers puts into the model in some ways of loading it, and not in others
+        raise ValueError(
+            f"model {folder}: an adapter_config.json beside the weights; expected a model without an adapter; merge it into the weights first "
+            "(PEFT's merge_and_unload), or move it elsewhere"
         )
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(

@@ -30,7 +30,7 @@ from training.memory import (
     measure_free,
     show_bytes,
 )
-from training.model import require_text
+from training.model import LOCAL, require_text
 from training.objectives.objective import TrainConfig
 from training.render import Renderer, UnusableRow
 
@@ -175,7 +175,7 @@ def measure_workload(folder: Path, config: TrainConfig, *, tokenizer_folder: Pat
     sampled = rows[:: max(1, len(rows) // SAMPLED_ROWS)]
     renderer = None
     if tokenizer_folder is not None:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **LOCAL)
         renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     chosen = ((row, [row["responses"][k] for k in select(row)]) for row in sampled)
     found = (shape_of(row, responses, renderer) for row, responses in chosen if len(responses) >= min_responses)

@@ -30,10 +30,13 @@ from training.job import Job
 from training.logprobs import Policy, as_policy
 from training.loop import Settings, run_steps
 from training.model import (
+    LOCAL,
     check_context,
     check_model_folder,
     check_vocabulary,
     checkpoint_activations,
+    reading,
+    refuse_unused,
     require_weights,
     save_policy,
     start_torch,
@@ -127,7 +130,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
 def read_dropout(folder: Path) -> float:
     """Return the largest dropout that a model's configuration names in any of its parts."""
     check_model_folder(folder)
-    values = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    values = AutoConfig.from_pretrained(folder, **LOCAL).to_dict()
     named = (value for name, value in values.items() if "dropout" in name or "pdrop" in name)
     return max((float(value) for value in named if isinstance(value, int | float)), default=0.0)
 
@@ -138,23 +141,26 @@ def load_base(folder: Path, config: RewardModelConfig, runtime: Runtime, world: 
     A head that the base lacks is drawn from the seed; ValueError where it lacks anything else.
     """
     check_model_folder(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with reading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     torch.manual_seed(config.seed)
     if world.size == 1:
-        model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            num_labels=1,
-            local_files_only=True,
-            use_safetensors=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        with reading(folder):
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                num_labels=1,
+                **LOCAL,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
         require_weights(
             [name for name in loaded["missing_keys"] if name.startswith(f"{model.base_model_prefix}.")], folder
         )
+        refuse_unused(loaded["unexpected_keys"], model, folder)
         model.to(world.device)
     else:
-        described = AutoConfig.from_pretrained(folder, num_labels=1, local_files_only=True)
+        described = AutoConfig.from_pretrained(folder, num_labels=1, **LOCAL)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForSequenceClassification.from_config(described, dtype=torch.float32)
     check_vocabulary(model, tokenizer, folder)

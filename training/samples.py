@@ -5,6 +5,7 @@ Nothing is drawn and nothing of the model is changed, so training goes on as if 
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ class Sampler:
         kept: list[bytes] = []
         if step and self._path.is_file():
             lines = self._path.read_bytes().splitlines(keepends=True)  # of bytes: at line feeds alone
-            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+            kept = [line for line in lines if line.endswith(b"\n") and read_step(line) <= step]
         partial = self._path.with_name(FILE + ".partial")
         partial.write_bytes(b"".join(kept))
         partial.replace(self._path)
@@ -88,3 +89,11 @@ class Sampler:
             check_stop=lambda: None,
             to_the_end=self._world.size > 1,  # all ranks gather as often, whatever each of them makes of a near tie
         )
+
+
+def read_step(line: bytes) -> float:
+    """Return the step that a line of answers is of; infinity for what a power cut has left of one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf

@@ -3,6 +3,7 @@
 No rank ever holds the whole model: it is made without memory, sharded, and each rank reads its part from the files.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from training.config import LoraConfig, Precision, Runtime
 from training.distributed import World
 from training.logprobs import Policy
 from training.lora import add_adapter, draw_matrices
-from training.model import find_layers, load_tokenizer, prepare_layers, prepare_model, refuse_two
+from training.model import (
+    LOCAL,
+    find_layers,
+    load_tokenizer,
+    prepare_layers,
+    prepare_model,
+    reading,
+    refuse_two,
+    refuse_unused,
+)
 
 COMPARED_ROWS = 4096  # of a matrix, at a time
 
@@ -41,7 +51,7 @@ def load_sharded_policy(
     `seed` draws. ValueError as `load_policy`, and for files whose tensors have other names than the model's own.
     """
     tokenizer = load_tokenizer(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, **LOCAL)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if (folder / "generation_config.json").is_file():
@@ -117,10 +127,10 @@ def allocate(policy: Policy, device: torch.device) -> None:
 def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, Tensor]) -> None:
     """Read this rank's part of a model's tensors from safetensors files, or take it of what is drawn for those they lack.
 
-    ValueError for tensors that are in neither, and for one that is stored twice and differs.
+    ValueError for tensors that are in neither, for one that is stored twice and differs, and for a file that has no place in the model.
     """
+    stored = list_stored(folder)
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata.keys()
     names: dict[Tensor, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         plain = name.replace(".base_layer.", ".")
@@ -138,6 +148,11 @@ def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, 
             f"{missing[0]}); expected files as save_pretrained writes them; load and save the model with this transformers, or "
             "set runtime.ranks to 1"
         )
+    # A base's files may lack its head, and a language model's have one that a reward model does not take.
+    used = {name for several in names.values() for name in several}
+    idle = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    unused = [name for name in stored - used if not any(re.search(pattern, name) for pattern in idle)]
+    refuse_unused(unused, model, folder)
     with own_errors():
         dcp.load(
             {name: tensor.detach() for tensor, name in found.items() if name},
@@ -145,6 +160,22 @@ def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, 
             process_group=world.files,
         )
     fill(model, {name: drawn[name] for name in lacking})
+
+
+def list_stored(folder: Path) -> set[str]:
+    """Return the names of all tensors in a folder's safetensors files; ValueError for one that is in two of them: torch reads either, and
+    transformers that of the index."""
+    files: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with reading(folder), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if name in files:
+                    raise ValueError(
+                        f"model {folder}: {files[name]} and {path.name} both hold the tensor {name}; expected the files of one model; move the "
+                        "others elsewhere"
+                    )
+                files[name] = path.name
+    return set(files)
 
 
 def are_same(folder: Path, names: Sequence[str]) -> bool:

@@ -1,5 +1,6 @@
 """The job train: rows, stored columns and a base model in; a model folder, its metrics and its weights out."""
 
+import json
 import logging
 import time
 from collections import Counter
@@ -110,7 +111,9 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
         write_weights(job, steps)
     world.barrier()  # the others have nothing to write
     data = steps.digests | {"scores": digest_scores(prepared.columns, prepared.cross), "regime": prepared.regime.value}
-    identity = {"config": config.model_dump(mode="json"), "base": prepared.base, "data": data}
+    data["heldout"] = prepared.heldout.digests["rows"] if prepared.heldout else ""
+    described = json.loads((job.inputs["base"] / "config.json").read_text())
+    identity = {"config": config.model_dump(mode="json"), "base": prepared.base, "base_config": described, "data": data}
     peak = device_peak(world.device, config.precision)
     progress = run_steps(
         policy,

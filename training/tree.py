@@ -22,6 +22,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 # T tokens of the flat sequence; S segments; q, k tokens of a segment; Q, K blocks of tokens; heads N of size D
 
+COMPILED_VARIANTS = 64
+# Of heads of up to 128 float32 numbers: torch's own for Hopper spills 32 KB a thread, this one nothing (as Triton compiles both for it).
+WIDE_KERNEL = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 16, "fwd_num_warps": 8}
 ATTENTION = "varflow_tree"
 BLOCK = 128  # queries and keys that FlexAttention skips together: its kernels for Hopper take no smaller ones
 # Kinds of layers in which attention alone takes anything from token to token, and by no more than positions and a window.
@@ -289,8 +292,10 @@ def attend_blocks(
 
 def choose_kernel(query: Tensor, tuned: dict[str, Any]) -> dict[str, Any]:
     """Return how FlexAttention's kernels are to run: never as the one for answers token by token, which takes no tree."""
-    fits = query.dtype.itemsize == 2 and query.shape[-1] <= 128
-    return {"BACKEND": "TRITON"} | (tuned if fits else {})
+    chosen: dict[str, Any] = {"BACKEND": "TRITON"}
+    if not tuned or query.shape[-1] > 128:
+        return chosen
+    return chosen | {2: tuned, 4: WIDE_KERNEL}.get(query.dtype.itemsize, {})
 
 
 @cache
@@ -319,4 +324,13 @@ def cap_scores(softcap: float, device: torch.device) -> Any:
 @cache
 def compile_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of FlexAttention, compiled where there is a GPU: as it is, it would hold all scores. An error where it cannot be."""
-    return torch.compile(function, dynamic=True, fullgraph=True) if kind == "cuda" else function
+    if kind != "cuda":
+        return function
+    allow_variants()
+    return torch.compile(function, dynamic=True, fullgraph=True)
+
+
+def allow_variants() -> None:
+    """Let code be compiled for more kinds of sizes than torch's 8: two kinds of layers in five classes of lengths are ten, with and without
+    gradients, and beyond the limit all others would run as they are, or fail."""
+    torch._dynamo.config.recompile_limit = max(COMPILED_VARIANTS, torch._dynamo.config.recompile_limit)

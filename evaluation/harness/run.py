@@ -54,7 +54,7 @@ from evaluation.responses import Responses
 from evaluation.suites import default_batch_size, fix_batch_size
 from training.config import Runtime
 from training.job import Interrupted, write_json
-from training.model import DTYPES, check_model_folder, resolve_device
+from training.model import DTYPES, LOCAL, check_model_folder, resolve_device
 from training.weights import digest_weights
 
 STOCK_FOLDERS = (
@@ -154,13 +154,13 @@ def ask_served(model: "PolicyLM", tasks: dict[str, Any], *, config: BenchmarkCon
 def check_request(config: BenchmarkConfig, *, model_folder: Path) -> None:
     """Raise ValueError for what can be refused before weights and data are loaded."""
     check_model_folder(model_folder, weights=config.endpoint is None)
-    positions = getattr(transformers.AutoConfig.from_pretrained(model_folder, local_files_only=True), POSITIONS, None)
+    positions = getattr(transformers.AutoConfig.from_pretrained(model_folder, **LOCAL), POSITIONS, None)
     if positions is not None and positions < config.max_length:
         raise ValueError(
             f"benchmark {config.name}: max_length is {config.max_length}, but the model {model_folder} has {positions} "
             "positions; lower max_length"
         )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder, **LOCAL)
     if config.chat_template and not tokenizer.chat_template:
         raise ValueError(
             f"benchmark {config.name}: asks for the chat template, but the tokenizer of {model_folder} has none; "
@@ -519,7 +519,7 @@ def choose_start(
 
 def build_hollow(folder: Path, *, dtype: torch.dtype) -> Any:
     """Return the model of a folder's config without weights, which tells what it is and computes nothing."""
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     if (folder / transformers.utils.GENERATION_CONFIG_NAME).is_file():  # the copies have it, and the profile tells it

@@ -3,7 +3,10 @@ or a rule that is counted; never a model in its place."""
 
 import json
 import math
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.ranks import Ranks
 from training.__main__ import JOBS
+from training.config import Precision
 from training.data.rows import RowsWriter
+from training.distributed import World
 from training.job import EXIT_USER_ERROR, Job, run_job
+from training.sharding import load_sharded_policy
 
 VAR = {"objective": "var", "reference_factor": "mean", "batch_prompts": 4, "max_tokens": 128, "learning_rate": 1e-3}
 SFT = {"objective": "sft", "responses": "all", "batch_prompts": 4, "max_tokens": 128}
@@ -211,6 +218,92 @@ def test_a_checkpoint_that_was_cut_short(inputs: dict[str, Path], end: Any) -> N
     shutil.rmtree(checkpoint)
     assert end("whole", "train", SFT, inputs, **runtime)[0] == 0
     assert (output / "model.safetensors").read_bytes() == expected
+
+
+def copy_base(inputs: dict[str, Path], name: str) -> Path:
+    """Copy the policy's folder, to break it."""
+    folder = inputs["rows"].parent / name
+    shutil.copytree(inputs["base"], folder)
+    return folder
+
+
+def test_weights_that_the_last_steps_left_without_numbers(refuse: Callable[..., str], inputs: dict[str, Path]) -> None:
+    """No loss has looked at them any more."""
+    told = refuse({"learning_rate": 1e38, "batch_prompts": 8})
+    assert "after the last step" in told and "tensors hold NaN or infinite numbers" in told and "learning rate" in told
+
+
+def test_a_base_with_weights_that_its_configuration_has_no_place_for(
+    refuse: Callable[..., str], inputs: dict[str, Path], ranks: Ranks
+) -> None:
+    base = copy_base(inputs, "fewer")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    words = "its files hold 9 tensors that its config.json has no place for (first: model.layers.1."
+    assert words in refuse(base=base, reference=None)
+    with pytest.raises(AssertionError, match=re.escape(words)):
+        ranks.run(open_base, size=2, folder=base)
+
+
+def open_base(world: World, folder: Path) -> None:
+    load_sharded_policy(folder, world, precision=Precision.float32)
+
+
+def test_a_base_beside_other_weights_of_the_same_names(inputs: dict[str, Path], ranks: Ranks) -> None:
+    """torch reads either, and transformers the first alone."""
+    base = copy_base(inputs, "twice")
+    shutil.copy(base / "model.safetensors", base / "model.fp16.safetensors")
+    with pytest.raises(AssertionError, match=r"model.fp16.safetensors and model.safetensors both hold the tensor"):
+        ranks.run(open_base, size=2, folder=base)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("model.safetensors", lambda data: data[:-2000], "a file of it cannot be read"),
+        ("tokenizer.json", lambda data: b"{", "a file of it cannot be read"),
+        ("config.json", lambda data: data.replace(b'"hidden_size": 32', b'"hidden_size": 64'), "other sizes than its config.json"),
+        ("adapter_config.json", lambda data: b"{}", "merge it into the weights first"),
+    ],
+)  # fmt: skip
+def test_a_base_whose_files_are_no_model(
+    name: str, change: Callable[[bytes], bytes], words: str, refuse: Callable[..., str], inputs: dict[str, Path]
+) -> None:
+    base = copy_base(inputs, "broken")
+    path = base / name
+    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+    told = refuse(base=base, reference=None)
+    assert f"model {base}" in told and words in told
+
+
+def test_a_base_with_code_of_its_own(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Nor where somebody says yes to transformers at a terminal."""
+    base = copy_base(inputs, "coded")
+    config = json.loads((base / "config.json").read_text()) | {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Own"},
+    }
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    job = {
+        "job": "train", "config": SFT, "runtime": {"device": "cpu", "threads": 1}, "inputs": {"rows": str(inputs["rows"]), "base": str(base)},
+        "output": str(tmp_path / "output"), "work": str(tmp_path / "work"),
+    }  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    command = [sys.executable, "-m", "training", str(tmp_path / "job.json")]
+    done = subprocess.run(command, input="y\n" * 9, capture_output=True, text=True, timeout=300)
+    assert done.returncode == EXIT_USER_ERROR and "trust_remote_code" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_preference_for_no_response(
+    refuse: Callable[..., str], inputs: dict[str, Path], make_row: Any, write_rows: Any
+) -> None:
+    rows = write_rows(
+        inputs["rows"].parent / "wrong", [make_row(f"Question {i}?", ["Yes", "No"], preferred=-1) for i in range(4)]
+    )
+    told = refuse(SFT | {"reference_factor": None}, rows=rows)
+    assert "preferred is -1, expected the place of one of its 2 responses" in told
 
 
 def test_a_cause_that_cannot_be_written_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

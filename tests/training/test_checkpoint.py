@@ -231,6 +231,23 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
         restore(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda state: {**state, "progress": state["progress"] | {"step": 3}}, "state.json is of step 3"),
+        (lambda state: {name: value for name, value in state.items() if name != "shards"}, "no 'shards' in state.json"),
+        (lambda state: {**state, "progress": {"stop": 1}}, "unexpected keyword argument 'stop'"),
+    ],
+)
+def test_a_state_of_something_else_is_damage_too(tmp_path: Path, change: Any, why: str) -> None:
+    save(tmp_path, step=1)
+    path = tmp_path / "step-00000001" / "state.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    (tmp_path / "step-abc").mkdir()
+    with pytest.raises(ValueError, match=rf"step-00000001: damaged \(.*{why}\); delete it"):
+        restore(tmp_path)
+
+
 def test_large_states_go_to_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
     model, optimiser = save(tmp_path, step=1)

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from training.job import Job, read_json_lines
+from training.job import Job, lock_work, read_json_lines
 
 # A job that starts a child of its own, says so, counts until it is told to stop, and saves how far it came.
 SLOW_JOB = """
@@ -128,6 +128,18 @@ def test_the_summary_is_on_disk_after_all_that_it_speaks_of(tmp_path: Path, monk
     job.write_summary({"steps": 1})
     assert flushed[-1] == "summary.json.partial"
     assert {"model.safetensors", "config.json", "adapter", "o"} <= set(flushed[:-1])
+
+
+def test_of_two_at_once_the_second_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    job_file = write_job(tmp_path, "ingest", config={"responses": "support"}, inputs={"source": "/absent"})
+    held = lock_work(Job.read(job_file))
+    assert held is not None
+    (tmp_path / "w" / "error.json").write_text("of the first")
+    done = run_training(job_file)
+    assert done.returncode == 2 and f"another process is at work in {tmp_path / 'w'}" in done.stderr
+    assert (tmp_path / "w" / "error.json").read_text() == "of the first"
+    held.close()
+    assert run_training(job_file).returncode == 2 and "/absent" in read_error(tmp_path)["message"]
 
 
 def test_our_fault_is_1_with_its_message(tmp_path: Path) -> None:

@@ -301,6 +301,12 @@ def test_an_effective_sample_size_that_two_prompts_have_together_between_their_t
         resolve(data, regime=ResponseRegime.support, lambda_=0.93, **config)
 
 
+@pytest.mark.parametrize("unit", ["reward_std", "ess_target"])
+def test_rewards_too_large_to_be_counted_in_are_named(unit: str) -> None:
+    with pytest.raises(ValueError, match=r"rewards of up to 1e\+200 have no variance"):
+        resolve(columns([[1e200, -1e200]]), lambda_=0.8, lambda_unit=unit)
+
+
 def test_an_effective_sample_size_out_of_reach_is_refused_with_the_range() -> None:
     with pytest.raises(ValueError, match=r"ess_target: got 0\.5, expected a share of K between 0\.6667 and 1"):
         resolve(columns([[1.0, 1.0, 0.0]]), lambda_=0.5, lambda_unit="ess_target")  # the two best tie

@@ -37,7 +37,7 @@ from training.objectives.sft import Sft
 from training.preflight import passes as passes_module
 from training.preflight import room
 from training.preflight import run as run_module
-from training.preflight.findings import FILE, Check, Report
+from training.preflight.findings import FILE, Check, Report, read_report
 from training.preflight.passes import Passes
 from training.preflight.ready import Ready
 from training.preflight.rows import trained_tokens
@@ -339,6 +339,25 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> No
     (folder / "memory.current").write_text(f"{free + 4_900_000}\n")
     (folder / "memory.stat").write_text(f"anon 5000000\nfile {free - 100_000}\ninactive_file {free - 100_000}\n")
     monkeypatch.setattr(memory, "CGROUPS", ((folder, "memory.max", "memory.current", "inactive_file"),))
+
+
+def test_the_limit_of_a_group_below_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Slurm's and systemd's jobs have it: the root has none."""
+    for name, free in (("", None), ("slurm", 9_000_000), ("slurm/job_7", None), ("slurm/job_8", 1_000_000)):
+        (tmp_path / name).mkdir(exist_ok=True)
+        if free is not None:
+            limit_memory(monkeypatch, tmp_path / name, free=free)
+    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, "memory.max", "memory.current", "inactive_file"),))
+    for path, free in (("/slurm/job_7", 9_000_000), ("/slurm/job_8", 1_000_000)):
+        (tmp_path / "membership").write_text(f"12:cpu:/elsewhere\n0::{path}\n")
+        monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")
+        assert memory.measure_free(torch.device("cpu")) == free
+
+
+@pytest.mark.parametrize("text", ["{", "3", '{"plan": "x"}', "\0\0"])
+def test_findings_that_cannot_be_read_are_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(text)
+    assert read_report(tmp_path / FILE) is None
 
 
 def test_what_does_not_fit_is_refused_before_the_kernel_ends_it(

@@ -1,5 +1,6 @@
 """Answers while training: those of the model as it was, and no trace of them in what is trained."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from training.config import Runtime
 from training.distributed import World
 from training.job import Interrupted, Job, read_json_lines
 from training.loop import Trainer
-from training.samples import FILE, GREEDY, MOST_PROMPTS
+from training.samples import FILE, GREEDY, MOST_PROMPTS, read_step
 
 CONFIG = {
     "objective": "sft", "responses": "all", "batch_prompts": 4, "epochs": 2, "max_tokens": 96, "learning_rate": 1e-2,
@@ -97,6 +98,11 @@ def test_a_run_that_goes_on_tells_each_step_once(
 def run_on(world: World, job: dict[str, Any]) -> None:
     config = train.read_config(Job(**job))
     train.train(Job(**job), config, Runtime(microbatch_tokens=64, samples_every_steps=2), world)
+
+
+@pytest.mark.parametrize("line", [b"\0" * 40, b"3", b'{"step": "x"}', b"\xff", b'{"row_id": 1}'])
+def test_a_line_that_a_power_cut_has_left_is_of_no_step(line: bytes) -> None:
+    assert read_step(line + b"\n") == math.inf and read_step(b'{"step": 2}\n') == 2
 
 
 def test_ranks_answer_together_as_one_does(

@@ -31,7 +31,7 @@ from training import distributed, logprobs, sharding
 from training.config import LoraConfig, Precision, Runtime
 from training.data.batch import collate
 from training.data.schema import SCHEMA
-from training.distributed import ALONE, World, open_world, own_gpu
+from training.distributed import ALONE, World, open_world, own_gpu, require_size
 from training.job import Interrupted, Job
 from training.logprobs import Policy, sum_logps
 from training.loop import make_optimiser, run_steps
@@ -330,6 +330,11 @@ def test_a_job_on_fewer_ranks_than_it_asks_for_is_refused(monkeypatch: pytest.Mo
             join(Runtime(ranks=4, threads=1))
     finally:
         dist.destroy_process_group()
+
+
+def test_one_rank_has_no_replicas() -> None:
+    with pytest.raises(ValueError, match=r"runtime.replicas: got 2 for 1 ranks"):
+        require_size(1, Runtime(replicas=2))
 
 
 def test_more_ranks_than_gpus_are_refused() -> None:

@@ -18,7 +18,15 @@ from training.flops import read_windows
 from training.logprobs import LayoutError, Policy, check_layout, sum_logps
 from training.model import checkpoint_activations, find_layers
 from training.render import Rendered
-from training.tree import Tree, attend_blocks, attend_segments, enable_trees
+from training.tree import (
+    WIDE_KERNEL,
+    Tree,
+    attend_blocks,
+    attend_segments,
+    choose_kernel,
+    enable_trees,
+    tune_kernels,
+)
 
 CPU = torch.device("cpu")
 
@@ -97,6 +105,16 @@ def test_a_short_row_shows_positions_that_are_switched_by_the_longest(layout: La
         model = AutoModelForCausalLM.from_config(config).eval()
         check_layout(model, [*long, make_group(rng, 3, 4)], layout=layout, device=CPU)
     assert caught.value.groups == [2], "the short one alone"
+
+
+def test_kernels_are_tuned_for_hopper_alone_and_for_what_they_have_room_for() -> None:
+    tuned = {"fwd_BLOCK_M": 64}
+    for dtype, size, given, expected in (
+        (torch.bfloat16, 64, tuned, tuned), (torch.float32, 64, tuned, WIDE_KERNEL), (torch.float64, 64, tuned, {}),
+        (torch.bfloat16, 256, tuned, {}), (torch.float32, 256, tuned, {}), (torch.float32, 64, {}, {}),
+    ):  # fmt: skip
+        assert choose_kernel(torch.zeros(1, 1, 1, size, dtype=dtype), given) == {"BACKEND": "TRITON"} | expected
+    assert tune_kernels(CPU) == {}
 
 
 class OneOff(Policy):

@@ -180,6 +180,10 @@ def place_preferred(row: dict[str, Any], places: list[int]) -> int | None:
     if row["preferred"] is None:
         return None
     responses = row["responses"]
+    if not 0 <= row["preferred"] < len(responses):
+        raise ValueError(
+            f"row {row['row_id']}: preferred is {row['preferred']}, expected the place of one of its {len(responses)} responses, from 0; ingest the rows"
+        )
     equal = (n for n, k in enumerate(places) if responses[k] == responses[row["preferred"]])
     return next(equal, None)
 

@@ -68,7 +68,7 @@ def read_source(source: Path) -> Iterator[SourceRow]:
             yield from _read_parquet(path, name, done) if path.suffix == ".parquet" else _read_text(path, name, done)
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(f"source {name}: the gzip stream is broken ({error}); fetch the file again") from error
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
             raise ValueError(f"source {name}: not a readable parquet file ({error}); fetch the file again") from error
         done += path.stat().st_size
 

@@ -46,6 +46,11 @@ def resolve_lambda(
             f"lambda_unit {unit}: within every prompt all rewards are equal, so there is no scale to count in; "
             "expected rewards that differ; check the scorer, or set lambda_unit to reward"
         )
+    if not math.isfinite(variance):
+        raise ValueError(
+            f"lambda_unit {unit}: rewards of up to {np.abs(reward_R).max():.3g} have no variance that can be counted in; expected rewards below "
+            "1e150; scale them, or set lambda_unit to reward"
+        )
     scale = math.sqrt(variance)
     if unit == LambdaUnit.reward_std:
         return number * scale

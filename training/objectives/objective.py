@@ -100,7 +100,9 @@ class TrainConfig(Config):
         title="Low-rank adapter",
         description="LoRA: low-rank matrices beside the weights; rank 0 trains the weights themselves.",
     )
-    seed: int = Field(0, ge=0, title="Seed", description="Order of the rows, and LoRA's first matrices; at least 0.")
+    seed: int = Field(
+        0, ge=0, lt=2**63, title="Seed", description="Order of the rows, and LoRA's first matrices; at least 0."
+    )
     objective: str = Field(title="Objective")  # narrowed by each objective to its own name
 
     # Whether the loss of a response depends on the others of its prompt, so that they stay in one forward pass.

@@ -87,9 +87,12 @@ def describe_failure(check: Check) -> str:
 
 
 def read_report(path: Path) -> Report | None:
-    """Return what an earlier attempt's `preflight.json` tells, None where there is none."""
+    """Return what an earlier attempt's `preflight.json` tells, None where there is none, or what is there cannot be read."""
     if not path.is_file():
         return None
-    found = json.loads(path.read_text())
-    told = {name: found[name] for name in ("plan", "runtime", "seconds_allowed", "microbatch_tokens", "memory")}
-    return Report(**told, checks=[Check(**check) for check in found["checks"]])
+    try:
+        found = json.loads(path.read_text())
+        told = {name: found[name] for name in ("plan", "runtime", "seconds_allowed", "microbatch_tokens", "memory")}
+        return Report(**told, checks=[Check(**check) for check in found["checks"]])
+    except (ValueError, TypeError, KeyError):
+        return None

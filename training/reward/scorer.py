@@ -15,7 +15,15 @@ from training.data.batch import pack_by_tokens
 from training.data.scored import describe_dropped
 from training.logprobs import as_policy
 from training.memory import run_in_halves
-from training.model import DTYPES, check_context, check_model_folder, check_vocabulary
+from training.model import (
+    DTYPES,
+    LOCAL,
+    check_context,
+    check_model_folder,
+    check_vocabulary,
+    reading,
+    refuse_unused,
+)
 from training.render import UnusableRow
 from training.reward.render import RewardInput, RewardRenderer
 
@@ -116,10 +124,12 @@ def load_scorer(
 ) -> RewardScorer:
     """Load a reward model from a local folder, or raise ValueError that says what makes it none."""
     check_model_folder(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(
-        folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True
-    )
+    with reading(folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            folder, **LOCAL, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True
+        )
+    refuse_unused(loaded["unexpected_keys"], model, folder)
     if model.config.num_labels != 1:
         raise ValueError(
             f"reward model {folder}: got a head of {model.config.num_labels} labels, expected 1; "
