@@ -50,6 +50,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.children import Child, run_in_turn
+from benchmarks.figures import finish_figure, start_figure
 from benchmarks.rewards import Sizes, compare_reward_gain, compare_with_grpo
 from benchmarks.rows import ROWS_VARIABLE, find_rows
 from infra.models import fetch_embedded
@@ -103,7 +104,7 @@ def main() -> None:
         help="fewer steps, micro-batches and lengths, and no grpo or reward_gain: within 15 minutes on two idle cores",
     )
     parser.add_argument(
-        "--plot", type=Path, help="HTML file to write with tokens per second by length, as measured and predicted"
+        "--plot", type=Path, help="SVG file to write with tokens per second by length, as measured and predicted"
     )
     parser.add_argument(
         "--scratch", type=Path, help="folder for what is measured; a later run goes on from what is there"
@@ -180,13 +181,15 @@ def describe_quick() -> dict[str, Any]:
 
 
 def plot_lengths(result: dict[str, Any], path: Path) -> None:
-    """Write tokens per second by length, as measured and as attention's share of the FLOPs lets expect, as a page."""
-    from plotly.graph_objects import Figure, Scatter
-
-    figure = Figure(layout={"xaxis": {"title": "tokens a pair", "type": "log"}, "yaxis": {"title": "tokens/s", "rangemode": "tozero"}})  # fmt: skip
+    """Write tokens per second by length, as measured and as attention's share of the FLOPs lets expect, as a figure."""
+    figure, axes = start_figure()
     for name, key in (("measured", "tokens_per_second_by_length"), ("predicted", "tokens_per_second_predicted_by_length")):  # fmt: skip
-        figure.add_trace(Scatter(x=list(result[key]), y=list(result[key].values()), name=name, mode="lines+markers"))
-    figure.write_html(path)
+        axes.plot(list(result[key]), list(result[key].values()), marker="o", label=name)
+    lengths = list(result["tokens_per_second_by_length"])
+    axes.set(xscale="log", xlabel="tokens a pair", ylabel="tokens/s", ylim=(0, None), xticks=lengths)
+    axes.set_xticklabels(lengths)
+    axes.minorticks_off()
+    finish_figure(figure, axes, path)
 
 
 class Bench:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from trl import DPOConfig, SFTConfig
 
-from benchmarks import engine, peers, training_gpu
+from benchmarks import engine, peers, roofline, training_gpu
 from benchmarks.children import MeasurementFailed
 from benchmarks.engine import (
     SETTINGS,
@@ -115,6 +115,25 @@ def test_flops_of_a_step_are_those_that_torch_counts_without_what_is_masked_or_c
     last = 2 * LAYERS * 64 * 32  # the product that ends a layer, whose result no gradient needs
     assert more["mm"] == done["mm"] + (linear - last) * tokens
     assert again == flops
+
+
+def test_the_roofline_has_all_operations_of_a_step_and_what_memory_moves_at_least(
+    shared: dict[str, Any], tmp_path: Path
+) -> None:
+    found = roofline.measure(shared | {"folder": str(tmp_path), "length": 96, "pairs": 1, "batch_pairs": 1})
+    kinds, tokens, positions = found["kinds"], found["tokens"], found["positions"]
+    model = open_model(shared)[1]
+    count = count_flops(model)
+    assert count is not None and kinds[roofline.LAYERS]["flops"] == count.per_token * tokens
+    assert kinds[roofline.HEAD]["flops"] == 3 * 2 * 32 * model.config.vocab_size * positions
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    assert 28 * numbers <= kinds["AdamW"]["bytes"] < 28.1 * numbers  # and a count of steps for each tensor
+    assert kinds["attention, backward"]["flops"] == 2 * kinds["attention"]["flops"] > 0
+    assert all(kind["seconds"] > 0 for kind in kinds.values()) and len(kinds) == 8
+    roofline.draw(found, tmp_path / "roofline.svg")
+    assert (
+        "matrices of the layers" in "\n".join(roofline.show(found)) and (tmp_path / "roofline.svg").stat().st_size > 0
+    )
 
 
 def test_peers_train_on_the_rows_of_our_steps_in_every_step(shared: dict[str, Any], tmp_path: Path) -> None:
@@ -329,8 +348,8 @@ def test_every_throughput_group_runs_to_its_figures(
             one, other = (measured["loss"] for spec, measured in timed if spec["warming_steps"] == warming)
             assert one == pytest.approx(other, rel=1e-4)
 
-    plot_lengths(found, tmp_path / "lengths.html")
-    assert "tokens a pair" in (tmp_path / "lengths.html").read_text()
+    plot_lengths(found, tmp_path / "lengths.svg")
+    assert "tokens a pair" in (tmp_path / "lengths.svg").read_text()
 
 
 @pytest.mark.slow

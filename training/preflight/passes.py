@@ -47,10 +47,8 @@ class Passes:
         group_R = steps.columns(0).group_R
         first = [index for index, group in enumerate(group_R) if group == group_R[0]]
         spent = ready.world.max(time.monotonic() - self.started)  # by the checks that are always whole
-        if (
-            ready.device.type == "cuda"
-        ):  # whose kernels are compiled and loaded once for the whole run, in what was spent too
-            self.values(first)
+        if ready.device.type == "cuda":
+            self.values(first)  # kernels are compiled and loaded once for the whole run, in what was spent too
             spent = 0.0
         self.started = time.monotonic()
         self.values(first)
