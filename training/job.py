@@ -129,6 +129,17 @@ def read_json_lines(path: Path) -> list[Any]:
         return [json.loads(line) for line in lines]
 
 
+def name_refusal(error: Exception) -> Exception:
+    """Return an error, or what to do about it where it is the refusal of memory by a CPU's allocator: a limit of the process, mostly, since
+    the kernel itself would rather kill."""
+    if "can't allocate memory" not in str(error):
+        return error
+    return MemoryError(
+        f"no memory for a tensor ({str(error).splitlines()[0]}); expected room for it; lower runtime.microbatch_tokens or max_tokens, set "
+        "runtime.activation_checkpointing, or raise what limits this process (`ulimit -v`)"
+    )
+
+
 def write_error(path: Path, error: Exception) -> None:
     """Write an error's type and message, and of OutOfMemory the smaller budget, unless another rank has written: what the first one
     failed of fails the others."""
@@ -233,7 +244,7 @@ def run_job(jobs: Mapping[str, Callable[[Job], None]], job: Job) -> int:
         with suppress(OSError):  # a full disk takes no last words
             traceback.print_exc()
         try:
-            write_error(job.work / "error.json", error)
+            write_error(job.work / "error.json", name_refusal(error))
         except OSError as refusal:
             if refusal.errno in NO_ROOM:
                 return EXIT_CANNOT_WRITE

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -100,8 +101,11 @@ def refuse_two(folder: Path) -> NoReturn:
 
 
 def refuse_unused(names: Collection[str], model: Any, folder: Path) -> None:
-    """Raise ValueError where tensors of a model's files, of its trunk, have no place in it: it would be another, smaller model."""
-    if names := [name for name in names if name.startswith(f"{model.base_model_prefix}.")]:
+    """Raise ValueError where tensors of a model's files, of its trunk, have no place in it: it would be another, smaller model. A head beside it
+    is none of a reward model's, say, and what older programs stored of positions and masks is computed anew."""
+    idle = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    trunk = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+    if names := [name for name in trunk if not any(re.search(pattern, name) for pattern in idle)]:
         raise ValueError(
             f"model {folder}: its files hold {len(names)} tensors that its config.json has no place for (first: {min(names)}), expected none: they "
             "would be left out; mend config.json (num_hidden_layers, say), or load and save the model to leave them out on purpose"

@@ -3,7 +3,6 @@
 No rank ever holds the whole model: it is made without memory, sharded, and each rank reads its part from the files.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,11 +147,7 @@ def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, 
             f"{missing[0]}); expected files as save_pretrained writes them; load and save the model with this transformers, or "
             "set runtime.ranks to 1"
         )
-    # A base's files may lack its head, and a language model's have one that a reward model does not take.
-    used = {name for several in names.values() for name in several}
-    idle = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
-    unused = [name for name in stored - used if not any(re.search(pattern, name) for pattern in idle)]
-    refuse_unused(unused, model, folder)
+    refuse_unused(stored - {name for several in names.values() for name in several}, model, folder)
     with own_errors():
         dcp.load(
             {name: tensor.detach() for tensor, name in found.items() if name},

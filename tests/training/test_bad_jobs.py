@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.ranks import Ranks
@@ -243,6 +244,15 @@ def test_a_base_with_weights_that_its_configuration_has_no_place_for(
     assert words in refuse(base=base, reference=None)
     with pytest.raises(AssertionError, match=re.escape(words)):
         ranks.run(open_base, size=2, folder=base)
+
+
+def test_what_older_programs_stored_of_positions_is_no_weight(inputs: dict[str, Path], ranks: Ranks, end: Any) -> None:
+    base = copy_base(inputs, "older")
+    state = load_file(base / "model.safetensors") | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
+    ranks.run(open_base, size=2, folder=base)
+    status, told, _ = end("older-run", "train", SFT, {"rows": inputs["rows"], "base": base})
+    assert status == 0, told
 
 
 def open_base(world: World, folder: Path) -> None:

@@ -248,6 +248,23 @@ def test_a_state_of_something_else_is_damage_too(tmp_path: Path, change: Any, wh
         restore(tmp_path)
 
 
+def test_a_bit_that_the_disk_has_changed_is_damage(tmp_path: Path) -> None:
+    save(tmp_path, step=1)
+    assert sorted(path.name for path in (tmp_path / "step-00000001").iterdir()) == [
+        "rng.safetensors",
+        "state.json",
+        "tensors",
+    ]
+    path = tmp_path / "step-00000001" / SHARD
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 1  # of a number, far behind what describes them
+    path.write_bytes(data)
+    with pytest.raises(
+        ValueError, match=r"step-00000001: damaged \(what is in shard-00001.* is not what was written\); delete it"
+    ):
+        restore(tmp_path)
+
+
 def test_large_states_go_to_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FILE_BYTES", 100)
     model, optimiser = save(tmp_path, step=1)

@@ -11,8 +11,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
-from training.job import Job, lock_work, read_json_lines
+from training.job import Job, lock_work, read_json_lines, run_job
 
 # A job that starts a child of its own, says so, counts until it is told to stop, and saves how far it came.
 SLOW_JOB = """
@@ -140,6 +141,14 @@ def test_of_two_at_once_the_second_is_refused_and_touches_nothing(tmp_path: Path
     assert (tmp_path / "w" / "error.json").read_text() == "of the first"
     held.close()
     assert run_training(job_file).returncode == 2 and "/absent" in read_error(tmp_path)["message"]
+
+
+def test_memory_that_is_refused_is_named_with_what_helps(tmp_path: Path) -> None:
+    job = Job.read(write_job(tmp_path, "train"))
+    assert run_job({"train": lambda job: torch.empty(2**50)}, job) == 1  # type: ignore[dict-item,return-value]
+    told = read_error(tmp_path)
+    assert told["type"] == "MemoryError" and "you tried to allocate 4503599627370496 bytes" in told["message"]
+    assert "lower runtime.microbatch_tokens" in told["message"]
 
 
 def test_our_fault_is_1_with_its_message(tmp_path: Path) -> None:
