@@ -19,10 +19,11 @@ from tests.architectures import SMALL
 from training import devices, train
 from training.config import Layout, LoraConfig, Precision
 from training.devices import ACCELERATORS, device_peak, find_accelerator, measure_gemm
-from training.flops import count_flops, count_pairs
+from training.flops import Flops, count_flops, count_pairs
 from training.job import Job
 from training.lora import add_adapter
 from training.render import Rendered
+from training.steps import Forwarded
 from training.train import PolicyForward
 from training.tree import enable_trees
 
@@ -41,17 +42,22 @@ def make_sample(prompt: int, response: int) -> Rendered:
     return Rendered(ids_T=ids.astype(np.int32), start=prompt)
 
 
+def take_step(model: Any, sample: Rendered, flops: Flops) -> tuple[Forwarded, dict[str, int]]:
+    """Run one row forward and backward; return what came out, and the operations that torch counted by their kind."""
+    with FlopCounterMode(display=False) as counter:
+        forward = PolicyForward(CPU, Layout.rows, flops)
+        out = forward.values(model, forward.load([sample], np.array([0])))
+        out.value_B.sum().backward()
+    return out, {str(op).split(".")[1]: int(n) for op, n in counter.get_flop_counts()["Global"].items()}
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_real_step_costs_what_torch_counts(name: str) -> None:
     """One row of T tokens. Matrices to the last operation; capped logits are computed twice and count once. Eager attention computes all T x T pairs; T (T + 1) / 2 of them, fewer with a window, are of use."""
     model, sample = make_model(name), make_sample(9, 13)
     flops = count_flops(model)
     assert flops is not None
-    with FlopCounterMode(display=False) as counter:
-        forward = PolicyForward(CPU, Layout.rows, flops)
-        out = forward.values(model, forward.load([sample], np.array([0])))
-        out.value_B.sum().backward()
-    done = {str(op).split(".")[1]: int(n) for op, n in counter.get_flop_counts()["Global"].items()}
+    out, done = take_step(model, sample, flops)
     T, P = 22, 13
     head = 2 * 16 * 61 * P
     width = getattr(model.config, "head_dim", None) or 4
@@ -72,11 +78,7 @@ def test_beside_an_adapter_a_step_costs_what_torch_counts(name: str) -> None:
     add_adapter(model, LoraConfig(rank=2, alpha=4))
     flops = count_flops(model)
     assert whole and flops
-    with FlopCounterMode(display=False) as counter:
-        forward = PolicyForward(CPU, Layout.rows, flops)
-        out = forward.values(model, forward.load([sample], np.array([0])))
-        out.value_B.sum().backward()
-    done = {str(op).split(".")[1]: int(n) for op, n in counter.get_flop_counts()["Global"].items()}
+    _, done = take_step(model, sample, flops)
     T, P = 22, 13
     head = 2 * 16 * 61 * P
     # capped logits are computed twice and count once
