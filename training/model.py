@@ -270,9 +270,8 @@ def check_model_folder(folder: Path, *, weights: bool = True) -> None:
             f"model {folder}: no weights; expected *.safetensors, got {sorted(p.name for p in folder.iterdir())}; "
             "convert other formats with save_pretrained"
         )
-    if (
-        folder / "adapter_config.json"
-    ).is_file():  # which transformers puts into the model in some ways of loading it, and not in others
+    # transformers puts an adapter into the model in some ways of loading it, and not in others.
+    if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"model {folder}: an adapter_config.json beside the weights; expected a model without an adapter; merge it into the weights first "
             "(PEFT's merge_and_unload), or move it elsewhere"
