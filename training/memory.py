@@ -56,7 +56,7 @@ class MicroBatchSize:
     """What of a micro-batch takes memory, in tokens."""
 
     tokens: int  # through the model
-    keys: int  # that the responses of trees see, and that are copied for them; 0 for rows
+    keys: int  # that what hangs on something sees in trees, and that are copied for it; 0 for rows
     positions: int  # that predict a trained token
 
 
@@ -117,8 +117,9 @@ def estimate_footprint(
     in_layers = sum(count(layer.parameters()) for layer in layers)
     largest = max(layers, key=lambda layer: count(layer.parameters()), default=None)
     of_layer = list(largest.parameters()) if largest is not None else []
-    matrix = model.get_output_embeddings().weight
-    head, shards, wide = matrix.numel(), ranks // replicas, precision == Precision.float32
+    outputs = model.get_output_embeddings()  # a reward model has none
+    head, learns = (outputs.weight.numel(), outputs.weight.requires_grad) if outputs is not None else (0, False)
+    shards, wide = ranks // replicas, precision == Precision.float32
     width = FLOAT32 if wide else BFLOAT16
     copies = 0 if wide or ranks > 1 else BFLOAT16 * (in_layers + head)
     gathered = (
@@ -127,7 +128,7 @@ def estimate_footprint(
         + (width + FLOAT32) * count(p for p in of_layer if p.requires_grad)
     )
     chunk = min(CHUNK_ELEMENTS[kind], micro.positions * model.config.vocab_size)
-    head_gradient = (FLOAT32 if wide else FLOAT32 + BFLOAT16) * head * matrix.requires_grad
+    head_gradient = (FLOAT32 if wide else FLOAT32 + BFLOAT16) * head * learns
     head_cast = 0 if wide or ranks == 1 else BFLOAT16 * head
     entry = FLOAT32 * model.config.hidden_size * micro.tokens
     layer, depth = estimate_layer(model.config, precision=precision, micro=micro), model.config.num_hidden_layers
@@ -166,7 +167,7 @@ def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) 
     With hidden size H, heads x head size A and MLP size I, in numbers a token: 6 H for two norms (input,
     normalised, scaled), 5 A for attention (query, key, value, output, output in the order of tokens; keys and values repeated for
     grouped queries), 4 I for a gated MLP. In trees keys and values are not repeated, so theirs are B, of fewer heads, and each response
-    has its own copy of those it sees: 3 A + 2 B, and 2 B for each key. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
+    has its own copy of those it sees, as has each prompt behind a shared stem: 3 A + 2 B, and 2 B for each key. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
     """
     hidden = config.hidden_size
     heads = getattr(config, "num_attention_heads", 0)  # none where there is no attention (Mamba)

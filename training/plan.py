@@ -6,6 +6,7 @@ The policy is built on torch's meta device, so weights are neither read nor made
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from training.config import Layout, LoraConfig, Runtime
 from training.data.batch import plan_steps, split_group
 from training.data.manifest import read_rows_manifest
 from training.data.rows import read_rows
+from training.data.stems import count_common
 from training.devices import ACCELERATORS, find_accelerator, find_price, measure_gemm
 from training.flops import count_flops
 from training.lora import add_adapter
@@ -32,7 +34,7 @@ from training.memory import (
 )
 from training.model import LOCAL, require_text
 from training.objectives.objective import TrainConfig
-from training.render import Renderer, UnusableRow
+from training.render import Rendered, Renderer, UnusableRow
 
 ARCHITECTURES = Path(__file__).with_name("architectures")
 ASSUMED_MFU = 0.4
@@ -43,17 +45,22 @@ CHARS_PER_TOKEN = 4.0
 MOST_RANKS = 65_536
 
 
+Shape = tuple[int, tuple[int, ...]]  # of a row: prompt tokens, tokens of each response
+
+
 @dataclass(frozen=True)
 class Workload:
-    """The rows of the train split: how many, and the shapes (prompt tokens, tokens of each response) of some of them."""
+    """The rows of the train split: how many, and the shapes of some of them."""
 
     rows: int
-    shapes: tuple[tuple[int, tuple[int, ...]], ...]
+    shapes: tuple[Shape, ...]
     basis: str  # where this is known from
+    stem: int = 0  # tokens that all prompts begin with, as a system prompt
 
-    def tokens(self, layout: Layout) -> float:
-        """Return the mean tokens of a row through the model, padding not counted."""
-        return sum(count_row(prompt, responses, layout) for prompt, responses in self.shapes) / len(self.shapes)
+    def tokens(self, layout: Layout, *, together: float = 1.0) -> float:
+        """Return the mean tokens of a row through the model where so many share what all prompts begin with, padding not counted."""
+        whole = sum(count_row(prompt, responses, layout) for prompt, responses in self.shapes) / len(self.shapes)
+        return whole - count_stem(self, layout) * (1 - 1 / together)
 
 
 @dataclass(frozen=True)
@@ -178,31 +185,37 @@ def measure_workload(folder: Path, config: TrainConfig, *, tokenizer_folder: Pat
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **LOCAL)
         renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     chosen = ((row, [row["responses"][k] for k in select(row)]) for row in sampled)
-    found = (shape_of(row, responses, renderer) for row, responses in chosen if len(responses) >= min_responses)
-    shapes = [shape for shape in found if shape is not None]
+    usable = [(row, responses) for row, responses in chosen if len(responses) >= min_responses]
+    shapes, stem = shape_rows(usable, renderer) if renderer else ([guess_shape(*pair) for pair in usable], 0)
     if not shapes:
         raise ValueError(
             f"rows folder {folder}: none of {len(sampled)} rows of the train split can be trained; expected some; raise "
             "train.max_tokens or look at the rows"
         )
     how = "the policy's tokenizer" if renderer else f"{CHARS_PER_TOKEN:g} characters a token, as there is no tokenizer"
-    basis = f"measured on {len(sampled)} of the {len(rows)} rows of the ingest artifact, by {how}"
-    return Workload(round(len(rows) * len(shapes) / len(sampled)), tuple(shapes), basis)
+    shared = f"; all prompts share their first {stem}" if stem else ""
+    basis = f"measured on {len(sampled)} of the {len(rows)} rows of the ingest artifact, by {how}{shared}"
+    return Workload(round(len(rows) * len(shapes) / len(sampled)), tuple(shapes), basis, stem)
 
 
-def shape_of(
-    row: dict[str, Any], responses: list[str], renderer: Renderer | None
-) -> tuple[int, tuple[int, ...]] | None:
-    """Return (prompt tokens, tokens of each response) of a row; None for one that training drops."""
-    if renderer is None:
-        prompt = sum(len(turn["content"]) for turn in row["prompt"])
-        sizes = (math.ceil(len(text) / CHARS_PER_TOKEN) + 1 for text in responses)
-        return math.ceil(prompt / CHARS_PER_TOKEN) + 1, tuple(sizes)
-    try:
-        samples = renderer.row(row["prompt"], responses)
-    except UnusableRow:
-        return None
-    return samples[0].start, tuple(sample.num_trained for sample in samples)
+def shape_rows(rows: Sequence[tuple[dict[str, Any], list[str]]], renderer: Renderer) -> tuple[list[Shape], int]:
+    """Return the shapes of rows, less those that training drops, and the tokens that all their prompts share."""
+    groups: list[list[Rendered]] = []
+    for row, responses in rows:
+        with suppress(UnusableRow):
+            groups.append(renderer.row(row["prompt"], responses))
+    if not groups:
+        return [], 0
+    shapes = [(group[0].start, tuple(sample.num_trained for sample in group)) for group in groups]
+    prompts = [group[0].ids_T[: group[0].start] for group in groups]
+    return shapes, count_common(prompts, [sum(responses) for _, responses in shapes])
+
+
+def guess_shape(row: dict[str, Any], responses: list[str]) -> Shape:
+    """Return the shape of a row by its characters."""
+    prompt = sum(len(turn["content"]) for turn in row["prompt"])
+    sizes = (math.ceil(len(text) / CHARS_PER_TOKEN) + 1 for text in responses)
+    return math.ceil(prompt / CHARS_PER_TOKEN) + 1, tuple(sizes)
 
 
 def count_row(prompt: int, responses: Sequence[int], layout: Layout) -> int:
@@ -266,14 +279,16 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
             f"model type {model.config.model_type}: its operations cannot be counted (experts, latent attention); expected a dense "
             "decoder; not supported"
         )
-    layout = runtime.layout
+    layout, together = runtime.layout, count_together(config, runtime, work, ranks=machine.ranks)
+    stem, tokens = count_stem(work, layout), work.tokens(layout, together=together)
     steps = len(plan_steps(work.rows, batch_prompts=config.batch_prompts, epochs=1, seed=config.seed)) * config.epochs
     sampled = sum(
         counted.step(tokens=count_row(prompt, responses, layout), positions=sum(responses), segments=spans)
         for prompt, responses in work.shapes
         for spans in [list_spans(prompt, responses, layout)]
-    )
-    flops = round(sampled / len(work.shapes) * work.rows * config.epochs)
+    ) / len(work.shapes)
+    sampled -= counted.step(tokens=stem, positions=0, segments=[(0, stem)]) * (1 - 1 / together)
+    flops = round(sampled * work.rows * config.epochs)
     footprint = partial(estimate_rank, model, config, runtime, work, machine)
     parts = count_parts(config, runtime, work)
     busy = share_busy(parts, ranks=machine.ranks)
@@ -284,10 +299,10 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
         trained_parameters=count_trained(model),
         layers=model.config.num_hidden_layers,
         rows=work.rows,
-        tokens_per_row=work.tokens(layout),
+        tokens_per_row=tokens,
         data_basis=work.basis,
         steps=steps,
-        tokens=round(work.tokens(layout) * work.rows * config.epochs),
+        tokens=round(tokens * work.rows * config.epochs),
         microbatch_tokens=size_microbatch(config, runtime, work, ranks=machine.ranks).tokens,
         footprint=footprint(ranks=machine.ranks),
         flops=flops,
@@ -301,12 +316,24 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
 
 def size_microbatch(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> MicroBatchSize:
     """Return a micro-batch of mean parts (`list_parts`), as many as the budget and the rank's share of a step allow, or of the largest alone."""
-    parts = list_parts(config, runtime, work)
+    parts, stem = list_parts(config, runtime, work), count_stem(work, runtime.layout)
     tokens, keys, positions = (sum(sizes) / len(parts) for sizes in zip(*map(astuple, parts), strict=True))
-    each = math.ceil(count_parts(config, runtime, work) / ranks)
-    count = min(each, runtime.microbatch_tokens / tokens)
-    filled = MicroBatchSize(round(count * tokens), round(count * keys), round(count * positions))
+    count = count_together(config, runtime, work, ranks=ranks)
+    filled = MicroBatchSize(round(stem + count * (tokens - stem)), round(count * keys), round(count * positions))
     return max(filled, *parts, key=lambda size: size.tokens)
+
+
+def count_together(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> float:
+    """Return how many mean parts (`list_parts`) a micro-batch holds, which share what all prompts begin with."""
+    parts, stem = list_parts(config, runtime, work), count_stem(work, runtime.layout)
+    own = sum(part.tokens for part in parts) / len(parts) - stem
+    room = max(1.0, (runtime.microbatch_tokens - stem) / own)
+    return min(max(1, math.ceil(count_parts(config, runtime, work) / ranks)), room)
+
+
+def count_stem(work: Workload, layout: Layout) -> int:
+    """Return the tokens that all prompts share in a layout: none in rows."""
+    return work.stem if layout == Layout.tree else 0
 
 
 def count_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> float:
@@ -332,7 +359,9 @@ def list_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> list[Mi
             places = split_group(prompt, responses, budget=runtime.microbatch_tokens)
             groups = [tuple(responses[place] for place in part) for part in places]
         for group in groups:
-            keys = count_row(prompt, group, Layout.rows) if layout == Layout.tree else 0
+            keys = 0
+            if layout == Layout.tree:
+                keys = count_row(prompt, group, Layout.rows) + (prompt if work.stem else 0)
             parts.append(MicroBatchSize(count_row(prompt, group, layout), keys, sum(group)))
     return parts
 

@@ -29,6 +29,7 @@ from training.distributed import World, open_world
 from training.job import Job
 from training.logprobs import Policy, as_policy
 from training.loop import Settings, run_steps
+from training.memory import MicroBatchSize
 from training.model import (
     LOCAL,
     check_context,
@@ -43,6 +44,8 @@ from training.model import (
     train_every_id,
 )
 from training.objectives.bradley_terry import BradleyTerry
+from training.preflight.ready import Ready
+from training.preflight.run import check_run
 from training.render import UnusableRow
 from training.reward.render import RewardInput, RewardRenderer
 from training.reward.scorer import compute_rewards, score_batch, set_pad_token
@@ -66,7 +69,7 @@ class Pairs:
 
 
 def run(job: Job) -> None:
-    """Train and write the model folder, `metrics.jsonl` and `summary.json`. ValueError below the accuracy floor."""
+    """Train and write the model folder, `metrics.jsonl`, `preflight.json` and `summary.json`. ValueError below the accuracy floor."""
     config = RewardModelConfig.model_validate(job.config)
     runtime = Runtime.model_validate(job.runtime)
     with open_world(runtime, start_torch(runtime)) as world:
@@ -86,10 +89,11 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     policy, tokenizer = load_base(job.inputs["base"], config, runtime, world)
     renderer = RewardRenderer(tokenizer, render=config.render, max_tokens=config.max_tokens)
     pairs = {split: load_pairs(job.inputs["rows"], renderer, split=split) for split in ("train", "heldout")}
+    examples, objective, forward = pairs["train"].examples, BradleyTerry(), RewardForward()
     steps = Steps(
-        pairs["train"].examples,
-        BradleyTerry(),
-        RewardForward(),
+        examples,
+        objective,
+        forward,
         batch_prompts=config.batch_prompts,
         epochs=config.epochs,
         seed=config.seed,
@@ -97,6 +101,12 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     base = digest_weights(job.inputs["base"]) if world.is_first else None
     world.barrier()  # it reads all of the base, the others but their part
     identity = {"config": config.model_dump(mode="json"), "base": base, "data": steps.digests}
+    ready = Ready(
+        job, runtime, world, config.precision, policy, tokenizer, examples, objective, forward, steps, dropout=True
+    )
+    report = check_run(ready)
+    report.require()
+    runtime = runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens})  # what the device has room for
     policy.train()  # the base's own dropout, drawn from the run's seed
     progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
     policy.eval()
@@ -112,7 +122,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
         {
             "steps": steps.num_steps,
             "skipped_steps": progress.skipped,
-            "rows": len(pairs["train"].examples),
+            "rows": len(examples),
             "rows_heldout": len(pairs["heldout"].examples),
             "final_loss": progress.loss,
             "tokens": progress.tokens,
@@ -120,6 +130,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
             "microbatch_tokens": progress.microbatch_tokens,
             "dropout": max((m.p for m in policy.modules() if isinstance(m, nn.Dropout)), default=0.0),
             **accuracy,
+            **report.summary(),
             "cut_responses": sum(found.cut for found in pairs.values()),
             **count_dropped(pairs),
             "wall_seconds": round(time.monotonic() - started, 3),
@@ -201,6 +212,10 @@ class RewardForward:
         """Return micro-batches of separate rows."""
         lengths = [len(sample.ids) for sample in samples]
         return cut_rows(lengths, group_R, budget=budget, whole_groups=whole_groups, ranks=ranks)
+
+    def size(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> MicroBatchSize:
+        """Return the size of a micro-batch: no logits over a vocabulary."""
+        return MicroBatchSize(tokens=len(samples) * max(len(sample.ids) for sample in samples), keys=0, positions=0)
 
     def load(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> Sequence[RewardInput]:
         """Return the samples as they are."""

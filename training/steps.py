@@ -14,6 +14,7 @@ from torch import Tensor
 from training.data.batch import digest_plan, plan_steps
 from training.data.examples import Example
 from training.loop import Part
+from training.memory import MicroBatchSize
 from training.objectives.objective import Columns, FloatArray, Objective
 from training.objectives.weights import check_weights, describe_weights
 from training.tree import send
@@ -43,6 +44,10 @@ class Forward(Protocol):
         self, samples: Sequence[Any], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
     ) -> list[list[int]]:
         """Return micro-batches as indices, each within a budget of tokens, enough for all ranks."""
+        ...
+
+    def size(self, samples: Sequence[Any], group_B: np.ndarray) -> MicroBatchSize:
+        """Return what one micro-batch takes, padding included; samples of a group are neighbours."""
         ...
 
     def load(self, samples: Sequence[Any], group_B: np.ndarray) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from training.config import Layout, Precision, ResponseRegime, Runtime, StoredColumn
 from training.cross import plan_batches, read_cross
-from training.data.batch import MicroBatch, collate, cut, digest_plan, lay_out
+from training.data.batch import MicroBatch, collate, count_keys, count_padded, cut, digest_plan, lay_out
 from training.data.examples import Example, load_examples, read_scores
 from training.data.manifest import RowsManifest, check_reference, check_samples, check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter
@@ -30,6 +30,7 @@ from training.job import Job
 from training.logprobs import Policy, as_policy, sum_logps, trained_logps
 from training.loop import Progress, Settings, run_steps
 from training.lora import add_adapter, check_gathered, merge_adapter, take_out_adapter, with_adapter, write_adapter
+from training.memory import MicroBatchSize
 from training.model import (
     ModelDigests,
     check_context,
@@ -247,6 +248,14 @@ class PolicyForward:
     ) -> list[list[int]]:
         """Return micro-batches in the layout."""
         return cut(samples, group_R, budget=budget, whole_groups=whole_groups, layout=self._layout, ranks=ranks)
+
+    def size(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatchSize:
+        """Return the size of a micro-batch in the layout."""
+        return MicroBatchSize(
+            tokens=count_padded(samples, group_B, layout=self._layout),
+            keys=count_keys(samples, group_B) if self._layout == Layout.tree else 0,
+            positions=sum(sample.num_trained for sample in samples),
+        )
 
     def load(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatch:
         """Return a micro-batch in the layout."""

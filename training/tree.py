@@ -1,15 +1,16 @@
-"""The tree layout: each prompt once, its responses behind it, prompts end to end in one flat sequence without padding.
+"""The tree layout: what prompts share once, behind it what is each prompt's own, behind that its responses, end to end in one flat
+sequence without padding.
 
-A response sees its prompt and itself, never a sibling, and its positions go on from the prompt's end: K responses cost
-P + KR tokens instead of K (P + R), and their log-probabilities are those of separate rows.
+A segment sees itself and what it hangs on, never a sibling, and its positions go on from there: K responses cost P + KR tokens
+instead of K (P + R), G prompts with a system prompt of S tokens S + G (P - S) instead of G P, and log-probabilities are those of separate rows.
 
-On a CPU attention runs segment by segment, so nothing is computed that is masked away. On a GPU one FlexAttention call
+On a CPU attention runs segment by segment, so next to nothing is computed that is masked away. On a GPU one FlexAttention call
 takes the whole sequence, with the mask as blocks; where layers are compiled it is a part of them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -33,64 +34,69 @@ LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 @dataclass(eq=False)  # not frozen: torch 2.11 compiles layers anew for what a frozen one holds
 class Tree:
-    """Where prompts and responses lie in the flat sequence: for each prompt its length, then those of its responses. Equal to itself alone."""
+    """Where segments lie in the flat sequence, what hangs on one right behind it. Equal to itself alone."""
 
-    lengths: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]  # tokens of each segment, at least 1
+    parents: tuple[int, ...]  # the place of the segment that each hangs on, -1 where it begins a sequence
     device: torch.device
     # FlexAttention's, of windows that are known before the layers run, and the options of its kernels on this device
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     kernel_options: dict[str, Any] = field(default_factory=dict)
     _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
-    @property
-    def segments(self) -> list[int]:
-        """Lengths of all prompts and responses, in order."""
-        return [length for group in self.lengths for length in group]
-
-    @property
+    @cached_property
     def spans(self) -> list[tuple[int, int]]:
-        """(Position of its first token, length) of all prompts and responses, in order."""
-        return [(group[0] if place else 0, n) for group in self.lengths for place, n in enumerate(group)]
+        """(Position of its first token, tokens) of each segment."""
+        spans: list[tuple[int, int]] = []
+        for parent, length in zip(self.parents, self.lengths, strict=True):
+            spans.append((sum(spans[parent]) if parent >= 0 else 0, length))
+        return spans
 
     def positions(self) -> np.ndarray:
-        """Return position_T: from 0 in a prompt, from the prompt's end in each of its responses."""
+        """Return position_T: from 0 where a sequence begins, from the end of what it hangs on in every other segment."""
         return np.concatenate([np.arange(begin, begin + n) for begin, n in self.spans])
 
-    def response_masks(self, window: int | None, dtype: torch.dtype) -> list[list[Tensor]]:
-        """Return for each prompt's each response the additive mask [q, prompt + q]; made once, used in every layer."""
-        key = ("responses", window, dtype)
+    def masks(self, window: int | None, dtype: torch.dtype, *, capped: bool) -> list[Tensor | None]:
+        """Return for each segment the additive mask [q, position + q], None where plain causal attention does; made once for all layers."""
+        key = ("segments", window, dtype, capped)
         if key not in self._masks:
             self._masks[key] = [
-                [causal_mask(n, group[0] + n, window, dtype, self.device) for n in group[1:]] for group in self.lengths
+                causal_mask(n, begin + n, window, dtype, self.device)
+                if window or capped or not goes_on(begin, n)
+                else None
+                for begin, n in self.spans
             ]
-        masks: list[list[Tensor]] = self._masks[key]
-        return masks
-
-    def prompt_masks(self, window: int | None, dtype: torch.dtype, *, capped: bool) -> list[Tensor | None]:
-        """Return for each prompt the additive mask [q, q], None where plain causal attention needs none; made once likewise."""
-        if not (window or capped):
-            return [None] * len(self.lengths)
-        key = ("prompts", window, dtype)
-        if key not in self._masks:
-            self._masks[key] = [causal_mask(group[0], group[0], window, dtype, self.device) for group in self.lengths]
         masks: list[Tensor | None] = self._masks[key]
         return masks
 
-    def seen(self, window: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return (first_T, end_T, own_T): the token at t sees what lies at [first, end) and at [own, t], which never overlap.
+    def ends(self) -> np.ndarray:
+        """Return end_T: where in the sequence the last of those lies that see a token, which is one that hangs on its segment, and goes on."""
+        ends = np.cumsum(self.lengths)
+        for place, parent in reversed(list(enumerate(self.parents))):
+            if parent >= 0:
+                ends[parent] = max(ends[parent], ends[place])
+        return np.repeat(ends, self.lengths)
 
-        The second is its segment, the first the prompt of a response that does not follow it at once; one that does goes on from it.
+    def seen(self, window: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return (first_T, stop_T) of stretches, which never touch: in each the token at t sees what lies at [first, stop).
+
+        The first ends with the token. What a segment hangs on is of the same stretch where the segment follows it at once.
         """
-        counts, totals, prompts = np.array([(len(group), sum(group), group[0]) for group in self.lengths]).T
-        begin_S = np.repeat(np.cumsum(totals) - totals, counts)  # of the prompt of each segment
-        later_S = np.concatenate([np.arange(count) > 1 for count in counts])  # behind a sibling
-        end_S = begin_S + later_S * np.repeat(prompts, counts)
-        own_S = np.where(later_S, np.cumsum(self.segments) - self.segments, begin_S)
-        begin_T, end_T, own_T = (np.repeat(values, self.segments) for values in (begin_S, end_S, own_S))
-        if not window:
-            return begin_T, end_T, own_T
-        first_T = begin_T + np.maximum(self.positions() - window + 1, 0)
-        return np.minimum(first_T, end_T), end_T, np.maximum(own_T, np.arange(len(own_T)) - window + 1)
+        lengths, begins = np.array(self.lengths), np.array([begin for begin, _ in self.spans])
+        flat_S = np.cumsum(lengths) - lengths
+        head_S, above_S = list_stretches(self.parents)
+        position_T, at_S = self.positions(), np.arange(len(lengths))
+        stop_T = np.arange(len(position_T)) + 1
+        found = []
+        while (at_S >= 0).any():
+            first_T = np.repeat(np.where(at_S >= 0, flat_S[head_S[at_S]], 0), self.lengths)
+            if window:
+                skipped_T = np.maximum(position_T - window + 1 - np.repeat(begins[head_S[at_S]], self.lengths), 0)
+                first_T = np.minimum(first_T + skipped_T, stop_T)
+            found.append((first_T, stop_T))
+            at_S = np.where(at_S >= 0, above_S[at_S], -1)
+            stop_T = np.repeat(np.where(at_S >= 0, (flat_S + lengths)[at_S], 0), self.lengths)
+        return found
 
     def make_block_masks(self, windows: Iterable[int | None]) -> None:
         """Find what FlexAttention needs of the tree, for each window, before layers run that may be compiled code."""
@@ -103,32 +109,60 @@ class Tree:
 
         key = ("blocks", window)
         if key not in self._masks:
-            seen = self.seen(window)
-            first_T, end_T, own_T = (send(values.astype(np.int32), device=self.device) for values in seen)
-
-            def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-                return ((k >= first_T[q]) & (k < end_T[q])) | ((k >= own_T[q]) & (k <= q))
-
             lists: dict[str, Any] = {}
-            partial_QK, full_QK = find_blocks(*seen)
+            partial_QK, full_QK = find_blocks(self.seen(window), sum(self.lengths))
             for name, blocks in (("kv", partial_QK), ("full_kv", full_QK), ("q", partial_QK.T), ("full_q", full_QK.T)):
                 counts, indices = (send(values, device=self.device) for values in list_blocks(blocks))
                 lists |= {f"{name}_num_blocks": counts, f"{name}_indices": indices}
-            lengths = (len(own_T), len(own_T))
-            self._masks[key] = BlockMask(lengths, mask_mod=sees, BLOCK_SIZE=(BLOCK, BLOCK), **lists)
+            lengths = (sum(self.lengths),) * 2
+            self._masks[key] = BlockMask(lengths, mask_mod=self.make_test(window), BLOCK_SIZE=(BLOCK, BLOCK), **lists)
         return self._masks[key]
+
+    def make_test(self, window: int | None) -> Callable[..., Tensor]:
+        """Return FlexAttention's mask as a function of query and key: one sees another from this on, as far as something hangs on it."""
+        end_T = send(self.ends().astype(np.int32), device=self.device)
+
+        def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (q < end_T[k])
+
+        if not window:
+            return sees
+        position_T = self.positions().astype(np.int32)
+        first_T = send(position_T - np.int32(window - 1), device=self.device)
+        place_T = send(position_T, device=self.device)
+
+        def sees_near(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (q < end_T[k]) & (place_T[k] >= first_T[q])
+
+        return sees_near
 
     def no_mask(self) -> Tensor:
         """Return what a model is given as its mask, so that it makes none: the tree says it all."""
         return torch.zeros(1, 1, 1, 1, device=self.device)
 
 
-def find_blocks(first_T: np.ndarray, end_T: np.ndarray, own_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def goes_on(begin: int, length: int) -> bool:
+    """Whether a segment's queries run causally behind those of what it hangs on, again, and not under a mask of their own: the whole
+    triangle takes less than the rectangle where what came before is short, as a system prompt before a long question."""
+    return 4 * begin <= length
+
+
+def list_stretches(parents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (head_S, above_S): the segment with which a stretch begins that lies whole before each and that it hangs on, and the segment
+    which that one hangs on, -1 for none."""
+    head_S, above_S = np.arange(len(parents)), np.array(parents)
+    for place, parent in enumerate(parents):
+        if parent >= 0 and parent == place - 1:
+            head_S[place], above_S[place] = head_S[parent], above_S[parent]
+    return head_S, above_S
+
+
+def find_blocks(stretches: Sequence[tuple[np.ndarray, np.ndarray]], count_T: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (partial_QK, full_QK): which blocks of queries and keys hold something that is seen (`Tree.seen`), and which nothing else."""
-    query_T = np.arange(len(own_T))
-    count = -(-len(own_T) // BLOCK)
+    query_T = np.arange(count_T)
+    count = -(-count_T // BLOCK)
     some_QK, whole_QK = np.zeros((2, count, count + 1), dtype=np.int32)  # queries that see some of a block, all of it
-    for begin_T, stop_T in ((first_T, end_T), (own_T, query_T + 1)):
+    for begin_T, stop_T in stretches:
         for total_QK, left_T, right_T in (
             (some_QK, begin_T // BLOCK, -(-stop_T // BLOCK)),
             (whole_QK, -(-begin_T // BLOCK), stop_T // BLOCK),
@@ -236,18 +270,22 @@ def attend_plain(
 def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None, softcap: float | None, scaling: float
 ) -> Tensor:
-    """Attend prompt by prompt and response by response. One split each: slicing would cost a full gradient a slice."""
-    q, k, v = (iter(tensor.split(tree.segments, dim=2)) for tensor in (query, key, value))
-    prompt_masks = tree.prompt_masks(window, query.dtype, capped=softcap is not None)
-    response_masks = tree.response_masks(window, query.dtype)
+    """Attend segment by segment. One split each: slicing would cost a full gradient a slice."""
+    parts = zip(*(tensor.split(tree.lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    masks = tree.masks(window, query.dtype, capped=softcap is not None)
+    paths: list[
+        tuple[list[Tensor], Tensor, Tensor]
+    ] = []  # queries, keys and values of each segment behind those of what it hangs on
     out: list[Tensor] = []
-    for group, prompt_mask, group_masks in zip(tree.lengths, prompt_masks, response_masks, strict=True):
-        prompt_q, prompt_k, prompt_v = next(q), next(k), next(v)
-        if group[0]:
-            out.append(attend_dense(prompt_q, prompt_k, prompt_v, prompt_mask, softcap=softcap, scaling=scaling))
-        for mask in group_masks:
-            response_k, response_v = torch.cat([prompt_k, next(k)], dim=2), torch.cat([prompt_v, next(v)], dim=2)
-            out.append(attend_dense(next(q), response_k, response_v, mask, softcap=softcap, scaling=scaling))
+    for (q, k, v), parent, mask in zip(parts, tree.parents, masks, strict=True):
+        before: list[Tensor] = []
+        if parent >= 0:
+            before, above_k, above_v = paths[parent]
+            k, v = torch.cat([above_k, k], dim=2), torch.cat([above_v, v], dim=2)
+        queries = [*before, q]
+        paths.append((queries, k, v))
+        asked = torch.cat(queries, dim=2) if mask is None and before else q
+        out.append(attend_dense(asked, k, v, mask, softcap=softcap, scaling=scaling)[:, :, -q.shape[2] :])
     return torch.cat([part.transpose(1, 2) for part in out], dim=1)
 
 

@@ -48,9 +48,14 @@ def test_whole_groups_of_unlike_sizes_keep_their_padded_batch_within_the_budget(
     assert sum(len(set(group_R[batch])) for batch in batches) == 60  # none is in two
 
 
+def make_unlike(*sizes: int) -> list[Rendered]:
+    """Return samples of so many tokens, of which no two begin alike."""
+    return [Rendered(np.full(size, token, dtype=np.int32), start=size - 1) for token, size in enumerate(sizes)]
+
+
 def test_no_micro_batch_of_trees_is_small_where_others_are_full() -> None:
     """By hand: 60 and 40 fit in 100 tokens and leave 40 alone; 60 and 80 are as many. Rows are left as they are: levelled, 10 would be padded to 30."""
-    trees = [Rendered(np.zeros(size, dtype=np.int32), start=size - 1) for size in (60, 40, 40)]
+    trees = make_unlike(60, 40, 40)
     assert cut_trees(trees, np.arange(3), budget=100, whole_groups=False) == [[0], [1, 2]]
     assert cut_rows([30, 30, 30, 10], np.arange(4), budget=90, whole_groups=False) == [[0, 1, 2], [3]]
     assert cut_rows([30, 30, 30, 10], np.arange(4), budget=90, whole_groups=False, ranks=2) == [[0, 1], [2, 3]]
@@ -60,7 +65,7 @@ def test_no_micro_batch_of_trees_is_small_where_others_are_full() -> None:
 def test_a_step_within_one_budget_is_work_for_all_ranks(budget: int, ranks: int, batches: int) -> None:
     """Twelve samples of 132 tokens: one micro-batch, or two of 72; as many as there are ranks, and never more than there are samples."""
     lengths = [10, 11, 12] * 4
-    trees = [Rendered(np.zeros(size, dtype=np.int32), start=size - 1) for size in lengths]
+    trees = make_unlike(*lengths)
     for micros in (
         cut_trees(trees, np.arange(12), budget=budget, whole_groups=False, ranks=ranks),
         cut_rows(lengths, np.arange(12), budget=budget, whole_groups=False, ranks=ranks),
@@ -72,7 +77,7 @@ def test_a_step_within_one_budget_is_work_for_all_ranks(budget: int, ranks: int,
 
 def test_trees_that_fill_their_budgets_are_left_as_they_fit() -> None:
     """By hand, 30 tokens in two budgets of 15: the largest into the emptiest would give 17 and 13."""
-    trees = [Rendered(np.zeros(size, dtype=np.int32), start=size - 1) for size in (8, 7, 6, 5, 4)]
+    trees = make_unlike(8, 7, 6, 5, 4)
     assert first_fit((8, 7, 6, 5, 4), budget=15) == [[0, 1], [2, 3, 4]]
     assert spread((8, 7, 6, 5, 4), count=2) == [[0, 3, 4], [1, 2]]
     assert cut_trees(trees, np.arange(5), budget=15, whole_groups=False) == [[0, 1], [2, 3, 4]]

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,11 @@ def make_samples(rng: np.random.Generator, prompt: int, *responses: int) -> list
     return [Rendered(ids_T=np.r_[ids, rng.integers(0, 61, size=n)].astype(np.int32), start=prompt) for n in responses]
 
 
+def go_on(system: np.ndarray, sample: Rendered) -> Rendered:
+    """Return a sample behind a system prompt."""
+    return Rendered(ids_T=np.r_[system, sample.ids_T].astype(np.int32), start=len(system) + sample.start)
+
+
 def take_gradients(model: Any, groups: list[list[Rendered]], layout: Layout, device: torch.device) -> dict[str, Tensor]:
     samples = [sample for group in groups for sample in group]
     group_B = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
@@ -79,15 +85,17 @@ def take_gradients(model: Any, groups: list[list[Rendered]], layout: Layout, dev
 @pytest.mark.parametrize("layout", list(Layout))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_gradients_are_those_of_the_cpu(name: str, layout: Layout, compiled: bool, cuda: torch.device) -> None:
-    """Twice, with other lengths and another number of prompts: the second time nothing is compiled anew."""
+    """Twice, with other lengths and another number of prompts, behind one system prompt: the second time nothing is compiled anew."""
     here, there = make_model(CONFIGS[name], CPU), make_model(CONFIGS[name], cuda)
     prepare_layers(there, Runtime(compile=compiled), device=cuda)
     rng = np.random.default_rng(0)
     made: list[int] = []
-    # Of five blocks of the mask, and of nine: a size that is the number of heads too, or of keys, is compiled for by itself.
+    system = rng.integers(0, 61, size=20)
+    # Of six blocks of the mask, and of ten: a size that is the number of heads too, or of keys, is compiled for by itself.
     for responses, more in (((40, 240, 1), 1), ((7, 768), 3)):
         groups = [make_samples(rng, 90, *responses), make_samples(rng, 140, 2, 120)]
         groups += [make_samples(rng, 1, 3) for _ in range(more)]
+        groups = [[go_on(system, sample) for sample in group] for group in groups]
         for model, device in ((here, CPU), (there, cuda)):
             check_layout(model, groups, layout=layout, device=device)
         expected = take_gradients(here, groups, layout, CPU)
@@ -109,6 +117,8 @@ def test_compiled_layers_have_the_gradients_of_plain_ones_as_a_large_model_train
     }
     rng = np.random.default_rng(0)
     groups = [make_samples(rng, int(rng.integers(50, 200)), *rng.integers(10, 150, size=2)) for _ in range(12)]
+    system = rng.integers(0, 61, size=40)
+    groups += [[go_on(system, sample) for sample in group] for group in groups[:6]]
     found = []
     for compiled in (False, True):
         model = make_model(LlamaConfig(vocab_size=61, initializer_range=0.1, **wide), cuda)
@@ -243,8 +253,15 @@ def test_a_micro_batch_is_sent_while_the_device_works(cuda: torch.device, make_j
 
 
 def test_the_mask_of_a_long_sequence_is_never_held_whole(cuda: torch.device) -> None:
-    tree = Tree(lengths=((1_000, 500, 500),) * 16, device=cuda)
-    Tree(lengths=((100, 50),) * 2, device=cuda).make_block_masks([None])
+    small, tree = (
+        Tree(
+            lengths=(24, *[1_000, 500, 500] * count),
+            parents=(-1, *chain(*([0, n, n] for n in range(1, 3 * count, 3)))),
+            device=cuda,
+        )
+        for count in (2, 16)
+    )
+    small.make_block_masks([None])
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     tree.make_block_masks([None])

@@ -19,6 +19,7 @@ from infra.settings import read_settings
 from training import plan as plan_module
 from training import train
 from training.config import Layout, LoraConfig, Precision, Runtime
+from training.flops import count_flops
 from training.job import Job
 from training.loop import make_optimiser
 from training.lora import add_adapter
@@ -219,7 +220,7 @@ def test_weights_gradients_and_moments_are_what_a_real_step_holds(
     tiny_policy: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any, tmp_path: Path
 ) -> None:
     """And parameters, steps, tokens and operations are those of the real run."""
-    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 4)}long", "No"]) for i in range(9)]
+    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 4)}long", "No"]) for i in range(8)]
     folder = write_rows(tmp_path / "rows", rows)
     config = {"objective": "sft", "responses": "all", "batch_prompts": 4, "max_tokens": 128, "epochs": 2}
     job = make_job("train", "a", config=config, inputs={"rows": folder, "base": tiny_policy})
@@ -230,7 +231,7 @@ def test_weights_gradients_and_moments_are_what_a_real_step_holds(
     work = measure_workload(folder, sft, tokenizer_folder=tiny_policy)
     machine = choose_machine("H100", sft, Runtime(), ranks=1)
     plan = plan_training(build_on_meta(read_architecture(tiny_policy)), sft, Runtime(), work, machine)
-    assert (plan.rows, plan.steps, plan.tokens) == (9, done["steps"], done["tokens"])
+    assert (plan.rows, plan.steps, plan.tokens) == (8, done["steps"], done["tokens"])
     assert plan.flops == done["flops"]
     assert (plan.parameters, done["device"]) == (done["parameters"], "cpu") and 0 < done["flop_share"] < 1
 
@@ -313,6 +314,26 @@ def test_hours_and_dollars_by_hand() -> None:
     assert (more.hours, more.flops) == (pytest.approx(plan.hours), plan.flops)
     assert more.usd == pytest.approx(more.hours * 16)
     assert (plan.busy_share, more.busy_share) == (1.0, 0.625)
+
+
+def test_a_shared_system_prompt_is_planned_once_a_micro_batch() -> None:
+    """Four prompts a step of 300 tokens, 200 of them shared, each with a response of 100: 1,000 tokens; with room for 700, two prompts: 600."""
+    model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
+    config = SftConfig(batch_prompts=4, precision=Precision.bfloat16)
+    work = Workload(400, ((300, (100,)),), "stated", stem=200)
+    flops = count_flops(model)
+    assert flops is not None
+    for budget, together in ((2000, 4), (700, 2.5)):
+        runtime = Runtime(microbatch_tokens=budget)
+        machine = choose_machine("H100", config, runtime, ranks=1)
+        plan = plan_training(model, config, runtime, work, machine)
+        own = flops.step(tokens=200, positions=100, segments=[(200, 100), (300, 100)])
+        shared = flops.step(tokens=200, positions=0, segments=[(0, 200)])
+        assert plan.flops == pytest.approx(400 * (own + shared / together), rel=1e-12)
+        assert plan.tokens_per_row == 200 + 200 / together
+        assert plan.microbatch_tokens == 200 + together * 200
+    rows = Runtime(layout="rows")
+    assert plan_training(model, config, rows, work, choose_machine("H100", config, rows, ranks=1)).tokens_per_row == 400
 
 
 def test_a_micro_batch_is_no_larger_than_what_training_cuts_a_row_into() -> None:

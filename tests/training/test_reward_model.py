@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertModel
 
 from tests.ranks import Ranks
 from training import reward_model
 from training.config import RewardModelConfig, RewardRender, Runtime
 from training.distributed import ALONE, World
 from training.job import Interrupted, Job, read_json_lines
+from training.preflight import room
+from training.preflight.findings import Report
+from training.preflight.ready import Ready
+from training.preflight.run import check_run
 from training.reward import scorer
 from training.reward.scorer import load_scorer
 from training.reward_model import binomial_interval, measure_accuracy, share_of_wins
@@ -56,6 +60,10 @@ def test_learns_the_rule_and_reports_its_figures(
     assert summary["length_baseline_accuracy"] == 0.0
     assert summary["accuracy_low"] == pytest.approx(0.025 ** (1 / 12)) and summary["accuracy_high"] == 1.0
     assert summary["dropout"] == 0.1
+    found = json.loads((job.output / "preflight.json").read_text())
+    assert found["passed"] and (summary["preflight_passed"], summary["preflight_failed"]) == (4, 0)
+    assert [check["name"] for check in found["checks"]] == ["weights", "padding", "microbatches", "memory"]
+    assert summary["preflight_peak_bytes"] == found["memory"]["peak_bytes"]
     assert AutoModelForSequenceClassification.from_pretrained(job.output).config.num_labels == 1
     scorer = load_scorer(
         job.output,
@@ -86,6 +94,56 @@ def test_what_does_not_fit_is_counted_and_pairs_that_are_cut_to_the_same_tokens_
     reward_model.run(job)
     summary = json.loads((job.output / "summary.json").read_text())
     assert (summary["rows"], summary["dropped_same_tokens"], summary["cut_responses"]) == (13, 1, 1)
+
+
+def test_a_base_whose_padding_leaks_and_one_without_room_are_refused_before_they_are_trained(
+    rows: Path, tiny_reward_model: Path, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = BertModel.forward
+
+    def forward(self: Any, *arguments: Any, attention_mask: Any = None, **options: Any) -> Any:
+        return plain(self, *arguments, attention_mask=None, **options)
+
+    job = make_job("reward_model", "a", config=CONFIG, inputs={"rows": rows, "base": tiny_reward_model})
+    with monkeypatch.context() as patched:
+        patched.setattr(BertModel, "forward", forward)
+        with pytest.raises(
+            ValueError, match=r"(?s)2 of 4 checks failed.*padding: the rewards of 3 responses.*Please.*microbatches: .*"
+        ):
+            reward_model.run(job)
+    monkeypatch.setattr(room, "measure_free", lambda device: 300_000)
+    with pytest.raises(ValueError, match=r"memory: step \d.* would take about .*got 0.3 MiB free"):
+        reward_model.run(job)
+    assert not (job.output / "model.safetensors").exists() and not (job.output / "metrics.jsonl").exists()
+
+
+def test_the_checks_change_no_weight_and_draw_nothing(
+    rows: Path, tiny_reward_model: Path, make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout is on in what is tried for its memory."""
+    modes: list[bool] = []
+
+    def look(ready: Ready) -> Report:
+        before = {name: tensor.clone() for name, tensor in ready.policy.state_dict().items()}
+        torch.manual_seed(3)
+        ready.policy.model.dropout.register_forward_hook(lambda module, *_: modes.append(module.training))
+        report = check_run(ready)
+        drawn = torch.rand(4)
+        torch.manual_seed(3)
+        assert torch.equal(drawn, torch.rand(4)) and not ready.policy.training
+        assert all(torch.equal(tensor, before[name]) for name, tensor in ready.policy.state_dict().items())
+        assert all(parameter.grad is None for parameter in ready.policy.parameters())
+        return report
+
+    monkeypatch.setattr(reward_model, "check_run", look)
+    job = make_job(
+        "reward_model",
+        "a",
+        config=CONFIG | {"epochs": 1, "min_accuracy": 0.0},
+        inputs={"rows": rows, "base": tiny_reward_model},
+    )
+    reward_model.run(job)
+    assert {True, False} == set(modes)
 
 
 def test_a_single_label_head_is_made_from_the_seed(rows: Path, tiny_reward_model: Path) -> None:
@@ -155,7 +213,7 @@ def test_stopped_run_ends_with_the_same_model(
 
         def is_set(self) -> bool:
             self.calls += 1
-            return self.calls >= 8
+            return self.calls >= 12  # four of them before its checks
 
     with pytest.raises(Interrupted):
         reward_model.run(Job(**{**job.__dict__, "stop": StopAtFourth()}))

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 from tests.architectures import CONFIGS, SMALL, make_model
 from training import tree as tree_module
 from training.config import Layout
-from training.data.batch import collate, collate_trees, cut_trees
+from training.data.batch import collate, collate_trees, count_padded, cut_trees
+from training.data.stems import find_stems
 from training.flops import read_windows
 from training.logprobs import LayoutError, Policy, check_layout, sum_logps
 from training.model import checkpoint_activations, find_layers
@@ -38,6 +39,15 @@ def make_group(rng: np.random.Generator, prompt: int, *responses: int) -> list[R
     ]
 
 
+def make_tree(*groups: tuple[int, ...], stem: int = 0) -> Tree:
+    """Return a tree of prompts with their responses, by their tokens; all of them behind a stem where there is one."""
+    lengths, parents = ([stem], [-1]) if stem else ([], [])
+    for prompt, *responses in groups:
+        parents += [0 if stem else -1, *[len(lengths)] * len(responses)]
+        lengths += [prompt, *responses]
+    return Tree(lengths=tuple(lengths), parents=tuple(parents), device=CPU)
+
+
 def make_groups() -> list[list[Rendered]]:
     rng = np.random.default_rng(0)
     return [make_group(rng, 9, 4, 11, 1), make_group(rng, 1, 3), make_group(rng, 14, 2, 12)]
@@ -55,7 +65,89 @@ def test_a_tree_cell_by_cell() -> None:
     assert micro.target_P.tolist() == [7, 8, 9, 2, 3]
     assert micro.predictor_P.tolist() == [1, 1, 3, 5, 6]  # token 6 predicts the first token of both its responses
     assert (micro.trained, micro.num_tokens) == ((1, 2, 2), 8)
-    assert micro.tree is not None and micro.tree.lengths == ((2, 1, 2), (1, 2))
+    assert micro.tree is not None and micro.tree.lengths == (2, 1, 2, 1, 2) and micro.tree.parents == (-1, 0, 0, -1, 3)
+
+
+def test_what_prompts_share_is_laid_once_cell_by_cell() -> None:
+    """A system prompt 5 6, of which one prompt is all, and one that goes on from another's; each token is predicted by what came before it."""
+    prompts = [[5, 6, 7], [1], [5, 6], [5, 6, 7, 8]]
+    responses = [[[3], [4, 4]], [[3, 9]], [[7, 2]], [[1]]]
+    samples = [
+        Rendered(ids_T=np.array(prompt + response, dtype=np.int32), start=len(prompt))
+        for prompt, group in zip(prompts, responses, strict=True)
+        for response in group
+    ]
+    group_B = np.array([0, 0, 1, 2, 3])
+    micro = collate_trees(samples, group_B, device=CPU)
+    assert micro.ids_BT.tolist() == [[5, 6, 7, 2, 7, 3, 4, 4, 8, 1, 1, 3, 9]]
+    assert micro.position_BT is not None
+    assert micro.position_BT.tolist() == [[0, 1, 2, 3, 2, 3, 3, 4, 3, 4, 0, 1, 2]]
+    assert micro.tree is not None and micro.tree.parents == (-1, 0, 0, 2, 2, 2, 5, -1, 7)
+    assert micro.target_P.tolist() == [3, 4, 4, 3, 9, 7, 2, 1]
+    assert micro.predictor_P.tolist() == [4, 4, 6, 10, 11, 1, 2, 8]
+    assert (micro.trained, micro.num_tokens) == ((1, 2, 2, 2, 1), 13)
+    assert count_padded(samples, group_B, layout=Layout.tree) == 13
+
+
+def test_a_stem_is_shared_where_it_saves_a_32nd_of_what_hangs_on_it() -> None:
+    system = np.arange(10)
+    prompts = [np.r_[system, 20 + n] for n in range(3)]  # 20 tokens saved
+    for tokens, shared in ((637, True), (638, False)):  # with the three last tokens 640 and 641
+        stems = find_stems(prompts, [tokens, 0, 0])
+        assert [(stem.begin, stem.end) for stem in stems] == ([(0, 10)] if shared else []) + [(10 * shared, 11)] * 3
+
+
+def test_prompts_with_one_of_two_system_prompts_share_theirs_and_others_keep_their_order() -> None:
+    rng = np.random.default_rng(0)
+    first, second = np.r_[7, rng.integers(0, 60, size=40)], np.r_[7, 60, rng.integers(0, 60, size=40)]
+    own = [rng.integers(0, 60, size=size) for size in (5, 9, 3, 8, 6)]
+    prompts = [np.r_[first, own[0]], own[1], np.r_[second, own[2]], np.r_[first, own[3]], np.r_[second, own[4]]]
+    stems = find_stems(prompts, [30] * 5)
+    assert [(stem.parent, stem.begin, stem.end, stem.ending) for stem in stems] == [
+        (None, 0, 41, ()), (0, 41, 46, (0,)), (0, 41, 49, (3,)),
+        (None, 0, 9, (1,)),
+        (None, 0, 42, ()), (4, 42, 45, (2,)), (4, 42, 48, (4,)),
+    ]  # fmt: skip
+
+
+def make_alike(rng: np.random.Generator) -> tuple[list[Rendered], np.ndarray]:
+    """Return samples of prompts that share one of two beginnings, or one that an earlier prompt went on from, or are equal."""
+    begun = [rng.integers(0, 61, size=size) for size in rng.integers(1, 12, size=2)]
+    samples, group_B = [], []
+    for group in range(int(rng.integers(2, 7))):
+        prompt = np.r_[begun[rng.integers(len(begun))], rng.integers(0, 61, size=rng.integers(0, 9))]
+        begun.append(prompt)
+        for size in rng.integers(1, 25, size=rng.integers(1, 4)):
+            ids_T = np.r_[prompt, rng.integers(0, 61, size=size)].astype(np.int32)
+            samples.append(Rendered(ids_T=ids_T, start=len(prompt)))
+            group_B.append(group)
+    return samples, np.array(group_B)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_prompts_that_begin_alike_give_the_values_and_gradients_of_separate_rows(name: str) -> None:
+    model, rng = make_model(name), np.random.default_rng(0)
+    enable_trees(model)
+    saved = 0
+    for _ in range(6):
+        samples, group_B = make_alike(rng)
+        micro = collate_trees(samples, group_B, device=CPU)
+        assert micro.num_tokens == count_padded(samples, group_B, layout=Layout.tree)
+        prompts = {int(group): sample.start for group, sample in zip(group_B, samples, strict=True)}
+        saved += sum(prompts.values()) + sum(sample.num_trained for sample in samples) - micro.num_tokens
+        weight_B = torch.from_numpy(rng.normal(size=len(samples)))
+        found = []
+        for batches in ([micro], [collate([sample], device=CPU) for sample in samples]):
+            model.zero_grad()
+            logp_B = torch.cat([sum_logps(model, batch) for batch in batches])
+            (logp_B * weight_B).sum().backward()
+            found.append(
+                (logp_B.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+            )
+        (got, gradient), (expected, expected_gradient) = found
+        assert torch.allclose(got, expected, rtol=0, atol=1e-4)
+        assert (gradient - expected_gradient).norm() < 1e-5 * expected_gradient.norm()
+    assert saved > 0
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -138,12 +230,13 @@ def test_one_token_that_is_far_off_in_bfloat16_is_refused_though_the_mean_is_wit
 
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 1.5])
-def test_one_masked_call_equals_segment_by_segment(window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize("stem", [0, 3])
+def test_one_masked_call_equals_segment_by_segment(window: int | None, softcap: float | None, stem: int) -> None:
     """FlexAttention's mask, uncompiled on a CPU, against segments: the GPU's path with the CPU's numbers."""
-    tree = Tree(lengths=((9, 4, 11, 1), (1, 3), (14, 2, 12)), device=CPU)
+    tree = make_tree((9, 4, 11, 1), (1, 3), (14, 2, 12), stem=stem)
     torch.manual_seed(0)
-    query = torch.randn(1, 4, sum(tree.segments), 16)
-    key, value = torch.randn(2, 1, 2, sum(tree.segments), 16)
+    query = torch.randn(1, 4, sum(tree.lengths), 16)
+    key, value = torch.randn(2, 1, 2, sum(tree.lengths), 16)
     got = attend_blocks(query, key, value, tree.block_mask(window), {}, softcap=softcap, scaling=0.25)
     wide = (tensor.repeat_interleave(2, dim=1) for tensor in (key, value))
     expected = attend_segments(query, *wide, tree, window=window, softcap=softcap, scaling=0.25)
@@ -154,12 +247,9 @@ def test_one_masked_call_equals_segment_by_segment(window: int | None, softcap: 
 def test_blocks_are_those_that_torch_finds_in_the_whole_mask(window: int | None) -> None:
     """All lists of blocks, of keys by queries and back, in part and whole, and what is seen within: by the definition, token by token."""
     rng = np.random.default_rng(0)
-    trees = [
-        tuple((int(rng.integers(400)), *rng.integers(1, 300, size=n + 1).tolist()) for n in range(4)) for _ in range(4)
-    ]
-    for lengths in [((9, 4, 11), (140, 12)), ((0, 3), (128, 128, 256, 1)), *trees]:
-        tree = Tree(lengths=lengths, device=CPU)
-        got, T = tree.block_mask(window), sum(tree.segments)
+    trees = [grow_tree(rng, count) for count in (1, 2, 5, 9, 14)]
+    for tree in [make_tree((9, 4, 11), (140, 12)), make_tree((128, 128, 256, 1), (7, 250), stem=128), *trees]:
+        got, T = tree.block_mask(window), sum(tree.lengths)
         q, k = torch.arange(T)[:, None], torch.arange(T)[None, :]
         assert torch.equal(got.mask_mod(None, None, q, k), torch.from_numpy(see(tree, window)))
         expected = create_block_mask(got.mask_mod, None, None, T, T, device="cpu")
@@ -169,14 +259,26 @@ def test_blocks_are_those_that_torch_finds_in_the_whole_mask(window: int | None)
             assert torch.equal(getattr(got, name), values) and getattr(got, name).stride() == values.stride()
 
 
+def grow_tree(rng: np.random.Generator, count: int) -> Tree:
+    """Return a tree of so many segments, each on the one before it or on one of those that this one hangs on."""
+    parents = [-1]
+    for place in range(1, count):
+        above = [place - 1]
+        while above[-1] >= 0:
+            above.append(parents[above[-1]])
+        parents.append(int(rng.choice(above)))
+    return Tree(lengths=tuple(rng.integers(1, 300, size=count).tolist()), parents=tuple(parents), device=CPU)
+
+
 def see(tree: Tree, window: int | None) -> np.ndarray:
-    """Return [T, T], whether a token sees another: of its prompt or itself, no later one, none beyond the window."""
-    group_T = np.repeat(np.arange(len(tree.lengths)), [sum(group) for group in tree.lengths])
-    segment_T = np.repeat(np.arange(len(tree.segments)), tree.segments)
-    prompt_T = np.repeat([place == 0 for group in tree.lengths for place in range(len(group))], tree.segments)
+    """Return [T, T], whether a token sees another: of what its segment hangs on or of itself, no later one, none beyond the window."""
+    above = [{place} for place in range(len(tree.parents))]
+    for place, parent in enumerate(tree.parents):
+        above[place] |= above[parent] if parent >= 0 else set()
+    hangs_SS = np.array([[other in places for other in range(len(above))] for places in above])
+    segment_T = np.repeat(np.arange(len(tree.lengths)), tree.lengths)
     distance = tree.positions()[:, None] - tree.positions()
-    same = (group_T[:, None] == group_T) & (prompt_T | (segment_T[:, None] == segment_T))
-    return same & (distance >= 0) & (distance < (window or np.inf))
+    return hangs_SS[segment_T][:, segment_T] & (distance >= 0) & (distance < (window or np.inf))
 
 
 def make_mixed() -> Any:
@@ -208,11 +310,16 @@ def test_compiled_layers_hold_the_masked_call_once_for_all_trees(
         checkpoint_activations(within)
     made: list[int] = []
     # At first no size but the number of blocks is 6: torch takes sizes that are equal for one.
-    for count, responses in ((6, 2), (5, 4), (20, 2)):
+    for count, responses, stem in ((6, 2, 0), (5, 4, 30), (20, 2, 150)):
+        shared = rng.integers(0, 61, size=stem).astype(np.int32)
         groups = [
             make_group(rng, int(rng.integers(40, 90)), *rng.integers(2, 60, size=responses)) for _ in range(count)
         ]
-        samples = [sample for group in groups for sample in group]
+        samples = [
+            Rendered(ids_T=np.r_[shared, sample.ids_T], start=stem + sample.start)
+            for group in groups
+            for sample in group
+        ]
         group_B = np.repeat(np.arange(count), responses)
         gradients = []
         for model in (apart, within):
@@ -229,16 +336,16 @@ def test_compiled_layers_hold_the_masked_call_once_for_all_trees(
     assert made[0] == made[1] == made[2] and not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize(("window", "softcap", "made"), [(None, None, 6), (5, None, 9), (None, 1.5, 9)])
+@pytest.mark.parametrize(("window", "softcap", "made"), [(None, None, 8), (5, None, 10), (None, 1.5, 10)])
 def test_masks_are_made_once_for_all_layers(
     window: int | None, softcap: float | None, made: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nine segments: six responses, and three prompts that need a mask where there is a window or a cap."""
+    """Ten segments: where there is neither window nor cap, what comes first needs no mask, nor what is four times as long as all before it."""
     calls: list[int] = []
     real = tree_module.causal_mask
     monkeypatch.setattr(tree_module, "causal_mask", lambda *arguments: calls.append(1) or real(*arguments))
-    tree = Tree(lengths=((9, 4, 11, 1), (1, 3), (14, 2, 12)), device=CPU)
-    query = torch.randn(1, 4, sum(tree.segments), 16)
+    tree = make_tree((9, 4, 11, 1), (1, 3), (14, 2, 12), stem=3)
+    query = torch.randn(1, 4, sum(tree.lengths), 16)
     first, *others = (
         attend_segments(query, query, query, tree, window=window, softcap=softcap, scaling=0.25) for _ in range(3)
     )
@@ -257,6 +364,23 @@ def test_cut_keeps_the_budget_and_every_response() -> None:
     assert sum(sizes) / (128 * len(sizes)) > 0.85
     whole = cut_trees(samples, group_R, budget=16, whole_groups=True)
     assert all(len(set(group_R[batch])) == 1 for batch in whole) and len(whole) == 40
+
+
+def test_a_long_system_prompt_counts_once_in_the_budget() -> None:
+    """16 groups of 220 tokens, 200 of them shared: 300 hold five, each with 20 of its own, where they would hold one."""
+    rng = np.random.default_rng(0)
+    system = rng.integers(0, 61, size=200)
+    samples = []
+    for n in range(16):
+        prompt = np.r_[system, n, rng.integers(0, 61, size=9)]
+        samples.append(Rendered(ids_T=np.r_[prompt, rng.integers(0, 61, size=10)].astype(np.int32), start=210))
+    batches = cut_trees(samples, np.arange(16), budget=300, whole_groups=False)
+    assert sorted(map(len, batches)) == [4, 4, 4, 4]
+    for batch in batches:
+        micro = collate_trees([samples[index] for index in batch], np.arange(4), device=CPU)
+        assert micro.num_tokens == 200 + 4 * 20
+    lone = cut_trees(samples, np.arange(16), budget=100, whole_groups=False)
+    assert sorted(lone) == [[index] for index in range(16)], "the shared tokens alone are above the budget"
 
 
 def test_a_group_above_the_budget_repeats_its_prompt() -> None:

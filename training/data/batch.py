@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from training.config import Layout
+from training.data.stems import count_common, find_stems
 from training.render import Rendered
 from training.tree import Tree, send
 
@@ -99,7 +100,8 @@ def cut_rows(
 def cut_trees(
     samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
 ) -> list[list[int]]:
-    """Return micro-batches of trees, as indices, whose tokens (a prompt once, its responses behind it) stay within `budget`.
+    """Return micro-batches of trees, as indices, whose tokens stay within `budget`: what all prompts share once, the rest of a prompt once, its
+    responses behind it.
 
     A group above the budget is cut into trees that repeat its prompt, unless `whole_groups`. As many as the budget needs, or so many that all
     ranks have equally many, about equally full: none is too small to keep a device busy.
@@ -109,10 +111,12 @@ def cut_trees(
         responses = [samples[index].num_trained for index in members]
         parts = split_group(samples[members[0]].start, responses, budget=budget)
         branches += [members] if whole_groups else [[members[k] for k in part] for part in parts]
-    sizes = [samples[part[0]].start + sum(samples[index].num_trained for index in part) for part in branches]
-    full = first_fit(sizes, budget=budget)
+    prompts, responses = read_groups(samples, branches)
+    stem = count_common(prompts, responses)
+    sizes = [len(prompt) - stem + tokens for prompt, tokens in zip(prompts, responses, strict=True)]
+    full = first_fit(sizes, budget=budget - stem)
     even = spread(sizes, count=min(len(sizes), -(-len(full) // ranks) * ranks))
-    fits = all(len(batch) == 1 or sum(sizes[place] for place in batch) <= budget for batch in even)
+    fits = all(len(batch) == 1 or stem + sum(sizes[place] for place in batch) <= budget for batch in even)
     return [list(chain(*(branches[place] for place in batch))) for batch in (even if fits else full)]
 
 
@@ -176,8 +180,14 @@ def count_padded(samples: Sequence[Rendered], group_B: np.ndarray, *, layout: La
     """Return the tokens of a micro-batch as it goes through the model, padding included."""
     if layout == Layout.rows:
         return len(samples) * max(len(sample.ids_T) for sample in samples)
-    prompts = sum(samples[members[0]].start for members in members_of_groups(group_B))
-    return prompts + sum(sample.num_trained for sample in samples)
+    prompts, responses = read_groups(samples, members_of_groups(group_B))
+    return sum(stem.end - stem.begin for stem in find_stems(prompts, responses)) + sum(responses)
+
+
+def count_keys(samples: Sequence[Rendered], group_B: np.ndarray) -> int:
+    """Return the keys that segments of trees see and that are copied for them: of responses, and of what hangs on a shared stem."""
+    stems = find_stems(*read_groups(samples, members_of_groups(group_B)))
+    return sum(len(sample.ids_T) for sample in samples) + sum(stem.end for stem in stems if stem.parent is not None)
 
 
 def members_of_groups(group_R: np.ndarray) -> list[list[int]]:
@@ -234,31 +244,41 @@ def collate(samples: Sequence[Rendered], *, device: torch.device) -> MicroBatch:
 
 
 def collate_trees(samples: Sequence[Rendered], group_B: np.ndarray, *, device: torch.device) -> MicroBatch:
-    """Lay samples end to end, the prompt of neighbours of one group once."""
+    """Lay samples end to end, the prompt of neighbours of one group once, and once what prompts share of it."""
     groups = members_of_groups(group_B)
     ids: list[np.ndarray] = []
-    predictors: list[np.ndarray] = []
+    parents: list[int] = []
+    places: list[int] = []  # of stems among all segments
+    predictors: dict[int, np.ndarray] = {}  # of each sample
     end = 0
-    for members in groups:
-        first = samples[members[0]]
-        ids.append(first.ids_T[: first.start])
-        prompt_end = end = end + first.start
-        for sample in (samples[index] for index in members):
+    for stem in find_stems(*read_groups(samples, groups)):
+        places.append(len(ids))
+        parents.append(-1 if stem.parent is None else places[stem.parent])
+        ids.append(samples[groups[stem.group][0]].ids_T[stem.begin : stem.end])
+        prompt_end = end = end + stem.end - stem.begin
+        for index in chain(*(groups[g] for g in stem.ending)):
+            sample = samples[index]
             ids.append(sample.ids_T[sample.start :])
+            parents.append(places[-1])
             # the prompt's last token predicts the first of every response
-            predictors.append(np.r_[prompt_end - 1, np.arange(end, end + sample.num_trained - 1)])
+            predictors[index] = np.r_[prompt_end - 1, np.arange(end, end + sample.num_trained - 1)]
             end += sample.num_trained
-    lengths = tuple((samples[m[0]].start, *(samples[index].num_trained for index in m)) for m in groups)
-    tree = Tree(lengths=lengths, device=device)
+    tree = Tree(lengths=tuple(map(len, ids)), parents=tuple(parents), device=device)
     return MicroBatch(
         ids_BT=send(np.concatenate(ids).astype(np.int64)[None], device=device),
-        predictor_P=send(np.concatenate(predictors), device=device),
+        predictor_P=send(np.concatenate([predictors[index] for index in range(len(samples))]), device=device),
         target_P=gather_targets(samples, device=device),
         trained=tuple(sample.num_trained for sample in samples),
         spans=tree.spans,
         position_BT=send(tree.positions()[None], device=device),
         tree=tree,
     )
+
+
+def read_groups(samples: Sequence[Rendered], groups: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], list[int]]:
+    """Return of each group its prompt, and the tokens of its responses."""
+    prompts = [samples[members[0]].ids_T[: samples[members[0]].start] for members in groups]
+    return prompts, [sum(samples[index].num_trained for index in members) for members in groups]
 
 
 def gather_targets(samples: Sequence[Rendered], *, device: torch.device) -> Tensor:

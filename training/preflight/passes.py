@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from training.config import Precision
-from training.data.batch import collate, count_padded
+from training.data.batch import collate
 from training.logprobs import MAX_LAYOUT_GAP, LayoutError, check_head, check_layout, choose_groups, sum_logps
 from training.model import DTYPES
 from training.objectives.objective import WeightedLikelihood
 from training.preflight.findings import ROWS_SHOWN, Failure, NotApplicable, Report
 from training.preflight.ready import Ready
 from training.render import Rendered
+from training.reward.scorer import TOLERANCE, compare_batches
 from training.sharding import as_layers
 
 # R responses of the first step, B those that are tried, T tokens of one response
@@ -39,7 +40,7 @@ class Passes:
     seconds_allowed: float = LEAST_SECONDS  # since then
     seconds_per_token: float = 0.0  # of a forward pass
     tried: list[int] = field(default_factory=list)  # responses of the first step, whole prompts
-    logp_B: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of those
+    value_B: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of those
 
     def measure_speed(self) -> None:
         """Time one prompt's pass; choose how much of the first step is tried, and how long all may take."""
@@ -54,7 +55,7 @@ class Passes:
         self.values(first)
         seconds = self.ready.world.max(time.monotonic() - self.started)  # of the slowest rank; all go by the same clock
         self.seconds_per_token = seconds / self.count(first)
-        of_run = sum(len(s.ids_T) for e in ready.examples for s in e.samples) * steps.num_steps / steps.steps_per_epoch
+        of_run = self.count(range(len(group_R))) * steps.num_steps
         seconds = SHARE_OF_RUN * 3 * of_run * self.seconds_per_token
         self.seconds_allowed = round(max(LEAST_SECONDS, min(MOST_SECONDS, seconds) - spent), 3)
         # four forward passes in a third of the time
@@ -67,7 +68,7 @@ class Passes:
                 break
             self.tried = more
         started = time.monotonic()
-        self.logp_B = self.values(self.tried)
+        self.value_B = self.values(self.tried)
         # An accelerator takes as long for one prompt as for many.
         again = ready.world.max(time.monotonic() - started) / self.count(self.tried)
         self.seconds_per_token = min(self.seconds_per_token, again)
@@ -80,18 +81,18 @@ class Passes:
     def count(self, members: Sequence[int]) -> int:
         """Return the tokens of responses of the first step, padding included."""
         group_B = self.ready.steps.columns(0).group_R[list(members)]
-        return count_padded(self.samples(members), group_B, layout=self.ready.runtime.layout)
+        return self.ready.forward.size(self.samples(members), group_B).tokens
 
     def values(self, members: Sequence[int]) -> np.ndarray:
-        """Return logp_B of responses of the first step, in passes of at most the budget."""
+        """Return value_B of responses of the first step, in passes of at most the budget."""
         group_B = self.ready.steps.columns(0).group_R[list(members)]
-        samples, logp_B = self.samples(members), np.zeros(len(members))
+        samples, value_B = self.samples(members), np.zeros(len(members))
         with torch.no_grad(), self.autocast():
             for part in self.cut(members):
                 micro = self.ready.forward.load([samples[n] for n in part], group_B[part])
                 out: Tensor = self.ready.forward.values(self.ready.policy, micro).value_B
-                logp_B[part] = out.double().cpu().numpy()
-        return logp_B
+                value_B[part] = out.double().cpu().numpy()
+        return value_B
 
     def cut(self, members: Sequence[int], *, budget: int | None = None) -> list[list[int]]:
         """Return the micro-batches that training on one rank would make of responses of the first step, as places among them."""
@@ -163,6 +164,23 @@ def check_layout_of(ready: Ready) -> int:
     return len(groups)
 
 
+def padding(ready: Ready) -> str:
+    """Of a reward model: what the shortest and the longest responses get in one batch, padded, is what each gets alone."""
+    samples = [(example.row_id, sample) for example in ready.examples for sample in example.samples]
+    ordered = sorted(samples, key=lambda pair: len(pair[1].ids))
+    tried = [*ordered[:1], *ordered[1:][-2:]]
+    with as_layers(ready.world, precision=ready.precision):
+        alone_B, together_B, gap_B = compare_batches(ready.policy, [sample for _, sample in tried])
+    bound = TOLERANCE[Precision.float32 if ready.layers_dtype == torch.float32 else ready.precision]
+    if not gap_B.max() <= bound:
+        raise Failure(
+            f"the rewards of {len(tried)} responses, the longest and the shortest, are {alone_B.tolist()} alone and {together_B.tolist()} in one "
+            f"batch; expected equal ones within {bound:g}; check the padding token, or take another base",
+            list(dict.fromkeys(row_id for row_id, _ in tried)),
+        )
+    return f"the rewards of {len(tried)} responses, the longest and the shortest, are those of each alone within {gap_B.max():.2g}"
+
+
 def reference(ready: Ready, passes: Passes) -> str:
     """The policy, where it is the reference, gives the stored log-probabilities before its first step."""
     columns = ready.steps.columns(0)
@@ -170,7 +188,7 @@ def reference(ready: Ready, passes: Passes) -> str:
         raise NotApplicable("the objective reads no reference log-probabilities")
     scored = read_summary(ready.job.inputs.get("reference"))  # of the policy's own weights, or it was refused
     tokens_B = columns.num_tokens_R[passes.tried]
-    miss_B = np.abs(passes.logp_B - columns.logp_ref_R[passes.tried])
+    miss_B = np.abs(passes.value_B - columns.logp_ref_R[passes.tried])
     gap_B, mean = miss_B / tokens_B, miss_B.sum() / tokens_B.sum()
     bound = max(MAX_LAYOUT_GAP[DTYPES[p]] for p in (ready.precision, Precision(scored["precision"])))
     # A short response alone strays further than all together. Not "any above": a stored NaN is a failure too.

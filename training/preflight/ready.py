@@ -30,10 +30,11 @@ class Ready:
     objective: Objective
     forward: Forward
     steps: Steps
+    dropout: bool = False  # trained with what its configuration names; the checks are made without
 
     @property
     def model(self) -> Any:
-        """The language model of the policy."""
+        """The language model of the policy, or the reward model."""
         return self.policy.model
 
     @property

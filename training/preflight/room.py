@@ -8,15 +8,13 @@ from functools import partial
 
 import torch
 
-from training.config import Layout
-from training.data.batch import count_padded
 from training.job import write_json
 from training.loop import find_smaller, halve_budget
-from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
+from training.memory import Footprint, estimate_footprint, measure_free, measure_peak, show_bytes
 from training.preflight.findings import FILE, Failure, Report
 from training.preflight.passes import Passes
 from training.preflight.ready import Ready
-from training.steps import Steps
+from training.steps import Forward, Steps
 
 SEARCH_SECONDS = 1.0  # for the largest micro-batch of a long plan
 
@@ -104,7 +102,9 @@ def probe(ready: Ready, report: Report, passes: Passes, trial: Trial) -> int | N
     Several ranks run it at once and the largest of them counts; one without room ends all: OutOfMemory as `find_smaller`.
     """
     try:
-        with measure_peak(ready.device) as peak:
+        devices = [ready.device] if ready.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), measure_peak(ready.device) as peak:
+            ready.policy.train(ready.dropout)  # whose masks take room too
             with passes.autocast():
                 part = ready.steps.part(ready.policy, ready.steps.load(trial.step, trial.members))
             part.loss.backward()
@@ -115,6 +115,7 @@ def probe(ready: Ready, report: Report, passes: Passes, trial: Trial) -> int | N
             find_smaller(ready.steps, trial.step, budget=budget, world=world, where=f"step {trial.step}", error=error)
         return None
     finally:
+        ready.policy.eval()
         ready.policy.zero_grad()
         torch.cuda.empty_cache()
     return int(ready.world.max(peak.bytes))
@@ -122,20 +123,20 @@ def probe(ready: Ready, report: Report, passes: Passes, trial: Trial) -> int | N
 
 def find_largest_of_first(ready: Ready, *, budget: int) -> Trial:
     """Return what the first rank finds in its time, on every rank."""
-    find = partial(find_largest, ready.steps, budget=budget, layout=ready.runtime.layout, ranks=ready.world.size)
+    find = partial(find_largest, ready.steps, ready.forward, budget=budget, ranks=ready.world.size)
     trial = find() if ready.world.is_first else None
     looked_at = int(ready.world.first(trial.looked_at if trial else 0))
     return trial or find(num_steps=looked_at)
 
 
-def find_largest(steps: Steps, *, budget: int, layout: Layout, ranks: int, num_steps: int | None = None) -> Trial:
+def find_largest(steps: Steps, forward: Forward, *, budget: int, ranks: int, num_steps: int | None = None) -> Trial:
     """Return the largest micro-batch of some steps: of an epoch, or of as many as can be looked at in a second."""
     best = Trial(step=0, members=[], tokens=-1, looked_at=0)
     ends = time.monotonic() + SEARCH_SECONDS
     for step in range(num_steps or steps.steps_per_epoch):
         samples, group_R = steps.samples(step), steps.columns(step).group_R
         for members in steps.cut(step, budget=budget, ranks=ranks):
-            tokens = count_padded([samples[index] for index in members], group_R[members], layout=layout)
+            tokens = forward.size([samples[index] for index in members], group_R[members]).tokens
             if tokens > best.tokens:
                 best = Trial(step, members, tokens, looked_at=0)
         if num_steps is None and time.monotonic() > ends:
@@ -153,18 +154,14 @@ def share_of_free(ready: Ready) -> int:
 
 def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
     """Return what a micro-batch takes by the formula."""
-    samples = [ready.steps.samples(trial.step)[index] for index in trial.members]
-    seen = sum(len(sample.ids_T) for sample in samples)  # by the responses of trees: their prompts and themselves
+    samples = ready.steps.samples(trial.step)
+    group_B = ready.steps.columns(trial.step).group_R[trial.members]
     return estimate_footprint(
         ready.model,
         precision=ready.precision,
         ranks=ready.world.size,
         replicas=ready.runtime.replicas,
-        micro=MicroBatchSize(
-            tokens=trial.tokens,
-            keys=seen if ready.runtime.layout == Layout.tree else 0,
-            positions=sum(sample.num_trained for sample in samples),
-        ),
+        micro=ready.forward.size([samples[index] for index in trial.members], group_B),
         kind=ready.device.type,
         activation_checkpointing=ready.runtime.activation_checkpointing,
     )

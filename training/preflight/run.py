@@ -15,6 +15,7 @@ from training.preflight.passes import (
     layout,
     microbatches,
     output_head,
+    padding,
     reference,
     unit_weights,
 )
@@ -25,12 +26,13 @@ from training.sharding import reshard
 
 
 def check_run(ready: Ready) -> Report:
-    """Make every check and write `output/preflight.json`; the model is ready for its layout afterwards.
+    """Make every check and write `output/preflight.json`; a policy is ready for its layout afterwards.
 
     An attempt that goes on after an earlier one has passed makes the layout's check alone. Every rank calls it, comes to the
     same findings, and the first one writes them.
     """
     path, world = ready.job.output / FILE, ready.world
+    is_policy = ready.forward.value == "logp"
     report = Report(
         ready.steps.digest, ready.runtime.model_dump(mode="json"), LEAST_SECONDS, ready.runtime.microbatch_tokens
     )
@@ -38,10 +40,20 @@ def check_run(ready: Ready) -> Report:
     if earlier and (not earlier.passed or (earlier.plan, earlier.runtime) != (report.plan, report.runtime)):
         earlier = None
     if world.any(earlier is not None):
-        check_layout_of(ready)
+        if is_policy:
+            check_layout_of(ready)
         reshard(ready.policy)
         report.microbatch_tokens = int(world.first(earlier.microbatch_tokens if earlier else 0))
         return earlier or report
+    (check_policy if is_policy else check_reward_model)(ready, report)
+    reshard(ready.policy)
+    if world.is_first:
+        write_json(path, report.as_json())
+    return report
+
+
+def check_policy(ready: Ready, report: Report) -> None:
+    """Make the checks of a policy that is to be trained."""
     passes = Passes(ready, time.monotonic())
     for check in (weights, trained_tokens, stop_tokens, bos, output_head):
         make(check, ready, report)
@@ -55,10 +67,18 @@ def check_run(ready: Ready) -> Report:
         make(memory, ready, report, report, passes)
         if ready.runtime.compile:
             make(compiled_layers, ready, report, report, passes)
-    reshard(ready.policy)
-    if world.is_first:
-        write_json(path, report.as_json())
-    return report
+
+
+def check_reward_model(ready: Ready, report: Report) -> None:
+    """Make the checks of a reward model that is to be trained."""
+    ready.policy.eval()
+    passes = Passes(ready, time.monotonic())
+    make(weights, ready, report)
+    make(padding, ready, report)
+    passes.measure_speed()
+    report.seconds_allowed = passes.seconds_allowed
+    make(microbatches, ready, report, passes)
+    make(memory, ready, report, report, passes)
 
 
 def make(check: Callable[..., str], ready: Ready, report: Report, *more: Any) -> None:

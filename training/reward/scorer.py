@@ -77,15 +77,20 @@ class RewardScorer:
         """
         prompts = [[{"role": "user", "content": question}] for question, _ in PROBES]
         inputs = self.renderer(prompts, [answer for _, answer in PROBES])
-        alone = np.concatenate([score_batch(self.model, [item]).numpy() for item in inputs])
-        together = score_batch(self.model, inputs).numpy()
-        error = np.abs(alone - together) / np.maximum(1.0, np.abs(alone))
+        alone, together, error = compare_batches(self.model, inputs)
         if not error.max() <= TOLERANCE[self.precision]:  # also when a score is NaN
             raise ValueError(
                 f"reward model {self.model.name_or_path}: scores depend on the batch; alone {alone.tolist()}, together "
                 f"{together.tolist()}, expected a difference of at most {TOLERANCE[self.precision]:g}; "
                 "check its padding token, or take another model"
             )
+
+
+def compare_batches(model: Any, inputs: Sequence[RewardInput]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (alone_B, together_B, gap_B): rewards of inputs one by one and in one batch, and how far they differ, relatively above 1."""
+    alone_B = np.concatenate([score_batch(model, [item]).numpy() for item in inputs])
+    together_B = score_batch(model, inputs).numpy()
+    return alone_B, together_B, np.abs(alone_B - together_B) / np.maximum(1.0, np.abs(alone_B))
 
 
 def score_batch(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
