@@ -21,7 +21,7 @@ from training.data.batch import digest_plan, plan_steps
 from training.data.examples import Example, load_examples
 from training.data.manifest import read_rows_manifest
 from training.data.rows import RowsWriter, join_parts, read_rows
-from training.data.scored import is_finished, read_dropped, require_finite
+from training.data.scored import is_finished, open_parts, read_dropped, require_finite
 from training.data.selection import select_distinct
 from training.job import Job, write_json
 from training.logprobs import check_head
@@ -93,9 +93,10 @@ def run(job: Job) -> None:
         device=device,
     )
     rewards.check()
-    parts = score_batches(scorer, rewards, batches, rows)
-    join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
     digests = asdict(digest_model(job.inputs["base"], tokenizer))
+    folder = open_parts(job, base=digests, scorer=rewards.digests(job.inputs["scorer"]))
+    parts = score_batches(scorer, rewards, batches, rows, folder)
+    join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
     write_json(job.output / "manifest.json", {"plan": digest_batches(batches), "model": digests})
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
@@ -159,14 +160,17 @@ def render_longest(
 
 
 def score_batches(
-    scorer: Scorer, rewards: RewardScorer, batches: Sequence[Sequence[Example]], rows: dict[str, dict[str, Any]]
+    scorer: Scorer,
+    rewards: RewardScorer,
+    batches: Sequence[Sequence[Example]],
+    rows: dict[str, dict[str, Any]],
+    folder: Path,
 ) -> list[Path]:
-    """Score every batch that has no finished part yet; return the parts in the order of the steps."""
+    """Score every batch that has no finished part in a folder yet; return the parts in the order of the steps."""
     job, parts = scorer.job, []
-    (job.work / "parts").mkdir(parents=True, exist_ok=True)
     with MetricsWriter(job.output / "metrics.jsonl", total=len(batches)) as metrics:
         for step, batch in enumerate(batches):
-            part = job.work / "parts" / f"part-{step:06d}.parquet"
+            part = folder / f"part-{step:06d}.parquet"
             parts.append(part)
             if is_finished(part, [example.row_id for example in batch]):
                 continue

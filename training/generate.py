@@ -21,7 +21,7 @@ from training.config import GenerateConfig, ResponseRegime, Runtime
 from training.data.batch import pack_by_tokens
 from training.data.rows import RowsWriter, join_parts, read_rows
 from training.data.schema import SCHEMA
-from training.data.scored import describe_dropped, is_finished
+from training.data.scored import describe_dropped, is_finished, open_parts
 from training.job import Job, write_json
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
@@ -87,7 +87,8 @@ def run(job: Job) -> None:
         source=policy.name,
     )
     row_ids = choose_rows(job.inputs["rows"], config=config)
-    parts, dropped = generate_windows(generator, row_ids=row_ids)
+    digests = digest_model(policy, tokenizer)
+    parts, dropped = generate_windows(generator, open_parts(job, policy=asdict(digests)), row_ids=row_ids)
     if not parts:
         counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
         raise ValueError(
@@ -95,7 +96,7 @@ def run(job: Job) -> None:
             f"which is {config.max_prompt_tokens}, or bring prompts that the chat template takes"
         )
     join_parts(parts, job.output / "responses.parquet", schema=SCHEMA)
-    write_manifest(job, config, digest_model(policy, tokenizer))
+    write_manifest(job, config, digests)
     summary = summarise(parts) | {"dropped": dropped.total()}
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
@@ -139,11 +140,10 @@ def read_windows(folder: Path, *, split: str, row_ids: set[str]) -> Iterator[lis
         yield window
 
 
-def generate_windows(generator: Generator, *, row_ids: set[str]) -> tuple[list[Path], Counter[str]]:
-    """Answer every window that has no finished part yet; return the parts in order and the prompts dropped by reason."""
+def generate_windows(generator: Generator, folder: Path, *, row_ids: set[str]) -> tuple[list[Path], Counter[str]]:
+    """Answer every window that has no finished part in a folder yet; return the parts in order and the prompts dropped by reason."""
     job, config, parts, done = generator.job, generator.config, [], 0
     dropped: Counter[str] = Counter()
-    (job.work / "parts").mkdir(parents=True, exist_ok=True)
     partial = job.output / "dropped.jsonl.partial"
     windows = read_windows(job.inputs["rows"], split=config.split, row_ids=row_ids)
     with MetricsWriter(job.output / "metrics.jsonl", total=len(row_ids)) as metrics, partial.open("w") as out:
@@ -152,7 +152,7 @@ def generate_windows(generator: Generator, *, row_ids: set[str]) -> tuple[list[P
             out.writelines(json.dumps(entry) + "\n" for entry in unusable)
             dropped.update(entry["reason"] for entry in unusable)
             done += len(rows)
-            part = job.work / "parts" / f"part-{number:06d}.parquet"
+            part = folder / f"part-{number:06d}.parquet"
             if not fitting:
                 continue
             parts.append(part)

@@ -25,6 +25,7 @@ from training.data.scored import (
     describe_dropped,
     is_finished,
     join_dropped,
+    open_parts,
     require_finite,
     require_some,
     write_dropped,
@@ -74,12 +75,12 @@ def run(job: Job) -> None:
     renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
     prepare_layout(scorer, find_extremes(scorer))
-    parts = score_windows(scorer)
+    digests = asdict(digest_model(job.inputs["reference"], tokenizer))
+    parts = score_windows(scorer, open_parts(job, reference=digests))
     join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
     dropped = join_dropped(parts, job.output)
     summary = summarise(job) | dropped
     require_some(summary["rows"], dropped, job.inputs["rows"], remedy="raise max_tokens or mend the rows")
-    digests = asdict(digest_model(job.inputs["reference"], tokenizer))
     write_json(job.output / "manifest.json", {"model": digests, "max_tokens": config.max_tokens})
     summary |= {
         "model_type": model.config.model_type,
@@ -118,11 +119,9 @@ def bound_tokens(row: dict[str, Any]) -> int:
     return prompt + max(map(len, responses))
 
 
-def score_windows(scorer: Scorer) -> list[Path]:
-    """Score every window that has no finished part yet; return the parts in the order of the rows."""
+def score_windows(scorer: Scorer, folder: Path) -> list[Path]:
+    """Score every window that has no finished part in a folder yet; return the parts in the order of the rows."""
     job = scorer.job
-    folder = job.work / "parts"
-    folder.mkdir(parents=True, exist_ok=True)
     total = pq.ParquetFile(find_rows_file(job.inputs["rows"])).metadata.num_rows
     parts: list[Path] = []
     done = 0

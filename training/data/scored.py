@@ -1,18 +1,24 @@
 """What a scorer leaves of each window of rows: a part with the scores of those that it could read, and the others with the reason."""
 
 import json
+import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from training.job import read_json_lines
+from training.data.rows import find_rows_file
+from training.job import Job, read_json_lines, write_json
 from training.render import UnusableRow
+from training.weights import digest_file
 
+LOG = logging.getLogger(__name__)
 DROPPED = "dropped.jsonl"
 CONTENT_ID = pa.field("content_id", pa.string(), nullable=False)  # `digest_row` of what was scored
 ROWS_SHOWN = 5
@@ -37,6 +43,24 @@ def write_dropped(part: Path, lines: Sequence[Mapping[str, str]]) -> None:
 def dropped_file(part: Path) -> Path:
     """Return the file of a part that names its dropped rows."""
     return part.with_suffix(".dropped.jsonl")
+
+
+def open_parts(job: Job, **models: Mapping[str, str]) -> Path:
+    """Return `work/parts`, which holds what an earlier attempt finished: empty where that had another config, other rows or other models,
+    which are given by name with their digests."""
+    folder, told = job.work / "parts", job.work / "parts.json"
+    of = {"config": job.config, "rows": digest_file(find_rows_file(job.inputs["rows"])), **models}
+    of = json.loads(json.dumps(of, default=str))
+    found = None
+    with suppress(FileNotFoundError, ValueError):  # a file that a power cut left empty tells nothing
+        found = json.loads(told.read_text())
+    if folder.is_dir() and found != of:
+        others = [name for name in of if found is None or found.get(name) != of[name]]
+        LOG.warning("%s: what is finished there was made of another %s; begun anew", folder, ", ".join(others))
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(told, of)
+    return folder
 
 
 def is_finished(part: Path, row_ids: Sequence[str]) -> bool:

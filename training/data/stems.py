@@ -66,7 +66,7 @@ def split_run(
 def count_common(prompts: Sequence[np.ndarray], responses: Sequence[int]) -> int:
     """Return how many tokens all of some prompts begin with, where any two of them would share these; else 0."""
     end = min((count_shared(prompts[0], prompt) for prompt in prompts[1:]), default=0)
-    most = max(len(prompt) - end + tokens for prompt, tokens in zip(prompts, responses, strict=True))
+    most = max((len(prompt) - end + tokens for prompt, tokens in zip(prompts, responses, strict=True)), default=0)
     return end if end >= 2 * WORTH * most else 0
 
 

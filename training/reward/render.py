@@ -41,7 +41,7 @@ class RewardRenderer:
                 f"tokenizer {tokenizer.name_or_path}: got no chat template, which render=chat_template needs; "
                 "take render=text_pair or a model with a template"
             )
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._render = render
         self._max_tokens = max_tokens
         self._has_segments = "token_type_ids" in tokenizer.model_input_names
@@ -54,7 +54,7 @@ class RewardRenderer:
 
     def _render_pairs(self, texts: Sequence[str], responses: Sequence[str]) -> list[RewardInput]:
         """Join prompt and response by the tokenizer's own frame, such as `[CLS] prompt [SEP] response [SEP]`."""
-        backend = self._tokenizer.backend_tokenizer
+        backend = self.tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # "[SEP]" in a response is text: nobody writes a frame by hand
@@ -78,14 +78,14 @@ class RewardRenderer:
             [*prompt, {"role": "assistant", "content": response}]
             for prompt, response in zip(prompts, responses, strict=True)
         ]
-        rows = apply_template(self._tokenizer, turns, as_text=True)  # nobody writes a turn's frame by hand
+        rows = apply_template(self.tokenizer, turns, as_text=True)  # nobody writes a turn's frame by hand
         return [RewardInput(self._cut_left(ids), None, cut=len(ids) > self._max_tokens) for ids in rows]
 
     def _cut_left(self, ids: list[int]) -> list[int]:
         """Return the last `max_tokens` ids, a leading BOS kept: models trained with one read nonsense without it."""
         if len(ids) <= self._max_tokens:
             return list(ids)
-        head = [ids[0]] if ids[0] == self._tokenizer.bos_token_id else []
+        head = [ids[0]] if ids[0] == self.tokenizer.bos_token_id else []
         return [*head, *ids[len(ids) - self._max_tokens + len(head) :]]
 
 

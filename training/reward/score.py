@@ -16,7 +16,15 @@ import pyarrow.parquet as pq
 from training.config import RewardScoreConfig, Runtime
 from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
 from training.data.schema import digest_row
-from training.data.scored import CONTENT_ID, is_finished, join_dropped, require_finite, require_some, write_dropped
+from training.data.scored import (
+    CONTENT_ID,
+    is_finished,
+    join_dropped,
+    open_parts,
+    require_finite,
+    require_some,
+    write_dropped,
+)
 from training.job import Job
 from training.metrics import MetricsWriter
 from training.model import start_torch
@@ -49,7 +57,8 @@ def run(job: Job) -> None:
         device=device,
     )
     scorer.check()
-    parts = score_windows(job, scorer, budget=runtime.microbatch_tokens)
+    folder = open_parts(job, scorer=scorer.digests(job.inputs["scorer"]))
+    parts = score_windows(job, scorer, folder, budget=runtime.microbatch_tokens)
     if not parts:
         raise ValueError(f"rows folder {job.inputs['rows']}: got no rows, expected at least one; ingest a source first")
     join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
@@ -60,21 +69,20 @@ def run(job: Job) -> None:
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
-def windows(job: Job) -> Iterator[tuple[pa.RecordBatch, Path]]:
-    """Yield the rows in windows, each with the file that holds its rewards when it is done."""
+def windows(job: Job) -> Iterator[tuple[pa.RecordBatch, str]]:
+    """Yield the rows in windows, each with the name of the file that holds its rewards when it is done."""
     for number, window in enumerate(read_rows(job.inputs["rows"], batch_rows=WINDOW_ROWS)):
-        yield window, job.work / "parts" / f"part-{number:06d}.parquet"
+        yield window, f"part-{number:06d}.parquet"
 
 
-def score_windows(job: Job, scorer: RewardScorer, *, budget: int) -> list[Path]:
-    """Score every window that has no finished part yet; return the parts in the order of the rows."""
-    (job.work / "parts").mkdir(parents=True, exist_ok=True)
+def score_windows(job: Job, scorer: RewardScorer, folder: Path, *, budget: int) -> list[Path]:
+    """Score every window that has no finished part in a folder yet; return the parts in the order of the rows."""
     total = pq.ParquetFile(find_rows_file(job.inputs["rows"])).metadata.num_rows
     parts: list[Path] = []
     done = 0
     with MetricsWriter(job.output / "metrics.jsonl", total=total) as metrics:
-        for window, part in windows(job):
-            parts.append(part)
+        for window, name in windows(job):
+            parts.append(part := folder / name)
             done += window.num_rows
             if is_finished(part, window.column("row_id").to_pylist()):
                 continue
@@ -127,8 +135,8 @@ def score_rows(
 def summarise(job: Job, parts: list[Path]) -> dict[str, float | int]:
     """Return the figures of the whole column, read window by window."""
     statistics, cut = RewardStatistics(), 0
-    for (window, part), expected in zip(windows(job), parts, strict=True):
-        assert part == expected
+    for (window, name), part in zip(windows(job), parts, strict=True):
+        assert part.name == name
         scored = {score["row_id"]: score for score in pq.read_table(part).to_pylist()}
         for row in (row for row in window.to_pylist() if row["row_id"] in scored):
             score = scored[row["row_id"]]

@@ -21,11 +21,13 @@ from training.model import (
     check_context,
     check_model_folder,
     check_vocabulary,
+    digest_tokenizer,
     reading,
     refuse_unused,
 )
 from training.render import UnusableRow
 from training.reward.render import RewardInput, RewardRenderer
+from training.weights import digest_weights
 
 # B responses of a batch, T tokens
 
@@ -68,6 +70,11 @@ class RewardScorer:
             except UnusableRow as refusal:
                 unusable.append(describe_dropped(row["row_id"], refusal))
         return usable, unusable
+
+    def digests(self, folder: Path) -> dict[str, str]:
+        """Return the digests of the model, which was read from a folder, and of its tokenizer."""
+        tokenizer = self.renderer.tokenizer
+        return {"weights_sha256": digest_weights(folder), "tokenizer_sha256": digest_tokenizer(tokenizer)}
 
     def check(self) -> None:
         """Raise ValueError unless scores are finite and do not depend on what else is in the batch.
