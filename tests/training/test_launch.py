@@ -493,7 +493,7 @@ def test_a_job_of_two_replicas_is_killed_and_goes_on_on_two_ranks_of_one(write_j
     got, expected = (load_file(path.parent / "output" / "model.safetensors") for path in (job_file, alone))
     assert max((got[name] - tensor).abs().max().item() for name, tensor in expected.items()) < 1e-4
     summaries = [json.loads((path.parent / "output" / "summary.json").read_text()) for path in (job_file, alone)]
-    assert summaries[0]["plan"] == summaries[1]["plan"] and summaries[0]["tokens"] == summaries[1]["tokens"]
+    assert summaries[0]["plan"] == summaries[1]["plan"]
     lines = (job_file.parent / "output" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
 

@@ -211,7 +211,8 @@ def assert_same_result(job: Job, expected: Job) -> None:
     for line, wanted_line in zip(read_figures(job), read_figures(expected), strict=True):
         assert line == pytest.approx(wanted_line, rel=1e-4, abs=1e-6)
     summary, wanted_summary = (json.loads((j.output / "summary.json").read_text()) for j in (job, expected))
-    for name in ("steps", "rows", "tokens", "plan", "dropped", "skipped_steps"):
+    # tokens are not: what prompts share is read once a micro-batch, of which ranks may make more
+    for name in ("steps", "rows", "plan", "dropped", "skipped_steps"):
         assert summary[name] == wanted_summary[name]
     if (expected.output / "adapter").exists():
         got, wanted = (load_file(j.output / "adapter" / "adapter_model.safetensors") for j in (job, expected))
