@@ -94,10 +94,11 @@ def run(job: Job) -> None:
     )
     rewards.check()
     digests = asdict(digest_model(job.inputs["base"], tokenizer))
-    folder = open_parts(job, base=digests, scorer=rewards.digests(job.inputs["scorer"]))
+    plan = digest_batches(batches)
+    folder = open_parts(job, plan=plan, base=digests, scorer=rewards.digests(job.inputs["scorer"]))
     parts = score_batches(scorer, rewards, batches, rows, folder)
     join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
-    write_json(job.output / "manifest.json", {"plan": digest_batches(batches), "model": digests})
+    write_json(job.output / "manifest.json", {"plan": plan, "model": digests})
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 

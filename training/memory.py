@@ -58,6 +58,7 @@ class MicroBatchSize:
     tokens: int  # through the model
     keys: int  # that what hangs on something sees in trees, and that are copied for it; 0 for rows
     positions: int  # that predict a trained token
+    scores: int = 0  # of a head's attention that are kept, as where some are dropped: no fused kernel does so on a CPU
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,8 @@ def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) 
     With hidden size H, heads x head size A and MLP size I, in numbers a token: 6 H for two norms (input,
     normalised, scaled), 5 A for attention (query, key, value, output, output in the order of tokens; keys and values repeated for
     grouped queries), 4 I for a gated MLP. In trees keys and values are not repeated, so theirs are B, of fewer heads, and each response
-    has its own copy of those it sees, as has each prompt behind a shared stem: 3 A + 2 B, and 2 B for each key. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
+    has its own copy of those it sees, as has each prompt behind a shared stem: 3 A + 2 B, and 2 B for each key. Scores that are kept are so
+    three times for each head: their softmax, what is dropped, and the rest. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
     """
     hidden = config.hidden_size
     heads = getattr(config, "num_attention_heads", 0)  # none where there is no attention (Mamba)
@@ -177,7 +179,7 @@ def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) 
     norms = 6 * hidden * FLOAT32 if precision == Precision.float32 else 2 * hidden * (2 * FLOAT32 + 2)
     width = FLOAT32 if precision == Precision.float32 else 2
     per_token = norms + width * (3 * attention + 2 * (keys if micro.keys else attention) + 4 * inner)
-    kept: int = per_token * micro.tokens + width * 2 * keys * micro.keys
+    kept: int = per_token * micro.tokens + width * (2 * keys * micro.keys + 3 * heads * micro.scores)
     return kept
 
 

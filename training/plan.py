@@ -19,7 +19,7 @@ from training.config import Layout, LoraConfig, Runtime
 from training.data.batch import plan_steps, split_group
 from training.data.manifest import read_rows_manifest
 from training.data.rows import read_rows
-from training.data.stems import count_common
+from training.data.stems import WORTH, count_beginning
 from training.devices import ACCELERATORS, find_accelerator, find_price, measure_gemm
 from training.flops import count_flops
 from training.lora import add_adapter
@@ -57,10 +57,9 @@ class Workload:
     basis: str  # where this is known from
     stem: int = 0  # tokens that all prompts begin with, as a system prompt
 
-    def tokens(self, layout: Layout, *, together: float = 1.0) -> float:
-        """Return the mean tokens of a row through the model where so many share what all prompts begin with, padding not counted."""
-        whole = sum(count_row(prompt, responses, layout) for prompt, responses in self.shapes) / len(self.shapes)
-        return whole - count_stem(self, layout) * (1 - 1 / together)
+    def tokens(self, layout: Layout) -> float:
+        """Return the mean tokens of a row through the model, padding not counted, where no other row shares any with it."""
+        return sum(count_row(prompt, responses, layout) for prompt, responses in self.shapes) / len(self.shapes)
 
 
 @dataclass(frozen=True)
@@ -193,7 +192,7 @@ def measure_workload(folder: Path, config: TrainConfig, *, tokenizer_folder: Pat
             "train.max_tokens or look at the rows"
         )
     how = "the policy's tokenizer" if renderer else f"{CHARS_PER_TOKEN:g} characters a token, as there is no tokenizer"
-    shared = f"; all prompts share their first {stem}" if stem else ""
+    shared = f"; all prompts begin with the same {stem}" if stem else ""
     basis = f"measured on {len(sampled)} of the {len(rows)} rows of the ingest artifact, by {how}{shared}"
     return Workload(round(len(rows) * len(shapes) / len(sampled)), tuple(shapes), basis, stem)
 
@@ -208,7 +207,7 @@ def shape_rows(rows: Sequence[tuple[dict[str, Any], list[str]]], renderer: Rende
         return [], 0
     shapes = [(group[0].start, tuple(sample.num_trained for sample in group)) for group in groups]
     prompts = [group[0].ids_T[: group[0].start] for group in groups]
-    return shapes, count_common(prompts, [sum(responses) for _, responses in shapes])
+    return shapes, count_beginning(prompts)
 
 
 def guess_shape(row: dict[str, Any], responses: list[str]) -> Shape:
@@ -279,8 +278,9 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
             f"model type {model.config.model_type}: its operations cannot be counted (experts, latent attention); expected a dense "
             "decoder; not supported"
         )
-    layout, together = runtime.layout, count_together(config, runtime, work, ranks=machine.ranks)
-    stem, tokens = count_stem(work, layout), work.tokens(layout, together=together)
+    layout = runtime.layout
+    stem, together = share_stem(config, runtime, work, ranks=machine.ranks)
+    tokens = work.tokens(layout) - stem * (1 - 1 / together)
     steps = len(plan_steps(work.rows, batch_prompts=config.batch_prompts, epochs=1, seed=config.seed)) * config.epochs
     sampled = sum(
         counted.step(tokens=count_row(prompt, responses, layout), positions=sum(responses), segments=spans)
@@ -316,24 +316,25 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
 
 def size_microbatch(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> MicroBatchSize:
     """Return a micro-batch of mean parts (`list_parts`), as many as the budget and the rank's share of a step allow, or of the largest alone."""
-    parts, stem = list_parts(config, runtime, work), count_stem(work, runtime.layout)
-    tokens, keys, positions = (sum(sizes) / len(parts) for sizes in zip(*map(astuple, parts), strict=True))
-    count = count_together(config, runtime, work, ranks=ranks)
+    parts = list_parts(config, runtime, work)
+    tokens, keys, positions, _ = (sum(sizes) / len(parts) for sizes in zip(*map(astuple, parts), strict=True))
+    stem, count = share_stem(config, runtime, work, ranks=ranks)
+    if stem:  # what hangs on it has its own copy of the prompt's keys
+        keys += sum(prompt for prompt, _ in work.shapes) / len(work.shapes)
     filled = MicroBatchSize(round(stem + count * (tokens - stem)), round(count * keys), round(count * positions))
     return max(filled, *parts, key=lambda size: size.tokens)
 
 
-def count_together(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> float:
-    """Return how many mean parts (`list_parts`) a micro-batch holds, which share what all prompts begin with."""
-    parts, stem = list_parts(config, runtime, work), count_stem(work, runtime.layout)
-    own = sum(part.tokens for part in parts) / len(parts) - stem
-    room = max(1.0, (runtime.microbatch_tokens - stem) / own)
-    return min(max(1, math.ceil(count_parts(config, runtime, work) / ranks)), room)
-
-
-def count_stem(work: Workload, layout: Layout) -> int:
-    """Return the tokens that all prompts share in a layout: none in rows."""
-    return work.stem if layout == Layout.tree else 0
+def share_stem(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> tuple[int, float]:
+    """Return (tokens that the prompts of a micro-batch share, how many mean parts it holds): none in rows, nor where it is not worth it."""
+    parts = list_parts(config, runtime, work)
+    mean = sum(part.tokens for part in parts) / len(parts)
+    most = max(1, math.ceil(count_parts(config, runtime, work) / ranks))
+    if runtime.layout == Layout.tree and work.stem:
+        together = min(most, max(1.0, (runtime.microbatch_tokens - work.stem) / (mean - work.stem)))
+        if (together - 1) * work.stem >= WORTH * together * (mean - work.stem):
+            return work.stem, together
+    return 0, min(most, max(1.0, runtime.microbatch_tokens / mean))
 
 
 def count_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> float:
@@ -359,9 +360,7 @@ def list_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> list[Mi
             places = split_group(prompt, responses, budget=runtime.microbatch_tokens)
             groups = [tuple(responses[place] for place in part) for part in places]
         for group in groups:
-            keys = 0
-            if layout == Layout.tree:
-                keys = count_row(prompt, group, Layout.rows) + (prompt if work.stem else 0)
+            keys = count_row(prompt, group, Layout.rows) if layout == Layout.tree else 0
             parts.append(MicroBatchSize(count_row(prompt, group, layout), keys, sum(group)))
     return parts
 

@@ -89,7 +89,11 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     policy, tokenizer = load_base(job.inputs["base"], config, runtime, world)
     renderer = RewardRenderer(tokenizer, render=config.render, max_tokens=config.max_tokens)
     pairs = {split: load_pairs(job.inputs["rows"], renderer, split=split) for split in ("train", "heldout")}
-    examples, objective, forward = pairs["train"].examples, BradleyTerry(), RewardForward()
+    examples, objective, forward = (
+        pairs["train"].examples,
+        BradleyTerry(),
+        RewardForward(dropout=read_dropout(job.inputs["base"])),
+    )
     steps = Steps(
         examples,
         objective,
@@ -102,7 +106,17 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     world.barrier()  # it reads all of the base, the others but their part
     identity = {"config": config.model_dump(mode="json"), "base": base, "data": steps.digests}
     ready = Ready(
-        job, runtime, world, config.precision, policy, tokenizer, examples, objective, forward, steps, dropout=True
+        job,
+        runtime,
+        world,
+        config.precision,
+        policy,
+        tokenizer,
+        examples,
+        objective,
+        forward,
+        steps,
+        is_reward_model=True,
     )
     report = check_run(ready)
     report.require()
@@ -202,6 +216,9 @@ class RewardForward:
 
     value = "reward"
 
+    def __init__(self, *, dropout: float = 0.0) -> None:
+        self._dropout = dropout
+
     def identity(self, sample: RewardInput) -> bytes:
         """Return ids and segments."""
         return repr((sample.ids, sample.segments)).encode()
@@ -214,8 +231,11 @@ class RewardForward:
         return cut_rows(lengths, group_R, budget=budget, whole_groups=whole_groups, ranks=ranks)
 
     def size(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> MicroBatchSize:
-        """Return the size of a micro-batch: no logits over a vocabulary."""
-        return MicroBatchSize(tokens=len(samples) * max(len(sample.ids) for sample in samples), keys=0, positions=0)
+        """Return the size of a micro-batch: no logits over a vocabulary, and with dropout the scores of attention."""
+        T = max(len(sample.ids) for sample in samples)
+        return MicroBatchSize(
+            len(samples) * T, keys=0, positions=0, scores=len(samples) * T * T if self._dropout else 0
+        )
 
     def load(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> Sequence[RewardInput]:
         """Return the samples as they are."""

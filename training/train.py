@@ -18,7 +18,7 @@ from torch import Tensor
 
 from training.config import Layout, Precision, ResponseRegime, Runtime, StoredColumn
 from training.cross import plan_batches, read_cross
-from training.data.batch import MicroBatch, collate, count_keys, count_padded, cut, digest_plan, lay_out
+from training.data.batch import MicroBatch, collate, count_tokens, cut, digest_plan, lay_out
 from training.data.examples import Example, load_examples, read_scores
 from training.data.manifest import RowsManifest, check_reference, check_samples, check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter
@@ -251,11 +251,8 @@ class PolicyForward:
 
     def size(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatchSize:
         """Return the size of a micro-batch in the layout."""
-        return MicroBatchSize(
-            tokens=count_padded(samples, group_B, layout=self._layout),
-            keys=count_keys(samples, group_B) if self._layout == Layout.tree else 0,
-            positions=sum(sample.num_trained for sample in samples),
-        )
+        tokens, keys = count_tokens(samples, group_B, layout=self._layout)
+        return MicroBatchSize(tokens, keys, positions=sum(sample.num_trained for sample in samples))
 
     def load(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatch:
         """Return a micro-batch in the layout."""

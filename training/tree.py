@@ -148,8 +148,8 @@ def goes_on(begin: int, length: int) -> bool:
 
 
 def list_stretches(parents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (head_S, above_S): the segment with which a stretch begins that lies whole before each and that it hangs on, and the segment
-    which that one hangs on, -1 for none."""
+    """Return (head_S, above_S) of each segment: the first of the unbroken chain of parents that ends with it, and the parent of that first
+    one, -1 for none."""
     head_S, above_S = np.arange(len(parents)), np.array(parents)
     for place, parent in enumerate(parents):
         if parent >= 0 and parent == place - 1:
@@ -273,17 +273,18 @@ def attend_segments(
     """Attend segment by segment. One split each: slicing would cost a full gradient a slice."""
     parts = zip(*(tensor.split(tree.lengths, dim=2) for tensor in (query, key, value)), strict=True)
     masks = tree.masks(window, query.dtype, capped=softcap is not None)
-    paths: list[
-        tuple[list[Tensor], Tensor, Tensor]
-    ] = []  # queries, keys and values of each segment behind those of what it hangs on
+    hung_on = set(tree.parents)
+    # of these queries, keys and values, behind those of what they hang on
+    paths: dict[int, tuple[list[Tensor], Tensor, Tensor]] = {}
     out: list[Tensor] = []
-    for (q, k, v), parent, mask in zip(parts, tree.parents, masks, strict=True):
+    for place, ((q, k, v), parent, mask) in enumerate(zip(parts, tree.parents, masks, strict=True)):
         before: list[Tensor] = []
         if parent >= 0:
             before, above_k, above_v = paths[parent]
             k, v = torch.cat([above_k, k], dim=2), torch.cat([above_v, v], dim=2)
         queries = [*before, q]
-        paths.append((queries, k, v))
+        if place in hung_on:
+            paths[place] = (queries, k, v)
         asked = torch.cat(queries, dim=2) if mask is None and before else q
         out.append(attend_dense(asked, k, v, mask, softcap=softcap, scaling=scaling)[:, :, -q.shape[2] :])
     return torch.cat([part.transpose(1, 2) for part in out], dim=1)

@@ -1,5 +1,6 @@
 """What an interrupted scorer left: taken by the same job alone, never by one of another model, other rows or another config."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -47,5 +48,10 @@ def test_parts_of_another_model_are_not_taken(
     assert caplog.messages == [], "the same job takes what is there"
     assert read("left", model=other) == fresh
     assert len(caplog.messages) == 1 and f"was made of another {changed}; begun anew" in caplog.messages[0]
+    described = json.loads((other / "config.json").read_text()) | {"rms_norm_eps": 0.5, "layer_norm_eps": 0.5}
+    (other / "config.json").write_text(json.dumps(described))
+    assert read("left", model=other) == read("config", model=other) != fresh
+    assert len(caplog.messages) == 2
     (tmp_path / "left" / "work" / "parts.json").write_text("")
-    assert read("left", model=other) == fresh
+    read("left", model=other)
+    assert len(caplog.messages) == 3 and "is of nobody knows what; begun anew" in caplog.messages[2]

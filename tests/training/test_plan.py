@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen2Config,
+)
 
 from infra.models import fetch_embedded
 from infra.settings import read_settings
@@ -45,6 +53,8 @@ from training.plan import (
     size_microbatch,
 )
 from training.render import Rendered
+from training.reward.render import RewardInput
+from training.reward_model import RewardForward
 from training.train import PolicyForward
 from training.tree import enable_trees
 
@@ -82,6 +92,12 @@ def sample(prompt: int, response: int) -> Rendered:
 
 
 def kept_bytes(model: Any, samples: list[Rendered], group_B: np.ndarray, layout: Layout) -> int:
+    """Return the bytes that a forward pass of a policy keeps for the backward pass."""
+    forward = PolicyForward(CPU, layout)
+    return kept_bytes_of(model, lambda: forward.values(model, forward.load(samples, group_B)))
+
+
+def kept_bytes_of(model: Any, run: Callable[[], Any]) -> int:
     """Return the bytes of all distinct tensors that a forward pass keeps for the backward pass, parameters not counted."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -93,8 +109,7 @@ def kept_bytes(model: Any, samples: list[Rendered], group_B: np.ndarray, layout:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward = PolicyForward(CPU, layout)
-        forward.values(model, forward.load(samples, group_B))
+        run()
     return sum(kept.values())
 
 
@@ -127,6 +142,43 @@ def test_the_formula_of_activations_is_what_autograd_keeps(
     tokens, keys = (500, 720) if layout == Layout.tree else (720, 0)
     expected = estimate_kept(model, tokens=tokens, keys=keys)
     assert low < kept_bytes(model, samples, group_B, layout) / expected < high
+
+
+@pytest.mark.parametrize("queries", [60, 160], ids=["masked", "causal again"])
+def test_the_formula_knows_what_hangs_on_a_shared_stem(queries: int) -> None:
+    """Four prompts behind 40 tokens; where their queries run again with those of the stem, these are kept once more."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=61, hidden_size=64, intermediate_size=176, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    enable_trees(model)
+    shared = sample(40, 1).ids_T[:40]
+    samples = []
+    for n in range(4):
+        own = sample(queries + n, 50)
+        samples += [Rendered(ids_T=np.r_[shared, own.ids_T], start=40 + own.start)] * 2
+    group_B = np.repeat(np.arange(4), 2)
+    size = PolicyForward(CPU, Layout.tree).size(samples, group_B)
+    prompts = 4 * queries + 6
+    assert (size.tokens, size.keys) == (40 + prompts + 8 * 50, 3 * (160 + prompts) + 8 * 50)
+    assert (
+        0.85
+        < kept_bytes(model, samples, group_B, Layout.tree) / estimate_kept(model, tokens=size.tokens, keys=size.keys)
+        < 1.15
+    )
+
+
+def test_the_formula_knows_the_scores_that_dropout_keeps_on_a_cpu() -> None:
+    """A reward model of MiniLM's proportions, where scores are more than all else."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=61, hidden_size=48, intermediate_size=192, num_hidden_layers=4, num_attention_heads=12, num_labels=1, pad_token_id=0)  # fmt: skip
+    model = AutoModelForSequenceClassification.from_config(config).train()
+    samples = [RewardInput(list(range(1, 61)) * 4, None, cut=False)] * 4
+    size = RewardForward(dropout=0.1).size(samples, np.arange(4))
+    assert size == MicroBatchSize(960, keys=0, positions=0, scores=4 * 240 * 240)
+    kept = kept_bytes_of(model, lambda: RewardForward().values(model, samples))
+    expected = estimate_footprint(model, precision=Precision.float32, ranks=1, micro=size).activations
+    assert 0.6 < kept / expected < 1.15
+    assert RewardForward().size(samples, np.arange(4)).scores == 0
 
 
 @pytest.mark.parametrize("layout", list(Layout))
@@ -317,7 +369,8 @@ def test_hours_and_dollars_by_hand() -> None:
 
 
 def test_a_shared_system_prompt_is_planned_once_a_micro_batch() -> None:
-    """Four prompts a step of 300 tokens, 200 of them shared, each with a response of 100: 1,000 tokens; with room for 700, two prompts: 600."""
+    """Four prompts a step of 300 tokens, 200 of them shared, each with a response of 100: 1,000 tokens; 700 hold two and a half on average.
+    Where it saves too little, it is not shared."""
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
     config = SftConfig(batch_prompts=4, precision=Precision.bfloat16)
     work = Workload(400, ((300, (100,)),), "stated", stem=200)
@@ -332,8 +385,10 @@ def test_a_shared_system_prompt_is_planned_once_a_micro_batch() -> None:
         assert plan.flops == pytest.approx(400 * (own + shared / together), rel=1e-12)
         assert plan.tokens_per_row == 200 + 200 / together
         assert plan.microbatch_tokens == 200 + together * 200
-    rows = Runtime(layout="rows")
-    assert plan_training(model, config, rows, work, choose_machine("H100", config, rows, ranks=1)).tokens_per_row == 400
+    for runtime, stem, tokens in ((Runtime(layout="rows"), 200, 400), (Runtime(), 16, 388), (Runtime(), 15, 400)):
+        machine = choose_machine("H100", config, runtime, ranks=1)
+        work = Workload(400, ((300, (100,)),), "stated", stem=stem)
+        assert plan_training(model, config, runtime, work, machine).tokens_per_row == tokens
 
 
 def test_a_micro_batch_is_no_larger_than_what_training_cuts_a_row_into() -> None:

@@ -213,7 +213,7 @@ def test_stopped_run_ends_with_the_same_model(
 
         def is_set(self) -> bool:
             self.calls += 1
-            return self.calls >= 12  # four of them before its checks
+            return self.calls >= 12  # one before each of its four checks
 
     with pytest.raises(Interrupted):
         reward_model.run(Job(**{**job.__dict__, "stop": StopAtFourth()}))

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 from tests.architectures import CONFIGS, SMALL, make_model
 from training import tree as tree_module
 from training.config import Layout
-from training.data.batch import collate, collate_trees, count_padded, cut_trees
+from training.data.batch import collate, collate_trees, count_tokens, cut_trees
 from training.data.stems import find_stems
 from training.flops import read_windows
 from training.logprobs import LayoutError, Policy, check_layout, sum_logps
@@ -86,7 +86,8 @@ def test_what_prompts_share_is_laid_once_cell_by_cell() -> None:
     assert micro.target_P.tolist() == [3, 4, 4, 3, 9, 7, 2, 1]
     assert micro.predictor_P.tolist() == [4, 4, 6, 10, 11, 1, 2, 8]
     assert (micro.trained, micro.num_tokens) == ((1, 2, 2, 2, 1), 13)
-    assert count_padded(samples, group_B, layout=Layout.tree) == 13
+    # responses see 4, 5, 3, 4 and 5 tokens; prompts behind others 3 and 4
+    assert count_tokens(samples, group_B, layout=Layout.tree) == (13, 21 + 7)
 
 
 def test_a_stem_is_shared_where_it_saves_a_32nd_of_what_hangs_on_it() -> None:
@@ -132,7 +133,7 @@ def test_prompts_that_begin_alike_give_the_values_and_gradients_of_separate_rows
     for _ in range(6):
         samples, group_B = make_alike(rng)
         micro = collate_trees(samples, group_B, device=CPU)
-        assert micro.num_tokens == count_padded(samples, group_B, layout=Layout.tree)
+        assert micro.num_tokens == count_tokens(samples, group_B, layout=Layout.tree)[0]
         prompts = {int(group): sample.start for group, sample in zip(group_B, samples, strict=True)}
         saved += sum(prompts.values()) + sum(sample.num_trained for sample in samples) - micro.num_tokens
         weight_B = torch.from_numpy(rng.normal(size=len(samples)))

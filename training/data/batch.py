@@ -176,18 +176,15 @@ def split_group(prompt: int, responses: Sequence[int], *, budget: int) -> list[l
     return parts
 
 
-def count_padded(samples: Sequence[Rendered], group_B: np.ndarray, *, layout: Layout) -> int:
-    """Return the tokens of a micro-batch as it goes through the model, padding included."""
+def count_tokens(samples: Sequence[Rendered], group_B: np.ndarray, *, layout: Layout) -> tuple[int, int]:
+    """Return the tokens of a micro-batch as it goes through the model, padding included, and the keys that are copied for segments of trees:
+    those that a response sees, or a prompt behind a shared stem."""
     if layout == Layout.rows:
-        return len(samples) * max(len(sample.ids_T) for sample in samples)
+        return len(samples) * max(len(sample.ids_T) for sample in samples), 0
     prompts, responses = read_groups(samples, members_of_groups(group_B))
-    return sum(stem.end - stem.begin for stem in find_stems(prompts, responses)) + sum(responses)
-
-
-def count_keys(samples: Sequence[Rendered], group_B: np.ndarray) -> int:
-    """Return the keys that segments of trees see and that are copied for them: of responses, and of what hangs on a shared stem."""
-    stems = find_stems(*read_groups(samples, members_of_groups(group_B)))
-    return sum(len(sample.ids_T) for sample in samples) + sum(stem.end for stem in stems if stem.parent is not None)
+    stems = find_stems(prompts, responses)
+    keys = sum(len(sample.ids_T) for sample in samples) + sum(stem.end for stem in stems if stem.parent is not None)
+    return sum(stem.end - stem.begin for stem in stems) + sum(responses), keys
 
 
 def members_of_groups(group_R: np.ndarray) -> list[list[int]]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -45,22 +46,30 @@ def dropped_file(part: Path) -> Path:
     return part.with_suffix(".dropped.jsonl")
 
 
-def open_parts(job: Job, **models: Mapping[str, str]) -> Path:
-    """Return `work/parts`, which holds what an earlier attempt finished: empty where that had another config, other rows or other models,
-    which are given by name with their digests."""
+def open_parts(job: Job, *, plan: str = "", **models: Mapping[str, str]) -> Path:
+    """Return `work/parts`, which holds what an earlier attempt finished: empty where that had another config, other rows, another plan or
+    other models, which are given by the names of their inputs with their digests."""
     folder, told = job.work / "parts", job.work / "parts.json"
-    of = {"config": job.config, "rows": digest_file(find_rows_file(job.inputs["rows"])), **models}
+    read = {name: [digests, *read_settings(job.inputs[name])] for name, digests in models.items()}
+    of = {"config": job.config, "rows": digest_file(find_rows_file(job.inputs["rows"])), "plan": plan, **read}
     of = json.loads(json.dumps(of, default=str))
     found = None
     with suppress(FileNotFoundError, ValueError):  # a file that a power cut left empty tells nothing
         found = json.loads(told.read_text())
     if folder.is_dir() and found != of:
-        others = [name for name in of if found is None or found.get(name) != of[name]]
-        LOG.warning("%s: what is finished there was made of another %s; begun anew", folder, ", ".join(others))
+        others = ", ".join(name for name in of if found and found.get(name) != of[name])
+        made = f"was made of another {others}" if found else "is of nobody knows what"
+        LOG.warning("%s: what is finished there %s; begun anew", folder, made)
         shutil.rmtree(folder)
+    write_json(told, of)  # before the folder, which tells of nothing then
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(told, of)
     return folder
+
+
+def read_settings(folder: Path) -> list[Any]:
+    """Return what a model folder says beside its weights and tokenizer: of its layers, and of where its answers end."""
+    files = (folder / "config.json", folder / "generation_config.json")
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
 
 
 def is_finished(part: Path, row_ids: Sequence[str]) -> bool:

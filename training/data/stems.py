@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 # What is shared saves its tokens in all prompts but one, and costs all that hangs on it one more stretch of keys to attend to, on a GPU a whole
-# block. For a model of a billion parameters the block takes what some five tokens of its 128 queries take (docs/performance.md).
+# block: of a billion parameters what some 5 of its 128 queries take otherwise (docs/performance.md).
 WORTH = 1 / 32  # tokens saved, of those that hang on what is shared
 
 
@@ -63,9 +63,14 @@ def split_run(
     return sorted(parts, key=lambda part: min(part[1]))
 
 
+def count_beginning(prompts: Sequence[np.ndarray]) -> int:
+    """Return how many tokens all of some prompts begin with; 0 where there is but one."""
+    return min((count_shared(prompts[0], prompt) for prompt in prompts[1:]), default=0)
+
+
 def count_common(prompts: Sequence[np.ndarray], responses: Sequence[int]) -> int:
     """Return how many tokens all of some prompts begin with, where any two of them would share these; else 0."""
-    end = min((count_shared(prompts[0], prompt) for prompt in prompts[1:]), default=0)
+    end = count_beginning(prompts)
     most = max((len(prompt) - end + tokens for prompt, tokens in zip(prompts, responses, strict=True)), default=0)
     return end if end >= 2 * WORTH * most else 0
 

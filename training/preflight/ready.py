@@ -30,7 +30,9 @@ class Ready:
     objective: Objective
     forward: Forward
     steps: Steps
-    dropout: bool = False  # trained with what its configuration names; the checks are made without
+    is_reward_model: bool = (
+        False  # trained with the dropout of its base, without which the checks are made but for that of memory
+    )
 
     @property
     def model(self) -> Any:

@@ -104,7 +104,7 @@ def probe(ready: Ready, report: Report, passes: Passes, trial: Trial) -> int | N
     try:
         devices = [ready.device] if ready.device.type == "cuda" else []
         with torch.random.fork_rng(devices), measure_peak(ready.device) as peak:
-            ready.policy.train(ready.dropout)  # whose masks take room too
+            ready.policy.train(ready.is_reward_model)  # with its dropout, whose masks take room too
             with passes.autocast():
                 part = ready.steps.part(ready.policy, ready.steps.load(trial.step, trial.members))
             part.loss.backward()
@@ -160,7 +160,9 @@ def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
         ready.model,
         precision=ready.precision,
         ranks=ready.world.size,
-        replicas=ready.runtime.replicas,
+        replicas=ready.runtime.replicas
+        if ready.world.size > 1
+        else 1,  # a reward model with dropout is trained by one rank alone
         micro=ready.forward.size([samples[index] for index in trial.members], group_B),
         kind=ready.device.type,
         activation_checkpointing=ready.runtime.activation_checkpointing,

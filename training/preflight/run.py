@@ -28,11 +28,10 @@ from training.sharding import reshard
 def check_run(ready: Ready) -> Report:
     """Make every check and write `output/preflight.json`; a policy is ready for its layout afterwards.
 
-    An attempt that goes on after an earlier one has passed makes the layout's check alone. Every rank calls it, comes to the
+    An attempt that goes on after an earlier one has passed makes the check of a policy's layout alone. Every rank calls it, comes to the
     same findings, and the first one writes them.
     """
     path, world = ready.job.output / FILE, ready.world
-    is_policy = ready.forward.value == "logp"
     report = Report(
         ready.steps.digest, ready.runtime.model_dump(mode="json"), LEAST_SECONDS, ready.runtime.microbatch_tokens
     )
@@ -40,12 +39,12 @@ def check_run(ready: Ready) -> Report:
     if earlier and (not earlier.passed or (earlier.plan, earlier.runtime) != (report.plan, report.runtime)):
         earlier = None
     if world.any(earlier is not None):
-        if is_policy:
+        if not ready.is_reward_model:
             check_layout_of(ready)
         reshard(ready.policy)
         report.microbatch_tokens = int(world.first(earlier.microbatch_tokens if earlier else 0))
         return earlier or report
-    (check_policy if is_policy else check_reward_model)(ready, report)
+    (check_reward_model if ready.is_reward_model else check_policy)(ready, report)
     reshard(ready.policy)
     if world.is_first:
         write_json(path, report.as_json())

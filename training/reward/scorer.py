@@ -21,6 +21,7 @@ from training.model import (
     check_context,
     check_model_folder,
     check_vocabulary,
+    digest_rendering,
     digest_tokenizer,
     reading,
     refuse_unused,
@@ -72,9 +73,14 @@ class RewardScorer:
         return usable, unusable
 
     def digests(self, folder: Path) -> dict[str, str]:
-        """Return the digests of the model, which was read from a folder, and of its tokenizer."""
+        """Return the digests of the model, which was read from a folder, of its tokenizer, and of its chat template where it has one."""
         tokenizer = self.renderer.tokenizer
-        return {"weights_sha256": digest_weights(folder), "tokenizer_sha256": digest_tokenizer(tokenizer)}
+        own = (
+            digest_rendering(tokenizer)
+            if tokenizer.chat_template
+            else {"tokenizer_sha256": digest_tokenizer(tokenizer)}
+        )
+        return {"weights_sha256": digest_weights(folder), **own}
 
     def check(self) -> None:
         """Raise ValueError unless scores are finite and do not depend on what else is in the batch.
