@@ -9,7 +9,7 @@ as a run takes them: the loading of rows is in the time of both, and nobody wait
 Keys: `mfu` = 3 F / (seconds x peak), F the operations of a forward pass that the mathematics needs (training/flops.py: no padding, no
 masked pair, nothing that is computed a second time), peak the data sheet's dense bfloat16 rate (training/devices.py);
 `tokens_per_second`, `dpo_tokens_per_second`, `dpo_tuned_tokens_per_second`: tokens that went through the policy that is trained, without padding: ours
-reads a prompt once, TRL's DPO twice; `var_vs_dpo_tokens`, `var_vs_dpo_tuned_tokens`: ours over theirs, each by its own count;
+reads a prompt once, and what all of a micro-batch begin with once for all, TRL's DPO each twice; `var_vs_dpo_tokens`, `var_vs_dpo_tuned_tokens`: ours over theirs, each by its own count;
 `var_vs_dpo_pairs`, `var_vs_dpo_tuned_pairs`: pairs per second, which is the work that gets done: larger, as a pair is fewer tokens for us.
 TRL as it comes has a micro-batch of 8, a reference beside the policy and computes activations again; tuned it has reference
 log-probabilities computed before, rows of like length together, no recomputation, and the best micro-batch of the sweep that is printed: 16,

@@ -278,20 +278,23 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
             f"model type {model.config.model_type}: its operations cannot be counted (experts, latent attention); expected a dense "
             "decoder; not supported"
         )
-    layout = runtime.layout
+    layout, rows = runtime.layout, len(work.shapes)
+    parts = list_parts(config, runtime, work)
     stem, together = share_stem(config, runtime, work, ranks=machine.ranks)
-    tokens = work.tokens(layout) - stem * (1 - 1 / together)
+    spared = len(parts) / rows * (1 - 1 / together)  # stems of a row that others bring
+    tokens = sum(count_row(*part, layout) for part in parts) / rows - stem * spared
     steps = len(plan_steps(work.rows, batch_prompts=config.batch_prompts, epochs=1, seed=config.seed)) * config.epochs
-    sampled = sum(
-        counted.step(tokens=count_row(prompt, responses, layout), positions=sum(responses), segments=spans)
-        for prompt, responses in work.shapes
-        for spans in [list_spans(prompt, responses, layout)]
-    ) / len(work.shapes)
-    sampled -= counted.step(tokens=stem, positions=0, segments=[(0, stem)]) * (1 - 1 / together)
-    flops = round(sampled * work.rows * config.epochs)
+    all_parts = sum(
+        counted.step(
+            tokens=count_row(prompt, group, layout), positions=sum(group), segments=list_spans(prompt, group, layout)
+        )
+        for prompt, group in parts
+    )
+    of_row = all_parts / rows - counted.step(tokens=stem, positions=0, segments=[(0, stem)]) * spared
+    flops = round(of_row * work.rows * config.epochs)
     footprint = partial(estimate_rank, model, config, runtime, work, machine)
-    parts = count_parts(config, runtime, work)
-    busy = share_busy(parts, ranks=machine.ranks)
+    parts_a_step = count_parts(config, runtime, work)
+    busy = share_busy(parts_a_step, ranks=machine.ranks)
     hours = flops / (machine.ranks * busy * machine.peak_flops * machine.mfu) / 3600
     return Plan(
         model_type=model.config.model_type,
@@ -308,7 +311,7 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
         flops=flops,
         machine=machine,
         ranks_with_room=None if machine.name == "cpu" else find_ranks(footprint, machine),
-        parts=parts,
+        parts=parts_a_step,
         hours=hours,
         usd=None if machine.usd_per_hour is None else hours * machine.devices * machine.usd_per_hour,
     )
@@ -316,25 +319,34 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
 
 def size_microbatch(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> MicroBatchSize:
     """Return a micro-batch of mean parts (`list_parts`), as many as the budget and the rank's share of a step allow, or of the largest alone."""
-    parts = list_parts(config, runtime, work)
-    tokens, keys, positions, _ = (sum(sizes) / len(parts) for sizes in zip(*map(astuple, parts), strict=True))
-    stem, count = share_stem(config, runtime, work, ranks=ranks)
+    sizes = [size_part(*part, runtime.layout) for part in list_parts(config, runtime, work)]
+    tokens, keys, positions, _ = (sum(column) / len(sizes) for column in zip(*map(astuple, sizes), strict=True))
+    stem, _ = share_stem(config, runtime, work, ranks=ranks)
     if stem:  # what hangs on it has its own copy of the prompt's keys
         keys += sum(prompt for prompt, _ in work.shapes) / len(work.shapes)
+    each = math.ceil(count_parts(config, runtime, work) / ranks)
+    count = min(each, max(1.0, (runtime.microbatch_tokens - stem) / (tokens - stem)))
     filled = MicroBatchSize(round(stem + count * (tokens - stem)), round(count * keys), round(count * positions))
-    return max(filled, *parts, key=lambda size: size.tokens)
+    return max(filled, *sizes, key=lambda size: size.tokens)
+
+
+def size_part(prompt: int, responses: Sequence[int], layout: Layout) -> MicroBatchSize:
+    """Return the size of a prompt with some of its responses."""
+    keys = count_row(prompt, responses, Layout.rows) if layout == Layout.tree else 0
+    return MicroBatchSize(count_row(prompt, responses, layout), keys, sum(responses))
 
 
 def share_stem(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> tuple[int, float]:
-    """Return (tokens that the prompts of a micro-batch share, how many mean parts it holds): none in rows, nor where it is not worth it."""
+    """Return (tokens that the prompts of a micro-batch share, how many parts it holds, on average): none in rows, nor where it is not worth it."""
     parts = list_parts(config, runtime, work)
-    mean = sum(part.tokens for part in parts) / len(parts)
-    most = max(1, math.ceil(count_parts(config, runtime, work) / ranks))
-    if runtime.layout == Layout.tree and work.stem:
-        together = min(most, max(1.0, (runtime.microbatch_tokens - work.stem) / (mean - work.stem)))
-        if (together - 1) * work.stem >= WORTH * together * (mean - work.stem):
-            return work.stem, together
-    return 0, min(most, max(1.0, runtime.microbatch_tokens / mean))
+    mean = sum(count_row(*part, runtime.layout) for part in parts) / len(parts)
+    of_step = count_parts(config, runtime, work)
+    for stem in (work.stem if runtime.layout == Layout.tree else 0, 0):
+        full = math.ceil(of_step / max(1, math.floor((runtime.microbatch_tokens - stem) / (mean - stem))))
+        together = of_step / min(of_step, math.ceil(full / ranks) * ranks)
+        if (together - 1) * stem >= WORTH * together * (mean - stem):
+            break
+    return stem, together
 
 
 def count_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> float:
@@ -347,21 +359,18 @@ def share_busy(parts: float, *, ranks: int) -> float:
     return parts / ranks / math.ceil(parts / ranks)
 
 
-def list_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> list[MicroBatchSize]:
-    """Return the smallest micro-batches that training cuts rows into: all responses of a prompt where the objective compares them, in trees
-    as many as the budget has room for, else one."""
-    layout, parts = runtime.layout, []
+def list_parts(config: TrainConfig, runtime: Runtime, work: Workload) -> list[Shape]:
+    """Return what training cuts rows into at most: all responses of a prompt where the objective compares them, in trees as many as the
+    budget has room for with the prompt, which every part repeats, else one."""
+    parts: list[Shape] = []
     for prompt, responses in work.shapes:
         if config.whole_groups:
-            groups = [responses]
-        elif layout == Layout.rows:
-            groups = [(response,) for response in responses]
+            parts.append((prompt, responses))
+        elif runtime.layout == Layout.rows:
+            parts += [(prompt, (response,)) for response in responses]
         else:
             places = split_group(prompt, responses, budget=runtime.microbatch_tokens)
-            groups = [tuple(responses[place] for place in part) for part in places]
-        for group in groups:
-            keys = count_row(prompt, group, Layout.rows) if layout == Layout.tree else 0
-            parts.append(MicroBatchSize(count_row(prompt, group, layout), keys, sum(group)))
+            parts += [(prompt, tuple(responses[place] for place in part)) for part in places]
     return parts
 
 

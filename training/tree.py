@@ -115,10 +115,12 @@ class Tree:
                 counts, indices = (send(values, device=self.device) for values in list_blocks(blocks))
                 lists |= {f"{name}_num_blocks": counts, f"{name}_indices": indices}
             lengths = (sum(self.lengths),) * 2
-            self._masks[key] = BlockMask(lengths, mask_mod=self.make_test(window), BLOCK_SIZE=(BLOCK, BLOCK), **lists)
+            self._masks[key] = BlockMask(
+                lengths, mask_mod=self.make_mask_mod(window), BLOCK_SIZE=(BLOCK, BLOCK), **lists
+            )
         return self._masks[key]
 
-    def make_test(self, window: int | None) -> Callable[..., Tensor]:
+    def make_mask_mod(self, window: int | None) -> Callable[..., Tensor]:
         """Return FlexAttention's mask as a function of query and key: one sees another from this on, as far as something hangs on it."""
         end_T = send(self.ends().astype(np.int32), device=self.device)
 

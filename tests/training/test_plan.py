@@ -27,6 +27,7 @@ from infra.settings import read_settings
 from training import plan as plan_module
 from training import train
 from training.config import Layout, LoraConfig, Precision, Runtime
+from training.data.batch import cut_trees, lay_out
 from training.flops import count_flops
 from training.job import Job
 from training.loop import make_optimiser
@@ -369,14 +370,14 @@ def test_hours_and_dollars_by_hand() -> None:
 
 
 def test_a_shared_system_prompt_is_planned_once_a_micro_batch() -> None:
-    """Four prompts a step of 300 tokens, 200 of them shared, each with a response of 100: 1,000 tokens; 700 hold two and a half on average.
+    """Four prompts a step of 300 tokens, 200 of them shared, each with a response of 100: 1,000 tokens; 700 hold two.
     Where it saves too little, it is not shared."""
     model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.1-8b.json"))
     config = SftConfig(batch_prompts=4, precision=Precision.bfloat16)
     work = Workload(400, ((300, (100,)),), "stated", stem=200)
     flops = count_flops(model)
     assert flops is not None
-    for budget, together in ((2000, 4), (700, 2.5)):
+    for budget, together, largest in ((2000, 4, 1000), (700, 2, 700)):
         runtime = Runtime(microbatch_tokens=budget)
         machine = choose_machine("H100", config, runtime, ranks=1)
         plan = plan_training(model, config, runtime, work, machine)
@@ -384,11 +385,32 @@ def test_a_shared_system_prompt_is_planned_once_a_micro_batch() -> None:
         shared = flops.step(tokens=200, positions=0, segments=[(0, 200)])
         assert plan.flops == pytest.approx(400 * (own + shared / together), rel=1e-12)
         assert plan.tokens_per_row == 200 + 200 / together
-        assert plan.microbatch_tokens == 200 + together * 200
+        assert plan.microbatch_tokens == largest  # no smaller than 600
     for runtime, stem, tokens in ((Runtime(layout="rows"), 200, 400), (Runtime(), 16, 388), (Runtime(), 15, 400)):
         machine = choose_machine("H100", config, runtime, ranks=1)
         work = Workload(400, ((300, (100,)),), "stated", stem=stem)
         assert plan_training(model, config, runtime, work, machine).tokens_per_row == tokens
+
+
+def test_a_group_above_the_budget_is_planned_with_its_prompt_in_every_part() -> None:
+    """Eight responses of 1,000 tokens to a prompt of 1,000, two forward passes' worth of tokens each: as `cut_trees` lays them out."""
+    model = build_on_meta(read_architecture(ARCHITECTURES / "llama-3.2-1b.json"))
+    config = SftConfig(responses="all", batch_prompts=2)
+    machine = choose_machine("H100", config, Runtime(), ranks=1)
+    work = Workload(10, ((1000, (1000,) * 8),), "stated")
+    samples = [Rendered((sample(1000, 1000).ids_T + place // 8) % 61, start=1000) for place in range(16)]
+    flops = count_flops(model)
+    assert flops is not None
+    for budget in (2048, 4096, 10**6):
+        batches = cut_trees(samples, np.repeat([0, 1], 8), budget=budget, whole_groups=False)
+        laid_out = [
+            lay_out([samples[n] for n in batch], np.repeat([0, 1], 8)[batch], device=CPU, layout=Layout.tree)
+            for batch in batches
+        ]
+        plan = plan_training(model, config, Runtime(microbatch_tokens=budget), work, machine)
+        assert plan.tokens == 5 * sum(micro.num_tokens for micro in laid_out)
+        expected = sum(flops.step(tokens=m.num_tokens, positions=len(m.target_P), segments=m.spans) for m in laid_out)
+        assert plan.flops == pytest.approx(5 * expected, rel=1e-12)
 
 
 def test_a_micro_batch_is_no_larger_than_what_training_cuts_a_row_into() -> None:

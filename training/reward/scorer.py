@@ -73,14 +73,15 @@ class RewardScorer:
         return usable, unusable
 
     def digests(self, folder: Path) -> dict[str, str]:
-        """Return the digests of the model, which was read from a folder, of its tokenizer, and of its chat template where it has one."""
+        """Return the digests of the model, which was read from a folder, of its tokenizer, and of its chat template where it has one; and which
+        inputs it reads."""
         tokenizer = self.renderer.tokenizer
         own = (
             digest_rendering(tokenizer)
             if tokenizer.chat_template
             else {"tokenizer_sha256": digest_tokenizer(tokenizer)}
         )
-        return {"weights_sha256": digest_weights(folder), **own}
+        return {"weights_sha256": digest_weights(folder), "inputs": ", ".join(tokenizer.model_input_names), **own}
 
     def check(self) -> None:
         """Raise ValueError unless scores are finite and do not depend on what else is in the batch.
