@@ -367,14 +367,19 @@ def test_cut_keeps_the_budget_and_every_response() -> None:
     assert all(len(set(group_R[batch])) == 1 for batch in whole) and len(whole) == 40
 
 
+def behind(system: np.ndarray, count: int, rng: np.random.Generator) -> list[Rendered]:
+    """Return samples of 20 tokens of their own, of which 10 are trained, behind a system prompt."""
+    prompts = [np.r_[system, n, rng.integers(0, 61, size=9)] for n in range(count)]
+    return [
+        Rendered(ids_T=np.r_[prompt, rng.integers(0, 61, size=10)].astype(np.int32), start=len(prompt))
+        for prompt in prompts
+    ]
+
+
 def test_a_long_system_prompt_counts_once_in_the_budget() -> None:
     """16 groups of 220 tokens, 200 of them shared: 300 hold five, each with 20 of its own, where they would hold one."""
     rng = np.random.default_rng(0)
-    system = rng.integers(0, 61, size=200)
-    samples = []
-    for n in range(16):
-        prompt = np.r_[system, n, rng.integers(0, 61, size=9)]
-        samples.append(Rendered(ids_T=np.r_[prompt, rng.integers(0, 61, size=10)].astype(np.int32), start=210))
+    samples = behind(rng.integers(0, 61, size=200), 16, rng)
     batches = cut_trees(samples, np.arange(16), budget=300, whole_groups=False)
     assert sorted(map(len, batches)) == [4, 4, 4, 4]
     for batch in batches:
@@ -382,6 +387,28 @@ def test_a_long_system_prompt_counts_once_in_the_budget() -> None:
         assert micro.num_tokens == 200 + 4 * 20
     lone = cut_trees(samples, np.arange(16), budget=100, whole_groups=False)
     assert sorted(lone) == [[index] for index in range(16)], "the shared tokens alone are above the budget"
+
+
+def test_rows_with_one_of_two_system_prompts_and_one_with_none_share_what_they_can() -> None:
+    """Eight, eight and one, mixed in a step: in 300 tokens five, three, five, three and one; in 600 a family, and the other with the one: levelled
+    over two, both would read both."""
+    rng = np.random.default_rng(0)
+    first, second = rng.integers(0, 30, size=200), rng.integers(30, 61, size=200)
+    mixed = [*behind(first, 8, rng), *behind(second, 8, rng), *behind(rng.integers(0, 61, size=200), 1, rng)]
+    order = rng.permutation(17)
+    samples = [mixed[index] for index in order]
+
+    def cut(budget: int, ranks: int = 1) -> list[int]:
+        batches = cut_trees(samples, np.arange(17), budget=budget, whole_groups=False, ranks=ranks)
+        assert sorted(index for batch in batches for index in batch) == list(range(17))
+        sizes = [collate_trees([samples[i] for i in b], np.arange(len(b)), device=CPU).num_tokens for b in batches]
+        assert max(sizes) <= budget
+        return sorted(sizes)
+
+    assert cut(300) == [220, 260, 260, 300, 300]
+    assert cut(1000) == [940]
+    assert cut(600) == [360, 580]
+    assert sum(cut(600, ranks=4)) <= 940 + 2 * 200
 
 
 def test_a_group_above_the_budget_repeats_its_prompt() -> None:

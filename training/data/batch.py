@@ -8,7 +8,6 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from heapq import heapreplace
 from itertools import chain
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from training.config import Layout
-from training.data.stems import count_common, find_stems
+from training.data.stems import Family, find_families, find_stems
 from training.render import Rendered
 from training.tree import Tree, send
 
@@ -100,7 +99,7 @@ def cut_rows(
 def cut_trees(
     samples: Sequence[Rendered], group_R: np.ndarray, *, budget: int, whole_groups: bool, ranks: int = 1
 ) -> list[list[int]]:
-    """Return micro-batches of trees, as indices, whose tokens stay within `budget`: what all prompts share once, the rest of a prompt once, its
+    """Return micro-batches of trees, as indices, whose tokens stay within `budget`: what prompts share once, the rest of a prompt once, its
     responses behind it.
 
     A group above the budget is cut into trees that repeat its prompt, unless `whole_groups`. As many as the budget needs, or so many that all
@@ -112,39 +111,67 @@ def cut_trees(
         parts = split_group(samples[members[0]].start, responses, budget=budget)
         branches += [members] if whole_groups else [[members[k] for k in part] for part in parts]
     prompts, responses = read_groups(samples, branches)
-    stem = count_common(prompts, responses)
-    sizes = [len(prompt) - stem + tokens for prompt, tokens in zip(prompts, responses, strict=True)]
-    full = first_fit(sizes, budget=budget - stem)
-    even = spread(sizes, count=min(len(sizes), -(-len(full) // ranks) * ranks))
-    fits = all(len(batch) == 1 or stem + sum(sizes[place] for place in batch) <= budget for batch in even)
-    return [list(chain(*(branches[place] for place in batch))) for batch in (even if fits else full)]
+    families = find_families(prompts, responses)
+    sizes = [len(prompt) + tokens for prompt, tokens in zip(prompts, responses, strict=True)]
+    full = first_fit(sizes, budget=budget, families=families)
+    even = spread(sizes, count=min(len(sizes), -(-len(full) // ranks) * ranks), families=families)
+    stems = {index: (place, family.stem) for place, family in enumerate(families) for index in family.groups}
+    tokens, evenly = ([count_filled(sizes, batch, stems) for batch in batches] for batches in (full, even))
+    fits = all(len(batch) == 1 or filled <= budget for batch, filled in zip(even, evenly, strict=True))
+    # Levelled, what several families share may be read more often.
+    better = fits and (len(even) > len(full) or sum(evenly) <= sum(tokens))
+    return [list(chain(*(branches[place] for place in batch))) for batch in (even if better else full)]
 
 
-def first_fit(sizes: Sequence[int], *, budget: int) -> list[list[int]]:
-    """Return batches of indices whose sizes stay within a budget in sum: the largest first, each into the first batch with room: within
-    11/9 of the fewest batches."""
+def first_fit(sizes: Sequence[int], *, budget: int, families: Sequence[Family] | None = None) -> list[list[int]]:
+    """Return batches of indices whose tokens stay within a budget: the largest first, each into the first batch with room: within 11/9 of the
+    fewest batches. A family fills those that read its stem; what is left goes into the first with room for all of it, or into another."""
     batches: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        fits = next((place for place, left in enumerate(room) if sizes[index] <= left), None)
-        if fits is None:
-            batches.append([])
-            room.append(budget)
-            fits = len(batches) - 1
-        batches[fits].append(index)
-        room[fits] -= sizes[index]
+    for members, stem in sort_families(sizes, families):
+        left = sum(sizes[index] - stem for index in members)
+        reading: list[int] = []  # batches that read the stem
+        for index in members:
+            own = sizes[index] - stem
+            fits = next((place for place in reading if own <= room[place]), None)
+            if fits is None:
+                fits = next((place for place, free in enumerate(room) if stem + left <= free), len(batches))
+                if fits == len(batches):
+                    batches.append([])
+                    room.append(budget)
+                reading.append(fits)
+                room[fits] -= stem
+            batches[fits].append(index)
+            room[fits] -= own
+            left -= own
     return batches
 
 
-def spread(sizes: Sequence[int], *, count: int) -> list[list[int]]:
-    """Return indices in some batches of about equal sizes: the largest first, each into the emptiest."""
+def spread(sizes: Sequence[int], *, count: int, families: Sequence[Family] | None = None) -> list[list[int]]:
+    """Return indices in some batches of about equal tokens: the largest first, each into the batch that is emptiest then."""
     batches: list[list[int]] = [[] for _ in range(count)]
-    filled = [(0, place) for place in range(count)]
-    for index in sorted(range(len(sizes)), key=lambda index: (-sizes[index], index)):
-        size, place = filled[0]
-        batches[place].append(index)
-        heapreplace(filled, (size + sizes[index], place))
+    filled = np.zeros(count, dtype=np.int64)
+    for members, stem in sort_families(sizes, families):
+        unread = np.full(count, stem)
+        for index in members:
+            place = int((filled + unread).argmin())
+            batches[place].append(index)
+            filled[place] += unread[place] + sizes[index] - stem
+            unread[place] = 0
     return batches
+
+
+def sort_families(sizes: Sequence[int], families: Sequence[Family] | None) -> list[tuple[list[int], int]]:
+    """Return (members, stem) of families, and members, the largest first; each index is one of its own where none are given."""
+    families = families or [Family((index,), 0) for index in range(len(sizes))]
+    ordered = [(sorted(f.groups, key=lambda index: (-sizes[index], index)), f.stem) for f in families]
+    return sorted(ordered, key=lambda pair: (-sum(sizes[index] - pair[1] for index in pair[0]) - pair[1], pair[0][0]))
+
+
+def count_filled(sizes: Sequence[int], batch: Sequence[int], stems: dict[int, tuple[int, int]]) -> int:
+    """Return the tokens of a batch, in which what a family shares is read once; `stems` has (family, tokens of its stem) of each index."""
+    here = {stems[index] for index in batch}
+    return sum(sizes[index] - stems[index][1] for index in batch) + sum(stem for _, stem in here)
 
 
 def share_rows(pack: Callable[..., list[list[int]]], *, budget: int, ranks: int) -> list[list[int]]:

@@ -68,11 +68,31 @@ def count_beginning(prompts: Sequence[np.ndarray]) -> int:
     return min((count_shared(prompts[0], prompt) for prompt in prompts[1:]), default=0)
 
 
-def count_common(prompts: Sequence[np.ndarray], responses: Sequence[int]) -> int:
-    """Return how many tokens all of some prompts begin with, where any two of them would share these; else 0."""
-    end = count_beginning(prompts)
-    most = max((len(prompt) - end + tokens for prompt, tokens in zip(prompts, responses, strict=True)), default=0)
-    return end if end >= 2 * WORTH * most else 0
+@dataclass(frozen=True)
+class Family:
+    """Prompts of which any two would share what all begin with; one that would share nothing is alone in its own."""
+
+    groups: tuple[int, ...]
+    stem: int  # tokens
+
+
+def find_families(prompts: Sequence[np.ndarray], responses: Sequence[int]) -> list[Family]:
+    """Return the families of some prompts, in the order of their first ones."""
+    stems = find_stems(prompts, responses)
+    root: list[int] = []
+    members: dict[int, list[int]] = {}
+    for place, stem in enumerate(stems):
+        root.append(place if stem.parent is None else root[stem.parent])
+        members.setdefault(root[-1], []).extend(stem.ending)
+    families: list[Family] = []
+    for place, groups in members.items():
+        end = stems[place].end
+        most = max(len(prompts[group]) - end + responses[group] for group in groups)
+        if len(groups) > 1 and end >= 2 * WORTH * most:
+            families.append(Family(tuple(groups), end))
+        else:
+            families += [Family((group,), 0) for group in groups]
+    return families
 
 
 def count_shared(first: np.ndarray, second: np.ndarray) -> int:
