@@ -28,6 +28,8 @@ def find_stems(prompts: Sequence[np.ndarray], responses: Sequence[int]) -> list[
     `responses` are the tokens of each prompt's responses: two prompts share what they begin with where that is worth it (`WORTH`). Prompts
     that share nothing keep their order.
     """
+    if not prompts:
+        return []
     stems: list[Stem] = []
     in_order = sorted(range(len(prompts)), key=lambda group: prompts[group].astype(">u4").tobytes())
     waiting: list[tuple[int | None, int, tuple[int, list[int]]]] = []
