@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training.config import Layout, LoraConfig, Runtime
-from training.data.batch import plan_steps, split_group
+from training.data.batch import count_steps, split_group
 from training.data.manifest import read_rows_manifest
 from training.data.rows import read_rows
 from training.data.stems import WORTH, count_beginning
@@ -283,7 +283,7 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
     stem, together = share_stem(config, runtime, work, ranks=machine.ranks)
     spared = len(parts) / rows * (1 - 1 / together)  # stems of a row that others bring
     tokens = sum(count_row(*part, layout) for part in parts) / rows - stem * spared
-    steps = len(plan_steps(work.rows, batch_prompts=config.batch_prompts, epochs=1, seed=config.seed)) * config.epochs
+    steps = count_steps(work.rows, batch_prompts=config.batch_prompts) * config.epochs
     all_parts = sum(
         counted.step(
             tokens=count_row(prompt, group, layout), positions=sum(group), segments=list_spans(prompt, group, layout)
@@ -340,7 +340,7 @@ def share_stem(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: 
     """Return (tokens that the prompts of a micro-batch share, how many parts it holds, on average): none in rows, nor where it is not worth it."""
     parts = list_parts(config, runtime, work)
     mean = sum(count_row(*part, runtime.layout) for part in parts) / len(parts)
-    of_step = count_parts(config, runtime, work)
+    of_step = len(parts) / len(work.shapes) * work.rows / count_steps(work.rows, batch_prompts=config.batch_prompts)
     for stem in (work.stem if runtime.layout == Layout.tree else 0, 0):
         full = math.ceil(of_step / max(1, math.floor((runtime.microbatch_tokens - stem) / (mean - stem))))
         together = of_step / min(of_step, math.ceil(full / ranks) * ranks)

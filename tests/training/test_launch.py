@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from tasks.child import STOP_SECONDS, ChildJob, StepFailed, UserError, run_child
 from tests.hosts import Host
+from tests.training.test_sharding import assert_tokens
 from training import train
 from training.config import Runtime
 from training.job import EXIT_INTERRUPTED, Job
@@ -494,6 +495,7 @@ def test_a_job_of_two_replicas_is_killed_and_goes_on_on_two_ranks_of_one(write_j
     assert max((got[name] - tensor).abs().max().item() for name, tensor in expected.items()) < 1e-4
     summaries = [json.loads((path.parent / "output" / "summary.json").read_text()) for path in (job_file, alone)]
     assert summaries[0]["plan"] == summaries[1]["plan"]
+    assert_tokens(Job.read(job_file), train.read_config(Job.read(job_file)), ranks=(4, 2))
     lines = (job_file.parent / "output" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
 

@@ -38,7 +38,7 @@ from training.loop import make_optimiser, run_steps
 from training.model import load_policy
 from training.objectives.sft import SftConfig
 from training.sharding import gather_weights, load_sharded_policy, shard_policy
-from training.train import train
+from training.train import prepare, train
 
 CONFIG = SftConfig(responses="all", batch_prompts=4, epochs=4, max_tokens=96, learning_rate=1e-3)
 
@@ -196,7 +196,28 @@ def read_figures(job: Job) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
 
 
-def assert_same_result(job: Job, expected: Job) -> None:
+def count_step_tokens(job: Job, config: Any, *, ranks: int) -> list[int]:
+    """Return what goes through the policy in each step that so many ranks share: what prompts share is read once a micro-batch."""
+    ready = prepare(job, config, Runtime(microbatch_tokens=64), ALONE).ready
+    return [
+        sum(
+            ready.forward.size(
+                [ready.steps.samples(step)[n] for n in part], ready.steps.columns(step).group_R[part]
+            ).tokens
+            for part in ready.steps.cut(step, budget=64, ranks=ranks)
+        )
+        for step in range(ready.steps.num_steps)
+    ]
+
+
+def assert_tokens(job: Job, config: Any, *, ranks: tuple[int, int]) -> None:
+    """To the token, of a run that went on on so many ranks after so many, at whatever step that was."""
+    first, second = (count_step_tokens(job, config, ranks=size) for size in ranks)
+    possible = {sum(first[:step]) + sum(second[step:]) for step in range(len(first) + 1)}
+    assert json.loads((job.output / "summary.json").read_text())["tokens"] in possible
+
+
+def assert_same_result(job: Job, expected: Job, *, ranks: tuple[int, int], config: Any = CONFIG) -> None:
     """Files by name, configuration and tokenizer to the byte, weights and figures to what order of summing may do."""
     files, got_files = ({p.name for p in j.output.iterdir()} for j in (expected, job))
     assert got_files == files
@@ -211,7 +232,7 @@ def assert_same_result(job: Job, expected: Job) -> None:
     for line, wanted_line in zip(read_figures(job), read_figures(expected), strict=True):
         assert line == pytest.approx(wanted_line, rel=1e-4, abs=1e-6)
     summary, wanted_summary = (json.loads((j.output / "summary.json").read_text()) for j in (job, expected))
-    # tokens are not: what prompts share is read once a micro-batch, of which ranks may make more
+    assert_tokens(job, config, ranks=ranks)
     for name in ("steps", "rows", "plan", "dropped", "skipped_steps"):
         assert summary[name] == wanted_summary[name]
     if (expected.output / "adapter").exists():
@@ -223,7 +244,7 @@ def assert_same_result(job: Job, expected: Job) -> None:
 def test_a_job_on_ranks_gives_the_model_of_one(make_train_job: Callable[..., Job], ranks: Ranks) -> None:
     alone, both = make_train_job("alone"), make_train_job("both")
     assert run_on(ranks, 1, alone) == run_on(ranks, 2, both) == {"done"}
-    assert_same_result(both, alone)
+    assert_same_result(both, alone, ranks=(2, 2))
 
 
 def test_a_tied_policy_on_ranks_is_exported_as_one_and_its_held_out_loss_is_that_of_one(
@@ -243,7 +264,7 @@ def test_a_tied_policy_on_ranks_is_exported_as_one_and_its_held_out_loss_is_that
         job = dataclasses.replace(job, inputs=job.inputs | {"base": base, "rows": rows})
         assert run_on(ranks, size, job) == {"done"}
         assert "lm_head.weight" not in load_file(job.output / "model.safetensors")
-        assert_same_result(job, jobs[0])
+        assert_same_result(job, jobs[0], ranks=(size, size))
     assert "heldout/loss" in read_figures(jobs[0])[-1]
 
 
@@ -260,7 +281,7 @@ def test_a_job_stopped_on_two_ranks_goes_on_on_any_number(make_train_job: Callab
         for part in ("output", "work"):
             shutil.copytree(stopped.output.parent / part, job.output.parent / part, dirs_exist_ok=True)
         assert run_on(ranks, size, job) == {"done"}
-        assert_same_result(job, whole)
+        assert_same_result(job, whole, ranks=(2, size))
         if size == 2:
             assert (job.output / "model.safetensors").read_bytes() == (whole.output / "model.safetensors").read_bytes()
 
@@ -274,14 +295,14 @@ def test_two_replicas_of_two_are_stopped_and_go_on_on_other_ranks(
     config = CONFIG.model_copy(update={"lora": lora, "epochs": 2})
     alone, uncut, stopped = (make_train_job(name) for name in ("alone", "uncut", "stopped"))
     assert run_on(ranks, 1, alone, config=config) == run_on(ranks, 4, uncut, config=config, replicas=2) == {"done"}
-    assert_same_result(uncut, alone)
+    assert_same_result(uncut, alone, ranks=(4, 4), config=config)
     assert run_on(ranks, 4, stopped, config=config, replicas=2, stop_after=3) == {"stopped"}
     for size, replicas in ((1, 1), (3, 1), (4, 2)):
         job = make_train_job(f"resumed-{size}")
         for part in ("output", "work"):
             shutil.copytree(stopped.output.parent / part, job.output.parent / part, dirs_exist_ok=True)
         assert run_on(ranks, size, job, config=config, replicas=replicas) == {"done"}
-        assert_same_result(job, uncut)
+        assert_same_result(job, uncut, ranks=(4, size), config=config)
     assert (job.output / "model.safetensors").read_bytes() == (uncut.output / "model.safetensors").read_bytes()
 
 

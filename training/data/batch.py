@@ -29,16 +29,21 @@ def plan_steps(num_rows: int, *, batch_prompts: int, epochs: int, seed: int) -> 
     of its own when it has at least half of `batch_prompts` rows; a smaller one joins the step before, so that a handful of rows never
     weighs as much as a full batch.
     """
-    if num_rows < 1:
-        raise ValueError("batch plan: no rows to train on; expected at least 1; check what was dropped and why")
     steps: list[list[int]] = []
+    last = count_steps(num_rows, batch_prompts=batch_prompts) - 1
     for epoch in range(epochs):
         order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows).tolist()
-        batches = [order[begin : begin + batch_prompts] for begin in range(0, num_rows, batch_prompts)]
-        if len(batches) > 1 and 2 * len(batches[-1]) < batch_prompts:
-            batches[-2:] = [batches[-2] + batches[-1]]
-        steps.extend(batches)
+        steps += [order[place * batch_prompts : (place + 1) * batch_prompts] for place in range(last)]
+        steps.append(order[last * batch_prompts :])
     return steps
+
+
+def count_steps(num_rows: int, *, batch_prompts: int) -> int:
+    """Return how many steps `plan_steps` makes of an epoch. ValueError where there is nothing to make one of."""
+    if num_rows < 1:
+        raise ValueError("batch plan: no rows to train on; expected at least 1; check what was dropped and why")
+    full, left = divmod(num_rows, batch_prompts)
+    return full + (left > 0 and (full == 0 or 2 * left >= batch_prompts))
 
 
 def digest_plan(parts: Iterable[str | bytes]) -> str:

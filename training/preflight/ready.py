@@ -30,9 +30,8 @@ class Ready:
     objective: Objective
     forward: Forward
     steps: Steps
-    is_reward_model: bool = (
-        False  # trained with the dropout of its base, without which the checks are made but for that of memory
-    )
+    # trained with the dropout of its base, without which all checks but that of memory are made
+    is_reward_model: bool = False
 
     @property
     def model(self) -> Any:

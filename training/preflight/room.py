@@ -156,13 +156,13 @@ def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
     """Return what a micro-batch takes by the formula."""
     samples = ready.steps.samples(trial.step)
     group_B = ready.steps.columns(trial.step).group_R[trial.members]
+    # a reward model with dropout is trained by one rank alone
+    replicas = ready.runtime.replicas if ready.world.size > 1 else 1
     return estimate_footprint(
         ready.model,
         precision=ready.precision,
         ranks=ready.world.size,
-        replicas=ready.runtime.replicas
-        if ready.world.size > 1
-        else 1,  # a reward model with dropout is trained by one rank alone
+        replicas=replicas,
         micro=ready.forward.size([samples[index] for index in trial.members], group_B),
         kind=ready.device.type,
         activation_checkpointing=ready.runtime.activation_checkpointing,
