@@ -16,6 +16,7 @@ from training.data.batch import (
     plan_steps,
     spread,
 )
+from training.data.stems import Family
 from training.render import Rendered
 
 
@@ -77,9 +78,9 @@ def test_a_step_within_one_budget_is_work_for_all_ranks(budget: int, ranks: int,
 
 def test_trees_that_fill_their_budgets_are_left_as_they_fit() -> None:
     """By hand, 30 tokens in two budgets of 15: the largest into the emptiest would give 17 and 13."""
-    trees = make_unlike(8, 7, 6, 5, 4)
-    assert first_fit((8, 7, 6, 5, 4), budget=15) == [[0, 1], [2, 3, 4]]
-    assert spread((8, 7, 6, 5, 4), count=2) == [[0, 3, 4], [1, 2]]
+    trees, lone = make_unlike(8, 7, 6, 5, 4), [Family((place,), 0) for place in range(5)]
+    assert first_fit((8, 7, 6, 5, 4), budget=15, families=lone) == [[0, 1], [2, 3, 4]]
+    assert spread((8, 7, 6, 5, 4), count=2, families=lone) == [[0, 3, 4], [1, 2]]
     assert cut_trees(trees, np.arange(5), budget=15, whole_groups=False) == [[0, 1], [2, 3, 4]]
     assert cut_trees(trees, np.arange(5), budget=17, whole_groups=False) == [[0, 3, 4], [1, 2]]
 

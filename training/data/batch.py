@@ -128,7 +128,7 @@ def cut_trees(
     return [list(chain(*(branches[place] for place in batch))) for batch in (even if better else full)]
 
 
-def first_fit(sizes: Sequence[int], *, budget: int, families: Sequence[Family] | None = None) -> list[list[int]]:
+def first_fit(sizes: Sequence[int], *, budget: int, families: Sequence[Family]) -> list[list[int]]:
     """Return batches of indices whose tokens stay within a budget: the largest first, each into the first batch with room: within 11/9 of the
     fewest batches. A family fills those that read its stem; what is left goes into the first with room for all of it, or into another."""
     batches: list[list[int]] = []
@@ -152,7 +152,7 @@ def first_fit(sizes: Sequence[int], *, budget: int, families: Sequence[Family] |
     return batches
 
 
-def spread(sizes: Sequence[int], *, count: int, families: Sequence[Family] | None = None) -> list[list[int]]:
+def spread(sizes: Sequence[int], *, count: int, families: Sequence[Family]) -> list[list[int]]:
     """Return indices in some batches of about equal tokens: the largest first, each into the batch that is emptiest then."""
     batches: list[list[int]] = [[] for _ in range(count)]
     filled = np.zeros(count, dtype=np.int64)
@@ -166,9 +166,8 @@ def spread(sizes: Sequence[int], *, count: int, families: Sequence[Family] | Non
     return batches
 
 
-def sort_families(sizes: Sequence[int], families: Sequence[Family] | None) -> list[tuple[list[int], int]]:
-    """Return (members, stem) of families, and members, the largest first; each index is one of its own where none are given."""
-    families = families or [Family((index,), 0) for index in range(len(sizes))]
+def sort_families(sizes: Sequence[int], families: Sequence[Family]) -> list[tuple[list[int], int]]:
+    """Return (members, stem) of families, and members, the largest first."""
     ordered = [(sorted(f.groups, key=lambda index: (-sizes[index], index)), f.stem) for f in families]
     return sorted(ordered, key=lambda pair: (-sum(sizes[index] - pair[1] for index in pair[0]) - pair[1], pair[0][0]))
 
