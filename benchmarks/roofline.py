@@ -43,6 +43,8 @@ STREAMED_NUMBERS = 2**26
 WRITTEN_ONLY = {"zero_", "fill_", "copy_"}  # their first argument is not read
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm"}
 KINDS = {
+    "SegmentAttention": "attention",  # as a profile has it, with all that its threads do
+    "SegmentAttentionBackward": "attention, backward",
     "_scaled_dot_product_flash_attention_for_cpu": "attention",
     "_scaled_dot_product_flash_attention_for_cpu_backward": "attention, backward",
     "_fused_adamw_": "AdamW",
@@ -172,8 +174,11 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 def count_work(lane: Lane, model: Any) -> dict[str, Work]:
     """Return operations and bytes of the timed step by kind."""
     lane.trainer.progress = Progress(step=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # what is dispatched in other threads is not seen
     with Traffic(model.config.vocab_size) as traffic:
         lane.trainer.take_step()
+    torch.set_num_threads(threads)
     # Of use are the pairs that see each other alone; two products of a forward pass have four behind them.
     useful = lane.describe(count_flops(model))["attention_flops"]
     traffic.found["attention"].flops = useful / 3
@@ -211,7 +216,7 @@ def seen_kernels(profiler: Any) -> set[str]:
         "unsqueeze",
         "squeeze",
     }
-    names = {event.key for event in profiler.key_averages() if event.key.startswith("aten::")}
+    names = {event.key for event in profiler.key_averages() if event.key.startswith("aten::") or event.key in KINDS}
     still = {f"aten::{name}" for name in views} | {name for name in names if "empty" in name}
     return names - still
 

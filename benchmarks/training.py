@@ -54,7 +54,7 @@ from benchmarks.figures import finish_figure, start_figure
 from benchmarks.rewards import Sizes, compare_reward_gain, compare_with_grpo
 from benchmarks.rows import ROWS_VARIABLE, find_rows
 from infra.models import fetch_embedded
-from infra.settings import read_settings
+from infra.settings import COMPUTE_VARIABLES, read_settings
 
 BATCH_PAIRS = 8
 SHARED: dict[str, Any] = {
@@ -417,6 +417,9 @@ KINDS = {
 def run_child(spec: dict[str, Any]) -> dict[str, Any]:
     """Run one measurement and add the process's peak memory."""
     module, function = KINDS[spec["kind"]].split(".")
+    if module == "peers":
+        for name in COMPUTE_VARIABLES:  # torch as it comes
+            os.environ.pop(name, None)
     measure = getattr(importlib.import_module(f"benchmarks.{module}"), function)
     if "in_turn" in spec:
         # What a peer frees would go back to the host while it waits, and come again at a price that it never pays alone.

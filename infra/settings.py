@@ -327,12 +327,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+# GNU's OpenMP, which torch has on Linux, reads it when torch is loaded: how often a thread looks for work before it sleeps. Its own 300,000 times
+# hold a core for 4 ms, which the threads of attention then lack (training/segments.py).
+COMPUTE_VARIABLES = {"GOMP_SPINCOUNT": "10000"}
+
+
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Give the environment of a compute child: an allow-list of this one's and `extra`, no credentials, no server's URL.
 
     `PYTHONSAFEPATH` keeps a folder of the child's working directory from being imported in place of a package. A child reads what
-    its inputs hold and asks no hub; what it starts itself, as vLLM its engines, sends nobody statistics.
+    its inputs hold and asks no hub; what it starts itself, as vLLM its engines, sends nobody statistics. COMPUTE_VARIABLES make it faster.
     """
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     allowed = {name: os.environ[name] for name in CHILD_VARIABLES if name in os.environ}
-    return allowed | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | quiet | dict(extra)
+    return allowed | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | quiet | COMPUTE_VARIABLES | dict(extra)

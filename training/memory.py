@@ -17,7 +17,7 @@ from training.model import find_layers
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2  # bytes
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # names of glibc's malloc.h
 # What ends a container before the machine's own memory does: folder, limit, use, and the line of memory.stat that counts files which the kernel
 # keeps in it and lets go first; of control groups 2 and 1.
 CGROUPS = (
@@ -34,6 +34,7 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)  # large blocks from the heap too
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
+        libc.mallopt(M_ARENA_MAX, 1)  # there is no other: those of further threads give back what they free
 
 
 def run_in_halves(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
@@ -56,7 +57,6 @@ class MicroBatchSize:
     """What of a micro-batch takes memory, in tokens."""
 
     tokens: int  # through the model
-    keys: int  # that what hangs on something sees in trees, and that are copied for it; 0 for rows
     positions: int  # that predict a trained token
     scores: int = 0  # of a head's attention that are kept, as where some are dropped: no fused kernel does so on a CPU
 
@@ -165,11 +165,9 @@ def count_trained(model: Any) -> int:
 def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) -> int:
     """Return the bytes that a layer of a dense decoder keeps of a micro-batch for its backward pass.
 
-    With hidden size H, heads x head size A and MLP size I, in numbers a token: 6 H for two norms (input,
-    normalised, scaled), 5 A for attention (query, key, value, output, output in the order of tokens; keys and values repeated for
-    grouped queries), 4 I for a gated MLP. In trees keys and values are not repeated, so theirs are B, of fewer heads, and each response
-    has its own copy of those it sees, as has each prompt behind a shared stem: 3 A + 2 B, and 2 B for each key. Scores that are kept are so
-    three times for each head: their softmax, what is dropped, and the rest. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
+    With hidden size H, heads x head size A, B of keys, and MLP size I, in numbers a token: 6 H for two norms (input,
+    normalised, scaled), 3 A + 2 B for attention (query, output, output in the order of tokens; key and value), 4 I for a gated MLP.
+    Scores that are kept are so three times for each head: their softmax, what is dropped, and the rest. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
     """
     hidden = config.hidden_size
     heads = getattr(config, "num_attention_heads", 0)  # none where there is no attention (Mamba)
@@ -178,8 +176,8 @@ def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) 
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     norms = 6 * hidden * FLOAT32 if precision == Precision.float32 else 2 * hidden * (2 * FLOAT32 + 2)
     width = FLOAT32 if precision == Precision.float32 else 2
-    per_token = norms + width * (3 * attention + 2 * (keys if micro.keys else attention) + 4 * inner)
-    kept: int = per_token * micro.tokens + width * (2 * keys * micro.keys + 3 * heads * micro.scores)
+    per_token = norms + width * (3 * attention + 2 * keys + 4 * inner)
+    kept: int = per_token * micro.tokens + width * 3 * heads * micro.scores
     return kept
 
 

@@ -45,7 +45,7 @@ CHARS_PER_TOKEN = 4.0
 MOST_RANKS = 65_536
 
 
-Shape = tuple[int, tuple[int, ...]]  # of a row: prompt tokens, tokens of each response
+Shape = tuple[int, tuple[int, ...]]  # of a row: prompt tokens, trained tokens of each response
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,8 @@ def guess_shape(row: dict[str, Any], responses: list[str]) -> Shape:
 
 
 def count_row(prompt: int, responses: Sequence[int], layout: Layout) -> int:
-    """Return the tokens of a row through the model: the prompt once in trees, with each response in rows."""
-    return prompt * (1 if layout == Layout.tree else len(responses)) + sum(responses)
+    """Return the tokens of a row through the model: the prompt once in trees, with each response in rows; of a response all but the last."""
+    return prompt * (1 if layout == Layout.tree else len(responses)) + sum(responses) - len(responses)
 
 
 def choose_machine(
@@ -320,20 +320,17 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
 def size_microbatch(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> MicroBatchSize:
     """Return a micro-batch of mean parts (`list_parts`), as many as the budget and the rank's share of a step allow, or of the largest alone."""
     sizes = [size_part(*part, runtime.layout) for part in list_parts(config, runtime, work)]
-    tokens, keys, positions, _ = (sum(column) / len(sizes) for column in zip(*map(astuple, sizes), strict=True))
+    tokens, positions, _ = (sum(column) / len(sizes) for column in zip(*map(astuple, sizes), strict=True))
     stem, _ = share_stem(config, runtime, work, ranks=ranks)
-    if stem:  # what hangs on it has its own copy of the prompt's keys
-        keys += sum(prompt for prompt, _ in work.shapes) / len(work.shapes)
     each = math.ceil(count_parts(config, runtime, work) / ranks)
     count = min(each, max(1.0, (runtime.microbatch_tokens - stem) / (tokens - stem)))
-    filled = MicroBatchSize(round(stem + count * (tokens - stem)), round(count * keys), round(count * positions))
+    filled = MicroBatchSize(round(stem + count * (tokens - stem)), round(count * positions))
     return max(filled, *sizes, key=lambda size: size.tokens)
 
 
 def size_part(prompt: int, responses: Sequence[int], layout: Layout) -> MicroBatchSize:
     """Return the size of a prompt with some of its responses."""
-    keys = count_row(prompt, responses, Layout.rows) if layout == Layout.tree else 0
-    return MicroBatchSize(count_row(prompt, responses, layout), keys, sum(responses))
+    return MicroBatchSize(count_row(prompt, responses, layout), sum(responses))
 
 
 def share_stem(config: TrainConfig, runtime: Runtime, work: Workload, *, ranks: int) -> tuple[int, float]:
@@ -402,8 +399,8 @@ def find_ranks(footprint: Callable[..., Footprint], machine: Machine) -> int | N
 def list_spans(prompt: int, responses: Sequence[int], layout: Layout) -> list[tuple[int, int]]:
     """Return (position of the first token, tokens) of what a row is read in."""
     if layout == Layout.rows:
-        return [(0, prompt + response) for response in responses]
-    return [(0, prompt), *((prompt, response) for response in responses)]
+        return [(0, prompt + response - 1) for response in responses]
+    return [(0, prompt), *((prompt, response - 1) for response in responses)]
 
 
 def require_room(plan: Plan) -> None:

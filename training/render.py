@@ -44,6 +44,11 @@ class Rendered:
         """Trained tokens: the response's and the stop token."""
         return len(self.ids_T) - self.start
 
+    @property
+    def inputs(self) -> np.ndarray:
+        """The ids that go through a model: all but the last, which predicts nothing."""
+        return self.ids_T[:-1]
+
 
 def render_prompt(tokenizer: Any, prompt: list[dict[str, str]]) -> list[int]:
     """Return the ids of a conversation up to and including the cue for the assistant's next turn; UnusableRow as `apply_template`, and for a

@@ -233,9 +233,7 @@ class RewardForward:
     def size(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> MicroBatchSize:
         """Return the size of a micro-batch: no logits over a vocabulary, and with dropout the scores of attention."""
         T = max(len(sample.ids) for sample in samples)
-        return MicroBatchSize(
-            len(samples) * T, keys=0, positions=0, scores=len(samples) * T * T if self._dropout else 0
-        )
+        return MicroBatchSize(len(samples) * T, positions=0, scores=len(samples) * T * T if self._dropout else 0)
 
     def load(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> Sequence[RewardInput]:
         """Return the samples as they are."""

@@ -251,8 +251,8 @@ class PolicyForward:
 
     def size(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatchSize:
         """Return the size of a micro-batch in the layout."""
-        tokens, keys = count_tokens(samples, group_B, layout=self._layout)
-        return MicroBatchSize(tokens, keys, positions=sum(sample.num_trained for sample in samples))
+        tokens = count_tokens(samples, group_B, layout=self._layout)
+        return MicroBatchSize(tokens, positions=sum(sample.num_trained for sample in samples))
 
     def load(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatch:
         """Return a micro-batch in the layout."""

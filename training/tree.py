@@ -4,8 +4,8 @@ sequence without padding.
 A segment sees itself and what it hangs on, never a sibling, and its positions go on from there: K responses cost P + KR tokens
 instead of K (P + R), G prompts with a system prompt of S tokens S + G (P - S) instead of G P, and log-probabilities are those of separate rows.
 
-On a CPU attention runs segment by segment, so next to nothing is computed that is masked away. On a GPU one FlexAttention call
-takes the whole sequence, with the mask as blocks; where layers are compiled it is a part of them.
+On a CPU attention runs segment by segment (training/segments.py), so next to nothing is computed that is masked away. On a GPU one
+FlexAttention call takes the whole sequence, with the mask as blocks; where layers are compiled it is a part of them.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +16,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from training.segments import (
+    Call,
+    Scores,
+    SegmentAttention,
+    attend_dense,
+    causal_mask,
+    list_calls,
+    mask_calls,
+)
 
 # T tokens of the flat sequence; S segments; q, k tokens of a segment; Q, K blocks of tokens; heads N of size D
 
@@ -42,7 +51,7 @@ class Tree:
     # FlexAttention's, of windows that are known before the layers run, and the options of its kernels on this device
     block_masks: dict[int | None, Any] = field(default_factory=dict)
     kernel_options: dict[str, Any] = field(default_factory=dict)
-    _masks: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    _found: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # of a layer, for all that are like it
 
     @cached_property
     def spans(self) -> list[tuple[int, int]]:
@@ -56,18 +65,14 @@ class Tree:
         """Return position_T: from 0 where a sequence begins, from the end of what it hangs on in every other segment."""
         return np.concatenate([np.arange(begin, begin + n) for begin, n in self.spans])
 
-    def masks(self, window: int | None, dtype: torch.dtype, *, capped: bool) -> list[Tensor | None]:
-        """Return for each segment the additive mask [q, position + q], None where plain causal attention does; made once for all layers."""
-        key = ("segments", window, dtype, capped)
-        if key not in self._masks:
-            self._masks[key] = [
-                causal_mask(n, begin + n, window, dtype, self.device)
-                if window or capped or not goes_on(begin, n)
-                else None
-                for begin, n in self.spans
-            ]
-        masks: list[Tensor | None] = self._masks[key]
-        return masks
+    def calls(self, window: int | None, dtype: torch.dtype) -> tuple[Sequence[Call], Tensor]:
+        """Return what a layer's attention on a CPU is made of, and the mask that all of it has a part of."""
+        key = ("calls", window, dtype, torch.get_num_threads())
+        if key not in self._found:
+            calls = list_calls(self.lengths, self.parents, window=window, cores=torch.get_num_threads())
+            self._found[key] = calls, mask_calls(calls, window=window, dtype=dtype)
+        found: tuple[Sequence[Call], Tensor] = self._found[key]
+        return found
 
     def ends(self) -> np.ndarray:
         """Return end_T: where in the sequence the last of those lies that see a token, which is one that hangs on its segment, and goes on."""
@@ -108,17 +113,17 @@ class Tree:
         from torch.nn.attention.flex_attention import BlockMask
 
         key = ("blocks", window)
-        if key not in self._masks:
+        if key not in self._found:
             lists: dict[str, Any] = {}
             partial_QK, full_QK = find_blocks(self.seen(window), sum(self.lengths))
             for name, blocks in (("kv", partial_QK), ("full_kv", full_QK), ("q", partial_QK.T), ("full_q", full_QK.T)):
                 counts, indices = (send(values, device=self.device) for values in list_blocks(blocks))
                 lists |= {f"{name}_num_blocks": counts, f"{name}_indices": indices}
             lengths = (sum(self.lengths),) * 2
-            self._masks[key] = BlockMask(
+            self._found[key] = BlockMask(
                 lengths, mask_mod=self.make_mask_mod(window), BLOCK_SIZE=(BLOCK, BLOCK), **lists
             )
-        return self._masks[key]
+        return self._found[key]
 
     def make_mask_mod(self, window: int | None) -> Callable[..., Tensor]:
         """Return FlexAttention's mask as a function of query and key: one sees another from this on, as far as something hangs on it."""
@@ -141,12 +146,6 @@ class Tree:
     def no_mask(self) -> Tensor:
         """Return what a model is given as its mask, so that it makes none: the tree says it all."""
         return torch.zeros(1, 1, 1, 1, device=self.device)
-
-
-def goes_on(begin: int, length: int) -> bool:
-    """Whether a segment's queries run causally behind those of what it hangs on, again, and not under a mask of their own: the whole
-    triangle takes less than the rectangle where what came before is short, as a system prompt before a long question."""
-    return 4 * begin <= length
 
 
 def list_stretches(parents: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -187,15 +186,6 @@ def send(values: np.ndarray, *, device: torch.device) -> Tensor:
     """Return an array as a tensor on its way to a device: from pinned memory, so that nobody waits for it to arrive."""
     tensor = torch.from_numpy(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def causal_mask(q: int, k: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return [q, k]: 0 where the last q of k tokens may look, -inf elsewhere."""
-    distance = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
-    hidden = distance < 0
-    if window:
-        hidden |= distance >= window
-    return torch.zeros(q, k, dtype=dtype, device=device).masked_fill(hidden, float("-inf"))
 
 
 def enable_trees(model: Any) -> None:
@@ -251,6 +241,24 @@ def attend_apart(
     return attend_segments(query, key, value, tree, window=window, softcap=softcap, scaling=scaling)
 
 
+def attend_segments(
+    query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None, softcap: float | None, scaling: float
+) -> Tensor:
+    """Attend segment by segment."""
+    query, key, value = narrow(query, key, value)
+    calls, mask_QK = tree.calls(window, query.dtype)
+    out: Tensor = SegmentAttention.apply(query, key, value, calls, Scores(mask_QK, scaling, softcap))
+    return out
+
+
+def narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return what attention reads as autocast has it: a kernel that is called by its name is not looked after."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
 def attend_plain(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> Tensor:
@@ -261,50 +269,12 @@ def attend_plain(
         return out
     mask = attention_mask
     if mask is None:
-        mask = causal_mask(query.shape[2], key.shape[2], None, query.dtype, query.device)
+        mask = causal_mask(query.shape[2], key.shape[2], None, query.dtype).to(query.device)
     elif mask.dtype == torch.bool:
         # A number and not -inf: padding on the left sees nothing, and of that softmax would make NaN.
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
     scaling = options.get("scaling") or query.shape[-1] ** -0.5
     return attend_dense(query, key, value, mask, softcap=softcap, scaling=scaling).transpose(1, 2)
-
-
-def attend_segments(
-    query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None, softcap: float | None, scaling: float
-) -> Tensor:
-    """Attend segment by segment. One split each: slicing would cost a full gradient a slice."""
-    parts = zip(*(tensor.split(tree.lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    masks = tree.masks(window, query.dtype, capped=softcap is not None)
-    hung_on = set(tree.parents)
-    # of these queries, keys and values, behind those of what they hang on
-    paths: dict[int, tuple[list[Tensor], Tensor, Tensor]] = {}
-    out: list[Tensor] = []
-    for place, ((q, k, v), parent, mask) in enumerate(zip(parts, tree.parents, masks, strict=True)):
-        before: list[Tensor] = []
-        if parent >= 0:
-            before, above_k, above_v = paths[parent]
-            k, v = torch.cat([above_k, k], dim=2), torch.cat([above_v, v], dim=2)
-        queries = [*before, q]
-        if place in hung_on:
-            paths[place] = (queries, k, v)
-        asked = torch.cat(queries, dim=2) if mask is None and before else q
-        out.append(attend_dense(asked, k, v, mask, softcap=softcap, scaling=scaling)[:, :, -q.shape[2] :])
-    return torch.cat([part.transpose(1, 2) for part in out], dim=1)
-
-
-def attend_dense(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, softcap: float | None, scaling: float
-) -> Tensor:
-    """Attend under an additive mask, causally without one; capped scores have no fused kernel, which reads a key for all its heads."""
-    groups = query.shape[1] // key.shape[1]
-    if softcap is None:
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
-        )
-    assert mask is not None
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * (scaling / softcap)) + mask
-    return scores.softmax(dim=-1) @ value
 
 
 def attend_blocks(
@@ -320,10 +290,8 @@ def attend_blocks(
     """Attend with FlexAttention over the whole sequence; what its kernels are `tuned` to is taken for 16-bit types."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):  # as torch would itself, but the choice of the kernel depends on it
-        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
-    run: Any = flex_attention if torch.compiler.is_compiling() else compile_on(kind, flex_attention)
+    query, key, value = narrow(query, key, value)  # the choice of the kernel depends on it
+    run: Any = flex_attention if torch.compiler.is_compiling() else compile_on(query.device.type, flex_attention)
     out: Tensor = run(
         query, key, value, score_mod=None if softcap is None else cap_scores(softcap, query.device), block_mask=blocks, scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1], kernel_options=choose_kernel(query, tuned),

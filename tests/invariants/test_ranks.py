@@ -233,7 +233,7 @@ def test_compiled_layers_are_sharded_as_others_are(make_case: Callable[..., Case
         assert_close(got.gradients, expected.gradients, bound=1e-5)
 
 
-@pytest.mark.parametrize(("size", "budget", "micros"), [(2, 60, 3), (4, 60, 3), (4, 10_000, 3), (2, 1, 9)])
+@pytest.mark.parametrize(("size", "budget", "micros"), [(2, 50, 3), (4, 60, 3), (4, 10_000, 3), (2, 1, 9)])
 def test_uneven_shares_change_nothing(
     size: int, budget: int, micros: int, make_case: Callable[..., Case], ranks: Ranks
 ) -> None:

@@ -50,8 +50,8 @@ def test_whole_groups_of_unlike_sizes_keep_their_padded_batch_within_the_budget(
 
 
 def make_unlike(*sizes: int) -> list[Rendered]:
-    """Return samples of so many tokens, of which no two begin alike."""
-    return [Rendered(np.full(size, token, dtype=np.int32), start=size - 1) for token, size in enumerate(sizes)]
+    """Return samples of which so many tokens are read, and no two begin alike."""
+    return [Rendered(np.full(size + 1, token, dtype=np.int32), start=size) for token, size in enumerate(sizes)]
 
 
 def test_no_micro_batch_of_trees_is_small_where_others_are_full() -> None:
@@ -113,11 +113,8 @@ def test_collate_cell_by_cell() -> None:
         Rendered(ids_T=np.array([1, 2, 3], dtype=np.int32), start=2),
     ]
     micro = collate([samples[2], samples[0]], device=torch.device("cpu"))
-    assert micro.ids_BT.tolist() == [[1, 2, 3, 0], [5, 6, 7, 8]]
-    assert micro.predictor_P.tolist() == [
-        1,
-        4 + 1,
-        4 + 2,
-    ]  # token 3 is predicted at 1; 7 and 8 in the second row at 1 and 2
+    assert micro.ids_BT.tolist() == [[1, 2, 0], [5, 6, 7]]  # what comes last predicts nothing
+    # token 3 is predicted at 1; 7 and 8 in the second row at 1 and 2
+    assert micro.predictor_P.tolist() == [1, 3 + 1, 3 + 2]
     assert micro.target_P.tolist() == [3, 7, 8]
-    assert (micro.trained, micro.num_tokens) == ((1, 2), 7)
+    assert (micro.trained, micro.num_tokens) == ((1, 2), 5)

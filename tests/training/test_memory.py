@@ -118,7 +118,7 @@ def test_ranks_hold_what_the_plan_says(
     """
     held = ranks.run(take_step, size=size, replicas=replicas, precision=precision, lora=lora)
     model = build_on_meta(CONFIG, lora)
-    micro = MicroBatchSize(2 * (PROMPT + RESPONSE), 0, 2 * RESPONSE)
+    micro = MicroBatchSize(2 * (PROMPT + RESPONSE - 1), 2 * RESPONSE)
     plan = estimate_footprint(model, precision=precision, ranks=size, replicas=replicas, micro=micro)
     layers = count(model.model.layers[0].parameters()) * CONFIG.num_hidden_layers
     head = model.lm_head.weight.numel()

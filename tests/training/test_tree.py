@@ -11,7 +11,6 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from tests.architectures import CONFIGS, SMALL, make_model
-from training import tree as tree_module
 from training.config import Layout
 from training.data.batch import collate, collate_trees, count_tokens, cut_trees
 from training.data.stems import find_stems
@@ -60,12 +59,13 @@ def test_a_tree_cell_by_cell() -> None:
     ]
     second = Rendered(ids_T=np.array([1, 2, 3], dtype=np.int32), start=1)
     micro = collate_trees([*first, second], np.array([4, 4, 7]), device=CPU)
-    assert micro.ids_BT.tolist() == [[5, 6, 7, 8, 9, 1, 2, 3]]
-    assert micro.position_BT is not None and micro.position_BT.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2]]
+    # the last token of a response predicts nothing, and is not read: the first one's is all that it has
+    assert micro.ids_BT.tolist() == [[5, 6, 8, 1, 2]]
+    assert micro.position_BT is not None and micro.position_BT.tolist() == [[0, 1, 2, 0, 1]]
     assert micro.target_P.tolist() == [7, 8, 9, 2, 3]
-    assert micro.predictor_P.tolist() == [1, 1, 3, 5, 6]  # token 6 predicts the first token of both its responses
-    assert (micro.trained, micro.num_tokens) == ((1, 2, 2), 8)
-    assert micro.tree is not None and micro.tree.lengths == (2, 1, 2, 1, 2) and micro.tree.parents == (-1, 0, 0, -1, 3)
+    assert micro.predictor_P.tolist() == [1, 1, 2, 3, 4]  # token 6 predicts the first token of both its responses
+    assert (micro.trained, micro.num_tokens) == ((1, 2, 2), 5)
+    assert micro.tree is not None and micro.tree.lengths == (2, 1, 1, 1) and micro.tree.parents == (-1, 0, -1, 2)
 
 
 def test_what_prompts_share_is_laid_once_cell_by_cell() -> None:
@@ -79,15 +79,15 @@ def test_what_prompts_share_is_laid_once_cell_by_cell() -> None:
     ]
     group_B = np.array([0, 0, 1, 2, 3])
     micro = collate_trees(samples, group_B, device=CPU)
-    assert micro.ids_BT.tolist() == [[5, 6, 7, 2, 7, 3, 4, 4, 8, 1, 1, 3, 9]]
+    assert micro.ids_BT.tolist() == [[5, 6, 7, 7, 4, 8, 1, 3]]
     assert micro.position_BT is not None
-    assert micro.position_BT.tolist() == [[0, 1, 2, 3, 2, 3, 3, 4, 3, 4, 0, 1, 2]]
-    assert micro.tree is not None and micro.tree.parents == (-1, 0, 0, 2, 2, 2, 5, -1, 7)
+    assert micro.position_BT.tolist() == [[0, 1, 2, 2, 3, 3, 0, 1]]
+    assert micro.tree is not None and micro.tree.lengths == (2, 1, 1, 1, 1, 1, 1)
+    assert micro.tree.parents == (-1, 0, 0, 2, 2, -1, 5)
     assert micro.target_P.tolist() == [3, 4, 4, 3, 9, 7, 2, 1]
-    assert micro.predictor_P.tolist() == [4, 4, 6, 10, 11, 1, 2, 8]
-    assert (micro.trained, micro.num_tokens) == ((1, 2, 2, 2, 1), 13)
-    # responses see 4, 5, 3, 4 and 5 tokens; prompts behind others 3 and 4
-    assert count_tokens(samples, group_B, layout=Layout.tree) == (13, 21 + 7)
+    assert micro.predictor_P.tolist() == [3, 3, 4, 6, 7, 1, 2, 5]
+    assert (micro.trained, micro.num_tokens) == ((1, 2, 2, 2, 1), 8)
+    assert count_tokens(samples, group_B, layout=Layout.tree) == 8
 
 
 def test_a_stem_is_shared_where_it_saves_a_32nd_of_what_hangs_on_it() -> None:
@@ -133,9 +133,9 @@ def test_prompts_that_begin_alike_give_the_values_and_gradients_of_separate_rows
     for _ in range(6):
         samples, group_B = make_alike(rng)
         micro = collate_trees(samples, group_B, device=CPU)
-        assert micro.num_tokens == count_tokens(samples, group_B, layout=Layout.tree)[0]
+        assert micro.num_tokens == count_tokens(samples, group_B, layout=Layout.tree)
         prompts = {int(group): sample.start for group, sample in zip(group_B, samples, strict=True)}
-        saved += sum(prompts.values()) + sum(sample.num_trained for sample in samples) - micro.num_tokens
+        saved += sum(prompts.values()) + sum(sample.num_trained - 1 for sample in samples) - micro.num_tokens
         weight_B = torch.from_numpy(rng.normal(size=len(samples)))
         found = []
         for batches in ([micro], [collate([sample], device=CPU) for sample in samples]):
@@ -337,22 +337,6 @@ def test_compiled_layers_hold_the_masked_call_once_for_all_trees(
     assert made[0] == made[1] == made[2] and not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize(("window", "softcap", "made"), [(None, None, 8), (5, None, 10), (None, 1.5, 10)])
-def test_masks_are_made_once_for_all_layers(
-    window: int | None, softcap: float | None, made: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ten segments: where there is neither window nor cap, what comes first needs no mask, nor what is four times as long as all before it."""
-    calls: list[int] = []
-    real = tree_module.causal_mask
-    monkeypatch.setattr(tree_module, "causal_mask", lambda *arguments: calls.append(1) or real(*arguments))
-    tree = make_tree((9, 4, 11, 1), (1, 3), (14, 2, 12), stem=3)
-    query = torch.randn(1, 4, sum(tree.lengths), 16)
-    first, *others = (
-        attend_segments(query, query, query, tree, window=window, softcap=softcap, scaling=0.25) for _ in range(3)
-    )
-    assert len(calls) == made and all(torch.equal(first, other) for other in others)
-
-
 def test_cut_keeps_the_budget_and_every_response() -> None:
     rng = np.random.default_rng(1)
     groups = [make_group(rng, int(p), *rng.integers(1, 30, size=3)) for p in rng.integers(1, 60, size=40)]
@@ -368,10 +352,10 @@ def test_cut_keeps_the_budget_and_every_response() -> None:
 
 
 def behind(system: np.ndarray, count: int, rng: np.random.Generator) -> list[Rendered]:
-    """Return samples of 20 tokens of their own, of which 10 are trained, behind a system prompt."""
+    """Return samples of which 20 tokens of their own are read, ten of a response of 11, behind a system prompt."""
     prompts = [np.r_[system, n, rng.integers(0, 61, size=9)] for n in range(count)]
     return [
-        Rendered(ids_T=np.r_[prompt, rng.integers(0, 61, size=10)].astype(np.int32), start=len(prompt))
+        Rendered(ids_T=np.r_[prompt, rng.integers(0, 61, size=11)].astype(np.int32), start=len(prompt))
         for prompt in prompts
     ]
 

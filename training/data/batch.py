@@ -84,7 +84,7 @@ def cut(
     """Return micro-batches as indices, each within a budget of tokens, enough for all ranks; a lone sample above it gets one of its own."""
     if layout == Layout.tree:
         return cut_trees(samples, group_R, budget=budget, whole_groups=whole_groups, ranks=ranks)
-    lengths = [len(sample.ids_T) for sample in samples]
+    lengths = [len(sample.inputs) for sample in samples]
     return cut_rows(lengths, group_R, budget=budget, whole_groups=whole_groups, ranks=ranks)
 
 
@@ -195,27 +195,24 @@ def share_rows(pack: Callable[..., list[list[int]]], *, budget: int, ranks: int)
 
 
 def split_group(prompt: int, responses: Sequence[int], *, budget: int) -> list[list[int]]:
-    """Return the places of responses, by their tokens, in parts that each fit the budget with the prompt's; a part has at least one."""
+    """Return the places of responses, by their trained tokens, in parts that each fit the budget with the prompt's; a part has at least one."""
     parts: list[list[int]] = []
     size = 0
-    for place, tokens in enumerate(responses):
-        size += tokens
+    for place, trained in enumerate(responses):
+        size += trained - 1  # the last one is not read
         if not parts or size > budget:
             parts.append([])
-            size = prompt + tokens
+            size = prompt + trained - 1
         parts[-1].append(place)
     return parts
 
 
-def count_tokens(samples: Sequence[Rendered], group_B: np.ndarray, *, layout: Layout) -> tuple[int, int]:
-    """Return the tokens of a micro-batch as it goes through the model, padding included, and the keys that are copied for segments of trees:
-    those that a response sees, or a prompt behind a shared stem."""
+def count_tokens(samples: Sequence[Rendered], group_B: np.ndarray, *, layout: Layout) -> int:
+    """Return the tokens of a micro-batch as it goes through the model, padding included."""
     if layout == Layout.rows:
-        return len(samples) * max(len(sample.ids_T) for sample in samples), 0
+        return len(samples) * max(len(sample.inputs) for sample in samples)
     prompts, responses = read_groups(samples, members_of_groups(group_B))
-    stems = find_stems(prompts, responses)
-    keys = sum(len(sample.ids_T) for sample in samples) + sum(stem.end for stem in stems if stem.parent is not None)
-    return sum(stem.end - stem.begin for stem in stems) + sum(responses), keys
+    return sum(stem.end - stem.begin for stem in find_stems(prompts, responses)) + sum(responses)
 
 
 def members_of_groups(group_R: np.ndarray) -> list[list[int]]:
@@ -255,19 +252,19 @@ def lay_out(samples: Sequence[Rendered], group_B: np.ndarray, *, device: torch.d
 
 def collate(samples: Sequence[Rendered], *, device: torch.device) -> MicroBatch:
     """Pad samples into one micro-batch, a row each."""
-    T = max(len(sample.ids_T) for sample in samples)
+    T = max(len(sample.inputs) for sample in samples)
     ids_BT = np.zeros((len(samples), T), dtype=np.int64)
     for row, sample in enumerate(samples):
-        ids_BT[row, : len(sample.ids_T)] = sample.ids_T
+        ids_BT[row, : len(sample.inputs)] = sample.inputs
     predictor_P = np.concatenate(
-        [row * T + np.arange(sample.start - 1, len(sample.ids_T) - 1) for row, sample in enumerate(samples)]
+        [row * T + np.arange(sample.start - 1, len(sample.inputs)) for row, sample in enumerate(samples)]
     )
     return MicroBatch(
         ids_BT=send(ids_BT, device=device),
         predictor_P=send(predictor_P, device=device),
         target_P=gather_targets(samples, device=device),
         trained=tuple(sample.num_trained for sample in samples),
-        spans=[(0, len(sample.ids_T)) for sample in samples],
+        spans=[(0, len(sample.inputs)) for sample in samples],
     )
 
 
@@ -285,12 +282,13 @@ def collate_trees(samples: Sequence[Rendered], group_B: np.ndarray, *, device: t
         ids.append(samples[groups[stem.group][0]].ids_T[stem.begin : stem.end])
         prompt_end = end = end + stem.end - stem.begin
         for index in chain(*(groups[g] for g in stem.ending)):
-            sample = samples[index]
-            ids.append(sample.ids_T[sample.start :])
-            parents.append(places[-1])
+            response = samples[index].inputs[samples[index].start :]
+            if len(response):
+                ids.append(response)
+                parents.append(places[-1])
             # the prompt's last token predicts the first of every response
-            predictors[index] = np.r_[prompt_end - 1, np.arange(end, end + sample.num_trained - 1)]
-            end += sample.num_trained
+            predictors[index] = np.r_[prompt_end - 1, np.arange(end, end + len(response))]
+            end += len(response)
     tree = Tree(lengths=tuple(map(len, ids)), parents=tuple(parents), device=device)
     return MicroBatch(
         ids_BT=send(np.concatenate(ids).astype(np.int64)[None], device=device),
@@ -304,9 +302,9 @@ def collate_trees(samples: Sequence[Rendered], group_B: np.ndarray, *, device: t
 
 
 def read_groups(samples: Sequence[Rendered], groups: Sequence[Sequence[int]]) -> tuple[list[np.ndarray], list[int]]:
-    """Return of each group its prompt, and the tokens of its responses."""
+    """Return of each group its prompt, and the tokens of its responses that are read."""
     prompts = [samples[members[0]].ids_T[: samples[members[0]].start] for members in groups]
-    return prompts, [sum(samples[index].num_trained for index in members) for members in groups]
+    return prompts, [sum(samples[index].num_trained - 1 for index in members) for members in groups]
 
 
 def gather_targets(samples: Sequence[Rendered], *, device: torch.device) -> Tensor:
