@@ -51,6 +51,7 @@ class Scores:
 def list_calls(lengths: Sequence[int], parents: Sequence[int], *, window: int | None, cores: int) -> tuple[Call, ...]:
     """Return the calls of a tree, by the tokens of its segments and the place of what each hangs on, -1 for nothing."""
     size = min(MOST_QUERIES, max(LEAST_QUERIES, sum(lengths) // (2 * cores)))
+    hung_on = set(parents)
     paths: list[tuple[slice, ...]] = []
     calls: list[Call] = []
     end = 0
@@ -64,7 +65,7 @@ def list_calls(lengths: Sequence[int], parents: Sequence[int], *, window: int | 
             seen = join(before, slice(begin, queries.stop))
             if window:
                 seen = cut_front(seen, keep=q + window - 1)
-            alone = queries.stop == end and place not in parents
+            alone = queries.stop == end and place not in hung_on
             calls.append(Call(queries, seen, sum(map(count, seen)) - (q if alone else 0)))
     return tuple(calls)
 

@@ -150,11 +150,11 @@ def test_weights_that_train_nothing_end_the_run_before_it_begins(weight: float, 
         Steps(make_examples(), Fixed(), Told(), batch_prompts=2, epochs=1, seed=0)
 
 
-@pytest.mark.parametrize(("layout", "padding"), [(Layout.rows, 1 - 32 / 48), (Layout.tree, 0.0)])
+@pytest.mark.parametrize(("layout", "padding"), [(Layout.rows, 1 - 28 / 44), (Layout.tree, 0.0)])
 def test_padding_and_log_probabilities_are_told_of_what_went_through_a_policy(
     job: Job, layout: Layout, padding: float
 ) -> None:
-    """Rows of 6, 8, 12 and 6 tokens fill 32 of four times 12; trees fill all they have. The responses' means are the stock model's."""
+    """Rows of which 5, 7, 11 and 5 tokens are read fill 28 of four times 11; trees fill all they have. The responses' means are the stock model's."""
     rng = np.random.default_rng(0)
     groups = [make_group(rng, 4, 2, 4), make_group(rng, 5, 7, 1)]
     examples = [
