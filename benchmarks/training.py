@@ -417,7 +417,7 @@ KINDS = {
 def run_child(spec: dict[str, Any]) -> dict[str, Any]:
     """Run one measurement and add the process's peak memory."""
     module, function = KINDS[spec["kind"]].split(".")
-    if module == "peers":
+    if module == "peers" or function == "measure_plain_sft":
         for name in COMPUTE_VARIABLES:  # torch as it comes
             os.environ.pop(name, None)
     measure = getattr(importlib.import_module(f"benchmarks.{module}"), function)

@@ -17,7 +17,7 @@ from training.model import find_layers
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2  # bytes
-M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8  # names of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
 # What ends a container before the machine's own memory does: folder, limit, use, and the line of memory.stat that counts files which the kernel
 # keeps in it and lets go first; of control groups 2 and 1.
 CGROUPS = (
@@ -34,7 +34,6 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)  # large blocks from the heap too
         libc.mallopt(M_TRIM_THRESHOLD, -1)  # and the heap never shrinks
-        libc.mallopt(M_ARENA_MAX, 1)  # there is no other: those of further threads give back what they free
 
 
 def run_in_halves(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
@@ -165,9 +164,9 @@ def count_trained(model: Any) -> int:
 def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) -> int:
     """Return the bytes that a layer of a dense decoder keeps of a micro-batch for its backward pass.
 
-    With hidden size H, heads x head size A, B of keys, and MLP size I, in numbers a token: 6 H for two norms (input,
-    normalised, scaled), 3 A + 2 B for attention (query, output, output in the order of tokens; key and value), 4 I for a gated MLP.
-    Scores that are kept are so three times for each head: their softmax, what is dropped, and the rest. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
+    With hidden size H, heads x head size A, B of keys, and MLP size I, in numbers a token: 6 H for two norms (input, normalised, scaled),
+    3 A + 2 B for attention (query, output, output in the order of tokens; key and value, of which transformers makes 2 A where there is a mask,
+    as for a reward model's padding), 4 I for a gated MLP. Scores that are kept are so three times for each head: their softmax, what is dropped, and the rest. Under bfloat16 the norms stay in float32, with a bfloat16 copy of what goes into matrices; all else is halved.
     """
     hidden = config.hidden_size
     heads = getattr(config, "num_attention_heads", 0)  # none where there is no attention (Mamba)

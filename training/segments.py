@@ -1,16 +1,16 @@
 """Attention over a tree on CPUs: a segment's queries some at a time over the keys that they see, every core on calls of its own.
 
 Torch's kernels share out heads over cores, in the backward pass heads of keys: three of them over two cores are two to one. They also compute
-what is masked, half a call's own square, so a long segment is many calls. Kept for the backward pass are queries, keys, values and results,
-once each, whatever sees them.
+what is masked, half a call's own square, so a long segment is many calls. Kept for the backward pass are queries, keys, values and results
+(and the logarithms of what these were divided by), once each, whatever sees them.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 # Queries of a call: more of them have more masked keys, fewer take longer to begin with than they save. Fewer for many cores and few tokens.
 MOST_QUERIES, LEAST_QUERIES = 128, 32
+Found = TypeVar("Found")
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 FUSED_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -31,7 +32,6 @@ class Call:
 
     queries: slice
     seen: tuple[slice, ...]
-    shared: int  # tokens of `seen` that other calls see too: all, or all but the queries' own
 
     @property
     def cost(self) -> int:
@@ -51,22 +51,19 @@ class Scores:
 def list_calls(lengths: Sequence[int], parents: Sequence[int], *, window: int | None, cores: int) -> tuple[Call, ...]:
     """Return the calls of a tree, by the tokens of its segments and the place of what each hangs on, -1 for nothing."""
     size = min(MOST_QUERIES, max(LEAST_QUERIES, sum(lengths) // (2 * cores)))
-    hung_on = set(parents)
     paths: list[tuple[slice, ...]] = []
     calls: list[Call] = []
     end = 0
-    for place, (parent, length) in enumerate(zip(parents, lengths, strict=True)):
+    for parent, length in zip(parents, lengths, strict=True):
         begin, end = end, end + length
         before = paths[parent] if parent >= 0 else ()
         paths.append(join(before, slice(begin, end)))
         for first in range(begin, end, size):
             queries = slice(first, min(first + size, end))
-            q = count(queries)
             seen = join(before, slice(begin, queries.stop))
             if window:
-                seen = cut_front(seen, keep=q + window - 1)
-            alone = queries.stop == end and place not in hung_on
-            calls.append(Call(queries, seen, sum(map(count, seen)) - (q if alone else 0)))
+                seen = cut_front(seen, keep=count(queries) + window - 1)
+            calls.append(Call(queries, seen))
     return tuple(calls)
 
 
@@ -113,15 +110,17 @@ class SegmentAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, calls: Sequence[Call], scores: Scores) -> Tensor:
         _, N, T, _ = query.shape
+        fused, wide = is_fused(query, value, scores), torch.promote_types(query.dtype, torch.float32)
         out_BTND = query.new_empty(1, T, N, value.shape[-1])
-        logz_BTN = query.new_empty(1, T, N, dtype=torch.promote_types(query.dtype, torch.float32))
+        logz_BTN = query.new_empty(1, T, N if fused else 0, dtype=wide)
         out, logz = out_BTND.transpose(1, 2), logz_BTN.transpose(1, 2)
 
-        def run(call: Call) -> None:
-            q, k, v = query[:, :, call.queries], gather(key, call.seen), gather(value, call.seen)
-            out[:, :, call.queries], norm = attend_call(q, k, v, scores)
-            if norm is not None:
-                logz[:, :, call.queries] = norm
+        def run(share: Sequence[Call]) -> None:
+            for call in share:
+                q, k, v = query[:, :, call.queries], gather(key, call.seen), gather(value, call.seen)
+                out[:, :, call.queries], norm = attend_call(q, k, v, scores)
+                if norm is not None:
+                    logz[:, :, call.queries] = norm
 
         share_out(calls, run)
         ctx.calls, ctx.scores = calls, scores
@@ -133,36 +132,29 @@ class SegmentAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value, out_BTND, logz_BTN = ctx.saved_tensors
         out, logz, grad = (tensor.transpose(1, 2) for tensor in (out_BTND, logz_BTN, grad_BTND))
-        grad_query = empty_by_token(query)
-        grads = empty_by_token(key).zero_(), empty_by_token(value).zero_()
-        shares: dict[Call, Sequence[Tensor]] = {}
+        grad_query, wide = empty_by_token(query, query.dtype), logz.dtype
 
-        def run(call: Call) -> None:
-            q, got, norm, grad_got = (tensor[:, :, call.queries] for tensor in (query, out, logz, grad))
-            k, v = gather(key, call.seen), gather(value, call.seen)
-            grad_query[:, :, call.queries], *both = differentiate_call(grad_got, q, k, v, got, norm, ctx.scores)
-            if call.shared < k.shape[2]:
-                for total, share in zip(grads, both, strict=True):
-                    total[:, :, call.queries] = share[:, :, call.shared :]
-            shares[call] = both
+        def run(share: Sequence[Call]) -> tuple[Tensor, Tensor]:
+            """Return the gradients of key and value, as far as they are of these calls: of narrow types a sum of many would not be."""
+            totals = empty_by_token(key, wide).zero_(), empty_by_token(value, wide).zero_()
+            for call in share:
+                q, got, norm, grad_got = (tensor[:, :, call.queries] for tensor in (query, out, logz, grad))
+                k, v = gather(key, call.seen), gather(value, call.seen)
+                grad_query[:, :, call.queries], *both = differentiate_call(grad_got, q, k, v, got, norm, ctx.scores)
+                for total, part in zip(totals, both, strict=True):
+                    scatter_add(total, call.seen, part)
+            return totals
 
-        def add_up(place: int) -> None:
-            for call in ctx.calls:  # in the same order always: sums of floats depend on it
-                at = 0
-                for part in call.seen:
-                    n = min(count(part), call.shared - at)
-                    if n:
-                        grads[place][:, :, part.start : part.start + n] += shares[call][place][:, :, at : at + n]
-                    at += n
-
-        share_out(ctx.calls, run)
-        run_all([partial(add_up, 0), partial(add_up, 1)])
-        return grad_query, *grads, None, None
+        (grad_key, grad_value), *others = share_out(ctx.calls, run)
+        for more_key, more_value in others:  # in the same order always: sums of floats depend on it
+            grad_key += more_key
+            grad_value += more_value
+        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
 
-def empty_by_token(tensor: Tensor) -> Tensor:
+def empty_by_token(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor of the shape of [1, N, T, D] that lies token after token, as the layers before write and read it."""
-    return torch.empty_like(tensor.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    return tensor.new_empty(tensor.transpose(1, 2).shape, dtype=dtype).transpose(1, 2)
 
 
 def attend_call(q: Tensor, k: Tensor, v: Tensor, scores: Scores) -> tuple[Tensor, Tensor | None]:
@@ -212,32 +204,31 @@ def gather(tensor: Tensor, parts: Sequence[slice]) -> Tensor:
     return tensor[:, :, parts[0]] if len(parts) == 1 else torch.cat([tensor[:, :, part] for part in parts], dim=2)
 
 
-def share_out(calls: Sequence[Call], run: Callable[[Call], None]) -> None:
-    """Run calls, the costliest first, each on the core that has the least to do then."""
-    cores = torch.get_num_threads()
+def scatter_add(total: Tensor, parts: Sequence[slice], share: Tensor) -> None:
+    """Add to stretches of the flat sequence what was found for them as one."""
+    at = 0
+    for part in parts:
+        total[:, :, part] += share[:, :, at : at + count(part)]
+        at += count(part)
+
+
+def share_out(calls: Sequence[Call], run: Callable[[Sequence[Call]], Found]) -> list[Found]:
+    """Return what `run` finds without gradients for each core's calls, the costliest first: each goes to the core that has the least then."""
+    cores, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     loads, shares = [0] * cores, [list[Call]() for _ in range(cores)]
     for call in sorted(calls, key=lambda call: -call.cost):
         least = loads.index(min(loads))
         shares[least].append(call)
         loads[least] += call.cost
+    if cores == 1:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return [run(calls)]
 
-    def run_share(share: Sequence[Call]) -> None:
-        for call in share:
-            run(call)
+    def run_apart(share: Sequence[Call]) -> Found:  # torch's modes are a thread's own
+        with torch.inference_mode(inference), torch.no_grad():
+            return run(share)
 
-    run_all([partial(run_share, share) for share in shares])
-
-
-def run_all(works: Iterable[Callable[[], None]]) -> None:
-    """Do some work without gradients, all of it at once, each on a core of its own."""
-    cores, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
-
-    def run(work: Callable[[], None]) -> None:  # as the caller would: torch's modes are a thread's own
-        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            work()
-
-    for _ in map(run, works) if cores == 1 else start_pool(cores).map(run, works):
-        pass
+    return list(start_pool(cores).map(run_apart, filter(None, shares)))
 
 
 @cache

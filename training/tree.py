@@ -245,7 +245,8 @@ def attend_segments(
     query: Tensor, key: Tensor, value: Tensor, tree: Tree, *, window: int | None, softcap: float | None, scaling: float
 ) -> Tensor:
     """Attend segment by segment."""
-    query, key, value = narrow(query, key, value)
+    # kernels that are called by their names read numbers as if those of a head lay side by side
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in narrow(query, key, value))
     calls, mask_QK = tree.calls(window, query.dtype)
     out: Tensor = SegmentAttention.apply(query, key, value, calls, Scores(mask_QK, scaling, softcap))
     return out
@@ -256,7 +257,7 @@ def narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
-    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+    return tuple(t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(kind)) for t in tensors)
 
 
 def attend_plain(
