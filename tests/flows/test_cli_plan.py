@@ -22,7 +22,7 @@ def test_a_plan_needs_neither_servers_nor_weights(tmp_path: Path) -> None:
     done = varflow("plan", "smoke", "--json", *ASSUMED, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     plan = json.loads(done.stdout)
-    assert (plan["parameters"], plan["rows"], plan["tokens"], plan["fits"]) == (43_168, 100, 6400, True)
+    assert (plan["parameters"], plan["rows"], plan["tokens"], plan["fits"]) == (43_168, 100, 6200, True)
     assert plan["data_basis"].startswith("given: a prompt of 32 tokens and 2 responses of 16")
     assert plan["usd"] is None and plan["hours"] > 0
     assert list(tmp_path.iterdir()) == []
