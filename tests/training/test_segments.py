@@ -152,7 +152,7 @@ def test_gradients_of_a_key_that_many_calls_see_are_added_up_in_float32(
         out = attend_segments(*inputs, tree, window=None, softcap=None, scaling=0.25)
         found.append([g[:, :, :64].float() for g in torch.autograd.grad(out, inputs, torch.ones_like(out))])
     for want, got in zip(*found, strict=True):
-        assert (got - want).norm() < 0.006 * want.norm()
+        assert (got - want).norm() < 0.009 * want.norm()
 
 
 def test_nothing_is_kept_but_inputs_and_results() -> None:
