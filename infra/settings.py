@@ -32,6 +32,9 @@ CHILD_VARIABLES = (
     "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "TORCH_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR",
     "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", STACK_MARK,
 )  # fmt: skip
+# What a compute child has besides. GNU's OpenMP, torch's on Linux, reads when it is loaded how often a thread looks for work before it sleeps: its own
+# 300,000 times hold a core for 4 ms, which the threads of attention then lack (training/segments.py).
+COMPUTE_VARIABLES = {"GOMP_SPINCOUNT": "10000"}
 
 # MLflow is a mirror: while it is away a run waits for it for seconds at a time, and not for minutes as MLflow's client does on its own.
 MLFLOW_PATIENCE = {
@@ -325,11 +328,6 @@ def read_object(path: Path) -> dict[str, Any]:
             f"{path}: got {type(value).__name__}, expected an object; remove it and run `varflow up` again"
         )
     return value
-
-
-# GNU's OpenMP, which torch has on Linux, reads it when torch is loaded: how often a thread looks for work before it sleeps. Its own 300,000 times
-# hold a core for 4 ms, which the threads of attention then lack (training/segments.py).
-COMPUTE_VARIABLES = {"GOMP_SPINCOUNT": "10000"}
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
