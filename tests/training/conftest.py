@@ -2,12 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA, digest_row
@@ -125,3 +126,11 @@ def train_inputs(
     """Return the inputs of a training on twelve rows of unequal lengths."""
     rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 5)}{i}", f"No {i}"]) for i in range(12)]
     return {"rows": str(write_rows(tmp_path / "rows", rows)), "base": str(tiny_policy)}
+
+
+@pytest.fixture
+def cores() -> Iterator[Any]:
+    """Set the number of threads; as it was afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

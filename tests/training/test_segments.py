@@ -1,6 +1,5 @@
 """Attention on CPUs, call by call: every query sees what a mask of the whole sequence lets it see, whatever the cores."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,6 @@ from training.segments import Call, list_calls, share_out
 from training.tree import Tree, attend_segments
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def cores() -> Iterator[Any]:
-    """Set the number of threads; as it was afterwards."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def show(calls: tuple[Call, ...]) -> list[tuple[tuple[int, int], list[tuple[int, int]]]]:
@@ -153,6 +144,25 @@ def test_gradients_of_a_key_that_many_calls_see_are_added_up_in_float32(
         found.append([g[:, :, :64].float() for g in torch.autograd.grad(out, inputs, torch.ones_like(out))])
     for want, got in zip(*found, strict=True):
         assert (got - want).norm() < 0.009 * want.norm()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_calls_and_their_mask_are_made_once_for_all_layers(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is capped or not, one mask for all calls; another where a layer has another window."""
+    made: list[int] = []
+    real = segments.causal_mask
+    monkeypatch.setattr(segments, "causal_mask", lambda *arguments: made.append(1) or real(*arguments))
+    tree = Tree((3, 9, 4, 11, 1, 14, 2), (-1, 0, 1, 1, 1, 0, 5), CPU)
+    query = torch.randn(1, 4, sum(tree.lengths), 16)
+
+    def attend(window: int | None, softcap: float | None) -> Tensor:
+        return attend_segments(query, query, query, tree, window=window, softcap=softcap, scaling=0.25)
+
+    first, *others = (attend(window, None) for _ in range(3))
+    attend(window, 1.5)
+    assert len(made) == 1 and all(torch.equal(first, other) for other in others)
+    attend(9, None)
+    assert len(made) == 2
 
 
 def test_nothing_is_kept_but_inputs_and_results() -> None:

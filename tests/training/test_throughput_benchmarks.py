@@ -1,6 +1,7 @@
 """The throughput comparisons: their whole path with TRL's own trainers on a model of two layers, and what their figures are made of."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -36,6 +37,7 @@ from training.flops import count_flops
 from training.job import Job
 from training.loop import Trainer, make_optimiser
 from training.model import checkpoint_activations, compile_layers
+from training.segments import FUSED
 from training.train import PolicyForward
 from training.tree import enable_trees
 
@@ -78,25 +80,33 @@ def make_work(spec: dict[str, Any], lengths: list[int]) -> tuple[Any, Any]:
     return model, make_steps(spec, examples, PolicyForward(CPU, Layout.tree, count_flops(model)))
 
 
+def count_attention(query: Any, key: Any, *_: Any, **options: Any) -> int:
+    """Return the operations of attention's kernel, by shapes [B, heads, tokens, size]."""
+    return 4 * math.prod(query) * key[2]
+
+
 def test_flops_of_a_step_are_those_that_torch_counts_without_what_is_masked_or_computed_again(
-    shared: dict[str, Any],
+    shared: dict[str, Any], cores: Any
 ) -> None:
-    """Two trees of a micro-batch. torch does not count attention's kernels for CPUs; of use are the pairs of a token and one on its way to the root."""
+    """Two trees of a micro-batch. Attention's kernel runs on a rectangle of queries and keys for each prompt and each response; of use are the
+    pairs of a token and one on its way to the root."""
+    cores(1)  # torch's counter does not see what other threads do
     model, work = make_work(shared, [60, 100, 60, 100])
 
     def count() -> tuple[int, dict[str, int]]:
         (members,) = work.cut(0, budget=10**6)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping={FUSED: count_attention}) as counter:
             part = work.part(model, work.load(0, members))
             part.loss.backward()
         done = counter.get_flop_counts()["Global"]
         return part.flops, {str(op).split(".")[1]: int(n) for op, n in done.items()}
 
     flops, done = count()
-    pairs = tokens = positions = 0
+    rectangles = pairs = tokens = positions = 0
     for example in work.rows(0):
         prompt = example.samples[0].start
         responses = [sample.num_trained - 1 for sample in example.samples]  # the last one is not read
+        rectangles += prompt**2 + sum(n * (prompt + n) for n in responses)
         pairs += sum(range(1, prompt + 1)) + sum(sum(range(prompt + 1, prompt + n + 1)) for n in responses)
         tokens += prompt + sum(responses)
         positions += sum(responses) + len(responses)
@@ -104,6 +114,7 @@ def test_flops_of_a_step_are_those_that_torch_counts_without_what_is_masked_or_c
     head = 2 * 32 * model.config.vocab_size
     # The head's logits are one chunk, computed once, and the gradient of its matrix, a product in place, is not seen: 2 of 3.
     assert done["mm"] == 3 * linear * tokens + 2 * head * positions
+    assert done["_scaled_dot_product_flash_attention_for_cpu"] == LAYERS * 4 * HEADS * WIDTH * rectangles
     assert flops == done["mm"] + head * positions + 3 * LAYERS * 4 * HEADS * WIDTH * pairs
 
     checkpoint_activations(model)
