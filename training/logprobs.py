@@ -30,8 +30,8 @@ MAX_LAYOUT_GAP = {
 ONE_TOKEN = 30
 SIBLINGS = 2  # of a prompt's responses, that a layout is tried on
 SOME_IDS = np.arange(6)  # that a model has, whatever its tokenizer
-# Logits held at once: 128 MiB in float32, a matrix product that keeps two cores busy; an accelerator wants larger ones.
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+# Logits held at once: of a CPU 256 MiB in float32, which is all of a small step, so that none is computed again; an accelerator wants more.
+CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 
 
 class Policy(nn.Module):

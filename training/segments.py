@@ -117,10 +117,11 @@ class SegmentAttention(torch.autograd.Function):
 
         def run(share: Sequence[Call]) -> None:
             for call in share:
-                q, k, v = query[:, :, call.queries], gather(key, call.seen), gather(value, call.seen)
-                out[:, :, call.queries], norm = attend_call(q, k, v, scores)
+                q, k, v = take(query, call.queries), gather(key, call.seen), gather(value, call.seen)
+                got, norm = attend_call(q, k, v, scores)
+                take(out, call.queries).copy_(got)
                 if norm is not None:
-                    logz[:, :, call.queries] = norm
+                    take(logz, call.queries).copy_(norm)
 
         share_out(calls, run)
         ctx.calls, ctx.scores = calls, scores
@@ -138,9 +139,10 @@ class SegmentAttention(torch.autograd.Function):
             """Return the gradients of key and value, as far as they are of these calls: of narrow types a sum of many would not be."""
             totals = empty_by_token(key, wide).zero_(), empty_by_token(value, wide).zero_()
             for call in share:
-                q, got, norm, grad_got = (tensor[:, :, call.queries] for tensor in (query, out, logz, grad))
+                q, got, norm, grad_got = (take(tensor, call.queries) for tensor in (query, out, logz, grad))
                 k, v = gather(key, call.seen), gather(value, call.seen)
-                grad_query[:, :, call.queries], *both = differentiate_call(grad_got, q, k, v, got, norm, ctx.scores)
+                grad_q, *both = differentiate_call(grad_got, q, k, v, got, norm, ctx.scores)
+                take(grad_query, call.queries).copy_(grad_q)
                 for total, part in zip(totals, both, strict=True):
                     scatter_add(total, call.seen, part)
             return totals
@@ -199,17 +201,20 @@ def attend_dense(
     return scores.softmax(dim=-1) @ value
 
 
+def take(tensor: Tensor, part: slice) -> Tensor:
+    """Return a stretch of the flat sequence of [1, M, T, D], which is not copied: what an index of three takes three calls for."""
+    return tensor.narrow(2, part.start, count(part))
+
+
 def gather(tensor: Tensor, parts: Sequence[slice]) -> Tensor:
     """Return stretches of the flat sequence of [1, M, T, D] as one."""
-    return tensor[:, :, parts[0]] if len(parts) == 1 else torch.cat([tensor[:, :, part] for part in parts], dim=2)
+    return take(tensor, parts[0]) if len(parts) == 1 else torch.cat([take(tensor, part) for part in parts], dim=2)
 
 
 def scatter_add(total: Tensor, parts: Sequence[slice], share: Tensor) -> None:
     """Add to stretches of the flat sequence what was found for them as one."""
-    at = 0
-    for part in parts:
-        total[:, :, part] += share[:, :, at : at + count(part)]
-        at += count(part)
+    for part, more in zip(parts, share.split([count(part) for part in parts], dim=2), strict=True):
+        take(total, part).add_(more)
 
 
 def share_out(calls: Sequence[Call], run: Callable[[Sequence[Call]], Found]) -> list[Found]:
