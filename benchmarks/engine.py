@@ -82,8 +82,9 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
     check_layout(model, [make_synthetic(256, 0, model).samples], layout=Layout.tree, device=world.device)
     variants = [spec | variant for variant in spec.get("variants", [{}])]
     pairs = [] if all("length" in variant for variant in variants) else pick_pairs(spec, tokenizer)
-    scored = [] if "variants" in spec else pairs[: spec["batch_pairs"]]
-    scoring = score(model, scored, spec) if scored else 0.0
+    # Step by step: the longest is there more than once, and equal prompts would be read once.
+    scored = [] if "variants" in spec else order_pairs(spec, pairs)
+    scoring = sum(score(model, step, spec) for step in scored)
     keep_freed_memory()  # as a run does
     lanes = make_lanes(variants, pairs, model, world)
     rates = take_steps(lanes, spec)
@@ -92,7 +93,7 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
         "gemm_rate": float(np.median(rates)),
         **({"variants": described} if "variants" in spec else described[0]),
         "scoring_seconds": scoring,
-        "scored_pairs": len(scored),
+        "scored_pairs": sum(map(len, scored)),
         "device": name_device(world.device),
         "peak_bytes": read_resident_peak(),  # before anything is profiled
         "peak_device_gib": max(lane.peak_gib for lane in lanes),
@@ -262,7 +263,7 @@ def measure_plain_sft(spec: dict[str, Any]) -> dict[str, Any]:
         optimiser.zero_grad()
         return time.monotonic() - started
 
-    all_steps = order_pairs(spec, tokenizer)
+    all_steps = order_pairs(spec, pick_pairs(spec, tokenizer))
     warming, steps = all_steps[: spec["warming_steps"]], all_steps[spec["warming_steps"] :]
     for pairs in warming:
         await_turn(spec)
@@ -327,9 +328,8 @@ def pick_pairs(spec: dict[str, Any], tokenizer: Any) -> list[Pair]:
     )
 
 
-def order_pairs(spec: dict[str, Any], tokenizer: Any) -> list[list[Pair]]:
+def order_pairs(spec: dict[str, Any], pairs: list[Pair]) -> list[list[Pair]]:
     """Return the pairs of every step, the same in each as VAR's: what peers train on. The first, which warm up, are the longest of all."""
-    pairs = pick_pairs(spec, tokenizer)
     plan = plan_steps(len(pairs), batch_prompts=spec["batch_pairs"], epochs=1, seed=ORDER_SEED)
     steps = [[pairs[index] for index in step] for step in plan]
     longest = max(steps, key=lambda step: sum(len(sample.ids_T) for pair in step for sample in pair.samples))

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from benchmarks.children import await_turn, say
-from benchmarks.engine import Pair, open_model, order_pairs, read_clock
+from benchmarks.engine import Pair, open_model, order_pairs, pick_pairs, read_clock
 from benchmarks.reward_runs import Curve, Meter, pick_rows
 from benchmarks.training import LONGEST_PAIR
 from training.data.rows import read_rows
@@ -240,7 +240,7 @@ def shared(spec: dict[str, Any]) -> dict[str, Any]:
 def arrange(spec: dict[str, Any], tokenizer: Any, *, length: Callable[[Pair], int]) -> Dataset:
     """Return the pairs in TRL's conversational form, every step's the same as VAR's; tuned, those of like length together within a step, which
     is what TRL's own grouping does with so few rows."""
-    steps = order_pairs(spec, tokenizer)
+    steps = order_pairs(spec, pick_pairs(spec, tokenizer))
     if spec["tuned"]:
         steps = [sorted(step, key=length, reverse=True) for step in steps]
     return Dataset.from_list([as_pair(pair.row) for step in steps for pair in step])

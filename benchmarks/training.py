@@ -66,7 +66,10 @@ SHARED: dict[str, Any] = {
 }
 LONGEST_PAIR = 512  # tokens of prompt and longest response
 TRIED: dict[str, Any] = {"tuned": True, "steps": 1, "warming_steps": 1}  # a micro-batch of a sweep
-AT_ONCE: dict[str, Any] = {"steps": 0, "warming_steps": 1}  # for the memory that a step takes
+AT_ONCE: dict[str, Any] = {
+    "steps": 0,
+    "warming_steps": 2,
+}  # for the memory that a step takes: the first has no moments yet
 DATA_HELP = f"folder with HH-RLHF's helpful-base/*.jsonl.gz; default: hh-rlhf of {ROWS_VARIABLE}"
 FOUND = "found.json"  # in the folder of a measurement that is done
 

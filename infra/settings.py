@@ -30,8 +30,10 @@ CHILD_VARIABLES = (
     "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS",
     "MKL_NUM_THREADS", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_HUB_OFFLINE",
     "HF_DATASETS_OFFLINE", "HF_ENDPOINT", "TRANSFORMERS_OFFLINE", "TORCH_HOME", "SSL_CERT_FILE", "SSL_CERT_DIR",
+    "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CC", "CXX",
     "REQUESTS_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", STACK_MARK,
 )  # fmt: skip
+NCCL_PREFIX = "NCCL_"  # of variables that say how the GPUs of a cluster meet: which interface, which cards
 # What a compute child has besides. GNU's OpenMP, torch's on Linux, reads when it is loaded how often a thread looks for work before it sleeps: its own
 # 300,000 times hold a core for 4 ms, which the threads of attention then lack (training/segments.py).
 COMPUTE_VARIABLES = {"GOMP_SPINCOUNT": "10000"}
@@ -259,11 +261,7 @@ class Settings(BaseSettings):
         """
         foreign: dict[str, Service] = {"PREFECT_": "prefect", "MLFLOW_": "mlflow", "AWS_": "s3"}
         passed = [prefix for prefix, service in foreign.items() if not self.is_local(service)] + ["HF_"]
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if name in CHILD_VARIABLES or name.startswith(tuple(passed))
-        }
+        environment = pick_allowed(*passed)
         own_programs = str(Path(sys.executable).parent)  # Prefect's worker starts `python` by name
         environment["PATH"] = f"{own_programs}{os.pathsep}{environment.get('PATH', os.defpath)}"
         return environment | self.library_environment() | self.own_environment() | {STACK_MARK: str(self.home)}
@@ -330,6 +328,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def pick_allowed(*prefixes: str) -> dict[str, str]:
+    """Give the variables that a child may have, and those with one of some prefixes."""
+    passed = (NCCL_PREFIX, *prefixes)
+    return {name: value for name, value in os.environ.items() if name in CHILD_VARIABLES or name.startswith(passed)}
+
+
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     """Give the environment of a compute child: an allow-list of this one's and `extra`, no credentials, no server's URL.
 
@@ -337,5 +341,4 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
     its inputs hold and asks no hub; what it starts itself, as vLLM its engines, sends nobody statistics. COMPUTE_VARIABLES make it faster.
     """
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    allowed = {name: os.environ[name] for name in CHILD_VARIABLES if name in os.environ}
-    return allowed | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | quiet | COMPUTE_VARIABLES | dict(extra)
+    return pick_allowed() | {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"} | quiet | COMPUTE_VARIABLES | dict(extra)

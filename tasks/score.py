@@ -18,7 +18,7 @@ def score_reference(config: ReferenceScoreConfig, attempt: Attempt) -> Metrics:
     return {"reference/rows": float(summary["rows"]), "reference/dropped": float(summary["dropped"])}
 
 
-@step(version=7)
+@step(version=8)
 def score_cross(config: CrossScoreConfig, attempt: Attempt) -> Metrics:
     """Give every response of a training batch its reward and log-probability under every prompt of that batch.
 

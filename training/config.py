@@ -308,7 +308,10 @@ class Runtime(Config):
 
     device: Device = Field(Device.auto, title="Device", description="auto takes an accelerator where there is one.")
     microbatch_tokens: int = Field(
-        2048, ge=1, title="Micro-batch", description="Token budget of one forward pass, padding included; at least 1."
+        2048,
+        ge=1,
+        title="Micro-batch",
+        description="Token budget of one forward pass, padding included; at least 1. A GPU wants a step whole: 32,768, say; what has no room is halved.",
     )
     layout: Layout = Field(
         Layout.tree,

@@ -135,11 +135,11 @@ def check_cost(batches: Sequence[Sequence[Example]], *, max_pairs: int) -> dict[
 
 
 def read_batch_rows(folder: Path, batches: Sequence[Sequence[Example]]) -> dict[str, dict[str, Any]]:
-    """Return prompt and responses of the rows of all batches by row id."""
+    """Return what is scored of the rows of all batches by row id."""
     wanted = {example.row_id for batch in batches for example in batch}
     return {
         row["row_id"]: row
-        for batch in read_rows(folder, split="train", columns=["row_id", "prompt", "responses"])
+        for batch in read_rows(folder, split="train", columns=["row_id", "prompt", "responses", "truncated"])
         for row in batch.to_pylist()
         if row["row_id"] in wanted
     }
@@ -189,11 +189,13 @@ def score_batches(
 def make_pairs(renderer: Renderer, step: int, batch: Sequence[Example], rows: dict[str, dict[str, Any]]) -> Pairs:
     """Render every prompt of a batch with all its responses; ValueError naming the row for which one does not fit."""
     chosen = [rows[example.row_id] for example in batch]
-    responses = [rows[example.row_id]["responses"][place] for example in batch for place in example.places]
+    places = [(row, place) for row, example in zip(chosen, batch, strict=True) for place in example.places]
+    responses = [row["responses"][place] for row, place in places]
+    truncated = [bool(row["truncated"]) and row["truncated"][place] for row, place in places]
     samples_GN = []
     for row in chosen:
         try:
-            samples_GN.append(renderer.row(row["prompt"], responses))
+            samples_GN.append(renderer.row(row["prompt"], responses, truncated))
         except UnusableRow as unusable:
             raise ValueError(
                 f"score_cross, step {step}: the prompt of row {row['row_id']} with a response of another row: {unusable}; "

@@ -59,6 +59,10 @@ class MicroBatchSize:
     positions: int  # that predict a trained token
     scores: int = 0  # of a head's attention that are kept, as where some are dropped: no fused kernel does so on a CPU
 
+    def is_within(self, other: "MicroBatchSize") -> bool:
+        """Whether another takes as much, or more, in every respect."""
+        return self.tokens <= other.tokens and self.positions <= other.positions and self.scores <= other.scores
+
 
 @dataclass(frozen=True)
 class Footprint:

@@ -183,8 +183,8 @@ def measure_workload(folder: Path, config: TrainConfig, *, tokenizer_folder: Pat
     if tokenizer_folder is not None:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **LOCAL)
         renderer = Renderer(tokenizer, max_tokens=config.max_tokens)
-    chosen = ((row, [row["responses"][k] for k in select(row)]) for row in sampled)
-    usable = [(row, responses) for row, responses in chosen if len(responses) >= min_responses]
+    chosen = ((row, select(row)) for row in sampled)
+    usable = [(row, places) for row, places in chosen if len(places) >= min_responses]
     shapes, stem = shape_rows(usable, renderer) if renderer else ([guess_shape(*pair) for pair in usable], 0)
     if not shapes:
         raise ValueError(
@@ -197,12 +197,13 @@ def measure_workload(folder: Path, config: TrainConfig, *, tokenizer_folder: Pat
     return Workload(round(len(rows) * len(shapes) / len(sampled)), tuple(shapes), basis, stem)
 
 
-def shape_rows(rows: Sequence[tuple[dict[str, Any], list[str]]], renderer: Renderer) -> tuple[list[Shape], int]:
-    """Return the shapes of rows, less those that training drops, and the tokens that all their prompts share."""
+def shape_rows(rows: Sequence[tuple[dict[str, Any], Sequence[int]]], renderer: Renderer) -> tuple[list[Shape], int]:
+    """Return the shapes of rows with the places of their responses, less those that training drops, and the tokens that all their prompts
+    share."""
     groups: list[list[Rendered]] = []
-    for row, responses in rows:
+    for row, places in rows:
         with suppress(UnusableRow):
-            groups.append(renderer.row(row["prompt"], responses))
+            groups.append(renderer.stored(row, places))
     if not groups:
         return [], 0
     shapes = [(group[0].start, tuple(sample.num_trained for sample in group)) for group in groups]
@@ -210,10 +211,10 @@ def shape_rows(rows: Sequence[tuple[dict[str, Any], list[str]]], renderer: Rende
     return shapes, count_beginning(prompts)
 
 
-def guess_shape(row: dict[str, Any], responses: list[str]) -> Shape:
+def guess_shape(row: dict[str, Any], places: Sequence[int]) -> Shape:
     """Return the shape of a row by its characters."""
     prompt = sum(len(turn["content"]) for turn in row["prompt"])
-    sizes = (math.ceil(len(text) / CHARS_PER_TOKEN) + 1 for text in responses)
+    sizes = (math.ceil(len(row["responses"][k]) / CHARS_PER_TOKEN) + 1 for k in places)
     return math.ceil(prompt / CHARS_PER_TOKEN) + 1, tuple(sizes)
 
 

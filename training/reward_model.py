@@ -116,6 +116,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
         objective,
         forward,
         steps,
+        identity,
         is_reward_model=True,
     )
     report = check_run(ready)

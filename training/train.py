@@ -73,9 +73,6 @@ class Prepared:
     kept: list[Example]  # some of the held-out rows
     dropped: Counter[str]
     columns: Columns  # of the train split, as stored
-    cross: Crosses
-    base: str | None  # digest of the weights that training starts from; the first rank knows it
-    regime: ResponseRegime
 
 
 def run(job: Job) -> None:
@@ -111,10 +108,6 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
     if world.is_first and not objective.whole_groups:  # comparisons within a prompt weigh no response
         write_weights(job, steps)
     world.barrier()  # the others have nothing to write
-    data = steps.digests | {"scores": digest_scores(prepared.columns, prepared.cross), "regime": prepared.regime.value}
-    data["heldout"] = prepared.heldout.digests["rows"] if prepared.heldout else ""
-    described = json.loads((job.inputs["base"] / "config.json").read_text())
-    identity = {"config": config.model_dump(mode="json"), "base": prepared.base, "base_config": described, "data": data}
     peak = device_peak(world.device, config.precision)
     progress = run_steps(
         policy,
@@ -122,7 +115,7 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
         make_settings(config),
         job=job,
         runtime=runtime,
-        identity=identity,
+        identity=prepared.ready.identity,
         world=world,
         heldout=prepared.heldout,
         sampler=Sampler(policy, prepared.ready.tokenizer, prepared.kept, job.output / FILE, world=world),
@@ -166,9 +159,18 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     )
     kept, _ = gather_examples(job, config, renderer, regime=manifest.regime, split="heldout", limit=HELDOUT_ROWS)
     heldout = plan_heldout(kept, config, objective, forward, mean_tokens=steps.mean_tokens)
-    ready = Ready(job, runtime, world, config.precision, policy, tokenizer, trained, objective, forward, steps)
-    digest = base.weights_sha256 if base is not None else None
-    return Prepared(policy, ready, heldout, kept, dropped, columns, cross, digest, manifest.regime)
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "base": base.weights_sha256 if base is not None else None,
+        "base_config": json.loads((job.inputs["base"] / "config.json").read_text()),
+        "data": steps.digests
+        | {"scores": digest_scores(columns, cross), "regime": manifest.regime.value}
+        | {"heldout": heldout.digests["rows"] if heldout else ""},
+    }
+    ready = Ready(
+        job, runtime, world, config.precision, policy, tokenizer, trained, objective, forward, steps, identity
+    )
+    return Prepared(policy, ready, heldout, kept, dropped, columns)
 
 
 def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:

@@ -331,12 +331,17 @@ def cap_scores(softcap: float, device: torch.device) -> Any:
     return cap
 
 
-@cache
 def compile_on(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function of FlexAttention, compiled where there is a GPU: as it is, it would hold all scores. An error where it cannot be."""
     if kind != "cuda":
         return function
-    allow_variants()
+    allow_variants()  # each time: the limit is a thread's own, and backward passes have theirs
+    return compile_whole(function)
+
+
+@cache
+def compile_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function as compiled code, the same for all who ask."""
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 

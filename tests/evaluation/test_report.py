@@ -18,6 +18,7 @@ from evaluation.gate.verdict import Noise, Verdict
 from evaluation.harness.contamination import Contamination, Hit, Level
 from evaluation.harness.result import BenchmarkResult, ScoreRow
 from evaluation.pages.report import (
+    CURVES,
     ReportData,
     RewardPair,
     SampleAnswer,
@@ -109,8 +110,15 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
     """A full report over written files, with every text that a model or user can choose being hostile."""
     draw = np.random.default_rng(0)
     gain_P = draw.normal(0.4, 1.0, 80)
-    figures = {"ess": 0.7, "grad_norm": 2.5, "learning_rate": 1e-3, "tokens_per_second": 900.0, "flop_share": 0.625}
-    figures |= {"memory_gib": 1.5, "peak_memory_gib": 2.5, "padding_share": 0.1, "reward_tilt": 0.2, "weight_max": 0.9}
+    figures = {
+        "ess": 0.7,
+        "ess_batch": 0.6,
+        "grad_norm": 2.5,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 900.0,
+        "flop_share": 0.625,
+    }
+    figures |= {"memory_gib": 1.5, "peak_memory_gib": 3.5, "padding_share": 0.15, "reward_tilt": 0.2, "weight_max": 0.9}
     figures |= {
         "logp_chosen": -40.0,
         "logp_rejected": -50.0,
@@ -118,9 +126,11 @@ def make_report(folder: Path, **changes: Any) -> ReportData:
         "logp_ratio": 0.5,
         "argmax_agreement": 0.8,
     }
-    figures |= {"rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/margins": 0.2}
+    figures |= {"rewards/chosen": 0.1, "rewards/rejected": -0.1, "rewards/margins": 0.3}
     constant = {f"train/{name}": value for name, value in figures.items()}
     lines = [{"time": i, "step": i, "total": 40, "train/loss": 3 / (i + 1) + 1, **constant} for i in range(40)]
+    for line in lines[::10]:  # held-out rows are not looked at after every step
+        line["heldout/loss"] = 2 / (line["step"] + 1) + 1
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     weights = draw.dirichlet([1, 1], 300) * 2
     table = {"step": list(range(300)), "row_id": [f"{i:032x}" for i in range(300)], "weight": weights.tolist()}
@@ -244,13 +254,7 @@ def test_shows_scores_intervals_reward_data_cost_and_lineage(page: Page) -> None
     assert "0.1537 USD, without 2 s that have no price" in page.text and "NVIDIA H100 80GB HBM3 0.1537" in page.text
     hrefs = [attributes.get("href") for tag, attributes in page.tags if tag == "a"]
     assert "#step-" + "a" * 16 in hrefs and "http://127.0.0.1:5000/#/runs/1" in hrefs
-    assert [(line["name"], line["y"][0]) for line in page.charts["memory"]["data"]] == [
-        ("at most", 2.5),
-        ("after the step", 1.5),
-    ]
-    lines = [(line["name"], line["y"][0], line["line"]["color"]) for line in page.charts["logp"]["data"]]
-    assert [line[:2] for line in lines] == [("chosen", -40.0), ("rejected", -50.0), ("best", -45.0)]
-    assert len({colour for *_, colour in lines}) == 3
+    assert len({line["line"]["color"] for line in page.charts["logp"]["data"]}) == 3
     assert set(page.charts) == {
         *("guards", "rewards", "gains", "loss", "ess", "memory", "weights", "accuracy", "quarantine", "cost"),
         *("grad_norm", "learning_rate", "tokens_per_second", "flop_share", "padding_share"),
@@ -339,11 +343,30 @@ def test_shows_which_benchmark_items_stand_in_the_training_data(page: Page) -> N
 
 
 def test_each_curve_of_training_is_its_own_metric_over_the_steps(page: Page) -> None:
-    told = {"grad_norm": 2.5, "learning_rate": 1e-3, "tokens_per_second": 900.0, "flop_share": 0.625, "ess": 0.7}
-    for name, value in told.items():
-        (trace,) = page.charts[name]["data"]
-        assert (trace["x"], trace["y"]) == (list(range(40)), [value] * 40), name
-    assert page.charts["loss"]["data"][0]["y"][:2] == [4.0, 2.5]
+    told = {
+        "ess": {"within prompts": 0.7, "of the batch": 0.6},
+        "logp": {"chosen": -40.0, "rejected": -50.0, "best": -45.0},
+        "logp_ratio": {"log-ratio": 0.5},
+        "reward_tilt": {"reward tilt": 0.2},
+        "weight_shares": {"largest weight": 0.9, "argmax w = argmax r": 0.8},
+        "implicit_rewards": {"chosen": 0.1, "rejected": -0.1, "margin": 0.3},
+        "padding_share": {"padding": 0.15},
+        "grad_norm": {"gradient norm": 2.5},
+        "learning_rate": {"learning rate": 1e-3},
+        "tokens_per_second": {"tokens a second": 900.0},
+        "flop_share": {"share": 0.625},
+        "memory": {"at most": 3.5, "after the step": 1.5},
+    }
+    assert told.keys() | {"loss"} == CURVES.keys()
+    values = [value for series in told.values() for value in series.values()]
+    assert len(set(values)) == len(values)  # so that no two curves can be taken for each other
+    for chart, series in told.items():
+        drawn = {trace["name"]: (trace["x"], trace["y"]) for trace in page.charts[chart]["data"]}
+        assert drawn == {name: (list(range(40)), [value] * 40) for name, value in series.items()}, chart
+    trained, heldout = page.charts["loss"]["data"]
+    assert (trained["name"], trained["x"], trained["y"][:2]) == ("trained", list(range(40)), [4.0, 2.5])
+    assert (heldout["name"], heldout["x"]) == ("held out", [0, 10, 20, 30])
+    assert heldout["y"] == [3.0, 2 / 11 + 1, 2 / 21 + 1, 2 / 31 + 1]
 
 
 def test_every_chart_is_a_figure_that_plotly_knows(page: Page) -> None:

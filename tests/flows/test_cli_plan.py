@@ -13,6 +13,7 @@ from tests.faults.command import Command, small
 from tests.flows.test_cli_stack import varflow
 from tests.tasks.maker import BASE, Maker
 from training.config import Precision
+from training.devices import PRICES_AS_OF
 from training.plan import Mfu
 
 ASSUMED = ("--rows", "100", "--tokens", "64")
@@ -41,8 +42,24 @@ def test_a_model_of_any_size_is_planned_and_what_does_not_fit_is_an_error(tmp_pa
     )
     done = varflow(*words, "--ranks", "8", cwd=tmp_path)
     assert done.returncode == 1
-    assert "70,553,706,496 parameters, 80 layers" in done.stdout and "DOES NOT FIT" in done.stdout
-    assert "assumed as of" in done.stdout
+    assert "70,553,706,496 parameters, 80 layers" in done.stdout
+    # 70,553,706,496 / 8 numbers a rank: 4 bytes each, moments 8; 10 for each of a layer's 855,654,400, and 4 for the 2 x 128,256 x 8,192 + 8,192
+    # around the layers; activations of 2 x (256 + 2 x 127) tokens, 446,464 bytes in each layer; 12 for each logit of 2 x 256 tokens, and 8 for
+    # each number of the head. 2.12e18 operations at 0.4 x 989e12 a second are 1.488 hours of one device, 2.99 USD each.
+    for line in (
+        "data    10,000 rows of 510 tokens (assumed: a prompt of 256 tokens and 2 responses of 128)",
+        "run     625 steps, 5,100,000 tokens, 2.12e+18 operations",
+        "memory  189.80 GiB  together on each rank, of 79.00 GiB: DOES NOT FIT",
+        "         32.85 GiB  weights",
+        "         32.85 GiB  gradients",
+        "         65.71 GiB  AdamW's moments",
+        "         15.80 GiB  weights and gradients that are whole: around the layers, of the one under way",
+        "         34.02 GiB  activations of a micro-batch of 1,020 tokens",
+        "          8.56 GiB  a chunk of logits, the head's gradient",
+        "time    11 min on 8 x H100 at 989 TFLOP/s (bfloat16 peak of the data sheet, 40.00% of it, assumed)",
+        f"cost    4.45 USD (2.99 USD an hour and device, assumed as of {PRICES_AS_OF})",
+    ):
+        assert line in done.stdout.splitlines()
     assert done.stderr.startswith("varflow: memory: llama of 70.6 B parameters") and done.stderr.count("\n") == 1
     fits = varflow(*words, "--ranks", "64", "--mfu", "0.35", "--json", cwd=tmp_path)
     assert fits.returncode == 0, fits.stderr
@@ -50,6 +67,7 @@ def test_a_model_of_any_size_is_planned_and_what_does_not_fit_is_an_error(tmp_pa
     assert found["fits"] is True and (found["parts"], found["busy_share"]) == (16, 0.25)
     told = varflow(*words, "--ranks", "64", cwd=tmp_path).stdout
     assert "a step has 16 parts for 64 ranks, which work 25% of the time: raise train.batch_prompts" in told
+    assert "\ncost    17.80 USD" in told  # and cost four times as much
 
 
 def test_a_config_file_alone_is_enough(tmp_path: Path) -> None:

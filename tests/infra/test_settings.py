@@ -167,20 +167,23 @@ def test_a_stray_variable_bends_no_local_server(bare: Path, monkeypatch: pytest.
     monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql://production")
     monkeypatch.setenv("AWS_PROFILE", "work")
     monkeypatch.setenv("SOME_TOKEN", SECRET)
+    monkeypatch.setenv("NCCL_IB_HCA", "mlx5_0")
     environment = read_settings().service_environment()
+    assert environment["NCCL_IB_HCA"] == "mlx5_0", "the worker hands it on"
     assert environment.keys().isdisjoint({"PREFECT_API_DATABASE_CONNECTION_URL", "AWS_PROFILE", "SOME_TOKEN"})
     assert environment["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
     assert read_settings(s3_endpoint="aws").service_environment()["AWS_PROFILE"] == "work"
 
 
 def test_a_compute_child_gets_no_credentials(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "environ", dict(os.environ, OMP_NUM_THREADS="3", SOME_TOKEN=SECRET, HF_TOKEN=SECRET))
+    own = dict(os.environ, OMP_NUM_THREADS="3", NCCL_SOCKET_IFNAME="ib0", SOME_TOKEN=SECRET, HF_TOKEN=SECRET)
+    monkeypatch.setattr(os, "environ", own)
     read_settings(s3_access_key="key", s3_secret_key=SECRET, endpoint_key=SECRET).apply()
     environment = child_environment({"EXTRA": "1"})
     assert SECRET not in environment.values()
     assert not [name for name in environment if name.startswith(("AWS_", "MLFLOW_", "PREFECT_"))]
     assert (environment["OMP_NUM_THREADS"], environment["EXTRA"], environment["PYTHONSAFEPATH"]) == ("3", "1", "1")
-    assert environment["PATH"] == os.environ["PATH"]
+    assert (environment["PATH"], environment["NCCL_SOCKET_IFNAME"]) == (os.environ["PATH"], "ib0")
     assert (environment["HF_HUB_OFFLINE"], environment["VLLM_NO_USAGE_STATS"]) == ("1", "1")
 
 

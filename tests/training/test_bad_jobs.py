@@ -125,6 +125,11 @@ def test_rewards_that_are_missing_or_no_numbers(
     for value in (math.nan, math.inf, None):
         other = change(f"with-{value}", lambda row, value=value: {**row, "reward": [1.0, value]}, rows=2)
         assert "values are NaN or infinite" in (told := refuse(rewards=other)) and "first: " in told, value
+    row_id = pq.read_table(inputs["rewards"] / "scores.parquet").column("row_id")[0].as_py()
+    for value, count in ((None, "no"), ([1.0], "1")):
+        other = change(f"with-{count}", lambda row, value=value: {**row, "reward": value}, rows=1)
+        words = f"row {row_id}: reward has {count} values, the row 2 responses; expected one each; score the rows again"
+        assert refuse(rewards=other) == words
     fewer = rewrite(inputs["rewards"], tmp_path / "fewer", lambda rows: rows[2:])
     told = refuse(rewards=fewer)
     assert "2 rows of the train split have no reward" in told and str(inputs["rows"]) in told and "score again" in told

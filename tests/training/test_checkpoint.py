@@ -44,9 +44,26 @@ def make_trained() -> tuple[nn.Module, torch.optim.Optimizer]:
     return model, optimiser
 
 
+def make_progress(step: int) -> Progress:
+    """Return progress of which every number is another, and none the default."""
+    return Progress(
+        step=step,
+        metrics_bytes=17,
+        loss=0.5,
+        skipped=5,
+        skipped_rows=["a", "b"],
+        skipped_in_row=2,
+        tokens=9,
+        flops=11,
+        seconds=1.5,
+        microbatch_tokens=13,
+        microbatch_tokens_asked=26,
+    )
+
+
 def save(folder: Path, *, step: int, identity: dict[str, Any] = IDENTITY) -> tuple[nn.Module, torch.optim.Optimizer]:
     model, optimiser = make_trained()
-    progress = Progress(step=step, metrics_bytes=17, loss=0.5, skipped=1, skipped_rows=["a"], tokens=9, seconds=1.5)
+    progress = make_progress(step)
     save_checkpoint(folder, model=model, optimiser=optimiser, progress=progress, rng=read_rng(CPU), identity=identity)
     return model, optimiser
 
@@ -64,9 +81,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
     expected_draw = torch.randn(4)
     again, other, progress = restore(tmp_path)
     assert torch.equal(torch.randn(4), expected_draw)
-    assert progress == Progress(
-        step=3, metrics_bytes=17, loss=0.5, skipped=1, skipped_rows=["a"], tokens=9, seconds=1.5
-    )
+    assert progress == make_progress(3)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
     batch = torch.randn(8, 3)
@@ -365,24 +380,32 @@ def scored_inputs(tmp_path: Path, train_inputs: dict[str, str], write_rewards: A
 
 
 @pytest.mark.parametrize(
-    "objective",
-    [SFT, {"objective": "var", "reference_factor": "mean"}, {"objective": "dpo"}],
-    ids=["sft", "var", "dpo"],
+    ("objective", "kill_after", "stop_after"),
+    [
+        (SFT, 1, 9),  # before the first checkpoint
+        (SFT, 5, 9),
+        (SFT, 10, 3),  # behind the last checkpoint, in an attempt that was resumed itself
+        ({"objective": "var", "reference_factor": "mean"}, None, 9),
+        ({"objective": "dpo"}, None, 9),
+    ],
+    ids=["sft-early", "sft-middle", "sft-late", "var", "dpo"],
 )
 def test_killed_and_stopped_runs_end_bit_identical(
-    tmp_path: Path, scored_inputs: dict[str, str], objective: dict[str, str]
+    tmp_path: Path, scored_inputs: dict[str, str], objective: dict[str, str], kill_after: int | None, stop_after: int
 ) -> None:
-    """Real child processes: SIGKILL at a random step, SIGTERM at a later one, then a run to the end."""
+    """Real child processes: SIGKILL after some steps, or at random ones, and SIGTERM after others, then a run to the end."""
     whole = write_job(tmp_path / "whole", scored_inputs, objective)
     cut = write_job(tmp_path / "cut", scored_inputs, objective)
     train.run(Job.read(whole))
-    kill_after = random.randrange(1, 8)
-    assert interrupt(cut, signal.SIGKILL, after_steps=kill_after) == -signal.SIGKILL
-    resumed_from = [p.name for p in (cut.parent / "work" / "checkpoints").glob("step-*[0-9]")]
-    assert interrupt(cut, signal.SIGTERM, after_steps=9) == EXIT_INTERRUPTED, (cut.parent / "log").read_text()
-    assert not (cut.parent / "output" / "summary.json").exists()
+    killed = kill_after or random.randrange(1, 8)
+    resumed_from = []
+    statuses = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: EXIT_INTERRUPTED}
+    for after_steps, number in sorted([(killed, signal.SIGKILL), (stop_after, signal.SIGTERM)]):
+        assert interrupt(cut, number, after_steps=after_steps) == statuses[number], (cut.parent / "log").read_text()
+        assert not (cut.parent / "output" / "summary.json").exists()
+        resumed_from.append([p.name for p in (cut.parent / "work" / "checkpoints").glob("step-*[0-9]")])
     train.run(Job.read(cut))
-    context = f"killed after {kill_after} steps, resumed from {resumed_from}"
+    context = f"killed after {killed} steps, resumed from {resumed_from}"
     for name in ("model.safetensors", *(() if objective["objective"] == "dpo" else ("weights.parquet",))):
         assert (cut.parent / "output" / name).read_bytes() == (whole.parent / "output" / name).read_bytes(), context
     assert read_figures(cut.parent) == read_figures(whole.parent), context

@@ -82,11 +82,12 @@ def inputs(
     write_rewards: Any,
     make_job: Callable[..., Job],
 ) -> dict[str, Path]:
-    """Ten prompts of the train split in batches of four, one of them too long for the reference, and two held out."""
+    """Ten prompts of the train split in batches of four, one of them too long for the reference, and two held out. Three answers were cut."""
+    cut = {2: [True, False], 5: [False, True, True]}
     rows = [
-        make_row(f"Question {i}?", [f"Answer {'very ' * (i % 4)}long", "No", f"Maybe {i}"][: 2 + i % 2])
+        make_row(f"Question {i}?", [f"Answer {'very ' * (i % 4)}long", "No", f"Maybe {i}"][: 2 + i % 2], truncated=cut.get(i))
         for i in range(10)
-    ]
+    ]  # fmt: skip
     rows.append(make_row("Too long?", ["Yes", "word " * 120]))
     rows += [make_row(f"Kept out {i}?", ["Yes", "No"], split="heldout") for i in range(2)]
     folder = write_rows(tmp_path / "rows", rows)

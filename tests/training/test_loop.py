@@ -268,8 +268,8 @@ def test_a_step_without_room_is_taken_again_in_halves_and_the_run_goes_on_so(job
 class Halting(Line):
     """Tells the job to stop after so many steps."""
 
-    def __init__(self, num_steps: int, job: Job, *, after: int) -> None:
-        super().__init__(num_steps)
+    def __init__(self, num_steps: int, job: Job, *, after: int, broken: Sequence[int] = ()) -> None:
+        super().__init__(num_steps, broken=broken)
         self._job, self._after = job, after
 
     def describe(self, step: int) -> dict[str, float]:
@@ -299,6 +299,26 @@ def test_a_resumed_run_goes_on_with_the_schedule_where_it_stopped(job: Job, afte
     run(resumed, Line(10), job, **plan)
     assert read_rates(job) == pytest.approx(expected)
     assert [p.item() for p in resumed.parameters()] == [p.item() for p in whole.parameters()]
+
+
+def test_steps_that_are_skipped_in_a_row_are_counted_on_over_a_resume(job: Job) -> None:
+    """Stopped between the second and the third: the third ends the run and names the rows of all, a whole one in its place does not."""
+    with pytest.raises(Interrupted):
+        run(make_line(), Halting(9, job, after=3, broken=[1, 2]), job)
+    assert read_skipped(job) == [0, 1, 2]
+    job.stop.clear()
+    with pytest.raises(ValueError, match=r"^step 3: .*in 3 steps in a row") as ended:
+        run(make_line(), Line(9, broken=[1, 2, 3]), job)
+    assert "rows of these steps: step1-row0, step1-row1, step2-row0, step2-row1, step3-row0, step3-row1;" in str(
+        ended.value
+    )
+    assert read_skipped(job) == [0, 1, 2]
+    assert run(make_line(), Line(9, broken=[1, 2, 4, 5]), job).skipped == 4
+    assert read_skipped(job) == [0, 1, 2, 2, 3, 4, 4, 4, 4]
+
+
+def read_skipped(job: Job) -> list[float]:
+    return [json.loads(line)["train/skipped"] for line in (job.output / "metrics.jsonl").read_text().splitlines()]
 
 
 class NarrowHalting(Halting):

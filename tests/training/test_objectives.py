@@ -160,16 +160,23 @@ def test_in_batch_is_invariant_to_a_global_constant_only() -> None:
 
 
 def test_limit_of_large_lambda() -> None:
-    data = columns([[5.0, -3.0, 0.0]], [[-1.0, -2.0, -4.0]])
-    assert sampled(1e300).weigh(data) == pytest.approx([1, 1, 1], abs=1e-12)  # uniform: SFT
-    shares = np.exp([-1.0, -2.0, -4.0]) / np.exp([-1.0, -2.0, -4.0]).sum()
-    assert var(1e300).weigh(data) == pytest.approx(3 * shares, abs=1e-12)  # the reference, not SFT
+    """What is left is the reference factor, 3 softmax(f), and not SFT, unless f is none or the responses are samples."""
+    # exp(l) = 1/2, 1/4 and 1/16; with 1, 1 and 2 tokens exp(l / T) = 1/2, 1/4 and 1/4
+    data = columns([[5.0, -3.0, 0.0]], [[-LOG2, -2 * LOG2, -4 * LOG2]], [[1, 1, 2]])
+    assert sampled(1e300).weigh(data) == pytest.approx([1, 1, 1], abs=1e-12)
+    for factor, shares in (("sum", [8 / 13, 4 / 13, 1 / 13]), ("mean", [1 / 2, 1 / 4, 1 / 4]), ("none", [1 / 3] * 3)):
+        weights = var(1e300, reference_factor=ReferenceFactor(factor)).weigh(data)
+        assert weights == pytest.approx([3 * share for share in shares], abs=1e-12), factor
 
 
 def test_limit_of_small_lambda() -> None:
-    data = columns([[5.0, -3.0, 5.0]], [[-1.0, -0.1, -1.0 - LOG3]])
-    assert var(1e-300).weigh(data) == pytest.approx([9 / 4, 0, 3 / 4], abs=1e-12)  # ties share by the reference: 3 to 1
+    """The best rewards tie and share by the reference factor; the likeliest response has none of the weight."""
+    # of the two, exp(l) = 1/9 and 1/27; with 2 and 1 tokens exp(l / T) = 1/3 and 1/27
+    data = columns([[5.0, -3.0, 5.0]], [[-2 * LOG3, -0.1, -3 * LOG3]], [[2, 1, 1]])
     assert sampled(1e-300).weigh(data) == pytest.approx([1.5, 0, 1.5], abs=1e-12)
+    for factor, shares in (("sum", [3 / 4, 0, 1 / 4]), ("mean", [9 / 10, 0, 1 / 10]), ("none", [1 / 2, 0, 1 / 2])):
+        weights = var(1e-300, reference_factor=ReferenceFactor(factor)).weigh(data)
+        assert weights == pytest.approx([3 * share for share in shares], abs=1e-12), factor
 
 
 @pytest.mark.parametrize("normaliser", [Normaliser.per_prompt, Normaliser.in_batch])
@@ -280,6 +287,49 @@ def test_of_several_lambdas_with_one_effective_sample_size_the_smallest_is_taken
     assert describe_weights(data, var(found).weigh(data))["ess"] == pytest.approx(0.5, abs=1e-6)
     mirrored = 1 / (2 - 1 / found)  # s = r (1/lambda - 1): its negative has the same effective size
     assert describe_weights(data, var(mirrored).weigh(data))["ess"] == pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("normaliser", [Normaliser.per_prompt, Normaliser.in_batch])
+@pytest.mark.parametrize(
+    ("regime", "rewards"),
+    [
+        (ResponseRegime.support, [0.0, math.log(6)]),  # l: the first is twice as likely
+        (ResponseRegime.from_reference, [0.0, LOG3]),
+        (ResponseRegime.from_behaviour, [0.0, math.log(12)]),  # l - log q: four times, as q prefers the second
+    ],
+)
+def test_an_effective_sample_size_is_of_prompts_whatever_the_regime_and_normaliser(
+    regime: ResponseRegime, rewards: list[float], normaliser: Normaliser
+) -> None:
+    """Shares of 1/4 and 3/4 at lambda 1 in either prompt: 0.8 of 2. One has e^20 times the weight under in_batch, where the batch has 0.4."""
+    logps, logqs = [[-LOG2, -2 * LOG2]] * 2, [[-2 * LOG2, -LOG2]] * 2
+    data = columns([rewards, [20 + r for r in rewards]], logps, logqs=logqs)
+    config = {"lambda_unit": "ess_target", "reference_factor": "sum", "normaliser": normaliser}
+    found = resolve(data, regime=regime, lambda_=0.8, **config)
+    assert found == pytest.approx(1.0, rel=1e-9)
+    figures = describe_weights(data, var(found, regime=regime, normaliser=normaliser).weigh(data))
+    assert figures["ess"] == pytest.approx(0.8, abs=1e-8)
+    assert figures["ess_batch"] == pytest.approx(0.8 if normaliser == Normaliser.per_prompt else 0.4, abs=1e-7)
+
+
+@pytest.mark.parametrize("normaliser", [Normaliser.per_prompt, Normaliser.in_batch])
+def test_the_effective_sample_size_of_another_policys_samples_is_hit_at_the_smallest_lambda(
+    normaliser: Normaliser,
+) -> None:
+    """Samples of the reference itself have the lambda of from_reference."""
+    rng = np.random.default_rng(4)
+    rewards = (rng.normal(size=(30, 5)) + rng.normal(size=(30, 1))).tolist()  # some prompts have larger ones
+    logps, logqs = (rng.normal(-4.0, 1.0, size=(30, 5)).tolist() for _ in range(2))
+    data, same = columns(rewards, logps, logqs=logqs), columns(rewards, logps, logqs=logps)
+    config = {"lambda_unit": "ess_target", "reference_factor": "sum", "normaliser": normaliser}
+    for target in (0.25, 0.4, 0.5):
+        found = resolve(data, regime=ResponseRegime.from_behaviour, lambda_=target, **config)
+        own = {"normaliser": normaliser}
+        assert describe_weights(data, behaved(found, **own).weigh(data))["ess"] == pytest.approx(target, abs=2e-6)
+        smaller = [behaved(found * share, **own).weigh(data) for share in np.linspace(0.2, 0.99, 50)]
+        assert max(describe_weights(data, weights)["ess"] for weights in smaller) < target
+        of_samples = resolve(same, regime=ResponseRegime.from_reference, lambda_=target, **config)
+        assert resolve(same, regime=ResponseRegime.from_behaviour, lambda_=target, **config) == of_samples
 
 
 def test_an_effective_sample_size_that_is_reached_where_two_responses_tie_alone_is_found() -> None:

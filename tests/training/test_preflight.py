@@ -92,6 +92,15 @@ def copy_policy(tiny_policy: Path, tmp_path: Path) -> Callable[..., Path]:
     return copy
 
 
+def move_weights(folder: Path) -> Path:
+    """Change the weights of a model where they are."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
 def prepare(job: Job) -> Ready:
     alone = World(torch.device("cpu"))
     return train.prepare(job, train.read_config(job), Runtime.model_validate(job.runtime), alone).ready
@@ -193,11 +202,7 @@ def test_a_column_of_another_model_under_this_ones_name_fails_with_rows_and_text
 def test_a_base_of_other_weights_or_another_template_than_the_reference_is_refused(
     inputs: dict[str, Path], make_job: Callable[..., Job], copy_policy: Callable[..., Path]
 ) -> None:
-    moved = copy_policy("moved")
-    model = AutoModelForCausalLM.from_pretrained(moved)
-    with torch.no_grad():
-        next(model.parameters()).mul_(1.5)
-    model.save_pretrained(moved)
+    moved = move_weights(copy_policy("moved"))
     other = copy_policy("other", "chat_template.jinja", "{{ bos_token }}", "{{ bos_token }}the ")
     for base, what in ((moved, "other weights"), (other, "other chat template")):
         with pytest.raises(ValueError, match=f"logp_ref of a model with {what}"):
@@ -295,7 +300,7 @@ def test_a_step_without_trained_tokens_fails(inputs: dict[str, Path], make_job: 
         for example in ready.examples
     ]
     broken = replace(ready, examples=mute)
-    report = Report(broken.steps.digest, {}, 5.0, 2048)
+    report = Report(broken.steps.digest, "", {}, 5.0, 2048)
     make(trained_tokens, broken, report)
     (failed,) = report.failures
     assert "step 0: none of its 8 responses has a trained token" in failed.line and len(failed.rows) == 3
@@ -379,7 +384,7 @@ def test_what_an_accelerator_has_no_time_to_try_is_held_to_its_free_memory_by_th
     ready = prepare(make_job("train", "a", config=SFT, inputs=inputs))
     ready = dataclasses.replace(ready, world=World(torch.device("cuda")))
     monkeypatch.setattr(room, "measure_free", lambda device: 300_000)
-    report = Report(ready.steps.digest, {}, seconds_allowed=0.0, microbatch_tokens=2048)
+    report = Report(ready.steps.digest, "", {}, seconds_allowed=0.0, microbatch_tokens=2048)
     passes = Passes(ready, time.monotonic(), seconds_allowed=0.0, seconds_per_token=1.0)
     make(room.memory, ready, report, report, passes)
     (failed,) = report.failures
@@ -452,6 +457,24 @@ def test_what_the_largest_micro_batch_took_is_measured_and_held_to_what_is_free(
     assert failed.name == "memory" and re.search(r"took 0\.19 GiB.* got 95\.4 MiB free; expected room", failed.line)
 
 
+def test_the_largest_micro_batch_is_the_one_that_takes_most_and_not_that_of_the_most_tokens(
+    tiny_policy: Path, tmp_path: Path, make_row: Any, write_rows: Any, make_job: Callable[..., Job]
+) -> None:
+    """A long prompt has more tokens, long answers more logits, three numbers of the vocabulary for each of their tokens."""
+    prompt, answers = make_row("word " * 30, ["Yes", "No"]), make_row("Word?", ["word " * 10, "very " * 10])
+    rows = write_rows(tmp_path / "rows", [prompt, answers])
+    config = SFT | {"batch_prompts": 1}
+    ready = prepare(make_job("train", "a", config=config, inputs={"rows": rows, "base": tiny_policy}))
+    sizes = {}
+    for step in range(2):
+        samples = ready.steps.samples(step)
+        sizes[ready.steps.row_ids(step)[0]] = ready.forward.size(samples, np.zeros(2, dtype=int))
+    assert sizes[prompt["row_id"]].tokens > sizes[answers["row_id"]].tokens
+    found = room.find_largest(ready, budget=128)
+    assert ready.steps.row_ids(found.step) == [answers["row_id"]] and found.size == sizes[answers["row_id"]]
+    assert (found.members, found.looked_at) == ([0, 1], 2)
+
+
 def test_compiled_layers_are_held_to_plain_ones_where_they_train(
     inputs: dict[str, Path], make_job: Callable[..., Job]
 ) -> None:
@@ -515,10 +538,12 @@ def test_passes_over_the_first_step_read_no_more_at_once_than_training_will(
 
 
 def test_an_attempt_that_goes_on_checks_no_second_time_unless_something_else_is_asked(
-    inputs: dict[str, Path], make_job: Callable[..., Job], capsys: pytest.CaptureFixture[str]
-) -> None:
-    def check(budget: int) -> tuple[Report, int]:
-        report = check_run(prepare(make_job("train", "a", config=SFT, inputs=inputs, microbatch_tokens=budget)))
+    inputs: dict[str, Path], make_job: Callable[..., Job], copy_policy: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def check(budget: int, **changes: Any) -> tuple[Report, int]:
+        report = check_run(
+            prepare(make_job("train", "a", config=SFT | changes, inputs=inputs, microbatch_tokens=budget))
+        )
         return report, capsys.readouterr().err.count("preflight: weights passed")
 
     first, made = check(128)
@@ -526,6 +551,12 @@ def test_an_attempt_that_goes_on_checks_no_second_time_unless_something_else_is_
     assert check(128) == (first, 0)
     other, made = check(64)
     assert other.passed and other.microbatch_tokens == 64 and made == 1
+    assert check(64) == (other, 0)
+    narrow, made = check(64, precision="bfloat16")  # the same steps, by other numbers
+    assert narrow.passed and narrow.plan == other.plan and made == 1
+    inputs["base"] = move_weights(copy_policy("moved"))
+    moved, made = check(64, precision="bfloat16")
+    assert moved.passed and moved.plan == narrow.plan and made == 1
 
 
 def test_the_job_preflight_tells_what_it_found_and_trains_nothing(shifted: dict[str, Path], tmp_path: Path) -> None:

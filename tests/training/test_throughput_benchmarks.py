@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -146,10 +147,11 @@ def test_the_roofline_has_all_operations_of_a_step_and_what_memory_moves_at_leas
 def test_peers_train_on_the_rows_of_our_steps_in_every_step(shared: dict[str, Any], tmp_path: Path) -> None:
     tokenizer, model = open_model(shared)
     spec = shared | {"batch_pairs": 4, "steps": 2}
-    theirs = order_pairs(spec | {"folder": str(tmp_path / "theirs")}, tokenizer)
+    pairs = pick_pairs(spec | {"folder": str(tmp_path)}, tokenizer)
+    theirs = order_pairs(spec, pairs)
     ours = make_steps(
         spec,
-        make_examples(spec, pick_pairs(spec | {"folder": str(tmp_path / "ours")}, tokenizer), model),
+        make_examples(spec, pairs, model),
         PolicyForward(CPU, Layout.tree),
     )
     assert len(theirs) == spec["warming_steps"] + spec["steps"] and ours.num_steps == 3
@@ -310,6 +312,24 @@ def test_peers_take_their_steps_with_our_optimiser_in_our_precision(precision: s
 
 
 @pytest.mark.slow
+def test_the_command_measures_the_group_of_the_key_that_it_is_asked_for(
+    shared: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the real model: one line of JSON, with what was left out of it."""
+    asked = ["--only", "k8_vs_k2_cost_over_flops", "--quick", "--json", "--data", shared["data"]]
+    monkeypatch.setattr(sys, "argv", ["benchmarks.training", *asked])
+    main()
+    printed, told = capsys.readouterr()
+    (line,) = printed.splitlines()
+    found = json.loads(line)
+    assert {key for key, group in GROUP_OF.items() if key in found} == {"k8_vs_k2_cost_over_flops"}
+    assert 0.5 < found["k8_vs_k2_cost_over_flops"] < 2 and 1 < found["k8_vs_k2_flops"] < 8
+    assert (found["steps"], found["batch_pairs"], found["microbatch_tokens"]) == (1, 8, 4096)
+    assert found["quick_leaves_out"]["groups"] == ["grpo", "reward_gain"] and found["quick_leaves_out"]["steps"] == 4
+    assert "group 1 of 1: groups, about 80 s" in told and told.splitlines()[-1].endswith("done")
+
+
+@pytest.mark.slow
 def test_every_throughput_group_runs_to_its_figures(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,8 +390,9 @@ def test_the_gpus_comparison_counts_what_each_side_feeds_its_model(
     assert found["sweep_ended"] in ("slower", "batch")
     assert set(found["dpo_tuned_sweep_seconds_per_pair"]) == {4, 8}
     spec = shared | {"folder": str(tmp_path / "rows")}
-    *_, step = order_pairs(spec, open_model(spec)[0])
-    once = sum(pair.samples[0].start + sum(sample.num_trained for sample in pair.samples) for pair in step)
+    *_, step = order_pairs(spec, pick_pairs(spec, open_model(spec)[0]))
+    forward = PolicyForward(CPU, Layout.tree)
+    once = forward.size([sample for pair in step for sample in pair.samples], np.repeat(np.arange(8), 2)).tokens
     twice = sum(len(sample.ids_T) for pair in step for sample in pair.samples)
     ratio = found["var_vs_dpo_tokens"] / found["var_vs_dpo_pairs"]
     assert ratio == pytest.approx(once / (twice + 2 * len(step)))  # a line break behind every answer's end is read, too

@@ -4,6 +4,7 @@ Single-token toys hide errors of shift, reduction and stop token. Here a set of 
 stop token, is all that can be said, and KL(pi* || pi_theta) is driven to its minimum.
 """
 
+import math
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -17,8 +18,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.toy_convergence import descend, draw_space, mean_gap, weigh
-from training import reference, train
+from training import generate, reference, train
 from training.config import ResponseRegime
+from training.data.rows import read_rows
 from training.job import Job
 
 TEMPLATE = (
@@ -29,6 +31,16 @@ TEMPLATE = (
 TOKENS = ["<s>", "<end>", "<pad>", "<user>", "<answer>", "who", "why", "a", "b", "c"]
 RESPONSES = [" ".join(words) for length in range(4) for words in product("abc", repeat=length)]
 LAMBDA = 0.8
+TRAIN: dict[str, Any] = {
+    "objective": "var",
+    "lambda_": LAMBDA,
+    "lambda_unit": "reward",
+    "epochs": 800,
+    "batch_prompts": 2,
+    "max_tokens": 16,
+    "learning_rate": 1e-2,
+    "warmup_fraction": 0.02,
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,17 +95,7 @@ def test_trained_policy_is_the_closed_form_optimum(
     rewards = {row["row_id"]: rng.normal(size=40) for row in made}
     reward_folder = write_rewards(tmp_path / "rewards", {row_id: r.tolist() for row_id, r in rewards.items()})
     reference_folder = score(make_job, "reference", rows, word_policy)
-    config = {
-        "objective": "var",
-        "reference_factor": "sum",
-        "lambda_": LAMBDA,
-        "lambda_unit": "reward",
-        "epochs": 800,
-        "batch_prompts": 2,
-        "max_tokens": 16,
-        "learning_rate": 1e-2,
-        "warmup_fraction": 0.02,
-    }
+    config = TRAIN | {"reference_factor": "sum"}
     inputs = {"rows": rows, "base": word_policy, "rewards": reward_folder, "reference": reference_folder}
     job = make_job("train", "train", config=config, inputs=inputs, checkpoint_every_steps=0)
     train.run(job)
@@ -107,6 +109,43 @@ def test_trained_policy_is_the_closed_form_optimum(
         assert 0.5 * (np.abs(policy - optimum).sum() + abs(outside)) < 1e-3
         start = np.exp(before[row_id])
         assert 0.5 * (np.abs(start - optimum).sum() + 1 - start.sum()) > 0.5  # it was far away
+
+
+def test_samples_of_the_reference_are_trained_to_the_optimum_of_these_samples(
+    tmp_path: Path, word_policy: Path, make_row: Any, write_rows: Any, write_rewards: Any, make_job: Callable[..., Job]
+) -> None:
+    """Up to two tokens as the policy draws them, with a stop token or cut. Of the 91 answers that there are, drawn ones weigh exp(r / lambda)
+    each time they were drawn, and the others nothing."""
+    asked = write_rows(tmp_path / "asked", [make_row(prompt, ["a", "b"]) for prompt in ("who", "why")])
+    drawing = {"split": "train", "samples_per_prompt": 64, "max_new_tokens": 2, "max_prompt_tokens": 8}
+    sampled = make_job("generate", "sampled", config=drawing, inputs={"rows": asked, "policy": word_policy})
+    generate.run(sampled)
+    rows = [row for batch in read_rows(sampled.output) for row in batch.to_pylist()]
+    answers = {row["row_id"]: [tuple(ids) for ids in row["response_ids"]] for row in rows}
+    rng = np.random.default_rng(0)
+    reward_of = {ids: rng.normal() for ids in sorted(set().union(*answers.values()))}
+    rewards = {row_id: [reward_of[ids] for ids in drawn] for row_id, drawn in answers.items()}
+    reward_folder = write_rewards(tmp_path / "rewards", rewards, rows)
+    inputs = {"rows": sampled.output, "base": word_policy, "rewards": reward_folder}
+    job = make_job(
+        "train", "train", config=TRAIN | {"reference_factor": "none"}, inputs=inputs, checkpoint_every_steps=0
+    )
+    train.run(job)
+    before = read_logps(score(make_job, "before", sampled.output, word_policy))
+    after = read_logps(score(make_job, "after", sampled.output, job.output))
+    for row_id, drawn in answers.items():
+        different = sorted(set(drawn))
+        assert 20 < len(different) < len(drawn)
+        weights = [drawn.count(ids) * math.exp(reward_of[ids] / LAMBDA) for ids in different]
+        optimum = np.array(weights) / sum(weights)
+        gaps = []
+        for logps in (before[row_id], after[row_id]):
+            probability_of = dict(zip(drawn, np.exp(logps), strict=True))
+            policy = np.array([probability_of[ids] for ids in different])
+            outside = 1 - policy.sum()  # what was not drawn
+            assert outside > -1e-5
+            gaps.append(0.5 * (np.abs(policy - optimum).sum() + abs(outside)))
+        assert gaps[1] < 1e-3 < 0.4 < gaps[0]
 
 
 def test_all_responses_come_to_the_optimum_and_samples_do_as_their_number_grows() -> None:

@@ -193,9 +193,9 @@ def pick(row: dict[str, Any], scores: Scores | None, name: str, places: list[int
     if scores is None:
         return None
     values = scores[row["row_id"]][name]
-    if len(values) != len(row["responses"]):
+    if values is None or len(values) != len(row["responses"]):
         raise ValueError(
-            f"row {row['row_id']}: {name} has {len(values)} values, the row {len(row['responses'])} responses; "
-            "expected one each; score the rows again"
+            f"row {row['row_id']}: {name} has {'no' if values is None else len(values)} values, the row "
+            f"{len(row['responses'])} responses; expected one each; score the rows again"
         )
     return np.array([values[k] for k in places], dtype=np.float64)

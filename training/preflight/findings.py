@@ -38,6 +38,7 @@ class Report:
     """All outcomes of a run's preflight."""
 
     plan: str  # digest of the steps that were looked at
+    identity: str  # digest of all that the run is bound to: config, base, data
     runtime: dict[str, Any]
     seconds_allowed: float
     microbatch_tokens: int  # what the device has room for
@@ -53,6 +54,10 @@ class Report:
     def passed(self) -> bool:
         """Whether all checks, of which that of memory is the last, were made and none failed."""
         return not self.failures and any(check.name == "memory" for check in self.checks)
+
+    def is_of(self, other: "Report") -> bool:
+        """Whether both are of the same run: what one has found holds for the other."""
+        return (self.plan, self.identity, self.runtime) == (other.plan, other.identity, other.runtime)
 
     @property
     def seconds(self) -> float:
@@ -92,7 +97,7 @@ def read_report(path: Path) -> Report | None:
         return None
     try:
         found = json.loads(path.read_text())
-        told = {name: found[name] for name in ("plan", "runtime", "seconds_allowed", "microbatch_tokens", "memory")}
+        told = {name: found[name] for name in ("plan", "identity", "runtime", "seconds_allowed", "microbatch_tokens", "memory")}  # fmt: skip
         return Report(**told, checks=[Check(**check) for check in found["checks"]])
     except (ValueError, TypeError, KeyError):
         return None

@@ -10,11 +10,10 @@ import torch
 
 from training.job import write_json
 from training.loop import find_smaller, halve_budget
-from training.memory import Footprint, estimate_footprint, measure_free, measure_peak, show_bytes
+from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
 from training.preflight.findings import FILE, Failure, Report
 from training.preflight.passes import Passes
 from training.preflight.ready import Ready
-from training.steps import Forward, Steps
 
 SEARCH_SECONDS = 1.0  # for the largest micro-batch of a long plan
 
@@ -25,8 +24,14 @@ class Trial:
 
     step: int
     members: list[int]
-    tokens: int  # padding included
-    looked_at: int  # steps
+    size: MicroBatchSize
+    needed: Footprint  # by the formula
+    looked_at: int = 0  # steps
+
+    @property
+    def tokens(self) -> int:
+        """What goes through the model, padding included."""
+        return self.size.tokens
 
     def __str__(self) -> str:
         return f"step {self.step}, the largest micro-batch of {self.looked_at} steps: {self.tokens} tokens of {len(self.members)} responses"
@@ -44,7 +49,7 @@ def memory(ready: Ready, report: Report, passes: Passes) -> str:
 def try_largest(ready: Ready, report: Report, passes: Passes) -> str | None:
     """Return what was seen of the largest micro-batch; None, with half the budget noted, where there was no room for it."""
     trial = find_largest_of_first(ready, budget=report.microbatch_tokens)
-    needed = estimate_trial(ready, trial)
+    needed = trial.needed
     free = share_of_free(ready)
     report.memory = {
         "microbatch_tokens": trial.tokens, "free_bytes": free, "estimated_bytes": needed.step, "optimiser_bytes": needed.optimiser,
@@ -123,24 +128,28 @@ def probe(ready: Ready, report: Report, passes: Passes, trial: Trial) -> int | N
 
 def find_largest_of_first(ready: Ready, *, budget: int) -> Trial:
     """Return what the first rank finds in its time, on every rank."""
-    find = partial(find_largest, ready.steps, ready.forward, budget=budget, ranks=ready.world.size)
+    find = partial(find_largest, ready, budget=budget)
     trial = find() if ready.world.is_first else None
     looked_at = int(ready.world.first(trial.looked_at if trial else 0))
     return trial or find(num_steps=looked_at)
 
 
-def find_largest(steps: Steps, forward: Forward, *, budget: int, ranks: int, num_steps: int | None = None) -> Trial:
-    """Return the largest micro-batch of some steps: of an epoch, or of as many as can be looked at in a second."""
-    best = Trial(step=0, members=[], tokens=-1, looked_at=0)
+def find_largest(ready: Ready, *, budget: int, num_steps: int | None = None) -> Trial:
+    """Return the micro-batch that takes most by the formula, of some steps: of an epoch, or of as many as can be looked at in a second."""
+    steps, best = ready.steps, None
     ends = time.monotonic() + SEARCH_SECONDS
     for step in range(num_steps or steps.steps_per_epoch):
         samples, group_R = steps.samples(step), steps.columns(step).group_R
-        for members in steps.cut(step, budget=budget, ranks=ranks):
-            tokens = forward.size([samples[index] for index in members], group_R[members]).tokens
-            if tokens > best.tokens:
-                best = Trial(step, members, tokens, looked_at=0)
+        for members in steps.cut(step, budget=budget, ranks=ready.world.size):
+            size = ready.forward.size([samples[index] for index in members], group_R[members])
+            if best and size.is_within(best.size):
+                continue
+            needed = estimate_size(ready, size)
+            if best is None or needed.step > best.needed.step:
+                best = Trial(step, members, size, needed)
         if num_steps is None and time.monotonic() > ends:
             break
+    assert best is not None, "a step has a micro-batch"
     return dataclasses.replace(best, looked_at=step + 1)
 
 
@@ -152,10 +161,8 @@ def share_of_free(ready: Ready) -> int:
     return -int(ready.world.max(-free))
 
 
-def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
+def estimate_size(ready: Ready, size: MicroBatchSize) -> Footprint:
     """Return what a micro-batch takes by the formula."""
-    samples = ready.steps.samples(trial.step)
-    group_B = ready.steps.columns(trial.step).group_R[trial.members]
     # a reward model with dropout is trained by one rank alone
     replicas = ready.runtime.replicas if ready.world.size > 1 else 1
     return estimate_footprint(
@@ -163,7 +170,7 @@ def estimate_trial(ready: Ready, trial: Trial) -> Footprint:
         precision=ready.precision,
         ranks=ready.world.size,
         replicas=replicas,
-        micro=ready.forward.size([samples[index] for index in trial.members], group_B),
+        micro=size,
         kind=ready.device.type,
         activation_checkpointing=ready.runtime.activation_checkpointing,
     )

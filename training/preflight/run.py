@@ -1,10 +1,12 @@
 """All checks of a run, in order."""
 
+import json
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+from training.data.batch import digest_plan
 from training.job import Interrupted, write_json
 from training.preflight.findings import FILE, Check, Failure, NotApplicable, Report, read_report
 from training.preflight.passes import (
@@ -33,10 +35,14 @@ def check_run(ready: Ready) -> Report:
     """
     path, world = ready.job.output / FILE, ready.world
     report = Report(
-        ready.steps.digest, ready.runtime.model_dump(mode="json"), LEAST_SECONDS, ready.runtime.microbatch_tokens
+        ready.steps.digest,
+        digest_plan([json.dumps(ready.identity, sort_keys=True)]),
+        ready.runtime.model_dump(mode="json"),
+        LEAST_SECONDS,
+        ready.runtime.microbatch_tokens,
     )
     earlier = read_report(path) if world.is_first else None
-    if earlier and (not earlier.passed or (earlier.plan, earlier.runtime) != (report.plan, report.runtime)):
+    if earlier and not (earlier.passed and earlier.is_of(report)):
         earlier = None
     if world.any(earlier is not None):
         if not ready.is_reward_model:
