@@ -34,6 +34,10 @@ from training.segments import (
 
 COMPILED_VARIANTS = 64
 # Of heads of up to 128 float32 numbers: torch's own for Hopper spills 32 KB a thread, this one nothing (as Triton compiles both for it).
+HOPPER_KERNELS = {  # with which it was fastest in a step of Llama 3.2 1B on an H200 (docs/performance.md)
+    "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4,
+    "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_stages": 2, "bwd_num_warps": 4,
+}  # fmt: skip
 WIDE_KERNEL = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 16, "fwd_num_warps": 8}
 ATTENTION = "varflow_tree"
 BLOCK = 128  # queries and keys that FlexAttention skips together: its kernels for Hopper take no smaller ones
@@ -310,13 +314,8 @@ def choose_kernel(query: Tensor, tuned: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def tune_kernels(device: torch.device) -> dict[str, Any]:
-    """Return the options with which FlexAttention was fastest in a step of Llama 3.2 1B on an H200 (docs/performance.md), for Hopper; torch's
-    own on other devices, where they may not even fit."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return {}
-    forward = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4}
-    backward = {"bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64}
-    return forward | backward | {"bwd_num_stages": 2, "bwd_num_warps": 4}
+    """Return the options of FlexAttention's kernels for Hopper; torch's own on other devices, where they may not even fit."""
+    return HOPPER_KERNELS if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else {}
 
 
 @cache

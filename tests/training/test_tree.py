@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 
 from tests.architectures import CONFIGS, SMALL, make_model
+from training import tree as tree_module
 from training.config import Layout
 from training.data.batch import collate, collate_trees, count_tokens, cut_trees
 from training.data.stems import find_stems
@@ -300,6 +301,7 @@ def test_compiled_layers_hold_the_masked_call_once_for_all_trees(
     """As on a GPU, with the gradients of segments: traced and differentiated as there, but run operation by operation, since FlexAttention
     makes no code for a CPU's gradients, nor takes it without being asked twice."""
     monkeypatch.setattr(flex_module, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(tree_module, "tune_kernels", lambda device: tree_module.HOPPER_KERNELS)  # traced with the calls
     rng = np.random.default_rng(0)
     apart, within = (make_mixed() if name == "mixed" else make_model(name) for _ in range(2))
     for model in (apart, within):
