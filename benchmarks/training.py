@@ -13,8 +13,8 @@ measured before, between and after both's steps and taken as their median; with 
 of the reference log-probabilities on both sides; over each `var_vs_dpo_default_speed_with_scoring`, `var_vs_dpo_tuned_speed_with_scoring`), `var_vs_sft_time`, `var_vs_sft_tuned_time` (VAR on both responses over TRL SFT on the chosen alone, by
 default and tuned), `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone, at its best micro-batch; what both would
 differ by at the same rate is `var_vs_plain_loop_flops`),
-`var_vs_dpo_peak_memory`, `var_vs_dpo_tuned_peak_memory` (all pairs of the step at once on both sides; default and VAR compute activations again,
-tuned and VAR keep them), `k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length` and, over what attention's share of the FLOPs lets
+`var_vs_dpo_peak_memory`, `var_vs_dpo_tuned_peak_memory` (each alone, all pairs of the step at once on both sides; default and VAR compute activations again,
+tuned and VAR keep them; two steps, the first of which has no moments yet), `k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length` and, over what attention's share of the FLOPs lets
 expect from the shortest length, `tokens_per_second_over_predicted_by_length`; and, by minutes of training each (benchmarks/rewards.py says
 how), `var_vs_grpo_time_to_reward` (a lower bound where `…_censored`) and `var_vs_dpo_reward_gain` with `…_ci`.
 
@@ -30,7 +30,7 @@ precomputed reference log-probabilities, rows of like length together within a s
 micro-batch as one sequence without padding (`padding_free`), and the best micro-batch of the sweep that is printed. The plain loop has rows of
 like length together, no recomputation and its best micro-batch.
 
-`--quick` leaves out what `quick_leaves_out` says: most of the steps that are timed, some micro-batches and lengths, and the comparisons by reward.
+`--quick` leaves out what `quick_leaves_out` says: most of the steps that are timed, some micro-batches and lengths, the comparison of memory, and those by reward.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Extent:
 # Of the micro-batches those with which TRL's was fastest in whole runs.
 QUICK = Extent(steps=1, dpo_microbatches=(1,), sft_microbatches=(2,), lengths=(256, 1024, 2048))
 # About what each group takes with --quick, on two idle cores whose matrix products do 220 GFLOP/s.
-QUICK_SECONDS = {"gemm": 60, "dpo": 427, "sft": 218, "groups": 80, "lengths": 63}
+QUICK_SECONDS = {"gemm": 60, "dpo": 320, "sft": 218, "groups": 80, "lengths": 63}
 
 
 def main() -> None:
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer steps, micro-batches and lengths, and no grpo or reward_gain: within 15 minutes on two idle cores",
+        help="fewer steps, micro-batches and lengths, and no memory, grpo or reward_gain: within 15 minutes on two idle cores",
     )
     parser.add_argument(
         "--plot", type=Path, help="SVG file to write with tokens per second by length, as measured and predicted"
@@ -144,7 +144,7 @@ def main() -> None:
             extent=extent,
         )
         chosen = [*dict.fromkeys(GROUP_OF.get(name, name) for name in options.only or ())] or [
-            name for name in GROUPS if not (options.quick and name in LONG_GROUPS)
+            name for name in GROUPS if not (options.quick and name in NOT_QUICK)
         ]
         result = run_groups(bench, chosen, expected=QUICK_SECONDS if options.quick else {})
     if options.plot and "tokens_per_second_by_length" in result:
@@ -179,7 +179,7 @@ def describe_quick() -> dict[str, Any]:
         "dpo_microbatches": sorted({*whole.dpo_microbatches} - {*QUICK.dpo_microbatches}),
         "sft_microbatches": sorted({*whole.sft_microbatches} - {*QUICK.sft_microbatches}),
         "lengths": sorted({*whole.lengths} - {*QUICK.lengths}),
-        "groups": LONG_GROUPS,
+        "groups": NOT_QUICK,
     }
 
 
@@ -266,32 +266,38 @@ def compare_with_dpo(bench: Bench) -> dict[str, Any]:
     # All three at once would take nearly all of 24 GiB.
     var, default = bench.measure_in_turn(("var", {}), ("dpo", by_default))
     beside, tuned = bench.measure_in_turn(("var", {}), ("dpo", at_best))
-    tuned_at_once = bench.measure("dpo", microbatch=BATCH_PAIRS, tuned=True, **AT_ONCE)
     scored, beside_scored, tuned_scored = (
         seconds_per_pair(found) + found["scoring_seconds"] / found["scored_pairs"] for found in (var, beside, tuned)
     )
     # TRL's default scores the reference within each step, beside the policy.
     with_scoring = {"default": seconds_per_pair(default) / scored, "tuned": tuned_scored / beside_scored}
-    at_once = bench.measure("var", one_microbatch=True, **AT_ONCE)
-    recomputing = bench.measure("var", one_microbatch=True, activation_checkpointing=True)  # as TRL's does by default
     return {
         "var_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(var),
         "var_vs_dpo_tuned_speed": seconds_per_pair(tuned) / seconds_per_pair(beside),
         "var_vs_dpo_speed_with_scoring": min(with_scoring.values()),
         **{f"var_vs_dpo_{peer}_speed_with_scoring": ratio for peer, ratio in with_scoring.items()},
-        "var_vs_dpo_peak_memory": recomputing["peak_bytes"] / default["peak_bytes"],
-        "var_vs_dpo_tuned_peak_memory": at_once["peak_bytes"] / tuned_at_once["peak_bytes"],
-        "var_recomputing_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(recomputing),
         "var_microbatches": var["microbatches"],
         "dpo_microbatch": BATCH_PAIRS,
         "dpo_tuned_microbatch": best,
         "dpo_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in sweep.items()},
         "dpo_seconds_per_pair": seconds_per_pair(default),
         "var_seconds_per_pair": seconds_per_pair(var),
-        "dpo_peak_gib": default["peak_bytes"] / 2**30,
-        "dpo_tuned_peak_gib": tuned_at_once["peak_bytes"] / 2**30,
-        "var_peak_gib": at_once["peak_bytes"] / 2**30,
-        "var_recomputing_peak_gib": recomputing["peak_bytes"] / 2**30,
+    }
+
+
+def compare_memory_with_dpo(bench: Bench) -> dict[str, Any]:
+    """VAR's peak memory against TRL's DPO, each alone, over two steps of the same pairs, all of them at once."""
+    theirs, ours = {"microbatch": BATCH_PAIRS, **AT_ONCE}, {"one_microbatch": True, **AT_ONCE}
+    default, tuned = (bench.measure("dpo", tuned=tuned, **theirs)["peak_bytes"] for tuned in (False, True))
+    recomputing = bench.measure("var", activation_checkpointing=True, **ours)["peak_bytes"]  # as TRL's does by default
+    keeping = bench.measure("var", **ours)["peak_bytes"]
+    return {
+        "var_vs_dpo_peak_memory": recomputing / default,
+        "var_vs_dpo_tuned_peak_memory": keeping / tuned,
+        "dpo_peak_gib": default / 2**30,
+        "dpo_tuned_peak_gib": tuned / 2**30,
+        "var_recomputing_peak_gib": recomputing / 2**30,
+        "var_peak_gib": keeping / 2**30,
     }
 
 
@@ -365,6 +371,7 @@ def seconds_per_pair(found: dict[str, Any]) -> float:
 GROUPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "gemm": compare_with_gemm,
     "dpo": compare_with_dpo,
+    "memory": compare_memory_with_dpo,
     "sft": compare_with_sft,
     "groups": compare_group_sizes,
     "lengths": compare_lengths,
@@ -372,6 +379,7 @@ GROUPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "reward_gain": compare_reward_gain,
 }
 LONG_GROUPS = ("grpo", "reward_gain")
+NOT_QUICK = ("memory", *LONG_GROUPS)
 GROUP_OF = {
     "gemm_share": "gemm",
     "gemm_share_compiled": "gemm",
@@ -380,8 +388,8 @@ GROUP_OF = {
     "var_vs_dpo_speed_with_scoring": "dpo",
     "var_vs_dpo_default_speed_with_scoring": "dpo",
     "var_vs_dpo_tuned_speed_with_scoring": "dpo",
-    "var_vs_dpo_peak_memory": "dpo",
-    "var_vs_dpo_tuned_peak_memory": "dpo",
+    "var_vs_dpo_peak_memory": "memory",
+    "var_vs_dpo_tuned_peak_memory": "memory",
     "var_vs_sft_time": "sft",
     "var_vs_sft_tuned_time": "sft",
     "var_vs_plain_loop_time": "sft",
