@@ -1,6 +1,8 @@
 """One real stack and one finished run of the small recipe, shared by all tests of this folder."""
 
+import subprocess
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,17 @@ def deployed(stack: Settings) -> None:
         register(stack)
         sweep = client.read_deployment_by_name("sweep/sweep")
         client.update_deployment_schedule(sweep.id, sweep.schedules[0].id, active=False)
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """Give a folder on a disk of one MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs root to mount a disk of one MiB")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

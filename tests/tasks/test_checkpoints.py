@@ -20,8 +20,9 @@ from tasks.checkpoints import StoredCheckpoints, cut_metrics, discard_checkpoint
 from tasks.child import ChildJob, StepFailed, run_child
 from tasks.step import Planned, Source
 from tasks.train import train
-from tests.faults.command import wait_until
+from tests.faults.command import count_lines, wait_until
 from tests.faults.held_store import HeldStore
+from training.checkpoint import checksum
 from training.config import Device, Runtime
 from training.data.rows import RowsWriter
 from training.data.schema import SCHEMA, digest_row
@@ -129,6 +130,46 @@ def test_a_machine_that_is_gone_costs_the_steps_after_the_last_upload(
     assert len(names) == 2, "files of the older ones are gone too"
     discard_checkpoints(store, plan)
     assert not list(store.scan(root))
+
+
+def test_training_goes_on_while_a_checkpoint_is_on_its_way(
+    plan: Planned, store: Store, s3: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store takes no byte until the child has made twenty more steps, and deleted the checkpoint for newer ones; then all of it."""
+    plan = train(CONFIG.model_copy(update={"epochs": 64}), plan.inputs, runtime=plan.runtime)
+    root, folder, landed = name_root(plan), tmp_path / "here", tmp_path / "landed"
+    monkeypatch.setattr("tasks.child.LISTEN_SECONDS", 0.01)
+    told: list[int] = []  # steps of the metrics, each time that the parent looks while the upload is held
+
+    with HeldStore(s3.s3_endpoint, held=f"PUT /{s3.s3_bucket}/checkpoints".encode(), pass_request=False) as held:
+
+        def listen() -> None:
+            if held.release.is_set():
+                return
+            stored()
+            if held.reached.is_set():
+                told.append(count_lines(folder / "output" / "metrics.jsonl"))
+                if told[-1] < told[0] + 20:
+                    return
+                assert checkpoints.find_newest(folder)[0] > stored._uploaded and not list_manifests(store, root)
+                assert stored._upload is not None and stored._upload.is_alive()
+                held.release.set()
+                (manifest,) = wait_until("the checkpoint to be up", lambda: list_manifests(store, root))
+                assert checkpoints.step_of(manifest) == stored._uploaded <= told[0]
+                landed.mkdir()
+                checkpoints.fetch(store, root, manifest, landed)
+
+        slow = open_store(s3.model_copy(update={"s3_endpoint": held.endpoint}))
+        with StoredCheckpoints(slow, plan, folder) as stored:
+            run(plan, folder, listen)
+    assert held.release.is_set() and len(set(told)) > 2, "heard of step after step"
+    assert [line["step"] for line in read_metrics(folder)] == list(range(1, 4 * NUM_STEPS + 1))
+    step, whole = checkpoints.find_newest(landed)
+    assert step == stored._uploaded and whole is not None
+    expected = json.loads((whole / "state.json").read_text())["crc32"]
+    assert {path.name: checksum(path) for path in (whole / "tensors").iterdir()} == expected
+    assert [line["step"] for line in read_metrics(landed)][:step] == list(range(1, step + 1))
+    discard_checkpoints(store, plan)
 
 
 def leave_checkpoint(folder: Path, step: int) -> Path:

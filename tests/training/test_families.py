@@ -30,12 +30,16 @@ from transformers import (
     GptOssConfig,
     GraniteConfig,
     Lfm2Config,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     MambaConfig,
     MiniCPM3Config,
     MiniMaxConfig,
+    MixtralConfig,
     MptConfig,
     NanoChatConfig,
+    Qwen3MoeConfig,
     Qwen3NextConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
@@ -50,7 +54,7 @@ from training import train
 from training.config import Layout, Precision
 from training.data.batch import collate_trees, lay_out
 from training.job import Job
-from training.logprobs import check_head, check_layout, sum_logps
+from training.logprobs import LayoutError, check_head, check_layout, sum_logps
 from training.model import load_policy
 from training.plan import read_architecture
 from training.render import Renderer
@@ -116,6 +120,26 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_others_are_those_of_stock_transformers(name: str, layout: Layout) -> None:
     assert_is_stock(lambda: make(OTHERS[name]), layout)
+
+
+EXPERTS = {  # each token goes through two of four; Mixtral's attention has a window here too
+    "mixtral": MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+    "qwen3_moe": Qwen3MoeConfig(
+        **SMALL, **HEADS, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, norm_topk_prob=True
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("name", EXPERTS)
+def test_mixtures_of_experts_are_those_of_stock_transformers(name: str, layout: Layout) -> None:
+    """Values and gradients, of experts that all take part."""
+    assert_is_stock(lambda: make(EXPERTS[name]), layout)
+    model = make(EXPERTS[name])
+    plain_logps(model, SAMPLES).sum().backward()
+    experts = [parameter.grad for key, parameter in model.named_parameters() if ".experts." in key]
+    assert len(experts) == 2 * 2  # of two layers, the way in and the way out
+    assert all(gradient_EOI.abs().amax(dim=(1, 2)).min() > 0 for gradient_EOI in experts)
 
 
 CAPPED = {
@@ -190,6 +214,38 @@ def test_what_cannot_share_a_prompt_is_refused_by_name_and_runs_as_separate_rows
     assert_is_stock(lambda: make(ROWS_ALONE[name]), Layout.rows)
 
 
+class Llama4(Llama4ForCausalLM):
+    """The one family whose layers attend in chunks, with its trunk by the name that it has there."""
+
+    base_model_prefix = "model"
+
+
+def make_chunked(chunk: int) -> Any:
+    """Return a model of a layer that sees no token before its own chunk, and one that sees all."""
+    config = Llama4TextConfig(
+        **SMALL, **HEADS, intermediate_size_mlp=24, num_local_experts=2, num_experts_per_tok=1, no_rope_layers=[1, 0],
+        attention_chunk_size=chunk, pad_token_id=0,
+    )  # fmt: skip
+    assert config.layer_types == ["chunked_attention", "full_attention"]
+    torch.manual_seed(0)
+    return Llama4._from_config(config).eval()
+
+
+def test_chunks_of_attention_that_end_within_a_row_are_refused_by_name() -> None:
+    """Trees know none, so rows may be no longer than a chunk there."""
+    for chunk in (8, 24):  # beyond the longest row's 25 tokens that are read, but for the last one
+        with pytest.raises(LayoutError, match=r"model type llama4_text, layout tree.*set runtime\.layout to rows"):
+            check_layout(make_chunked(chunk), GROUPS, layout=Layout.tree, device=CPU)
+        assert_is_stock(lambda chunk=chunk: make_chunked(chunk), Layout.rows)
+    for layout in Layout:
+        assert_is_stock(lambda: make_chunked(25), layout)
+
+
+def test_a_model_that_hides_its_trunk_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"model type llama4_text: .*not supported"):
+        check_head(make(make_chunked(8).config))
+
+
 @pytest.mark.parametrize("name", ["mamba", "lfm2", "minimax", "qwen3_next"])
 def test_a_state_along_the_sequence_is_named_as_the_reason(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name}: its layers \(.*\) join tokens by more than attention"):
@@ -219,6 +275,7 @@ def test_trees_for_a_model_that_was_not_made_ready_are_an_error() -> None:
     ("name", "config", "layout", "lora"),
     [
         *((name, CONFIGS[name], Layout.tree, 0) for name in ("qwen2", "qwen3", "mistral", "gemma2", "gemma3")),
+        ("mixtral", EXPERTS["mixtral"], Layout.tree, 0),
         ("gemma2", CONFIGS["gemma2"], Layout.tree, 2),
         ("bloom", ROWS_ALONE["bloom"], Layout.rows, 0),
         ("mamba", ROWS_ALONE["mamba"], Layout.rows, 0),

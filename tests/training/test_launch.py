@@ -24,7 +24,7 @@ from tests.hosts import Host
 from tests.training.test_sharding import assert_tokens
 from training import train
 from training.config import Runtime
-from training.job import EXIT_INTERRUPTED, Job
+from training.job import EXIT_INTERRUPTED, EXIT_USER_ERROR, Job
 from training.launch import (
     ANSWER_SECONDS,
     SHUTDOWN_SECONDS,
@@ -135,6 +135,11 @@ def impatient(tmp_path: Path) -> Callable[..., dict[str, str]]:
     return write
 
 
+def set_config(job_file: Path, **changes: Any) -> None:
+    raw = json.loads(job_file.read_text())
+    job_file.write_text(json.dumps(raw | {"config": raw["config"] | changes}))
+
+
 def saved_step(job_file: Path, *, files: int = 2) -> int:
     (newest,) = (job_file.parent / "work" / "checkpoints").glob("step-*[0-9]")
     assert len(list((newest / "tensors").iterdir())) == files
@@ -231,6 +236,82 @@ def test_ranks_of_which_one_has_no_room_begin_again_from_the_checkpoint_with_sma
     assert with_budget(job).runtime == job.runtime | {"microbatch_tokens": 32}
     other = replace(job, runtime=job.runtime | {"microbatch_tokens": 48})
     assert with_budget(other) == other
+
+
+def test_ranks_that_torchrun_starts_train_the_model_of_the_jobs_own(write_job: Callable[..., Path]) -> None:
+    """`torchrun --nproc-per-node 2 -m training JOB.json`: to the same bits, after twelve steps."""
+    own, others = write_job("own", ranks=2), write_job("torchrun", ranks=2)
+    for job_file in (own, others):
+        set_config(job_file, epochs=4)
+    started = Started(own)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, "-m", "training", str(others)],
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert started.agent.wait(timeout=120) == 0, started.log.read_text()
+    weights, steps = [], []
+    for job_file in (own, others):
+        output = job_file.parent / "output"
+        weights.append((output / "model.safetensors").read_bytes())
+        steps.append([json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()])
+    assert weights[0] == weights[1]
+    assert steps == [list(range(1, 13))] * 2
+
+
+# Rank 1 takes seconds to say what it has failed of.
+SLOW_TO_SAY = """
+import os
+if os.environ.get("RANK") == "1":
+    import time, traceback
+    print_exc = traceback.print_exc
+    def print_late():
+        time.sleep(3)
+        print_exc()
+    traceback.print_exc = print_late
+"""
+
+
+@pytest.mark.slow
+def test_a_resume_that_is_refused_says_why_whichever_rank_has_found_it(
+    tmp_path: Path, write_job: Callable[..., Path]
+) -> None:
+    """Another learning rate, which the first rank alone compares; then a byte of a file at which the second alone looks."""
+    job_file = write_job("ranks", ranks=2)
+    stopped = Started(job_file)
+    stopped.run_to(3)
+    stopped.agent.send_signal(signal.SIGTERM)
+    assert stopped.end() == EXIT_INTERRUPTED
+    step = saved_step(job_file)
+    checkpoint = job_file.parent / "work" / "checkpoints" / f"step-{step:08d}"
+
+    def refuse(environment: Mapping[str, str] = {}) -> str:
+        started = Started(job_file, environment=environment)
+        assert started.agent.wait(timeout=60) == EXIT_USER_ERROR, started.log.read_text()
+        assert not [p for p in psutil.process_iter(["cmdline"]) if str(job_file) in (p.info["cmdline"] or [])]
+        assert saved_step(job_file) == step
+        error = started.error()
+        assert error["type"] == "ValueError"
+        return error["message"]
+
+    set_config(job_file, learning_rate=1e-3)
+    assert refuse() == (
+        f"checkpoint {checkpoint}: it belongs to another run (config.learning_rate: got 0.0003, expected 0.001); give this run "
+        "another work directory, or delete the checkpoint to start over"
+    )
+
+    set_config(job_file, **CONFIG)
+    _, shard = sorted((checkpoint / "tensors").iterdir())
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert refuse(run_first(tmp_path / "start", SLOW_TO_SAY)) == (
+        f"checkpoint {checkpoint}: damaged (what is in {shard.name} is not what was written); delete it to start over"
+    )
 
 
 # The disk of rank 1 takes ten minutes for a save.
