@@ -41,6 +41,15 @@ def import_late(name: str, target: str) -> Callable[[Job], None]:
     return run
 
 
+def find_rank(job: Job) -> int:
+    """Return which of a machine's ranks this process is, where torchrun has started it as one of several; else 0."""
+    if job.name not in RANKED or {job.runtime.get("ranks", 1), job.runtime.get("nodes", 1)} == {1}:
+        return 0
+    from torch.distributed import get_node_local_rank
+
+    return int(get_node_local_rank(fallback_rank=0))
+
+
 def is_rank() -> bool:
     """Say whether torch's launcher has started this process."""
     from torch.distributed import is_torchelastic_launched
@@ -54,4 +63,4 @@ if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:
         sys.stderr.write("usage: python -m training JOB.json [LIFELINE_FD]\n")
         sys.exit(EXIT_USER_ERROR)
-    sys.exit(main(JOBS, sys.argv[1:]))
+    sys.exit(main(JOBS, sys.argv[1:], find_rank=find_rank))

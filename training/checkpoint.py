@@ -208,12 +208,11 @@ def restore_checkpoint(
         if (sizes := shard_sizes(newest)) != state["shards"]:
             raise OSError(f"files of tensors are {sizes}, expected {state['shards']}")
         # Each rank looks at its share of the files, of which it may then read any part.
-        names = sorted(state["crc32"])[world.rank :: world.size]
-        changed = [name for name in names if checksum(newest / "tensors" / name) != state["crc32"][name]]
-        if world.any(bool(changed)):
-            raise OSError(
-                f"what is in {', '.join(changed) or 'a file that another rank looked at'} is not what was written"
-            )
+        names = sorted(state["crc32"])
+        mine = names[world.rank :: world.size]
+        own = {name for name in mine if checksum(newest / "tensors" / name) != state["crc32"][name]}
+        if changed := world.union(names, own):
+            raise OSError(f"what is in {', '.join(changed)} is not what was written")
         rng = load_file(newest / "rng.safetensors")
         if world.is_first:  # which alone may know what belongs to all
             check_identity(newest, state["identity"], identity)

@@ -6,7 +6,7 @@ they find is added up, never averaged.
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,6 +58,11 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.numbers)
         return [float(value) for value in total.tolist()]
+
+    def union(self, names: Sequence[str], own: Collection[str]) -> list[str]:
+        """Return which of some names any rank has among its own; every rank gives the same names and gets the same."""
+        counts = self.sum([float(name in own) for name in names])
+        return [name for name, count in zip(names, counts, strict=True) if count]
 
     def any(self, flag: bool) -> bool:
         """Say whether the flag is set on any rank; every rank gets the same answer."""

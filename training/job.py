@@ -196,11 +196,15 @@ def describe_exit(status: int) -> str:
     return f"its process ended with status {status}"
 
 
-def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
-    """Run the job named in the job file `argv[0]`; `argv[1]`, if given, is the lifeline's file descriptor."""
+def main(
+    jobs: Mapping[str, Callable[[Job], None]], argv: list[str], *, find_rank: Callable[[Job], int] = lambda job: 0
+) -> int:
+    """Run the job named in the job file `argv[0]`; `argv[1]`, if given, is the lifeline's file descriptor. `find_rank` says which of the
+    processes of a machine this one is, where others have been started for the same job."""
     job = Job.read(Path(argv[0]))
+    rank = find_rank(job)
     try:
-        lock = lock_work(job)  # held as long as it is open
+        lock = lock_work(job, rank=rank)  # held as long as it is open
     except OSError as refusal:
         if refusal.errno in NO_ROOM:
             return EXIT_CANNOT_WRITE
@@ -212,17 +216,19 @@ def main(jobs: Mapping[str, Callable[[Job], None]], argv: list[str]) -> int:
         return EXIT_USER_ERROR
     heed_signals(job.stop)
     orphaned = watch_parent(int(argv[1]), job.stop) if len(argv) > 1 else threading.Event()
-    (job.work / "error.json").unlink(missing_ok=True)
+    if rank == 0:
+        (job.work / "error.json").unlink(missing_ok=True)
     status = run_job(jobs, job)
     if orphaned.is_set():
         end_group()
     return status
 
 
-def lock_work(job: Job) -> IO[str] | None:
+def lock_work(job: Job, *, rank: int) -> IO[str] | None:
     """Return the locked file of a job's work folder, to be kept open; None where another process has it. Machines that train together, and
-    may see one folder, have one each."""
-    lock = (job.work / f"job-{job.runtime.get('node_rank', 0)}.lock").open("a")
+    may see one folder, have one each, and so have the ranks of a machine that are started one by one."""
+    name = f"job-{job.runtime.get('node_rank', 0)}" + (f"-{rank}" if rank else "")
+    lock = (job.work / f"{name}.lock").open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

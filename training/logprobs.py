@@ -107,6 +107,10 @@ def check_head(model: Any, ids_T: np.ndarray = SOME_IDS) -> None:
     policy = as_policy(model)
     kind = policy.model.config.model_type
     head = policy.model.get_output_embeddings()
+    if policy.model.base_model is policy.model:
+        raise ValueError(
+            f"model type {kind}: its hidden states cannot be had apart from its logits (no attribute {policy.model.base_model_prefix!r}); not supported"
+        )
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"model type {kind}: output head is {type(head).__name__}; expected a linear layer; not supported"

@@ -182,10 +182,10 @@ def find_nonfinite(model: nn.Module) -> set[str]:
 def require_finite_weights(model: nn.Module, *, given: set[str], world: World) -> None:
     """Raise ValueError where training has left numbers that are none: no loss has looked at what the last steps did. Some rows of an embedding
     that nobody reads may have been so before."""
-    broken = sorted(find_nonfinite(model) - given)
-    if world.any(bool(broken)):
+    names = sorted(name for name, _ in model.named_parameters())
+    if broken := world.union(names, find_nonfinite(model) - given):
         raise ValueError(
-            f"after the last step {len(broken)} tensors hold NaN or infinite numbers (first: {', '.join(broken[:3]) or 'on another rank'}), which "
+            f"after the last step {len(broken)} tensors hold NaN or infinite numbers (first: {', '.join(broken[:3])}), which "
             "they did not before; expected finite ones; lower the learning rate or the weight decay; nothing is exported"
         )
 

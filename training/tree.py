@@ -42,7 +42,7 @@ WIDE_KERNEL = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 16, "fwd_num_warps": 8}
 ATTENTION = "varflow_tree"
 BLOCK = 128  # queries and keys that FlexAttention skips together: its kernels for Hopper take no smaller ones
 # Kinds of layers in which attention alone takes anything from token to token, and by no more than positions and a window.
-LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(eq=False)  # not frozen: torch 2.11 compiles layers anew for what a frozen one holds
@@ -199,7 +199,7 @@ def enable_trees(model: Any) -> None:
     others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS)
     if others or model._is_stateful:
         raise ValueError(
-            f"model type {kind}: its layers ({', '.join(others) or 'with a state'}) join tokens by more than attention, so a response would "
+            f"model type {kind}: its layers ({', '.join(others) or 'with a state'}) join tokens by more than attention to all before or to a window, so a response would "
             "see its siblings and prompts cannot be shared; set runtime.layout to rows"
         )
     AttentionInterface.register(ATTENTION, attend)

@@ -54,7 +54,7 @@ from training import train
 from training.config import Layout, Precision
 from training.data.batch import collate_trees, lay_out
 from training.job import Job
-from training.logprobs import LayoutError, check_head, check_layout, sum_logps
+from training.logprobs import check_head, check_layout, sum_logps
 from training.model import load_policy
 from training.plan import read_architecture
 from training.render import Renderer
@@ -231,14 +231,14 @@ def make_chunked(chunk: int) -> Any:
     return Llama4._from_config(config).eval()
 
 
-def test_chunks_of_attention_that_end_within_a_row_are_refused_by_name() -> None:
-    """Trees know none, so rows may be no longer than a chunk there."""
-    for chunk in (8, 24):  # beyond the longest row's 25 tokens that are read, but for the last one
-        with pytest.raises(LayoutError, match=r"model type llama4_text, layout tree.*set runtime\.layout to rows"):
+def test_chunks_of_attention_are_refused_by_name_and_run_as_separate_rows() -> None:
+    """Trees know none, and layers without positions scale queries by their place in the sequence."""
+    for chunk in (8, 25):  # of the longest row's 25 tokens that are read
+        with pytest.raises(
+            ValueError, match=r"llama4_text: its layers \(chunked_attention\) .*set runtime\.layout to rows"
+        ):
             check_layout(make_chunked(chunk), GROUPS, layout=Layout.tree, device=CPU)
         assert_is_stock(lambda chunk=chunk: make_chunked(chunk), Layout.rows)
-    for layout in Layout:
-        assert_is_stock(lambda: make_chunked(25), layout)
 
 
 def test_a_model_that_hides_its_trunk_is_refused_by_name() -> None:
