@@ -224,7 +224,7 @@ def main(
     return status
 
 
-def lock_work(job: Job, *, rank: int) -> IO[str] | None:
+def lock_work(job: Job, *, rank: int = 0) -> IO[str] | None:
     """Return the locked file of a job's work folder, to be kept open; None where another process has it. Machines that train together, and
     may see one folder, have one each, and so have the ranks of a machine that are started one by one."""
     name = f"job-{job.runtime.get('node_rank', 0)}" + (f"-{rank}" if rank else "")
