@@ -4,8 +4,9 @@ A job's module is imported when it is asked for, so that `ingest` starts without
 """
 
 import importlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from training.config import Runtime
 from training.job import EXIT_USER_ERROR, Job, main
@@ -41,13 +42,16 @@ def import_late(name: str, target: str) -> Callable[[Job], None]:
     return run
 
 
-def find_rank(job: Job) -> int:
-    """Return which of a machine's ranks this process is, where torchrun has started it as one of several; else 0."""
-    if job.name not in RANKED or {job.runtime.get("ranks", 1), job.runtime.get("nodes", 1)} == {1}:
-        return 0
-    from torch.distributed import get_node_local_rank
+def find_ranks(job: Job) -> Sequence[int]:
+    """Return which of a machine's ranks this process is, where torchrun has started it, or else will start."""
+    ranks = job.runtime.get("ranks", 1)
+    if job.name not in RANKED or (ranks, job.runtime.get("nodes", 1)) == (1, 1):
+        return [0]
+    if is_rank():
+        from torch.distributed import get_node_local_rank
 
-    return int(get_node_local_rank(fallback_rank=0))
+        return [get_node_local_rank()]
+    return range(ranks) if isinstance(ranks, int) else [0]
 
 
 def is_rank() -> bool:
@@ -63,4 +67,10 @@ if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:
         sys.stderr.write("usage: python -m training JOB.json [LIFELINE_FD]\n")
         sys.exit(EXIT_USER_ERROR)
-    sys.exit(main(JOBS, sys.argv[1:], find_rank=find_rank))
+    status = main(JOBS, sys.argv[1:], find_ranks=find_ranks)
+    if (
+        status and "torch.distributed" in sys.modules and is_rank()
+    ):  # else it would wait on its way out for ranks that are gone
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

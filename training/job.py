@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,26 +197,29 @@ def describe_exit(status: int) -> str:
 
 
 def main(
-    jobs: Mapping[str, Callable[[Job], None]], argv: list[str], *, find_rank: Callable[[Job], int] = lambda job: 0
+    jobs: Mapping[str, Callable[[Job], None]],
+    argv: list[str],
+    *,
+    find_ranks: Callable[[Job], Sequence[int]] = lambda job: [0],
 ) -> int:
-    """Run the job named in the job file `argv[0]`; `argv[1]`, if given, is the lifeline's file descriptor. `find_rank` says which of the
-    processes of a machine this one is, where others have been started for the same job."""
+    """Run the job named in the job file `argv[0]`; `argv[1]`, if given, is the lifeline's file descriptor. `find_ranks` says which of a
+    machine's ranks this process is, or starts."""
     job = Job.read(Path(argv[0]))
-    rank = find_rank(job)
+    heed_signals(job.stop)
+    orphaned = watch_parent(int(argv[1]), job.stop) if len(argv) > 1 else threading.Event()
+    ranks = find_ranks(job)
     try:
-        lock = lock_work(job, rank=rank)  # held as long as it is open
+        locks = lock_work(job, ranks)  # held as long as they are open
     except OSError as refusal:
         if refusal.errno in NO_ROOM:
             return EXIT_CANNOT_WRITE
         raise
-    if lock is None:
+    if not locks:
         sys.stderr.write(
             f"{job.name}: another process is at work in {job.work}, got its lock; expected none; wait for its end, or stop it\n"
         )
         return EXIT_USER_ERROR
-    heed_signals(job.stop)
-    orphaned = watch_parent(int(argv[1]), job.stop) if len(argv) > 1 else threading.Event()
-    if rank == 0:
+    if 0 in ranks:
         (job.work / "error.json").unlink(missing_ok=True)
     status = run_job(jobs, job)
     if orphaned.is_set():
@@ -224,17 +227,19 @@ def main(
     return status
 
 
-def lock_work(job: Job, *, rank: int = 0) -> IO[str] | None:
-    """Return the locked file of a job's work folder, to be kept open; None where another process has it. Machines that train together, and
-    may see one folder, have one each, and so have the ranks of a machine that are started one by one."""
-    name = f"job-{job.runtime.get('node_rank', 0)}" + (f"-{rank}" if rank else "")
-    lock = (job.work / f"{name}.lock").open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
+def lock_work(job: Job, ranks: Sequence[int] = (0,)) -> list[IO[str]]:
+    """Return the locked files of a job's work folder, to be kept open, one for each rank; none where another process has one of them.
+    Machines that train together, and may see one folder, have their own."""
+    machine, locks = job.runtime.get("node_rank", 0), list[IO[str]]()
+    for rank in ranks:
+        locks.append((job.work / f"job-{machine}{f'-{rank}' if rank else ''}.lock").open("a"))
+        try:
+            fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            for lock in locks:
+                lock.close()
+            return []
+    return locks
 
 
 def run_job(jobs: Mapping[str, Callable[[Job], None]], job: Job) -> int:

@@ -1,7 +1,7 @@
 """Summed log-probabilities of responses, with logits only where a trained token is predicted.
 
-Hidden states are gathered before the output head, and the head runs over chunks of positions, forward and backward, so that no more than
-CHUNK_ELEMENTS of [positions, vocabulary] are there at once; the last chunk's are kept from the one to the other.
+Hidden states are gathered before the output head, and the head runs over chunks of positions, forward and backward, so that
+[positions, vocabulary] is there for positions of CHUNK_ELEMENTS logits at once; the last chunk's are kept from the one to the other.
 """
 
 import math

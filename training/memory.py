@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -58,10 +58,6 @@ class MicroBatchSize:
     tokens: int  # through the model
     positions: int  # that predict a trained token
     scores: int = 0  # of a head's attention that are kept, as where some are dropped: no fused kernel does so on a CPU
-
-    def is_within(self, other: "MicroBatchSize") -> bool:
-        """Whether another takes as much, or more, in every respect."""
-        return self.tokens <= other.tokens and self.positions <= other.positions and self.scores <= other.scores
 
 
 @dataclass(frozen=True)
@@ -131,19 +127,19 @@ def estimate_footprint(
         + 2 * width * count(of_layer)
         + (width + FLOAT32) * count(p for p in of_layer if p.requires_grad)
     )
-    chunk = min(CHUNK_ELEMENTS[kind], micro.positions * model.config.vocab_size)
+    kept = estimate_kept(
+        model.config, precision=precision, micro=micro, kind=kind, activation_checkpointing=activation_checkpointing
+    )
     head_gradient = (FLOAT32 if wide else FLOAT32 + BFLOAT16) * head * learns
     head_cast = 0 if wide or ranks == 1 else BFLOAT16 * head
-    entry = FLOAT32 * model.config.hidden_size * micro.tokens
-    layer, depth = estimate_layer(model.config, precision=precision, micro=micro), model.config.num_hidden_layers
     return Footprint(
         weights=FLOAT32 * count_slices(parameters, shards),
         copies=copies,
         gradients=FLOAT32 * count_slices(trained, shards),
         optimiser=2 * FLOAT32 * count_slices(trained, shards),
         gathered=gathered if ranks > 1 else 0,
-        activations=(depth * entry + layer if activation_checkpointing else depth * layer) + 3 * entry,
-        logits=3 * FLOAT32 * chunk + head_gradient + head_cast,
+        activations=kept.activations,
+        logits=kept.logits + head_gradient + head_cast,
     )
 
 
@@ -163,6 +159,23 @@ def count_slices(parameters: Iterable[Tensor], ranks: int) -> int:
 def count_trained(model: Any) -> int:
     """Return how many of a model's parameters training changes."""
     return count(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+class Kept(NamedTuple):
+    """Bytes of a micro-batch: what is kept of it for its backward pass, and of a chunk of its positions the logits."""
+
+    activations: int
+    logits: int
+
+
+def estimate_kept(
+    config: Any, *, precision: Precision, micro: MicroBatchSize, kind: str, activation_checkpointing: bool
+) -> Kept:
+    """Return what of a model's memory depends on its micro-batch, by the formulas of `estimate_footprint`."""
+    entry = FLOAT32 * config.hidden_size * micro.tokens
+    layer, depth = estimate_layer(config, precision=precision, micro=micro), config.num_hidden_layers
+    activations = (depth * entry + layer if activation_checkpointing else depth * layer) + 3 * entry
+    return Kept(activations, 3 * FLOAT32 * min(CHUNK_ELEMENTS[kind], micro.positions * config.vocab_size))
 
 
 def estimate_layer(config: Any, *, precision: Precision, micro: MicroBatchSize) -> int:

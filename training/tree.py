@@ -33,11 +33,11 @@ from training.segments import (
 # T tokens of the flat sequence; S segments; q, k tokens of a segment; Q, K blocks of tokens; heads N of size D
 
 COMPILED_VARIANTS = 64
-# Of heads of up to 128 float32 numbers: torch's own for Hopper spills 32 KB a thread, this one nothing (as Triton compiles both for it).
 HOPPER_KERNELS = {  # with which it was fastest in a step of Llama 3.2 1B on an H200 (docs/performance.md)
     "fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_stages": 3, "fwd_num_warps": 4,
     "bwd_BLOCK_M1": 64, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 64, "bwd_num_stages": 2, "bwd_num_warps": 4,
 }  # fmt: skip
+# Of heads of up to 128 float32 numbers: torch's own for Hopper spills 32 KB a thread, this one nothing (as Triton compiles both for it).
 WIDE_KERNEL = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 16, "fwd_num_warps": 8}
 ATTENTION = "varflow_tree"
 BLOCK = 128  # queries and keys that FlexAttention skips together: its kernels for Hopper take no smaller ones
@@ -199,8 +199,8 @@ def enable_trees(model: Any) -> None:
     others = sorted(set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - LAYERS)
     if others or model._is_stateful:
         raise ValueError(
-            f"model type {kind}: its layers ({', '.join(others) or 'with a state'}) join tokens by more than attention to all before or to a window, so a response would "
-            "see its siblings and prompts cannot be shared; set runtime.layout to rows"
+            f"model type {kind}: its layers ({', '.join(others) or 'with a state'}) join tokens by more than attention to all before or to a window, which no tree computes, "
+            "so prompts cannot be shared; set runtime.layout to rows"
         )
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # of plain calls, whose windows are in the mask alone

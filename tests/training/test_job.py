@@ -133,8 +133,7 @@ def test_the_summary_is_on_disk_after_all_that_it_speaks_of(tmp_path: Path, monk
 
 def test_of_two_at_once_the_second_is_refused_and_touches_nothing(tmp_path: Path) -> None:
     job_file = write_job(tmp_path, "ingest", config={"responses": "support"}, inputs={"source": "/absent"})
-    held = lock_work(Job.read(job_file))
-    assert held is not None
+    (held,) = lock_work(Job.read(job_file))
     (tmp_path / "w" / "error.json").write_text("of the first")
     done = run_training(job_file)
     assert done.returncode == 2 and f"another process is at work in {tmp_path / 'w'}" in done.stderr

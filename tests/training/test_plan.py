@@ -266,8 +266,11 @@ def test_memory_that_is_kept_does_not_come_again_page_by_page() -> None:
 def test_weights_gradients_and_moments_are_what_a_real_step_holds(
     tiny_policy: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any, tmp_path: Path
 ) -> None:
-    """And parameters, steps, tokens and operations are those of the real run."""
-    rows = [make_row(f"Question {i}?", [f"Answer {'very ' * (i % 4)}long", "No"]) for i in range(9)]
+    """And parameters, steps, tokens and operations are those of the real run, which reads an answer that was cut without a stop token."""
+    rows = [
+        make_row(f"Question {i}?", [f"Answer {'very ' * (i % 4)}long", "No"], truncated=[i == 5, False])
+        for i in range(9)
+    ]
     folder = write_rows(tmp_path / "rows", rows)
     config = {"objective": "sft", "responses": "all", "batch_prompts": 4, "max_tokens": 128, "epochs": 2}
     job = make_job("train", "a", config=config, inputs={"rows": folder, "base": tiny_policy})

@@ -339,7 +339,7 @@ def test_every_throughput_group_runs_to_its_figures(
     found = run_groups(bench, names, expected={})
     told = capsys.readouterr().err
     turns = re.findall(r"\] (\w+).*: step (\d) of 3\n", told)
-    assert turns == [(kind, n) for kinds in (("var", "dpo"), ("var", "dpo"), ("var", "sft", "sft"), ("var", "plain")) for n in "123" for kind in kinds]  # fmt: skip
+    assert turns == [(kind, n) for kinds in (("var", "dpo"), ("var", "dpo", "dpo"), ("var", "sft", "sft"), ("var", "plain")) for n in "123" for kind in kinds]  # fmt: skip
     ratios = (
         "gemm_share", "gemm_share_compiled", "var_vs_dpo_speed", "var_vs_dpo_tuned_speed", "var_vs_dpo_speed_with_scoring", "var_vs_sft_time",
         "var_vs_dpo_default_speed_with_scoring", "var_vs_dpo_tuned_speed_with_scoring",
@@ -354,7 +354,10 @@ def test_every_throughput_group_runs_to_its_figures(
     assert 1 < found["var_vs_plain_loop_flops"] < 2.5  # two responses instead of one, the prompt once on both sides
     for name in ("dpo_tuned", "sft_tuned", "plain_loop"):
         seconds = {int(size): value for size, value in found[f"{name}_sweep_seconds_per_pair"].items()}
-        assert set(seconds) == {4, 8} and seconds[found[f"{name}_microbatch"]] == min(seconds.values())
+        assert set(seconds) == {4, 8}
+        if name == "dpo_tuned":  # what was measured beside ours decides
+            seconds = {int(size): value for size, value in found["dpo_tuned_seconds_per_pair"].items()}
+        assert seconds[found[f"{name}_microbatch"]] == min(seconds.values())
     rate, predicted = found["tokens_per_second_by_length"], found["tokens_per_second_predicted_by_length"]
     assert predicted[128] == rate[128] and predicted[512] < rate[128]
     assert found["attention_flop_share_by_length"][512] > found["attention_flop_share_by_length"][128] > 0
@@ -365,8 +368,8 @@ def test_every_throughput_group_runs_to_its_figures(
     kept = [json.loads(path.read_text()) for path in bench.scratch.glob("*/found.json")]
     peers = [(json.loads(one["key"]), one["found"]) for one in kept if json.loads(one["key"])["kind"] in ("dpo", "sft")]
     assert (
-        len(peers) == 10
-    )  # of each kind two of a sweep, and by default and at its best beside ours; DPO's memory, either way
+        len(peers) == 11
+    )  # of each kind two of a sweep, by default, and at its best (DPO two); DPO's memory, either way
     for spec, measured in peers:
         assert measured["recomputes"] is not spec["tuned"]
         assert measured["padded_tokens"] >= measured["tokens"] and (measured["tokens"] > 0) is (spec["steps"] > 0)
@@ -376,8 +379,8 @@ def test_every_throughput_group_runs_to_its_figures(
         timed = [(spec, measured) for spec, measured in peers if spec["kind"] == kind and spec["steps"]]
         assert len({measured["tokens"] for _, measured in timed}) == 1
         for warming in (1, 2):
-            one, other = (measured["loss"] for spec, measured in timed if spec["warming_steps"] == warming)
-            assert one == pytest.approx(other, rel=1e-4)
+            one, *others = (measured["loss"] for spec, measured in timed if spec["warming_steps"] == warming)
+            assert others == pytest.approx([one] * len(others), rel=1e-4) and others
 
     plot_lengths(found, tmp_path / "lengths.svg")
     assert "tokens a pair" in (tmp_path / "lengths.svg").read_text()

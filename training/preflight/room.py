@@ -1,6 +1,5 @@
 """The check that the largest micro-batch fits in the device's memory."""
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,15 @@ import torch
 
 from training.job import write_json
 from training.loop import find_smaller, halve_budget
-from training.memory import Footprint, MicroBatchSize, estimate_footprint, measure_free, measure_peak, show_bytes
+from training.memory import (
+    Footprint,
+    MicroBatchSize,
+    estimate_footprint,
+    estimate_kept,
+    measure_free,
+    measure_peak,
+    show_bytes,
+)
 from training.preflight.findings import FILE, Failure, Report
 from training.preflight.passes import Passes
 from training.preflight.ready import Ready
@@ -26,7 +33,7 @@ class Trial:
     members: list[int]
     size: MicroBatchSize
     needed: Footprint  # by the formula
-    looked_at: int = 0  # steps
+    looked_at: int  # steps
 
     @property
     def tokens(self) -> int:
@@ -136,21 +143,26 @@ def find_largest_of_first(ready: Ready, *, budget: int) -> Trial:
 
 def find_largest(ready: Ready, *, budget: int, num_steps: int | None = None) -> Trial:
     """Return the micro-batch that takes most by the formula, of some steps: of an epoch, or of as many as can be looked at in a second."""
-    steps, best = ready.steps, None
+    steps, most = ready.steps, -1
     ends = time.monotonic() + SEARCH_SECONDS
     for step in range(num_steps or steps.steps_per_epoch):
         samples, group_R = steps.samples(step), steps.columns(step).group_R
         for members in steps.cut(step, budget=budget, ranks=ready.world.size):
             size = ready.forward.size([samples[index] for index in members], group_R[members])
-            if best and size.is_within(best.size):
-                continue
-            needed = estimate_size(ready, size)
-            if best is None or needed.step > best.needed.step:
-                best = Trial(step, members, size, needed)
+            needed = sum(
+                estimate_kept(
+                    ready.model.config,
+                    precision=ready.precision,
+                    micro=size,
+                    kind=ready.device.type,
+                    activation_checkpointing=ready.runtime.activation_checkpointing,
+                )
+            )
+            if needed > most:
+                most, found = needed, (step, members, size)
         if num_steps is None and time.monotonic() > ends:
             break
-    assert best is not None, "a step has a micro-batch"
-    return dataclasses.replace(best, looked_at=step + 1)
+    return Trial(*found, estimate_size(ready, found[-1]), looked_at=step + 1)
 
 
 def share_of_free(ready: Ready) -> int:
