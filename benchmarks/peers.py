@@ -19,7 +19,7 @@ from benchmarks.training import LONGEST_PAIR
 from training.data.rows import read_rows
 
 GRPO_MICROBATCH = 16  # responses
-DPO_MICROBATCH = 2  # pairs: the best of those that `--only dpo` sweeps
+DPO_MICROBATCH = 2  # pairs of at most 192 tokens, where `--only dpo` has up to 512 and TRL is fastest with 1; not swept
 NO_END = 100_000  # steps: the callback stops
 GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}  # by the column `length`
 
