@@ -51,7 +51,7 @@ def find_ranks(job: Job) -> Sequence[int]:
         from torch.distributed import get_node_local_rank
 
         return [get_node_local_rank()]
-    return range(ranks) if isinstance(ranks, int) else [0]
+    return range(max(1, ranks)) if isinstance(ranks, int) else [0]  # none, or fewer, the job refuses
 
 
 def is_rank() -> bool:
@@ -68,9 +68,8 @@ if __name__ == "__main__":
         sys.stderr.write("usage: python -m training JOB.json [LIFELINE_FD]\n")
         sys.exit(EXIT_USER_ERROR)
     status = main(JOBS, sys.argv[1:], find_ranks=find_ranks)
-    if (
-        status and "torch.distributed" in sys.modules and is_rank()
-    ):  # else it would wait on its way out for ranks that are gone
+    # On its way out a rank would wait for others that are gone.
+    if status and "torch.distributed" in sys.modules and is_rank():
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

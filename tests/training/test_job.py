@@ -133,7 +133,10 @@ def test_the_summary_is_on_disk_after_all_that_it_speaks_of(tmp_path: Path, monk
 
 def test_of_two_at_once_the_second_is_refused_and_touches_nothing(tmp_path: Path) -> None:
     job_file = write_job(tmp_path, "ingest", config={"responses": "support"}, inputs={"source": "/absent"})
-    (held,) = lock_work(Job.read(job_file))
+    job = Job.read(job_file)
+    (held,) = lock_work(job)
+    ranks = lock_work(job, [1, 2])  # of another start, say, each its own
+    assert len(ranks) == 2 and lock_work(job, [2]) == lock_work(job, [3, 0]) == []
     (tmp_path / "w" / "error.json").write_text("of the first")
     done = run_training(job_file)
     assert done.returncode == 2 and f"another process is at work in {tmp_path / 'w'}" in done.stderr

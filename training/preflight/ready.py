@@ -30,9 +30,8 @@ class Ready:
     objective: Objective
     forward: Forward
     steps: Steps
-    identity: dict[
-        str, Any
-    ]  # what a run must have in common with the one that it goes on from; whole on the first rank
+    # what a run must have in common with the one that it goes on from; whole on the first rank
+    identity: dict[str, Any]
     # trained with the dropout of its base, without which all checks but that of memory are made
     is_reward_model: bool = False
 
