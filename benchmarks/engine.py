@@ -16,6 +16,7 @@ from benchmarks.children import await_turn
 from benchmarks.training import LONGEST_PAIR
 from training.checkpoint import Progress
 from training.config import (
+    Device,
     Layout,
     Precision,
     ResponseRegime,
@@ -25,15 +26,15 @@ from training.config import (
 from training.data.batch import collate, cut, lay_out, plan_steps
 from training.data.examples import Example
 from training.data.ingest import run as ingest
-from training.data.rows import read_rows
+from training.data.rows import iterate_rows
 from training.devices import device_peak, name_device
 from training.distributed import World
-from training.flops import Flops, count_flops
+from training.flops import Flops, count_flops, read_windows
 from training.job import Job
 from training.logprobs import check_layout, sum_logps
 from training.loop import Settings, Trainer, make_optimiser
 from training.memory import keep_freed_memory, read_resident_peak
-from training.model import prepare_layers, prepare_model
+from training.model import prepare_layers, prepare_model, start_torch
 from training.objectives.var import Normaliser, ReferenceFactor, Var
 from training.plan import read_architecture
 from training.render import Rendered, Renderer, UnusableRow
@@ -77,14 +78,14 @@ def measure_var(spec: dict[str, Any]) -> dict[str, Any]:
     the device's rate measured before, between and after all of them, and the result has a list of them.
     """
     tokenizer, model = open_model(spec)
-    world = World(torch.device(spec["device"]))
+    world = World(start_torch(Runtime(device=Device(spec["device"]))))
     model = prepare_model(model, tokenizer, Path(spec["model"])).to(world.device).eval()
     check_layout(model, [make_synthetic(256, 0, model).samples], layout=Layout.tree, device=world.device)
     variants = [spec | variant for variant in spec.get("variants", [{}])]
     pairs = [] if all("length" in variant for variant in variants) else pick_pairs(spec, tokenizer)
     # Step by step: the longest is there more than once, and equal prompts would be read once.
     scored = [] if "variants" in spec else order_pairs(spec, pairs)
-    scoring = sum(score(model, step, spec) for step in scored)
+    scoring = sum(score(model, step, spec, world) for step in scored)
     keep_freed_memory()  # as a run does
     lanes = make_lanes(variants, pairs, model, world)
     rates = take_steps(lanes, spec)
@@ -115,7 +116,7 @@ def make_lanes(variants: list[dict[str, Any]], pairs: list[Pair], model: Any, wo
         activation_checkpointing=spec.get("activation_checkpointing", False),
     )
     optimiser = make_optimiser(model, settings)
-    forward = PolicyForward(world.device, Layout.tree, count_flops(model))
+    forward = PolicyForward(world.device, Layout.tree, count_flops(model), read_windows(model.config))
     prepare_layers(model, runtime, device=world.device)
     folder = Path(spec["folder"])
     job = Job(name="train", config={}, runtime={}, inputs={}, output=folder, work=folder)
@@ -283,17 +284,16 @@ def measure_plain_sft(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def score(model: Any, pairs: list[Pair], spec: dict[str, Any]) -> float:
+def score(model: Any, pairs: list[Pair], spec: dict[str, Any], world: World) -> float:
     """Return the seconds that the reference's log-probabilities of some pairs take."""
     samples = [sample for pair in pairs for sample in pair.samples]
     group_R = np.repeat(np.arange(len(pairs)), 2)
-    device, narrow = torch.device(spec["device"]), spec["precision"] == Precision.bfloat16
-    started = read_clock(device)
-    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow):
+    started = read_clock(world.device)
+    with torch.inference_mode(), world.autocast(Precision(spec["precision"])):
         for members in cut(samples, group_R, budget=spec["microbatch_tokens"], whole_groups=False, layout=Layout.tree):
             chosen = [samples[index] for index in members]
-            sum_logps(model, lay_out(chosen, group_R[members], device=device, layout=Layout.tree))
-    return read_clock(device) - started
+            sum_logps(model, lay_out(chosen, group_R[members], device=world.device, layout=Layout.tree))
+    return read_clock(world.device) - started
 
 
 def gemm_rate(size: int = 2048, repeats: int = 3) -> float:
@@ -347,14 +347,13 @@ def make_examples(spec: dict[str, Any], pairs: list[Pair], model: Any) -> list[E
 
 
 def read_pairs(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield HH-RLHF pairs as ingestion makes them."""
+    """Return HH-RLHF pairs as ingestion makes them."""
     folder = Path(spec["folder"]) / "rows"
     (folder / "work").mkdir(parents=True)
     config = {"responses": "support", "limit": 50 * spec["batch_pairs"], "max_invalid_fraction": 0.5}
     source = {"source": Path(spec["data"]) / "helpful-base"}
     ingest(Job(name="ingest", config=config, runtime={}, inputs=source, output=folder, work=folder / "work"))
-    for batch in read_rows(folder, split="train"):
-        yield from batch.to_pylist()
+    return iterate_rows(folder, split="train")
 
 
 def add_responses(group: list[Rendered], others: list[list[Rendered]], wanted: int) -> list[Rendered]:

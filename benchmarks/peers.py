@@ -16,7 +16,7 @@ from benchmarks.children import await_turn, say
 from benchmarks.engine import Pair, open_model, order_pairs, pick_pairs, read_clock
 from benchmarks.reward_runs import Curve, Meter, pick_rows
 from benchmarks.training import LONGEST_PAIR
-from training.data.rows import read_rows
+from training.data.rows import iterate_rows
 
 GRPO_MICROBATCH = 16  # responses
 DPO_MICROBATCH = 2  # pairs of at most 192 tokens, where `--only dpo` has up to 512 and TRL is fastest with 1; not swept
@@ -180,7 +180,7 @@ def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
     epoch that costs what computing its log-probabilities before would."""
     tokenizer, model = open_model(spec)
     meter, watch = Meter(spec), Deadline(spec["limit"])
-    rows = [row for batch in read_rows(Path(spec["rows"]), split="train") for row in batch.to_pylist()]
+    rows = list(iterate_rows(Path(spec["rows"]), split="train"))
     arguments = DPOConfig(
         **common(spec),
         per_device_train_batch_size=DPO_MICROBATCH,

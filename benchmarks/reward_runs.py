@@ -29,7 +29,7 @@ from training.config import (
 )
 from training.data import ingest
 from training.data.examples import read_scores
-from training.data.rows import RowsWriter, read_rows
+from training.data.rows import RowsWriter, iterate_rows
 from training.data.schema import SCHEMA
 from training.data.splits import choose_split
 from training.distributed import ALONE
@@ -66,7 +66,7 @@ def measure_rows(spec: dict[str, Any]) -> dict[str, Any]:
     folder = Path(spec["folder"])
     config = IngestConfig(responses=ResponseRegime.support, heldout_fraction=HELDOUT_SHARE, limit=spec["source_rows"], max_invalid_fraction=0.5)  # fmt: skip
     ingest.run(make_job("ingest", config, folder / "all", source=Path(spec["data"]) / "helpful-base"))
-    rows = [row for batch in read_rows(folder / "all") for row in batch.to_pylist()]
+    rows = list(iterate_rows(folder / "all"))
     kept, trained = ([row for row in rows if row["split"] == split] for split in ("heldout", "train"))
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "heldout": []}
     for row in trained:  # a larger share only moves prompts out of `train`
@@ -250,7 +250,7 @@ def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
 def measure_target(spec: dict[str, Any]) -> dict[str, Any]:
     """Return what a scorer says of the samples that VAR learns from: of all, by their weights, and of the best of each prompt by the weights'
     own reward. Samples of a policy that has learned its target whole are on these prompts as much better as the second is than the first."""
-    rows = [row for batch in read_rows(Path(spec["samples"]["rows"])) for row in batch.to_pylist()]
+    rows = list(iterate_rows(Path(spec["samples"]["rows"])))
     stored = read_scores(Path(spec["samples"]["rewards"]), "reward")
     group_R = np.repeat(np.arange(len(rows)), [len(row["responses"]) for row in rows])
     reward_R = np.concatenate([stored[row["row_id"]]["reward"] for row in rows])
@@ -320,7 +320,7 @@ def open_scorer(folder: Path) -> Any:
 def pick_rows(folder: Path, *, split: str, limit: int) -> list[dict[str, Any]]:
     """Return the rows that the job `generate` answers at this limit, in the order of their ids."""
     chosen = generate.choose_rows(folder, config=GenerateConfig(split=split, limit=limit))
-    rows = [row for batch in read_rows(folder, split=split) for row in batch.to_pylist() if row["row_id"] in chosen]
+    rows = [row for row in iterate_rows(folder, split=split) if row["row_id"] in chosen]
     return sorted(rows, key=lambda row: row["row_id"])
 
 

@@ -12,7 +12,7 @@ masked pair, nothing that is computed a second time), peak the data sheet's dens
 reads a prompt once, and what all of a micro-batch begin with once for all, TRL's DPO each twice; `var_vs_dpo_tokens`, `var_vs_dpo_tuned_tokens`: ours over theirs, each by its own count;
 `var_vs_dpo_pairs`, `var_vs_dpo_tuned_pairs`: pairs per second, which is the work that gets done: larger, as a pair is fewer tokens for us.
 TRL as it comes has a micro-batch of 8, a reference beside the policy and computes activations again; tuned it has reference
-log-probabilities computed before, rows of like length together, no recomputation, and the best micro-batch of the sweep that is printed: 16,
+log-probabilities computed before, rows of like length together, no recomputation, layers that are not compiled (ours are), and the best micro-batch of the sweep that is printed: 16,
 doubled until it gets slower (`sweep_ended`: `slower`), has no room (`memory`), is the whole batch (`batch`) or `--sweep-seconds` are over (`time`).
 
 Without a GPU it says so and ends with status 1. `--device cpu` goes through the same motions with any model, to try the command.
@@ -20,6 +20,7 @@ Without a GPU it says so and ends with status 1. `--device cpu` goes through the
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     options = parser.parse_args()
+    see_one_gpu()
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
             "benchmarks.training_gpu: torch sees no GPU on this machine; nothing was measured; run it on one that has one"
@@ -71,6 +73,12 @@ def main() -> None:
         bench = Bench(SHARED | paths | given, Path(scratch), talk=not options.json)
         result = compare(bench, batch_pairs=BATCH_PAIRS, sweep_seconds=options.sweep_seconds, profile=options.profile)
     print(json.dumps(result | {"torch": torch.__version__, "python": platform.python_version(), **given, **SHARED}))
+
+
+def see_one_gpu() -> None:
+    """Leave this process and its children one of the GPUs: of several TRL would make one model on each, which its DPO refuses."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = seen.split(",")[0]
 
 
 def compare(

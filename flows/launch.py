@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from flows.align import align, plan_align
+from flows.align import plan_align
 from flows.cancel import cancellable
 from flows.config import AlignConfig
 from flows.preview import preview
@@ -28,6 +28,7 @@ from infra.settings import Settings
 from infra.stack.health import probe
 from infra.store import Store, open_store
 from infra.tracking import Tracking
+from tasks.candidate import name_run
 from tasks.gate import plan_look
 from tasks.mirror import listener
 from training.config import Config
@@ -123,8 +124,7 @@ def find_step(store: Store, run: str, *, step: str, tracking: Tracking) -> Recor
 
     `run` is its Prefect or MLflow id, the address of one of these pages, or the step's own reference.
     """
-    if run.startswith(("http://", "https://")):
-        run = run.partition("?")[0].rstrip("/").rpartition("/")[2]
+    run = name_run(run) or run
     if "/" in run:
         record = records.resolve(store, run)
         if record.step != step:
@@ -132,15 +132,10 @@ def find_step(store: Store, run: str, *, step: str, tracking: Tracking) -> Recor
         return record
     said = tracking.find_tags(run).get(f"step.{step}", "").split()  # computed|cached STEP/FINGERPRINT run ID
     if not said:
-        made = sorted(_records(store, step), key=lambda record: record.created)
+        made = sorted(records.iterate(store, step), key=lambda record: record.created)
         known = ", ".join(record.prefect_run for record in made[-3:])
         raise ValueError(f"run {run!r}: it has no {step}; the newest {step}s are of the runs {known or '(none)'}")
     return records.resolve(store, said[1])
-
-
-def _records(store: Store, step: str) -> list[Record]:
-    found = (store.get(item.name) for item in store.scan(f"records/{step}"))
-    return [Record.model_validate_json(item[0]) for item in found if item]
 
 
 def trace(store: Store, reference: str) -> dict[str, Any]:
@@ -185,6 +180,3 @@ def push(store: Store, paths: Iterable[Any], *, emit: Any) -> list[dict[str, Any
         emit(event="preferences.landed", resource={"prefect.resource.id": f"prefs.{digest}", "varflow.file": path.name})
         pushed.append({"file": str(path), "digest": digest, "new": new})
     return pushed
-
-
-__all__ = ["align", "check_servers", "find_step", "plan_recipe", "push", "run_here", "run_on_worker", "trace"]

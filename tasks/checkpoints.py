@@ -18,12 +18,16 @@ from types import TracebackType
 from typing import Self
 
 from infra.store import FileChanged, Store, StoredFile, StoreError
-from tasks.child import METRICS_FILE
 from tasks.step import Planned
+from training.job import ANSWERS_FILE, METRICS_FILE
 
 logger = logging.getLogger("varflow.checkpoints")
 ROOT = "checkpoints"
-BESIDE = (METRICS_FILE, "answers.jsonl")  # of the output: what the steps up to the checkpoint have told
+KEPT_OF = (
+    "train",
+    "reward_model",
+)  # steps that make some; an earlier attempt, on another machine too, may have stored them
+BESIDE = (METRICS_FILE, ANSWERS_FILE)  # of the output: what the steps up to the checkpoint have told
 LAST_SECONDS = (
     3.0  # for an upload under way when the child has ended; after a failure this process may be killed 5 s later
 )
@@ -117,7 +121,7 @@ class StoredCheckpoints:
 
 def discard_checkpoints(store: Store, planned: Planned) -> None:
     """Delete the stored checkpoints of a step that is recorded; what cannot be deleted stays, and costs the step nothing."""
-    if not planned.runtime.stored_checkpoints:
+    if planned.step.name not in KEPT_OF:
         return
     root = name_root(planned)
     try:

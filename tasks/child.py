@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from training.job import EXIT_CANNOT_WRITE, EXIT_INTERRUPTED, EXIT_USER_ERROR, describe_exit, write_json
+from training.job import EXIT_CANNOT_WRITE, EXIT_INTERRUPTED, EXIT_USER_ERROR, METRICS_FILE, describe_exit, write_json
+from training.preflight.findings import FILE as PREFLIGHT_FILE
 
 logger = logging.getLogger("varflow.child")
 LISTEN_SECONDS = 0.5
@@ -27,8 +28,6 @@ STOP_SECONDS = 25.0  # below the 30 s after which Prefect's worker kills this pr
 LOG_TAIL_LINES = 25
 VMSTAT = Path("/proc/vmstat")  # counts of the kernel since the machine started
 NO_SPACE = os.strerror(errno.ENOSPC)
-METRICS_FILE = "metrics.jsonl"  # of a job's output
-PREFLIGHT_FILE = "preflight.json"  # of training.preflight, which needs torch
 
 
 class StepFailed(Exception):  # noqa: N818 - what the user reads

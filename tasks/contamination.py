@@ -6,21 +6,19 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow.parquet as pq
-
 from infra import records
 from infra.settings import Settings
 from infra.store import Store
 from tasks.sources import resolve_source
 from tasks.step import Attempt, Given, Metrics, Planned, Source, step
 from training.config import Config, Runtime
+from training.data.rows import iterate_rows
 from training.job import write_json
 
 if TYPE_CHECKING:
     from evaluation.harness.contamination import Contamination
 
 FILE = "contamination.json"
-ROWS_AT_ONCE = 1024
 
 
 class ContaminationConfig(Config):
@@ -77,13 +75,8 @@ def find_training_rows(store: Store, model: str) -> list[str]:
 
 def read_training_texts(folder: Path) -> Iterator[tuple[str, str]]:
     """Yield (row id, text) of every turn and response of the train split, a few rows in memory at a time."""
-    columns = ["row_id", "split", "prompt", "responses"]
-    for batch in pq.ParquetFile(folder / "rows.parquet").iter_batches(ROWS_AT_ONCE, columns=columns):
-        for row in batch.to_pylist():
-            if row["split"] == "train":
-                yield from (
-                    (row["row_id"], text) for text in (*(turn["content"] for turn in row["prompt"]), *row["responses"])
-                )
+    for row in iterate_rows(folder, split="train", columns=["row_id", "prompt", "responses"]):
+        yield from ((row["row_id"], text) for text in (*(turn["content"] for turn in row["prompt"]), *row["responses"]))
 
 
 def write_contamination(found: "Sequence[Contamination]", folder: Path) -> None:

@@ -35,13 +35,13 @@ from tasks.artifacts import (
     remember_files,
 )
 from tasks.checkpoints import StoredCheckpoints, cut_metrics, discard_checkpoints
-from tasks.child import METRICS_FILE, ChildJob, InputChanged, follow, run_child
+from tasks.child import ChildJob, InputChanged, follow, run_child
 from tasks.cost import Spent, price_step, total_costs
 from tasks.mirror import MetricsMirror, Notes, give_way, listener
 from tasks.samples import SamplesMirror
 from tasks.step import ArtifactRef, Metrics, Planned, Source, found
 from training.config import Config
-from training.job import CPU, HARDWARE_FILE
+from training.job import CPU, HARDWARE_FILE, METRICS_FILE
 from training.weights import digest_weights
 
 COMMIT_BESIDE_BYTES = 32 << 20  # a larger artifact is on its way to the store while the next step computes
@@ -96,12 +96,12 @@ class Execution:
 
     @property
     def links(self) -> dict[str, str]:
-        """Pages of this run: Prefect, MLflow, and where the store holds it."""
+        """Pages of this run: Prefect's and MLflow's."""
         return {"prefect_run": self.prefect_url, "mlflow_run": self.tracking.run_url(self.parent)}
 
     @property
     def prefect_url(self) -> str:
-        return f"{self.settings.prefect_api_url.removesuffix('/api')}/runs/flow-run/{self.prefect_run}"
+        return f"{self.settings.prefect_ui_url}/runs/flow-run/{self.prefect_run}"
 
     def find(self, planned: Planned) -> Record | None:
         """Return the record of a planned step that is done already."""

@@ -6,10 +6,11 @@ from typing import Any
 
 from infra.settings import child_environment
 from tasks.artifacts import lock_folder
-from tasks.child import PREFLIGHT_FILE, ChildJob, run_child
+from tasks.child import ChildJob, run_child
 from tasks.execute import Execution, thread_environment
 from tasks.mirror import listener
 from tasks.step import Planned
+from training.preflight.findings import FILE as PREFLIGHT_FILE
 
 
 def preflight(run: Execution, training: Planned) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from tasks.execute import Execution, StepAttempt
 from tasks.gate import CHALLENGER, CHAMPION, read_rewards
 from tasks.step import ArtifactRef, Attempt, Metrics, Planned, step
 from training.config import Config
-from training.job import read_json_lines
+from training.job import ANSWERS_FILE, METRICS_FILE, read_json_lines
+from training.preflight.findings import FILE as PREFLIGHT_FILE
 
 if TYPE_CHECKING:
     from evaluation.harness.result import ScoreRow
@@ -56,11 +57,11 @@ def report(config: ReportConfig, attempt: Attempt) -> Metrics:
             challenger_scores=read_scores(inputs, CHALLENGER),
             rewards=pair_rewards(rewards, prompts=read_prompt_ids(inputs[f"{CHALLENGER}_answers"])),
             samples=read_samples(inputs, rewards),
-            metrics=existing(trained / "metrics.jsonl"),
+            metrics=existing(trained / METRICS_FILE),
             weights=existing(trained / "weights.parquet"),
             training=read_json(trained / "summary.json"),
-            answers=read_answers(trained / "answers.jsonl"),
-            preflight=read_json(trained / "preflight.json"),
+            answers=read_answers(trained / ANSWERS_FILE),
+            preflight=read_json(trained / PREFLIGHT_FILE),
             data=read_json(inputs["rows"] / "summary.json"),
             reward_model=read_json(inputs["scorer"] / "summary.json"),
             judge=read_json(inputs["judge"] / "summary.json") if "judge" in inputs else None,

@@ -7,8 +7,8 @@ from typing import Any
 
 from infra.store import Store, StoreError
 from infra.tracking import Run, Tracking, TrackingError
+from training.job import ANSWERS_FILE
 
-SOURCE = "answers.jsonl"  # of training.samples, which needs torch
 TABLE = "answers.json"
 COLUMNS = ("step", "prompt", "answer", "truncated")
 SHIP_SECONDS = 10.0
@@ -29,7 +29,7 @@ class SamplesMirror:
         """Show what is new, at most every SHIP_SECONDS."""
         if time.monotonic() < self._next_ship:
             return
-        lines = read_lines(self._output / SOURCE)
+        lines = read_lines(self._output / ANSWERS_FILE)
         size = sum(map(len, lines))
         if size == self._shown:
             return
@@ -43,7 +43,7 @@ class SamplesMirror:
 
     def close(self) -> None:
         """Write the table beside the answers, where the commit takes it up."""
-        lines = read_lines(self._output / SOURCE)
+        lines = read_lines(self._output / ANSWERS_FILE)
         if not lines:
             return
         (self._output / TABLE).write_bytes(make_table(lines))

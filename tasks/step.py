@@ -5,7 +5,7 @@ needs only the config, the step's version and the fingerprints of the inputs. `t
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -109,21 +109,6 @@ class Planned:
     def key(self) -> str:
         """The title in the characters that MLflow allows in names."""
         return self.title.replace(" · ", "/").replace(" ", "_")
-
-    def walk(self) -> "Iterator[Planned]":
-        """Yield every step this one needs, and itself last; each fingerprint once."""
-        seen: set[str] = set()
-
-        def visit(node: Planned) -> Iterator[Planned]:
-            if node.fingerprint in seen:
-                return
-            seen.add(node.fingerprint)
-            for given in node.inputs.values():
-                if isinstance(given, Planned):
-                    yield from visit(given)
-            yield node
-
-        yield from visit(self)
 
 
 Given = Planned | Source

@@ -167,11 +167,6 @@ def name_partial(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + PARTIAL)
 
 
-def is_partial(checkpoint: Path) -> bool:
-    """Say whether this is the folder of what is being written or deleted, or was when its process was killed."""
-    return checkpoint.name.endswith(PARTIAL)
-
-
 @contextmanager
 def own_errors() -> Iterator[None]:
     """Raise what went wrong on a rank itself, not torch's wrapping of it, which is no Exception and hides a full disk."""

@@ -28,7 +28,7 @@ def show_as_choice(schema: dict[str, Any]) -> None:
 
 
 class Precision(StrEnum):
-    """Number format of weights and activations."""
+    """Number format of matrix products; of the weights too where nothing is trained. A training keeps weights, gradients and optimiser in float32."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"

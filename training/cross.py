@@ -20,10 +20,10 @@ from training.config import CrossScoreConfig, Runtime
 from training.data.batch import digest_plan, plan_steps
 from training.data.examples import Example, load_examples
 from training.data.manifest import read_rows_manifest
-from training.data.rows import RowsWriter, join_parts, read_rows
+from training.data.rows import RowsWriter, iterate_rows, join_parts
 from training.data.scored import is_finished, open_parts, read_dropped, require_finite
 from training.data.selection import select_distinct
-from training.job import Job, write_json
+from training.job import METRICS_FILE, Job, write_json
 from training.logprobs import check_head
 from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
@@ -139,8 +139,7 @@ def read_batch_rows(folder: Path, batches: Sequence[Sequence[Example]]) -> dict[
     wanted = {example.row_id for batch in batches for example in batch}
     return {
         row["row_id"]: row
-        for batch in read_rows(folder, split="train", columns=["row_id", "prompt", "responses", "truncated"])
-        for row in batch.to_pylist()
+        for row in iterate_rows(folder, split="train", columns=["row_id", "prompt", "responses", "truncated"])
         if row["row_id"] in wanted
     }
 
@@ -169,7 +168,7 @@ def score_batches(
 ) -> list[Path]:
     """Score every batch that has no finished part in a folder yet; return the parts in the order of the steps."""
     job, parts = scorer.job, []
-    with MetricsWriter(job.output / "metrics.jsonl", total=len(batches)) as metrics:
+    with MetricsWriter(job.output / METRICS_FILE, total=len(batches)) as metrics:
         for step, batch in enumerate(batches):
             part = folder / f"part-{step:06d}.parquet"
             parts.append(part)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from training.config import Runtime
+from training.config import Precision, Runtime
 
 TIMEOUT = timedelta(minutes=10)  # of a rank that waits for another within a step
 # Of one that waits for another's files. Checkpoints of 70 billion parameters are 840 GB: 2.3 hours at 100 MB a second.
@@ -79,6 +79,10 @@ class World:
     def first(self, value: float) -> float:
         """Return the first rank's value on every rank."""
         return self.sum([value if self.is_first else 0.0])[0]
+
+    def autocast(self, precision: Precision) -> torch.autocast:
+        """Compute in a precision: weights, gradients and optimiser stay in float32, bfloat16 is what the matrix products run in."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == Precision.bfloat16)
 
     def barrier(self) -> None:
         """Wait until every rank is here, though one of them reads or writes files for up to FILES_TIMEOUT."""

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from training.config import GenerateConfig, ResponseRegime, Runtime
 from training.data.batch import pack_by_tokens
-from training.data.rows import RowsWriter, join_parts, read_rows
+from training.data.rows import RowsWriter, iterate_rows, join_parts, read_rows
 from training.data.schema import SCHEMA
 from training.data.scored import describe_dropped, is_finished, open_parts
-from training.job import Job, write_json
+from training.job import METRICS_FILE, Job, write_json
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
 from training.model import ModelDigests, check_context, digest_model, load_policy, start_torch
@@ -129,13 +129,12 @@ def choose_rows(folder: Path, *, config: GenerateConfig) -> set[str]:
 def read_windows(folder: Path, *, split: str, row_ids: set[str]) -> Iterator[list[dict[str, Any]]]:
     """Yield the chosen rows in file order, WINDOW_PROMPTS at a time."""
     window: list[dict[str, Any]] = []
-    for batch in read_rows(folder, split=split, columns=["row_id", "prompt", "line"]):
-        for row in batch.to_pylist():
-            if row["row_id"] in row_ids:
-                window.append(row)
-            if len(window) == WINDOW_PROMPTS:
-                yield window
-                window = []
+    for row in iterate_rows(folder, split=split, columns=["row_id", "prompt", "line"]):
+        if row["row_id"] in row_ids:
+            window.append(row)
+        if len(window) == WINDOW_PROMPTS:
+            yield window
+            window = []
     if window:
         yield window
 
@@ -146,7 +145,7 @@ def generate_windows(generator: Generator, folder: Path, *, row_ids: set[str]) -
     dropped: Counter[str] = Counter()
     partial = job.output / "dropped.jsonl.partial"
     windows = read_windows(job.inputs["rows"], split=config.split, row_ids=row_ids)
-    with MetricsWriter(job.output / "metrics.jsonl", total=len(row_ids)) as metrics, partial.open("w") as out:
+    with MetricsWriter(job.output / METRICS_FILE, total=len(row_ids)) as metrics, partial.open("w") as out:
         for number, rows in enumerate(windows):
             fitting, unusable = render_window(generator, rows)
             out.writelines(json.dumps(entry) + "\n" for entry in unusable)

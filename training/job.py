@@ -31,6 +31,8 @@ EXIT_CANNOT_WRITE = 74  # EX_IOERR: not even error.json could be written, for wa
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: try again, the work goes on from its checkpoint
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HARDWARE_FILE = "hardware.json"
+METRICS_FILE = "metrics.jsonl"  # of the output, as the next
+ANSWERS_FILE = "answers.jsonl"
 CPU = {"device": "cpu", "devices": 1}
 TEARDOWN_SECONDS = 60.0  # from the parent's death to the end of the whole process group, checkpoint included
 

@@ -1,8 +1,5 @@
-"""Summed log-probabilities of responses, with logits only where a trained token is predicted.
-
-Hidden states are gathered before the output head, and the head runs over chunks of positions, forward and backward, so that
-[positions, vocabulary] is there for positions of CHUNK_ELEMENTS logits at once; the last chunk's are kept from the one to the other.
-"""
+"""Summed log-probabilities of responses, with logits only where a trained token is predicted: hidden states are gathered before the output head
+(training/head.py). And what a model is held to before its log-probabilities count."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -16,10 +13,11 @@ from torch import Tensor, nn
 from training.config import Layout
 from training.data.batch import MicroBatch, collate, lay_out
 from training.flops import read_windows
+from training.head import ChunkedLogp, Head, WeightedLogp
 from training.render import Rendered
-from training.tree import ATTENTION, compile_on, enable_trees
+from training.tree import ATTENTION, enable_trees, send
 
-# B sequences, T tokens, P positions that predict a trained token, C positions of a chunk, H hidden, V vocabulary
+# B sequences, T tokens, P positions that predict a trained token, H hidden, V vocabulary
 
 MAX_LAYOUT_GAP = {
     torch.float64: 1e-6,
@@ -30,8 +28,6 @@ MAX_LAYOUT_GAP = {
 ONE_TOKEN = 30
 SIBLINGS = 2  # of a prompt's responses, that a layout is tried on
 SOME_IDS = np.arange(6)  # that a model has, whatever its tokenizer
-# Logits held at once: of a CPU 256 MiB in float32, which is all of a small step, so that none is computed again; an accelerator wants more.
-CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 
 
 class Policy(nn.Module):
@@ -58,12 +54,35 @@ def sum_logps(model: Any, micro: MicroBatch) -> Tensor:
     `model` is a causal language model or its Policy. Differentiable in the parameters. The log-softmax runs in float32
     (float64 for a float64 model).
     """
-    parts = as_policy(model)(trained_logps, micro).double().split(micro.trained)
-    return torch.stack([logp_P.sum() for logp_P in parts])
+    return sum_samples(as_policy(model)(trained_logps, micro), micro)
+
+
+def weigh_logps(model: Any, micro: MicroBatch, slope_B: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return (sum_B slope_B logp_B, logp_B), as `sum_logps` and float64; the sum is differentiable, log-probabilities are numbers alone."""
+    slope_P = send(np.repeat(slope_B, micro.trained), device=micro.ids_BT.device)
+    weighted, logp_P = as_policy(model)(weighted_logps, micro, slope_P)
+    return weighted, sum_samples(logp_P, micro)
+
+
+def sum_samples(logp_P: Tensor, micro: MicroBatch) -> Tensor:
+    """Return the sum over each sample's trained tokens, float64."""
+    return torch.stack([part_P.sum() for part_P in logp_P.double().split(micro.trained)])
 
 
 def trained_logps(model: Any, micro: MicroBatch) -> Tensor:
-    """Return logp_P: the log-probability of every trained token of the micro-batch, sample after sample.
+    """Return logp_P: the log-probability of every trained token of the micro-batch, sample after sample."""
+    logp_P: Tensor = ChunkedLogp.apply(*run_trunk(model, micro))
+    return logp_P
+
+
+def weighted_logps(model: Any, micro: MicroBatch, slope_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (sum_P slope_P logp_P, logp_P) of every trained token; slope_P is float64, as the sum is."""
+    weighted, logp_P = WeightedLogp.apply(slope_P, *run_trunk(model, micro))
+    return weighted, logp_P
+
+
+def run_trunk(model: Any, micro: MicroBatch) -> Head:
+    """Return the output head over the hidden states that predict a trained token.
 
     ValueError for trees where the model's attention was not made ready for them: it would take siblings for one long answer.
     """
@@ -82,12 +101,10 @@ def trained_logps(model: Any, micro: MicroBatch) -> Tensor:
         use_cache=False,
         **({"tree": tree} if tree else {}),
     )
-    hidden_BTH = output.last_hidden_state
-    hidden_PH = hidden_BTH.flatten(0, 1).index_select(0, micro.predictor_P)
+    hidden_PH = output.last_hidden_state.flatten(0, 1).index_select(0, micro.predictor_P)
     head = model.get_output_embeddings()
     softcap = getattr(model.config, "final_logit_softcapping", None)
-    logp_P: Tensor = ChunkedLogp.apply(hidden_PH, head.weight, head.bias, micro.target_P, softcap)
-    return logp_P
+    return Head(hidden_PH, head.weight, head.bias, micro.target_P, softcap)
 
 
 class LayoutError(ValueError):
@@ -221,121 +238,3 @@ def require_small(gap_P: np.ndarray, group_P: np.ndarray, dtype: torch.dtype, *,
             f"from those of each response alone, that of one token by {most:.3g}; expected at most {bound:g} and {ONE_TOKEN * bound:g}; {remedy}",
             sorted(off, key=lambda group: -np.nan_to_num(mean_of[group], nan=np.inf)),
         )
-
-
-class ChunkedLogp(torch.autograd.Function):
-    """log softmax(hidden W^T + b)[target] for each position, chunk by chunk, whose logits the backward pass computes again: all but the last
-    one's, with which it begins."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_PH: Tensor,
-        weight_VH: Tensor,
-        bias_V: Tensor | None,
-        target_P: Tensor,
-        softcap: float | None = None,
-    ) -> Tensor:
-        kind = hidden_PH.device.type
-        ctx.softcap = softcap
-        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_PH.dtype
-        with torch.autocast(kind, enabled=False):
-            matrix_VH = weight_VH.to(ctx.dtype)
-            logz_P = hidden_PH.new_empty(len(target_P), dtype=widen(ctx.dtype))
-            logp_P = torch.empty_like(logz_P)
-            pick = compile_on(kind, pick_logps)
-            for rows in chunks(len(target_P), vocabulary=len(matrix_VH), kind=kind):
-                logits_CV = hidden_PH[rows].to(ctx.dtype) @ matrix_VH.T
-                fix_vocabulary(logits_CV)
-                logz_P[rows], logp_P[rows] = pick(logits_CV, bias_V, target_P[rows], softcap)
-        finished_in_place = logits_CV.dtype == widen(ctx.dtype) and not (bias_V is None and softcap is None)
-        ctx.last_CV = None if finished_in_place else logits_CV
-        ctx.save_for_backward(hidden_PH, weight_VH, bias_V, target_P, logz_P)
-        return logp_P
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        hidden_PH, weight_VH, bias_V, target_P, logz_P = ctx.saved_tensors
-        matrix_VH = weight_VH.to(ctx.dtype)
-        grad_hidden_PH = torch.empty_like(hidden_PH)
-        learns = ctx.needs_input_grad[1]  # not beside an adapter
-        grad_weight_VH = torch.zeros_like(weight_VH) if learns else None
-        grad_bias_V = None if bias_V is None else torch.zeros_like(bias_V)
-        kind = hidden_PH.device.type
-        differentiate = compile_on(kind, differentiate_logps)
-        for rows in reversed(chunks(len(target_P), vocabulary=len(matrix_VH), kind=kind)):
-            hidden_CH = hidden_PH[rows].to(ctx.dtype)
-            logits_CV = hidden_CH @ matrix_VH.T if ctx.last_CV is None else ctx.last_CV
-            ctx.last_CV = None  # it is overwritten
-            fix_vocabulary(logits_CV)
-            grad_CV, bias_share_V = differentiate(
-                logits_CV, bias_V, target_P[rows], logz_P[rows], grad_P[rows], ctx.softcap
-            )
-            if grad_bias_V is not None:
-                grad_bias_V += bias_share_V
-            grad_hidden_PH[rows] = (grad_CV @ matrix_VH).to(grad_hidden_PH.dtype)
-            if grad_weight_VH is not None:
-                add_product(grad_weight_VH, grad_CV.T, hidden_CH)
-        return grad_hidden_PH, grad_weight_VH, grad_bias_V, None, None
-
-
-def fix_vocabulary(logits_CV: Tensor) -> None:
-    """Let code that is compiled for logits be of their vocabulary: it reads rows then that it knows to be aligned."""
-    if logits_CV.is_cuda:
-        torch._dynamo.mark_static(logits_CV, 1)
-
-
-def add_product(sum_VH: Tensor, left_VC: Tensor, right_CH: Tensor) -> None:
-    """Add left times right to a sum, which is no narrower: in 8 bits it would lose what each of many chunks adds."""
-    if sum_VH.dtype == left_VC.dtype:
-        sum_VH.addmm_(left_VC, right_CH)
-    else:
-        sum_VH += left_VC @ right_CH
-
-
-def pick_logps(
-    logits_CV: Tensor, bias_V: Tensor | None, target_C: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Return (logz_C, logp_C) of what the head gave, which is overwritten where it is wide enough."""
-    logits_CV = finish_logits(logits_CV, bias_V, softcap)
-    logz_C = logits_CV.logsumexp(dim=1)
-    return logz_C, logits_CV.gather(1, target_C[:, None]).squeeze(1) - logz_C
-
-
-def differentiate_logps(
-    logits_CV: Tensor, bias_V: Tensor | None, target_C: Tensor, logz_C: Tensor, grad_C: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return (gradient of what the head gave, of its bias): d logp / d logits = onehot(target) - softmax.
-
-    It is written over the logits, to hold one chunk only; that of the targets apart, which compiled code writes once more.
-    """
-    dtype, target_C1 = logits_CV.dtype, target_C[:, None]
-    logits_CV = finish_logits(logits_CV, bias_V, softcap)
-    # d cap tanh(z / cap) / dz = 1 - tanh^2
-    slope_CV = None if softcap is None else 1.0 - (logits_CV / softcap).square_()
-    wide_CV = logits_CV.sub_(logz_C[:, None]).exp_().mul_(-grad_C[:, None])
-    wide_C1 = wide_CV.gather(1, target_C1) + grad_C[:, None]
-    if slope_CV is not None:
-        wide_CV, wide_C1 = wide_CV.mul_(slope_CV), wide_C1 * slope_CV.gather(1, target_C1)
-    bias_V = None if bias_V is None else wide_CV.scatter(1, target_C1, wide_C1).sum(dim=0)
-    return wide_CV.to(dtype).scatter_(1, target_C1, wide_C1.to(dtype)), bias_V
-
-
-def finish_logits(logits_CV: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
-    """Return logits in float32 or wider, with the head's bias, capped at +-softcap where the model does so."""
-    logits_CV = logits_CV.to(widen(logits_CV.dtype))
-    if bias_V is not None:
-        logits_CV.add_(bias_V)
-    return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
-
-
-def widen(dtype: torch.dtype) -> torch.dtype:
-    """Return the type in which the log-softmax of logits of a type runs."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def chunks(count: int, *, vocabulary: int, kind: str) -> list[slice]:
-    """Return slices over `count` positions, each with at most CHUNK_ELEMENTS logits: the last one, which is kept, with as many as any."""
-    size = max(1, CHUNK_ELEMENTS[kind] // vocabulary)
-    return [slice(max(0, end - size), end) for end in range(count, 0, -size)][::-1]

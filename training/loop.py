@@ -23,12 +23,14 @@ from torch.distributed.tensor import DTensor
 from training.checkpoint import Progress, read_rng, restore_checkpoint, save_checkpoint
 from training.config import Precision, Runtime, Schedule
 from training.distributed import ALONE, World, require_sharded
-from training.job import Interrupted, Job, OutOfMemory
+from training.job import METRICS_FILE, Interrupted, Job, OutOfMemory
 from training.memory import GIB, keep_freed_memory, read_memory
 from training.metrics import MetricsWriter
 
 LOG = logging.getLogger(__name__)
 MAX_SKIPPED_IN_ROW = 3
+# What checkpoints take of a training is told where it is more than this share of it, and so many seconds.
+SAVING_SHARE, SAVING_TOLD_AFTER = 0.1, 60.0
 Computed = TypeVar("Computed")
 
 
@@ -134,8 +136,9 @@ def run_steps(
         sampler.start(progress.step)
         if progress.step == 0:
             trainer.sample(sampler)
+    saving = Saving(every=runtime.checkpoint_every_steps, trained_before=progress.seconds)
     with ExitStack() as stack:
-        path = job.output / "metrics.jsonl"
+        path = job.output / METRICS_FILE
         if world.is_first:
             metrics = MetricsWriter(path, total=work.num_steps, keep_bytes=progress.metrics_bytes)
             stack.enter_context(metrics)
@@ -143,10 +146,7 @@ def run_steps(
             rng = read_rng(world.device)
             figures = trainer.take_step()
             if figures is not None:
-                if heldout is not None and is_due(runtime.heldout_every_steps, progress.step, work.num_steps):
-                    figures["heldout/loss"] = trainer.look(heldout)
-                if sampler is not None and is_due(runtime.samples_every_steps, progress.step, work.num_steps):
-                    trainer.sample(sampler)
+                figures |= trainer.look_around(heldout, sampler)
                 if world.is_first:
                     metrics.write(progress.step, figures)
                     progress.metrics_bytes = metrics.offset()
@@ -156,21 +156,38 @@ def run_steps(
             due = every > 0 and progress.step % every == 0 and 0 < progress.step < work.num_steps
             stopped = world.any(job.stop.is_set())  # one answer, or some ranks would save while others go on
             if stopped or due:
+                started = time.monotonic()
                 if world.is_first:
                     metrics.sync()
-                save_checkpoint(
-                    folder,
-                    model=model,
-                    optimiser=optimiser,
-                    progress=progress,
-                    rng=rng,
-                    identity=identity,
-                    world=world,
-                )
+                save_checkpoint(folder, model=model, optimiser=optimiser, progress=progress, rng=rng, identity=identity, world=world)  # fmt: skip
+                saving.add(time.monotonic() - started, progress)
             if stopped:
                 raise Interrupted(job.name)
     require_finite_weights(model, given=given, world=world)
     return progress
+
+
+@dataclass
+class Saving:
+    """What checkpoints cost of this attempt's time. A large model on a GPU takes steps in less time than its checkpoint takes to be written."""
+
+    every: int  # steps
+    trained_before: float  # seconds, of earlier attempts
+    seconds: float = 0.0
+    told: bool = False
+
+    def add(self, seconds: float, progress: Progress) -> None:
+        """Count a checkpoint; say once what all of them cost, and at which cadence that were little, where it is much."""
+        self.seconds += seconds
+        trained = progress.seconds - self.trained_before
+        if self.told or not self.every or self.seconds < max(SAVING_TOLD_AFTER, SAVING_SHARE * trained):
+            return
+        self.told = True
+        enough = math.ceil(self.every * self.seconds / max(SAVING_SHARE / 2 * trained, 1e-3))
+        LOG.warning(
+            "step %d: checkpoints took %.0f s beside %.0f s of training; runtime.checkpoint_every_steps is %d, of %d they would take about %.0f %% of it",
+            *(progress.step, self.seconds, trained, self.every, enough, 50 * SAVING_SHARE),
+        )
 
 
 def find_nonfinite(model: nn.Module) -> set[str]:
@@ -289,7 +306,7 @@ class Trainer:
             is_last = place == len(shares) - 1
             if isinstance(self.model, FSDPModule):  # gradients are sharded at once, replicas add theirs up at the end
                 self.model.set_requires_all_reduce(is_last)
-            with self.autocast():
+            with self.world.autocast(self.settings.precision):
                 part = self.work.part(self.model, batch)
             if not counts:
                 part = part.nothing()
@@ -322,6 +339,15 @@ class Trainer:
             dist.all_reduce(whole, dist.ReduceOp.MAX)
         return whole
 
+    def look_around(self, heldout: Work | None, sampler: Sampler | None) -> dict[str, float]:
+        """Look at the held-out loss and let the model answer, where that is due after so many steps; return the figures that it gives."""
+        figures, runtime, step, last = {}, self.runtime, self.progress.step, self.work.num_steps
+        if heldout is not None and is_due(runtime.heldout_every_steps, step, last):
+            figures["heldout/loss"] = self.look(heldout)
+        if sampler is not None and is_due(runtime.samples_every_steps, step, last):
+            self.sample(sampler)
+        return figures
+
     def look(self, work: Work) -> float:
         """Return the loss of other work's first step under the model as it is."""
         return self.fit(partial(self.evaluate, work), work, 0, where=f"held-out rows after {self.progress.step} steps")
@@ -331,7 +357,7 @@ class Trainer:
         """Return the loss of other work's first step, as the budget cuts it."""
         parts: list[Part] = []
         for members, counts in self.world.share(work.cut(0, budget=self.budget, ranks=self.world.size)):
-            with self.autocast():
+            with self.world.autocast(self.settings.precision):
                 part = work.part(self.model, work.load(0, members))
             parts.append(part if counts else part.nothing())
         if isinstance(self.model, FSDPModule):
@@ -340,21 +366,16 @@ class Trainer:
 
     def sample(self, sampler: Sampler) -> None:
         """Let the model as it is answer."""
-        with self.autocast():
+        with self.world.autocast(self.settings.precision):
             sampler.write(self.progress.step)
-
-    def autocast(self) -> torch.autocast:
-        """Weights, gradients and optimiser stay in float32; bfloat16 is what the matrix products run in."""
-        wide = self.settings.precision == Precision.float32
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=not wide)
 
     def update(self, step: int, total: "Total") -> float:
         """Clip and apply the gradients, or skip the step when loss or gradient is not finite. Return the gradient norm."""
-        norm = total.norm
-        assert norm is not None
-        if math.isfinite(total.loss) and math.isfinite(norm.item()):
-            if norm.item() > self.settings.max_grad_norm:  # else a pass through all gradients would multiply them by 1
-                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.max_grad_norm, norm)
+        assert total.norm is not None
+        norm = total.norm.item()  # read here alone: behind the optimiser it would wait for it
+        if math.isfinite(total.loss) and math.isfinite(norm):
+            if norm > self.settings.max_grad_norm:  # else a pass through all gradients would multiply them by 1
+                torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self.settings.max_grad_norm, total.norm)
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(self.settings, step, num_steps=self.work.num_steps)
             self.apply(step)
@@ -364,7 +385,7 @@ class Trainer:
         else:
             self.skip(step)
         self.optimiser.zero_grad()
-        return norm.item()
+        return norm
 
     def apply(self, step: int) -> None:
         """Let the optimiser change the weights. Not taken again where it has no room: some of them may be changed already."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,6 +27,11 @@ MAX_GATHERED_GAP = {Precision.float32: 1e-3, Precision.bfloat16: 0.1}
 def add_adapter(model: Any, config: LoraConfig) -> None:
     """Put trainable matrices beside every linear layer but the output head, and freeze the rest. They start as no change."""
     inject_adapter_in_model(peft_config(config), model)
+    if any(isinstance(module, ParamWrapper) for module in model.modules()):
+        raise ValueError(
+            f"train.lora.rank: got {config.rank} for model type {model.config.model_type}, whose experts are tensors and no layers, so PEFT puts "
+            "an adapter on them that cannot be taken out and merged as it was trained; set train.lora.rank to 0"
+        )
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trained and all("lora_" in name for name in trained), f"LoRA trains {trained[:3]}"
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.config import Precision
-from training.logprobs import CHUNK_ELEMENTS
+from training.head import CHUNK_ELEMENTS
 from training.model import find_layers
 
 GIB = 2**30

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache
@@ -29,9 +29,11 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def start_torch(runtime: Runtime) -> torch.device:
-    """Set the number of CPU threads and return the device to work on."""
+    """Set the number of CPU threads, let matrix products add up in float32, and return the device to work on."""
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    # Else cuBLAS may add up parts of a product in bfloat16.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return resolve_device(runtime.device)
 
 
@@ -104,12 +106,31 @@ def refuse_unused(names: Collection[str], model: Any, folder: Path) -> None:
     """Raise ValueError where tensors of a model's files, of its trunk, have no place in it: it would be another, smaller model. A head beside it
     is none of a reward model's, say, and what older programs stored of positions and masks is computed anew."""
     idle = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
-    trunk = [name for name in names if name.startswith(f"{model.base_model_prefix}.")]
+    prefix = f"{model.base_model_prefix}."
+    # Files of a trunk alone leave the prefix out; of those a numbered layer is what a smaller model has no place for.
+    bare = bool(names) and not any(name.startswith(prefix) for name in list_stored(folder))
+    trunk = [name for name in names if name.startswith(prefix) or (bare and re.search(r"\.\d+\.", name))]
     if names := [name for name in trunk if not any(re.search(pattern, name) for pattern in idle)]:
         raise ValueError(
             f"model {folder}: its files hold {len(names)} tensors that its config.json has no place for (first: {min(names)}), expected none: they "
             "would be left out; mend config.json (num_hidden_layers, say), or load and save the model to leave them out on purpose"
         )
+
+
+def list_stored(folder: Path) -> set[str]:
+    """Return the names of all tensors in a folder's safetensors files; ValueError for one that is in two of them: torch reads either, and
+    transformers that of the index."""
+    files: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with reading(folder), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                if name in files:
+                    raise ValueError(
+                        f"model {folder}: {files[name]} and {path.name} both hold the tensor {name}; expected the files of one model; move the "
+                        "others elsewhere"
+                    )
+                files[name] = path.name
+    return set(files)
 
 
 def require_weights(missing: Collection[str], folder: Path) -> None:
@@ -140,6 +161,24 @@ def prepare_model(model: Any, tokenizer: Any, folder: Path) -> Any:
     check_vocabulary(model, tokenizer, folder)
     train_every_id(model)
     return model
+
+
+def refuse_quantised(folder: Path) -> None:
+    """Raise ValueError for a base in another number format than that of training: what transformers unpacks as it loads, it packs again
+    as it saves, by the scales of the base, and under a config.json that no longer says so."""
+    packed = read_config_file(folder / "config.json").get("quantization_config")
+    if packed is not None:
+        raise ValueError(
+            f"model {folder}: got weights quantised by {packed.get('quant_method', 'a method without a name')}, expected plain ones to train; load "
+            "it dequantised, delete quantization_config of its config and save it by save_pretrained(folder, save_original_format=False), or take "
+            "the model that it was made of"
+        )
+
+
+def read_config_file(path: Path) -> Any:
+    """Return what a JSON file of a model says; what is no number there (older programs wrote Infinity) as text, which can be written again."""
+    with reading(path.parent):
+        return json.loads(path.read_text(), parse_constant=str)
 
 
 def train_every_id(model: Any) -> None:
@@ -319,14 +358,20 @@ def save_policy(model: Any, tokenizer: Any, folder: Path, *, weights: dict[str, 
     stage.rmdir()
 
 
-def check_context(model: Any, max_tokens: int, *, setting: str = "max_tokens") -> None:
-    """Raise ValueError, which names the setting, when rows may be longer than the positions the model has."""
-    config = model.config.get_text_config()
+def find_context(config: Any, model: Any = None) -> int | None:
+    """Return how many tokens a model of a config takes; None where nothing bounds them."""
+    config = config.get_text_config()
     context = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)  # MPT's name
     embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
     padding_idx = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
     if context is not None and padding_idx is not None:  # RoBERTa counts positions from behind that of padding
         context -= padding_idx + 1
+    return context
+
+
+def check_context(model: Any, max_tokens: int, *, setting: str = "max_tokens") -> None:
+    """Raise ValueError, which names the setting, when rows may be longer than the positions the model has."""
+    context = find_context(model.config, model)
     if context is not None and max_tokens > context:
         raise ValueError(
             f"{setting}: got {max_tokens}, the model {model.config.model_type} has a context of {context} tokens; "

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from training.config import Layout, LoraConfig, Runtime
 from training.data.batch import count_steps, split_group
 from training.data.manifest import read_rows_manifest
-from training.data.rows import read_rows
+from training.data.rows import iterate_rows
 from training.data.stems import WORTH, count_beginning
 from training.devices import ACCELERATORS, find_accelerator, find_price, measure_gemm
 from training.flops import count_flops
@@ -176,7 +176,7 @@ def measure_workload(folder: Path, config: TrainConfig, *, tokenizer_folder: Pat
 
     Without a tokenizer a token is taken for CHARS_PER_TOKEN characters. Rows that training would drop are left out.
     """
-    rows = [row for batch in read_rows(folder, split="train") for row in batch.to_pylist()]
+    rows = list(iterate_rows(folder, split="train"))
     select, min_responses = config.choose_responses(read_rows_manifest(folder).regime)
     sampled = rows[:: max(1, len(rows) // SAMPLED_ROWS)]
     renderer = None

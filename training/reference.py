@@ -30,7 +30,7 @@ from training.data.scored import (
     require_some,
     write_dropped,
 )
-from training.job import Job, write_json
+from training.job import METRICS_FILE, Job, write_json
 from training.logprobs import check_head, check_layout, choose_groups, longest_of, sum_logps
 from training.memory import run_in_halves
 from training.metrics import MetricsWriter
@@ -125,7 +125,7 @@ def score_windows(scorer: Scorer, folder: Path) -> list[Path]:
     total = pq.ParquetFile(find_rows_file(job.inputs["rows"])).metadata.num_rows
     parts: list[Path] = []
     done = 0
-    with MetricsWriter(job.output / "metrics.jsonl", total=total) as metrics:
+    with MetricsWriter(job.output / METRICS_FILE, total=total) as metrics:
         for window in read_rows(job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS):
             part = folder / f"part-{len(parts):06d}.parquet"
             parts.append(part)

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from training.config import RewardModelConfig, Runtime, Schedule
 from training.data.batch import cut_rows, pack_by_tokens
 from training.data.examples import Example
-from training.data.rows import read_rows
+from training.data.rows import iterate_rows
 from training.data.selection import select_preferred_first
 from training.distributed import World, open_world
 from training.job import Job
@@ -36,7 +36,9 @@ from training.model import (
     check_model_folder,
     check_vocabulary,
     checkpoint_activations,
+    read_config_file,
     reading,
+    refuse_quantised,
     refuse_unused,
     require_weights,
     save_policy,
@@ -44,13 +46,15 @@ from training.model import (
     train_every_id,
 )
 from training.objectives.bradley_terry import BradleyTerry
+from training.objectives.objective import FloatArray
 from training.preflight.ready import Ready
 from training.preflight.run import check_run
 from training.render import UnusableRow
 from training.reward.render import RewardInput, RewardRenderer
-from training.reward.scorer import compute_rewards, score_batch, set_pad_token
+from training.reward.scorer import RewardBatch, collate_inputs, compute_rewards, score_batch, set_pad_token
 from training.sharding import as_layers, gather_weights, reshard, shard_and_read
 from training.steps import Forwarded, Steps
+from training.tree import send
 from training.weights import digest_weights
 
 # B responses of a micro-batch
@@ -92,7 +96,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     examples, objective, forward = (
         pairs["train"].examples,
         BradleyTerry(),
-        RewardForward(dropout=read_dropout(job.inputs["base"])),
+        RewardForward(policy.model, dropout=read_dropout(job.inputs["base"])),
     )
     steps = Steps(
         examples,
@@ -105,6 +109,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     base = digest_weights(job.inputs["base"]) if world.is_first else None
     world.barrier()  # it reads all of the base, the others but their part
     identity = {"config": config.model_dump(mode="json"), "base": base, "data": steps.digests}
+    identity["base_config"] = read_config_file(job.inputs["base"] / "config.json")
     ready = Ready(
         job,
         runtime,
@@ -167,6 +172,7 @@ def load_base(folder: Path, config: RewardModelConfig, runtime: Runtime, world: 
     A head that the base lacks is drawn from the seed; ValueError where it lacks anything else.
     """
     check_model_folder(folder)
+    refuse_quantised(folder)
     with reading(folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL)
     torch.manual_seed(config.seed)
@@ -217,7 +223,8 @@ class RewardForward:
 
     value = "reward"
 
-    def __init__(self, *, dropout: float = 0.0) -> None:
+    def __init__(self, model: Any, *, dropout: float = 0.0) -> None:
+        self._model = model
         self._dropout = dropout
 
     def identity(self, sample: RewardInput) -> bytes:
@@ -236,14 +243,15 @@ class RewardForward:
         T = max(len(sample.ids) for sample in samples)
         return MicroBatchSize(len(samples) * T, positions=0, scores=len(samples) * T * T if self._dropout else 0)
 
-    def load(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> Sequence[RewardInput]:
-        """Return the samples as they are."""
-        return samples
+    def load(self, samples: Sequence[RewardInput], group_B: np.ndarray) -> RewardBatch:
+        """Return the samples padded, on their way to the model's device."""
+        return collate_inputs(self._model, samples)
 
-    def values(self, model: Any, micro: Sequence[RewardInput]) -> Forwarded:
+    def values(self, model: Any, micro: RewardBatch, slope_B: FloatArray | None = None) -> Forwarded:
         """Return reward_B, float64."""
-        lengths = [len(sample.ids) for sample in micro]
-        return Forwarded(as_policy(model)(compute_rewards, micro).double(), sum(lengths), len(lengths) * max(lengths))
+        reward_B = as_policy(model)(compute_rewards, micro).double()
+        weighted = None if slope_B is None else (send(slope_B, device=reward_B.device) * reward_B).sum()
+        return Forwarded(reward_B, micro.num_tokens, micro.ids_BT.numel(), weighted=weighted)
 
 
 def make_settings(config: RewardModelConfig) -> Settings:
@@ -262,38 +270,37 @@ def make_settings(config: RewardModelConfig) -> Settings:
 def load_pairs(rows: Path, renderer: RewardRenderer, *, split: str) -> Pairs:
     """Return the rows of a split with a preferred response and at least one different other; ValueError where there are none."""
     pairs = Pairs(examples=[], num_chars=[], dropped=Counter())
-    for batch in read_rows(rows, split=split):
-        for row in batch.to_pylist():
-            responses = row["responses"]
-            if row["preferred"] is None:
-                pairs.dropped["no_preference"] += 1
-                continue
-            places = select_preferred_first(row, distinct=False)
-            if len(places) < 2:
-                pairs.dropped["equal_responses"] += 1
-                continue
-            try:
-                samples = renderer([row["prompt"]] * len(places), [responses[k] for k in places])
-            except UnusableRow as unusable:
-                pairs.dropped[unusable.reason] += 1
-                continue
-            # What it reads of both may be the same, as where they differ behind what fits: there is nothing to learn.
-            kept = [n for n, sample in enumerate(samples) if n == 0 or not samples[0].reads_as(sample)]
-            if len(kept) < 2:
-                pairs.dropped["same_tokens"] += 1
-                continue
-            pairs.cut += sum(samples[n].cut for n in kept)
-            pairs.examples.append(
-                Example(
-                    row_id=row["row_id"],
-                    samples=tuple(samples[n] for n in kept),
-                    places=tuple(places[n] for n in kept),
-                    num_responses=len(responses),
-                    num_tokens_K=np.array([len(samples[n].ids) for n in kept]),
-                    preferred=0,
-                )
+    for row in iterate_rows(rows, split=split):
+        responses = row["responses"]
+        if row["preferred"] is None:
+            pairs.dropped["no_preference"] += 1
+            continue
+        places = select_preferred_first(row, distinct=False)
+        if len(places) < 2:
+            pairs.dropped["equal_responses"] += 1
+            continue
+        try:
+            samples = renderer([row["prompt"]] * len(places), [responses[k] for k in places])
+        except UnusableRow as unusable:
+            pairs.dropped[unusable.reason] += 1
+            continue
+        # What it reads of both may be the same, as where they differ behind what fits: there is nothing to learn.
+        kept = [n for n, sample in enumerate(samples) if n == 0 or not samples[0].reads_as(sample)]
+        if len(kept) < 2:
+            pairs.dropped["same_tokens"] += 1
+            continue
+        pairs.cut += sum(samples[n].cut for n in kept)
+        pairs.examples.append(
+            Example(
+                row_id=row["row_id"],
+                samples=tuple(samples[n] for n in kept),
+                places=tuple(places[n] for n in kept),
+                num_responses=len(responses),
+                num_tokens_K=np.array([len(samples[n].ids) for n in kept]),
+                preferred=0,
             )
-            pairs.num_chars.append([len(responses[places[n]]) for n in kept])
+        )
+        pairs.num_chars.append([len(responses[places[n]]) for n in kept])
     if not pairs.examples:
         counts = (
             ", ".join(f"{count} {reason}" for reason, count in sorted(pairs.dropped.items())) or "the split is empty"

@@ -17,10 +17,10 @@ from training.data.examples import Example
 from training.distributed import World
 from training.logprobs import Policy
 from training.memory import run_in_halves
+from training.model import find_context
 from training.sampling import find_stop_ids, generate_batch
 from training.sharding import reshard
 
-FILE = "answers.jsonl"
 MOST_PROMPTS = 4
 GREEDY = GenerateConfig(temperature=0.0, max_new_tokens=48)
 
@@ -34,7 +34,7 @@ class Sampler:
         self._policy, self._tokenizer, self._path, self._world = policy, tokenizer, path, world
         self._stop_ids = find_stop_ids(policy.model, tokenizer)
         prompts = [(e.row_id, e.samples[0].ids_T[: e.samples[0].start].tolist()) for e in examples]
-        context = getattr(policy.model.config, "max_position_embeddings", None) or np.inf
+        context = find_context(policy.model.config) or np.inf
         fitting = [(row_id, ids) for row_id, ids in prompts if len(ids) + GREEDY.max_new_tokens <= context]
         self._prompts = fitting[:MOST_PROMPTS]
 
@@ -46,7 +46,7 @@ class Sampler:
         if step and self._path.is_file():
             lines = self._path.read_bytes().splitlines(keepends=True)  # of bytes: at line feeds alone
             kept = [line for line in lines if line.endswith(b"\n") and read_step(line) <= step]
-        partial = self._path.with_name(FILE + ".partial")
+        partial = self._path.with_name(self._path.name + ".partial")
         partial.write_bytes(b"".join(kept))
         partial.replace(self._path)
 

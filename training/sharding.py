@@ -24,10 +24,10 @@ from training.lora import add_adapter, draw_matrices
 from training.model import (
     LOCAL,
     find_layers,
+    list_stored,
     load_tokenizer,
     prepare_layers,
     prepare_model,
-    reading,
     refuse_two,
     refuse_unused,
 )
@@ -104,8 +104,7 @@ def shard_policy(policy: Policy, world: World, *, precision: Precision) -> None:
 def as_layers(world: World, *, precision: Precision) -> torch.autocast:
     """Return what a pass outside of training runs under: sharded layers are gathered in the precision of the matrix products,
     so what is around them has to follow. One rank's model stays as it is."""
-    narrow = world.size > 1 and precision == Precision.bfloat16
-    return torch.autocast(world.device.type, dtype=torch.bfloat16, enabled=narrow)
+    return world.autocast(precision if world.size > 1 else Precision.float32)
 
 
 def reshard(policy: nn.Module) -> None:
@@ -144,8 +143,8 @@ def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, 
     if missing:
         raise ValueError(
             f"model {folder}: {len(missing)} tensors of {model.config.model_type} are not in its files under their names (first: "
-            f"{missing[0]}); expected files as save_pretrained writes them; load and save the model with this transformers, or "
-            "set runtime.ranks to 1"
+            f"{missing[0]}); expected one for each tensor; load it with this transformers and save it by "
+            "save_pretrained(folder, save_original_format=False), or set runtime.ranks to 1"
         )
     refuse_unused(stored - {name for several in names.values() for name in several}, model, folder)
     with own_errors():
@@ -155,22 +154,6 @@ def read_weights(model: Any, folder: Path, world: World, *, drawn: Mapping[str, 
             process_group=world.files,
         )
     fill(model, {name: drawn[name] for name in lacking})
-
-
-def list_stored(folder: Path) -> set[str]:
-    """Return the names of all tensors in a folder's safetensors files; ValueError for one that is in two of them: torch reads either, and
-    transformers that of the index."""
-    files: dict[str, str] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with reading(folder), safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 - no mapping
-                if name in files:
-                    raise ValueError(
-                        f"model {folder}: {files[name]} and {path.name} both hold the tensor {name}; expected the files of one model; move the "
-                        "others elsewhere"
-                    )
-                files[name] = path.name
-    return set(files)
 
 
 def are_same(folder: Path, names: Sequence[str]) -> bool:

@@ -9,13 +9,14 @@ from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from training.data.batch import digest_plan, plan_steps
 from training.data.examples import Example
 from training.loop import Part
 from training.memory import MicroBatchSize
-from training.objectives.objective import Columns, FloatArray, Objective
+from training.objectives.objective import Columns, FloatArray, Objective, largest_of_sets
 from training.objectives.weights import check_weights, describe_weights
 from training.tree import send
 
@@ -29,6 +30,9 @@ class Forwarded(NamedTuple):
     num_tokens: int  # without padding
     num_padded: int  # with padding
     flops: int = 0  # of forward and backward pass; 0 where nobody counts them
+    weighted: Tensor | None = (
+        None  # sum slope_B value_B, float64, where slopes are given: then it alone is differentiable
+    )
 
 
 class Forward(Protocol):
@@ -54,7 +58,7 @@ class Forward(Protocol):
         """Return one micro-batch, on its way to the device; samples of a group are neighbours."""
         ...
 
-    def values(self, model: Any, micro: Any) -> Forwarded:
+    def values(self, model: Any, micro: Any, slope_B: FloatArray | None = None) -> Forwarded:
         """Run one micro-batch."""
         ...
 
@@ -64,9 +68,19 @@ class Batch(NamedTuple):
 
     micro: Any
     weight_B: FloatArray
+    slope_B: FloatArray | None  # d loss / d value, where the objective knows it before there are values
     columns_B: Columns
     columns: Columns  # of the global batch
     members: list[int]  # where its responses are in there
+
+
+def find_slopes(objective: Objective, weight_B: FloatArray, columns_B: Columns) -> FloatArray:
+    """Return d loss_sum / d value of each response, of an objective that is linear in them."""
+    with torch.enable_grad():
+        value_B = torch.zeros(len(weight_B), dtype=torch.float64, requires_grad=True)
+        (slope_B,) = torch.autograd.grad(objective.loss_sum(value_B, torch.from_numpy(weight_B), columns_B), value_B)
+    found: FloatArray = slope_B.numpy()
+    return found
 
 
 def gather_columns(examples: Sequence[Example]) -> Columns:
@@ -96,9 +110,7 @@ def group_responses(columns: Columns) -> dict[str, np.ndarray]:
     if columns.preferred_R is not None:
         kinds |= {"chosen": columns.preferred_R == 1, "rejected": columns.preferred_R == 0}
     if columns.reward_R is not None:
-        highest_G = np.full(len(columns.row_ids), -np.inf)
-        np.maximum.at(highest_G, columns.group_R, columns.reward_R)
-        kinds["best"] = columns.reward_R == highest_G[columns.group_R]
+        kinds["best"] = columns.reward_R == largest_of_sets(columns.reward_R, columns.group_R)
     return {name: kind_R for name, kind_R in kinds.items() if kind_R.any()}
 
 
@@ -193,17 +205,25 @@ class Steps:
         columns, samples = self.columns(step), self.samples(step)
         columns_B = columns.take(members)
         micro = self._forward.load([samples[index] for index in members], columns_B.group_R)
-        return Batch(micro, self._weights[step][list(members)], columns_B, columns, list(members))
+        weight_B, denominator = self._weights[step][list(members)], self._denominator(columns)
+        slope_B = find_slopes(self._objective, weight_B, columns_B) / denominator if self._objective.linear else None
+        return Batch(micro, weight_B, slope_B, columns_B, columns, list(members))
+
+    def _denominator(self, columns: Columns) -> float:
+        return self._objective.denominator(columns, mean_tokens=self.mean_tokens)
 
     def part(self, model: Any, batch: Batch) -> Part:
         """Run some responses of a step and return their share of its loss and figures."""
-        out = self._forward.values(model, batch.micro)
-        weight_B = send(batch.weight_B, device=out.value_B.device)
-        denominator = self._objective.denominator(batch.columns, mean_tokens=self.mean_tokens)
+        slope_B = batch.slope_B if torch.is_grad_enabled() else None
+        out = self._forward.values(model, batch.micro, slope_B)
+        loss = out.weighted
+        if loss is None:
+            weight_B = send(batch.weight_B, device=out.value_B.device)
+            loss = self._objective.loss_sum(out.value_B, weight_B, batch.columns_B) / self._denominator(batch.columns)
         # The step's figures wait for its last micro-batch: they hold neither this one's tokens and masks nor its graph.
         value_B, told = out.value_B.detach(), batch._replace(micro=None)
         return Part(
-            loss=self._objective.loss_sum(out.value_B, weight_B, batch.columns_B) / denominator,
+            loss=loss,
             num_tokens=out.num_tokens,
             num_padded=out.num_padded,
             flops=out.flops,

@@ -1,10 +1,9 @@
 """The job train: rows, stored columns and a base model in; a model folder, its metrics and its weights out."""
 
-import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,28 +24,31 @@ from training.data.rows import RowsWriter
 from training.data.scored import read_dropped
 from training.devices import device_peak, name_device
 from training.distributed import World, open_world
-from training.flops import Flops, count_flops
-from training.job import Job
-from training.logprobs import Policy, as_policy, sum_logps, trained_logps
+from training.flops import Flops, count_flops, read_windows
+from training.job import ANSWERS_FILE, Job
+from training.logprobs import Policy, as_policy, sum_logps, trained_logps, weigh_logps
 from training.loop import Progress, Settings, run_steps
 from training.lora import add_adapter, check_gathered, merge_adapter, take_out_adapter, with_adapter, write_adapter
 from training.memory import MicroBatchSize
 from training.model import (
     ModelDigests,
     check_context,
+    check_model_folder,
     digest_model,
     load_policy,
     prepare_layers,
+    read_config_file,
+    refuse_quantised,
     save_policy,
     start_torch,
 )
-from training.objectives.objective import Columns, Crosses, Objective, TrainConfig
+from training.objectives.objective import Columns, Crosses, FloatArray, Objective, TrainConfig
 from training.objectives.registry import AnyTrainConfig
 from training.objectives.weights import describe_weights
 from training.preflight.ready import Ready
 from training.preflight.run import check_run
 from training.render import Rendered, Renderer
-from training.samples import FILE, Sampler
+from training.samples import Sampler
 from training.sharding import as_layers, gather_weights, load_sharded_policy, reshard
 from training.steps import Forwarded, Steps, gather_columns
 
@@ -118,9 +120,12 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
         identity=prepared.ready.identity,
         world=world,
         heldout=prepared.heldout,
-        sampler=Sampler(policy, prepared.ready.tokenizer, prepared.kept, job.output / FILE, world=world),
+        sampler=Sampler(policy, prepared.ready.tokenizer, prepared.kept, job.output / ANSWERS_FILE, world=world),
         peak_flops=peak * world.size if peak else None,
     )
+    speed = describe_speed(
+        prepared.ready, progress, peak * world.size if peak else None
+    )  # of the model with its adapter
     exported, weights = policy.model, None
     gaps: dict[str, float] = {}
     if config.lora.rank:
@@ -129,8 +134,7 @@ def train(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> None
         weights = gather_weights(policy.model, world)
     if world.is_first:
         figures = summarise_run(steps, progress, prepared.dropped)
-        figures |= summarise_objective(steps, objective, prepared.columns) | report.summary()
-        figures |= describe_speed(prepared.ready, progress, peak * world.size if peak else None) | gaps
+        figures |= summarise_objective(steps, objective, prepared.columns) | report.summary() | speed | gaps
         save_policy(exported, prepared.ready.tokenizer, job.output, weights=weights)
         job.write_summary(figures | {"wall_seconds": round(time.monotonic() - started, 3)})
 
@@ -152,7 +156,8 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     if StoredColumn.cross in config.columns:
         cross = read_cross(job.inputs["cross"], plan_batches(examples, config))
     objective = config.make(columns, regime=manifest.regime, cross=cross)
-    forward = PolicyForward(world.device, runtime.layout, count_flops(policy.model))
+    model = policy.model
+    forward = PolicyForward(world.device, runtime.layout, count_flops(model), read_windows(model.config))
     trained = replace_rewards(examples, objective.transform(columns))
     steps = Steps(
         trained, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed
@@ -162,7 +167,7 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
     identity = {
         "config": config.model_dump(mode="json"),
         "base": base.weights_sha256 if base is not None else None,
-        "base_config": json.loads((job.inputs["base"] / "config.json").read_text()),
+        "base_config": read_config_file(job.inputs["base"] / "config.json"),
         "data": steps.digests
         | {"scores": digest_scores(columns, cross), "regime": manifest.regime.value}
         | {"heldout": heldout.digests["rows"] if heldout else ""},
@@ -175,6 +180,8 @@ def prepare(job: Job, config: TrainConfig, runtime: Runtime, world: World) -> Pr
 
 def open_policy(folder: Path, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Policy, Any]:
     """Return (policy, tokenizer), whole on one rank, sharded over several."""
+    check_model_folder(folder)
+    refuse_quantised(folder)
     if world.size > 1:
         return load_sharded_policy(
             folder,
@@ -236,10 +243,13 @@ class PolicyForward:
 
     value = "logp"
 
-    def __init__(self, device: torch.device, layout: Layout, flops: Flops | None = None) -> None:
+    def __init__(
+        self, device: torch.device, layout: Layout, flops: Flops | None = None, windows: Iterable[int | None] = ()
+    ) -> None:
         self._device = device
         self._layout = layout
         self._flops = flops
+        self._windows = set(windows)  # of the layers' attention
 
     def identity(self, sample: Rendered) -> bytes:
         """Return token ids and span."""
@@ -257,17 +267,21 @@ class PolicyForward:
         return MicroBatchSize(tokens, positions=sum(sample.num_trained for sample in samples))
 
     def load(self, samples: Sequence[Rendered], group_B: np.ndarray) -> MicroBatch:
-        """Return a micro-batch in the layout."""
-        return lay_out(samples, group_B, device=self._device, layout=self._layout)
+        """Return a micro-batch in the layout, with what a GPU's attention needs of its trees: while it is still busy with the one before."""
+        micro = lay_out(samples, group_B, device=self._device, layout=self._layout)
+        if micro.tree and self._device.type == "cuda":
+            micro.tree.make_block_masks(self._windows)
+        return micro
 
-    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
+    def values(self, model: Any, micro: MicroBatch, slope_B: FloatArray | None = None) -> Forwarded:
         """Return logp_B in nats."""
         flops = (
             self._flops.step(tokens=micro.num_tokens, positions=len(micro.target_P), segments=micro.spans)
             if self._flops
             else 0
         )
-        return Forwarded(sum_logps(model, micro), micro.num_tokens, micro.ids_BT.numel(), flops)
+        weighted, logp_B = (None, sum_logps(model, micro)) if slope_B is None else weigh_logps(model, micro, slope_B)
+        return Forwarded(logp_B, micro.num_tokens, micro.ids_BT.numel(), flops, weighted)
 
 
 def check_columns(job: Job, config: TrainConfig, manifest: RowsManifest, base: ModelDigests) -> None:

@@ -315,7 +315,9 @@ def choose_kernel(query: Tensor, tuned: dict[str, Any]) -> dict[str, Any]:
 @cache
 def tune_kernels(device: torch.device) -> dict[str, Any]:
     """Return the options of FlexAttention's kernels for Hopper; torch's own on other devices, where they may not even fit."""
-    return HOPPER_KERNELS if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else {}
+    if device.type != "cuda" or torch.version.hip:  # some of AMD's are of capability 9 too
+        return {}
+    return HOPPER_KERNELS if torch.cuda.get_device_capability(device)[0] == 9 else {}
 
 
 @cache

@@ -53,8 +53,8 @@ from evaluation.harness.workers import Copies, WorkerPool
 from evaluation.responses import Responses
 from evaluation.suites import default_batch_size, fix_batch_size
 from training.config import Runtime
-from training.job import Interrupted, write_json
-from training.model import DTYPES, LOCAL, check_model_folder, resolve_device
+from training.job import METRICS_FILE, Interrupted, write_json
+from training.model import DTYPES, LOCAL, check_model_folder, find_context, resolve_device
 from training.weights import digest_weights
 
 STOCK_FOLDERS = (
@@ -64,7 +64,6 @@ STOCK_FOLDERS = (
     "bbh",
 )  # of the four benchmarks, which need no search; lm-eval's index of all tasks takes ten seconds
 HUMANEVAL_MODULE = "lm_eval.tasks.humaneval.utils"
-POSITIONS = "max_position_embeddings"
 RESPONSES = "responses.jsonl"  # in the work folder
 PROBE = "One, two, three"
 VLLM_ROWS = 256  # that vLLM is given at once: it batches them, and what it has answered is kept after each
@@ -104,7 +103,7 @@ def evaluate(
         tasks = load_tasks(config, mirror=mirror, outcomes=outcomes)
         configure_tasks(tasks, config=config)
         check_tasks(tasks, config=config)
-        watch = Watch(output / "metrics.jsonl", stop=stop)
+        watch = Watch(output / METRICS_FILE, stop=stop)
         model = load_policy(model_folder, config=config, runtime=runtime, watch=watch, responses=responses, key=key)
         with contextlib.closing(model.engine):
             served = ask_served(model, tasks, config=config)
@@ -154,7 +153,7 @@ def ask_served(model: "PolicyLM", tasks: dict[str, Any], *, config: BenchmarkCon
 def check_request(config: BenchmarkConfig, *, model_folder: Path) -> None:
     """Raise ValueError for what can be refused before weights and data are loaded."""
     check_model_folder(model_folder, weights=config.endpoint is None)
-    positions = getattr(transformers.AutoConfig.from_pretrained(model_folder, **LOCAL), POSITIONS, None)
+    positions = find_context(transformers.AutoConfig.from_pretrained(model_folder, **LOCAL))
     if positions is not None and positions < config.max_length:
         raise ValueError(
             f"benchmark {config.name}: max_length is {config.max_length}, but the model {model_folder} has {positions} "

@@ -33,7 +33,7 @@ from evaluation.judges.sets import JudgeItem, read_evalbiasbench, read_llmbar
 from evaluation.responses import Responses
 from evaluation.statistics import measure_noise
 from training.data.rows import find_rows_file
-from training.job import Job, write_json
+from training.job import METRICS_FILE, Job, write_json
 from training.metrics import MetricsWriter
 
 CALLS_FILE = "calls.jsonl"  # every answer of the judge, by the digest of what was asked
@@ -70,7 +70,7 @@ def run(job: Job) -> None:
         identity = {"judge": backend.identity, "prompt": prompt.sha256}
         calls = Responses(job.output / CALLS_FILE, identity=identity)
         total = 2 * config.repeats * len(pairs)
-        with contextlib.closing(calls), MetricsWriter(job.output / "metrics.jsonl", total=total) as metrics:
+        with contextlib.closing(calls), MetricsWriter(job.output / METRICS_FILE, total=total) as metrics:
             caller = Caller(backend, calls=calls, runtime=runtime, metrics=metrics, total=total)
             judgements = judge_pairs(pairs, prompt=prompt, config=config, caller=caller)
             calls.drop_unasked()

@@ -12,7 +12,7 @@ from evaluation.judges.judge import Conversation, Finish, Reply
 from training.config import GenerateConfig
 from training.data.batch import pack_by_tokens
 from training.memory import run_in_halves
-from training.model import digest_model, load_policy, start_torch
+from training.model import digest_model, find_context, load_policy, start_torch
 from training.render import apply_template
 from training.sampling import find_stop_ids, generate_batch
 
@@ -40,7 +40,7 @@ class LocalModel:
             temperature=0.0, max_new_tokens=config.max_answer_tokens, precision=judge.precision
         )
         self._budget, self._check_stop = runtime.microbatch_tokens, check_stop
-        self._context = getattr(self._model.config, "max_position_embeddings", None)
+        self._context = find_context(self._model.config)
 
     def answer(self, conversations: Iterator[tuple[int, Conversation]]) -> Generator[tuple[int, Reply]]:
         """Yield replies, batch by batch; see `evaluation.judges.judge.Backend`. What does not fit into the model's context is refused."""

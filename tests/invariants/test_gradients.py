@@ -77,10 +77,10 @@ class Watched(PolicyForward):
         self.there: list[Any] = []
         self.most = 0
 
-    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
+    def values(self, model: Any, micro: MicroBatch, slope_B: Any = None) -> Forwarded:
         self.there.append(weakref.ref(micro.tree))
         self.most = max(self.most, sum(tree() is not None for tree in self.there))
-        return super().values(model, micro)
+        return super().values(model, micro, slope_B)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -355,9 +355,9 @@ class NarrowForward(PolicyForward):
 
     passes = 0
 
-    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
+    def values(self, model: Any, micro: MicroBatch, slope_B: Any = None) -> Forwarded:
         self.passes += 1
-        out = super().values(model, micro)
+        out = super().values(model, micro, slope_B)
         if out.num_tokens > (40 if self.passes != 2 else 1):
             raise torch.OutOfMemoryError(f"tried to hold {out.num_tokens} tokens")
         return out

@@ -284,6 +284,17 @@ def test_a_checkpoint_without_its_manifest_is_not_seen(plan: Planned, store: Sto
     assert not list(store.scan(name_root(plan)))
 
 
+def test_what_another_machine_stored_is_deleted_by_an_attempt_that_stores_nothing(
+    plan: Planned, store: Store, tmp_path: Path
+) -> None:
+    leave_checkpoint(tmp_path, 8)
+    upload(store, plan, tmp_path)
+    assert list(store.scan(name_root(plan)))
+    silent = train(CONFIG, plan.inputs, runtime=plan.runtime.model_copy(update={"stored_checkpoints": 0}))
+    discard_checkpoints(store, silent)
+    assert not list(store.scan(name_root(plan)))
+
+
 def test_nothing_goes_up_where_nobody_asked(plan: Planned, store: Store, tmp_path: Path) -> None:
     runtime = plan.runtime.model_copy(update={"stored_checkpoints": 0})
     silent = train(CONFIG, plan.inputs, runtime=runtime)

@@ -7,7 +7,8 @@ from pathlib import Path
 from infra.settings import Settings
 from infra.store import open_store
 from infra.tracking import Tracking
-from tasks.samples import SOURCE, TABLE, SamplesMirror
+from tasks.samples import TABLE, SamplesMirror
+from training.job import ANSWERS_FILE
 
 
 def write(path: Path, *steps: int) -> None:
@@ -30,12 +31,12 @@ def test_answers_are_a_table_of_the_run_as_soon_as_they_are_there(stack: Setting
         return table
 
     mirror()  # nothing there yet
-    write(tmp_path / SOURCE, 0)
+    write(tmp_path / ANSWERS_FILE, 0)
     mirror()
     assert shown() == {
         "columns": ["step", "prompt", "answer", "truncated"], "data": [[0, "Why?", "é 0", False]],
     }  # fmt: skip
-    write(tmp_path / SOURCE, 0, 50)
+    write(tmp_path / ANSWERS_FILE, 0, 50)
     mirror()  # too soon after the last time
     assert len(shown()["data"]) == 1
     mirror.close()

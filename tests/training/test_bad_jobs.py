@@ -251,6 +251,65 @@ def test_a_base_with_weights_that_its_configuration_has_no_place_for(
         ranks.run(open_base, size=2, folder=base)
 
 
+def test_a_trunk_alone_with_layers_that_its_configuration_has_no_place_for(
+    refuse: Callable[..., str], inputs: dict[str, Path], ranks: Ranks, end: Any, tiny_reward_model: Path
+) -> None:
+    """Its files leave out the prefix of the trunk, as AutoModel and many encoders of a hub have it."""
+    policy, encoder = copy_base(inputs, "trunk"), shutil.copytree(tiny_reward_model, inputs["rows"].parent / "encoder")
+    for folder, prefix in ((policy, "model."), (encoder, "bert.")):
+        state = load_file(folder / "model.safetensors")
+        trunk = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        save_file(trunk, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((folder / "config.json").read_text())
+        # An embedding that is the output head too, or there were nothing to take for that one.
+        config |= {"num_hidden_layers": 1, "tie_word_embeddings": True}
+        (folder / "config.json").write_text(json.dumps(config))
+    words = "its files hold 9 tensors that its config.json has no place for (first: layers.1."
+    assert words in refuse(base=policy, reference=None)
+    with pytest.raises(AssertionError, match=re.escape(words)):
+        ranks.run(open_base, size=2, folder=policy)
+    status, told, _ = end("encoder-run", "reward_model", {}, {"rows": inputs["rows"], "base": encoder})
+    assert status == EXIT_USER_ERROR
+    assert "its files hold 16 tensors that its config.json has no place for (first: encoder.layer.1." in told
+
+
+@pytest.mark.parametrize("job", ["train", "reward_model"])
+def test_a_quantised_base_is_not_trained(job: str, inputs: dict[str, Path], end: Any, tiny_reward_model: Path) -> None:
+    """transformers unpacks it where the device cannot compute so, and would pack the export by the scales of the base."""
+    base = shutil.copytree(inputs["base"] if job == "train" else tiny_reward_model, inputs["rows"].parent / "packed")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "fp8"}}))
+    settings = SFT if job == "train" else {}
+    status, told, output = end("packed-run", job, settings, {"rows": inputs["rows"], "base": base})
+    assert status == EXIT_USER_ERROR and not list(output.iterdir())
+    assert "got weights quantised by fp8, expected plain ones" in told and "save_original_format=False" in told
+
+
+def test_a_number_that_json_has_none_for_in_a_configuration(inputs: dict[str, Path], end: Any) -> None:
+    """Older programs wrote `[0.0, Infinity]` for Mamba 2; scores and checkpoints say of which configuration they are."""
+    base = copy_base(inputs, "endless")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"time_step_limit": [0.0, math.inf]}))
+    given = {"rows": inputs["rows"], "base": base}
+    status, told, _ = end(
+        "endless-reference", "score_reference", {"max_tokens": 128}, {"rows": inputs["rows"], "reference": base}
+    )
+    assert status == 0, told
+    status, told, output = end("endless-run", "train", SFT, given, checkpoint_every_steps=1)
+    assert status == 0, told
+    state = json.loads(next((output.parent / "work").glob("checkpoints/step-*/state.json")).read_text())
+    assert state["identity"]["base_config"]["time_step_limit"] == [0.0, "Infinity"]
+
+
+def test_a_reference_without_a_summary_is_held_to_the_run_s_own_precision(inputs: dict[str, Path], end: Any) -> None:
+    reference = shutil.copytree(inputs["reference"], inputs["rows"].parent / "bare")
+    (reference / "summary.json").unlink()
+    status, told, output = end("bare-run", "train", VAR, inputs | {"reference": reference})
+    assert status == 0, told
+    checks = json.loads((output / "preflight.json").read_text())["checks"]
+    assert {check["name"]: check["outcome"] for check in checks}["reference"] == "passed"
+
+
 def test_what_older_programs_stored_of_positions_is_no_weight(inputs: dict[str, Path], ranks: Ranks, end: Any) -> None:
     base = copy_base(inputs, "older")
     state = load_file(base / "model.safetensors") | {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}

@@ -48,16 +48,20 @@ from transformers import (
 )
 
 from tests.architectures import CONFIGS, HEADS, SMALL, VOCABULARY, make_model
+from tests.ranks import Ranks
 from tests.training.test_logprobs import gradients, plain_logps
 from tests.training.test_tree import make_groups
 from training import train
-from training.config import Layout, Precision
-from training.data.batch import collate_trees, lay_out
+from training.config import Layout, LoraConfig, Precision
+from training.data.batch import collate, collate_trees, lay_out
+from training.distributed import World
 from training.job import Job
 from training.logprobs import check_head, check_layout, sum_logps
+from training.lora import add_adapter
 from training.model import load_policy
 from training.plan import read_architecture
 from training.render import Renderer
+from training.sharding import load_sharded_policy
 from training.tree import enable_trees
 
 CPU = torch.device("cpu")
@@ -269,6 +273,37 @@ def test_trees_for_a_model_that_was_not_made_ready_are_an_error() -> None:
         sum_logps(model, micro)
     enable_trees(model)
     assert (sum_logps(model, micro) - plain_logps(make_model("llama"), SAMPLES)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_an_adapter_of_experts_is_refused_before_anything_is_trained(name: str) -> None:
+    """PEFT puts it on the tensors that hold all experts, where it can be trained and not taken out again."""
+    with pytest.raises(ValueError, match=rf"model type {name}, whose experts are tensors.*set train\.lora\.rank to 0"):
+        add_adapter(make(EXPERTS[name]), LoraConfig(rank=2))
+
+
+def test_experts_on_several_ranks_need_files_of_one_tensor_for_all(
+    tiny_policy: Path, tmp_path: Path, ranks: Ranks
+) -> None:
+    """Files have a tensor for each expert; the refusal names the option with which they are saved as the model has them."""
+    base = shutil.copytree(tiny_policy, tmp_path / "experts")
+    config = copy.deepcopy(EXPERTS["mixtral"])
+    config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id = 512, 0, 1, 2
+    model = make(config)
+    model.save_pretrained(base)
+    with pytest.raises(AssertionError, match=r"tensors of mixtral are not in its files .*save_original_format=False"):
+        ranks.run(compare_sharded, size=2, folder=base)
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, save_original_format=False)
+    ranks.run(compare_sharded, size=2, folder=base)
+
+
+def compare_sharded(world: World, folder: Path) -> None:
+    """Hold the log-probabilities of a policy on its ranks to those of the whole one."""
+    policy, _ = load_sharded_policy(folder, world, precision=Precision.float32)
+    micro = collate(SAMPLES, device=CPU)
+    with torch.no_grad():
+        expected = sum_logps(load_policy(folder, precision=Precision.float32, device=CPU)[0], micro)
+        assert (sum_logps(policy, micro) - expected).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class Told:
     def load(self, samples: Sequence[int], group_B: np.ndarray) -> list[int]:
         return list(samples)
 
-    def values(self, model: Any, micro: list[int]) -> Forwarded:
+    def values(self, model: Any, micro: list[int], slope_B: Any = None) -> Forwarded:
         sizes = [2 + TOKENS[sample] for sample in micro]
         return Forwarded(model.weight[micro].double(), sum(sizes), len(sizes) * max(sizes), flops=1000 * len(sizes))
 
@@ -96,7 +96,7 @@ def test_every_figure_by_hand(job: Job, budget: int, padding: float, monkeypatch
     clock = [0.0]
 
     class Timed(Told):
-        def values(self, model: Any, micro: list[int]) -> Forwarded:
+        def values(self, model: Any, micro: list[int], slope_B: Any = None) -> Forwarded:
             clock[0] += 0.5
             return super().values(model, micro)
 

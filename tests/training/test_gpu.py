@@ -249,6 +249,7 @@ def test_a_micro_batch_is_sent_while_the_device_works(cuda: torch.device, make_j
     batch = trainer.work.load(0, [1])
     assert time.monotonic() - started < 0.5
     assert not torch.cuda.current_stream().query(), "the device was waited for"
+    assert batch.micro.tree.block_masks, "found while the device works"
     assert batch.micro.ids_BT.cpu().tolist()[0][:600] == trainer.work.samples(0)[1].ids_T[:600].tolist()
 
 

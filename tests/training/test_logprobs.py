@@ -10,9 +10,9 @@ from torch.profiler import profile
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from tests.architectures import HEADS, SMALL, make_model
-from training import logprobs
 from training.data.batch import MicroBatch, collate
-from training.logprobs import ChunkedLogp, check_head, sum_logps
+from training.head import CHUNK_ELEMENTS, ChunkedLogp, WeightedLogp
+from training.logprobs import check_head, sum_logps, weigh_logps
 from training.render import Rendered
 
 CPU = torch.device("cpu")
@@ -48,19 +48,23 @@ def gradients(model: Any, loss: torch.Tensor) -> list[torch.Tensor]:
 def test_values_and_gradients_equal_the_plain_ones(
     name: str, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk_elements)
     model, samples = make_model(name, dtype=torch.float64), make_samples()
     weights = torch.tensor([0.3, 2.0, 0.0, 1.7], dtype=torch.float64)
     expected = plain_logps(model, samples)
     expected_gradients = gradients(model, (weights * expected).sum())
-    got = sum_logps(model, collate(samples, device=CPU))
-    got_gradients = gradients(model, (weights * got).sum())
     # The stock Llama norm computes in float32, hence the looser bound there.
     bound = 1e-10 if name == "gpt2" else 2e-5
-    assert torch.allclose(got, expected, rtol=0, atol=bound)
-    assert len(got_gradients) == len(expected_gradients) > 0
-    for a, b in zip(got_gradients, expected_gradients, strict=True):
-        assert torch.allclose(a, b, rtol=0, atol=bound)
+    micro = collate(samples, device=CPU)
+    plain = sum_logps(model, micro)
+    weighted, numbers = weigh_logps(model, micro, weights.numpy())
+    assert not numbers.requires_grad and torch.allclose(weighted, (weights * expected).sum(), rtol=0, atol=4 * bound)
+    for got, loss in ((plain, (weights * plain).sum()), (numbers, weighted)):
+        got_gradients = gradients(model, loss)
+        assert torch.allclose(got, expected, rtol=0, atol=bound)
+        assert len(got_gradients) == len(expected_gradients) > 0
+        for a, b in zip(got_gradients, expected_gradients, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -100,22 +104,39 @@ def test_chunked_logp_passes_finite_differences() -> None:
     weight = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(7, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([0, 6, 3, 3, 1])
-    assert torch.autograd.gradcheck(ChunkedLogp.apply, (hidden, weight, bias, target))
-    assert torch.autograd.gradcheck(ChunkedLogp.apply, (hidden, weight, None, target))
+    slope = torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0], dtype=torch.float64)
+    for given in (bias, None):
+        assert torch.autograd.gradcheck(ChunkedLogp.apply, (hidden, weight, given, target))
+        parts = [part for part in (hidden, weight, given) if part is not None]
+        expected = torch.autograd.grad(3 * (slope * ChunkedLogp.apply(hidden, weight, given, target)).sum(), parts)
+        got = torch.autograd.grad(3 * WeightedLogp.apply(slope, hidden, weight, given, target)[0], parts)
+        for a, b in zip(got, expected, strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=1e-14)
 
 
-def test_in_bfloat16_chunks_add_up_as_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def take(logp: str, slope: torch.Tensor, *parts: Any) -> torch.Tensor:
+    """Return logp_P, with the gradients of sum slope logp in what the parts of a head are made of: in either way."""
+    if logp == "weighted":
+        weighted, found = WeightedLogp.apply(slope.double(), *parts)
+        weighted.backward()
+    else:
+        found = ChunkedLogp.apply(*parts)
+        found.backward(slope.to(found.dtype))
+    return found.detach()
+
+
+@pytest.mark.parametrize("logp", ["weighted", "chunked"])
+def test_in_bfloat16_chunks_add_up_as_one_does(logp: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head's gradient over 64 chunks, against float64 on the same rounded operands: a sum kept in 8 bits was off by 1 % of the largest."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(512, 8), torch.randn(61, 8)
     target = torch.arange(512) % 61
 
     def differentiate(chunk: int, *, dtype: torch.dtype, narrow: bool) -> torch.Tensor:
-        monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 61 * chunk)
+        monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 61 * chunk)
         head = weight.bfloat16().to(dtype).requires_grad_()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
-            logp = ChunkedLogp.apply(hidden.bfloat16().to(dtype), head, None, target)
-        logp.sum().backward()
+            take(logp, torch.ones(512), hidden.bfloat16().to(dtype), head, None, target)
         assert head.grad is not None and head.grad.dtype == dtype
         return head.grad
 
@@ -130,13 +151,14 @@ def test_in_bfloat16_chunks_add_up_as_one_does(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("chunk_elements", [1, 61 * 3, 61 * 7 + 5, 2**24])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("logp", ["weighted", "chunked"])
 def test_bfloat16_rounds_logits_and_their_gradients_once(
-    chunk_elements: int, softcap: float | None, biased: bool, monkeypatch: pytest.MonkeyPatch
+    chunk_elements: int, softcap: float | None, biased: bool, logp: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against float64 on the same rounded operands: a logit moves by 2^-9 of itself, so a log-probability by twice that of the largest
     logit. Gradients leave through one rounded matrix product more. Chunks of one position, of three (16 are no multiple), of one vocabulary
     and some, and of all."""
-    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", chunk_elements)
     torch.manual_seed(0)
     hidden, weight = torch.randn(16, 32).bfloat16(), torch.randn(61, 32).bfloat16()
     bias, target, grad = torch.randn(61), torch.arange(16) * 7 % 61, torch.randn(16)
@@ -144,9 +166,8 @@ def test_bfloat16_rounds_logits_and_their_gradients_once(
     def run(dtype: torch.dtype, *, narrow: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
         operands = [tensor.to(dtype).requires_grad_() for tensor in (hidden, weight, bias)]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=narrow):
-            logp = ChunkedLogp.apply(*operands[:2], operands[2] if biased else None, target, softcap)
-        logp.backward(grad.to(logp.dtype))
-        return logp.detach(), [operand.grad for operand in operands if operand.grad is not None]
+            found = take(logp, grad, *operands[:2], operands[2] if biased else None, target, softcap)
+        return found, [operand.grad for operand in operands if operand.grad is not None]
 
     exact, exact_gradients = run(torch.float64, narrow=False)
     got, got_gradients = run(torch.float32, narrow=True)
@@ -167,12 +188,10 @@ def test_the_log_sum_of_bfloat16_logits_is_taken_in_float32() -> None:
     assert (logp.double() + np.log(50_000)).abs().max() < 2e-6
 
 
-@pytest.mark.parametrize(("softcap", "again"), [(None, 3), (2.0, 4)])
-def test_the_backward_pass_begins_with_the_logits_that_the_forward_pass_ended_with(
-    softcap: float | None, again: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four chunks; capped logits were overwritten. A second backward pass over the same graph has to compute all of them."""
-    monkeypatch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 61 * 3)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_no_logit_of_a_weighted_sum_is_computed_twice(softcap: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten positions in chunks of at most three are four matrix products, and none in the backward pass; its second one is an error."""
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 61 * 3)
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 8, requires_grad=True), torch.randn(61, 8, requires_grad=True)
 
@@ -181,15 +200,18 @@ def test_the_backward_pass_begins_with_the_logits_that_the_forward_pass_ended_wi
             out = work()
         return out, sum(event.input_shapes[-1] == [8, 61] for event in seen.events() if event.name == "aten::mm")
 
-    logp, forward = count(lambda: ChunkedLogp.apply(hidden, weight, None, torch.arange(10), softcap))
-    first, backward = count(lambda: torch.autograd.grad(logp.sum(), (hidden, weight), retain_graph=True))
-    second, repeated = count(lambda: torch.autograd.grad(logp.sum(), (hidden, weight)))
-    assert (forward, backward, repeated) == (4, again, 4)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    slope = torch.ones(10, dtype=torch.float64)
+    (loss, _), forward = count(lambda: WeightedLogp.apply(slope, hidden, weight, None, torch.arange(10), softcap))
+    _, backward = count(lambda: torch.autograd.grad(loss, (hidden, weight), retain_graph=True))
+    assert (forward, backward) == (4, 0)
+    with pytest.raises(RuntimeError, match="its first backward pass"):
+        torch.autograd.grad(loss, (hidden, weight))
 
 
-def test_never_holds_positions_times_vocabulary() -> None:
-    """Every tensor made in forward and backward stays at or under a chunk, or the head's own size."""
+@pytest.mark.parametrize("logp", ["weighted", "chunked"])
+def test_never_holds_positions_times_vocabulary(logp: str) -> None:
+    """Every tensor made in forward and backward stays at or under a chunk, or the head's own size: of SmolLM2's vocabulary and a step of eight
+    pairs, as the benchmark has them."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -202,12 +224,12 @@ def test_never_holds_positions_times_vocabulary() -> None:
                     self.elements = max(self.elements, tensor.numel())
             return out
 
-    P, H, V = 5000, 4, 20_000
+    P, H, V = 900, 4, 49_152
     hidden = torch.randn(P, H, requires_grad=True)
     weight = torch.randn(V, H, requires_grad=True)
     with Largest() as largest:
-        ChunkedLogp.apply(hidden, weight, None, torch.zeros(P, dtype=torch.long)).sum().backward()
-    assert largest.elements <= logprobs.CHUNK_ELEMENTS["cpu"] < P * V
+        take(logp, torch.ones(P), hidden, weight, None, torch.zeros(P, dtype=torch.long))
+    assert largest.elements <= CHUNK_ELEMENTS["cpu"] < P * V
 
 
 def test_float32_stays_close_to_float64_and_keeps_its_type() -> None:

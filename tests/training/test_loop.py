@@ -17,7 +17,7 @@ from training.checkpoint import Progress
 from training.config import Precision, Runtime, Schedule
 from training.distributed import World
 from training.job import Interrupted, Job, OutOfMemory
-from training.loop import Part, Settings, Trainer, find_smaller, learning_rate, make_optimiser, run_steps
+from training.loop import Part, Saving, Settings, Trainer, find_smaller, learning_rate, make_optimiser, run_steps
 
 
 def settings(**changes: Any) -> Settings:
@@ -227,6 +227,17 @@ def test_the_next_step_is_begun_before_this_ones_figures_are_waited_for(job: Job
     assert work.events == [*first, second[0], *read[0], second[1], *read[1]]
 
 
+def test_nothing_waits_for_the_optimiser(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is read of a device behind it is there only when the weights are changed, and the device has nothing to do meanwhile."""
+    work, model, events = Told(num_steps=2), make_line(), []
+    trainer = Trainer(model, make_optimiser(model, settings()), work, settings(), Runtime(), job, Progress())
+    apply, item = trainer.apply, torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: (events.append("read"), item(tensor))[1])
+    monkeypatch.setattr(trainer, "apply", lambda step: (apply(step), events.append("applied")))
+    trainer.take_step()
+    assert "read" in events and events[-1] == "applied"
+
+
 def test_what_was_begun_for_another_budget_is_begun_anew(job: Job) -> None:
     """As where held-out rows had no room between two steps."""
     work, model = Told(num_steps=2), make_line()
@@ -398,6 +409,22 @@ def test_one_of_several_ranks_without_room_asks_all_for_smaller_micro_batches() 
         torch.OutOfMemoryError, match=r"rank 1 of 2: .*1 tokens, whose parts cannot be taken one by one"
     ):
         find_smaller(Line(1), 0, budget=1, world=second, where="step 7", error=error)
+
+
+def test_what_checkpoints_cost_is_told_once_with_a_cadence_at_which_they_cost_little(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saving = Saving(every=20, trained_before=100.0)
+    for step in range(1, 5):  # each of 20 s behind twenty steps of 5 s in all
+        saving.add(20.0, Progress(step=20 * step, seconds=100.0 + 5.0 * step))
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 60: checkpoints took 60 s beside 15 s of training; runtime.checkpoint_every_steps is 20, of 1600 they would take about 5 % of it"
+    ]
+    caplog.clear()
+    cheap, only_when_stopped = Saving(every=20, trained_before=0.0), Saving(every=0, trained_before=0.0)
+    cheap.add(70.0, Progress(seconds=701.0))
+    only_when_stopped.add(70.0, Progress(seconds=1.0))
+    assert not caplog.records
 
 
 def test_metrics_are_on_disk_before_the_checkpoint_that_tells_of_them(

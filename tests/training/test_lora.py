@@ -24,6 +24,7 @@ from training.job import Job
 from training.logprobs import sum_logps
 from training.lora import add_adapter, write_adapter
 from training.model import load_policy
+from training.plan import build_on_meta, read_architecture
 from training.render import Rendered
 from training.sharding import gather_weights, load_sharded_policy
 
@@ -47,6 +48,8 @@ def test_adapter_on_base_and_merged_weights_are_the_trained_model(
     train.run(job)
     summary = json.loads((job.output / "summary.json").read_text())
     assert summary["adapter_gap"] <= 1e-5 and summary["merged_gap"] <= 1e-5
+    planned = build_on_meta(read_architecture(inputs["base"]), LoraConfig(rank=2, alpha=8))
+    assert summary["parameters"] == sum(p.numel() for p in planned.parameters()), "a plan looks for the MFU by it"
     base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (inputs["base"], job.output))
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():

@@ -168,12 +168,13 @@ def test_the_formula_knows_the_scores_that_dropout_keeps_on_a_cpu() -> None:
     config = BertConfig(vocab_size=61, hidden_size=48, intermediate_size=192, num_hidden_layers=4, num_attention_heads=12, num_labels=1, pad_token_id=0)  # fmt: skip
     model = AutoModelForSequenceClassification.from_config(config).train()
     samples = [RewardInput(list(range(1, 61)) * 4, None, cut=False)] * 4
-    size = RewardForward(dropout=0.1).size(samples, np.arange(4))
+    forward = RewardForward(model, dropout=0.1)
+    size = forward.size(samples, np.arange(4))
     assert size == MicroBatchSize(960, positions=0, scores=4 * 240 * 240)
-    kept = kept_bytes_of(model, lambda: RewardForward().values(model, samples))
+    kept = kept_bytes_of(model, lambda: forward.values(model, forward.load(samples, np.arange(4))))
     expected = estimate_footprint(model, precision=Precision.float32, ranks=1, micro=size).activations
     assert 0.6 < kept / expected < 1.15
-    assert RewardForward().size(samples, np.arange(4)).scores == 0
+    assert RewardForward(model).size(samples, np.arange(4)).scores == 0
 
 
 @pytest.mark.parametrize("layout", list(Layout))

@@ -270,8 +270,8 @@ class MeanLoss(Sft):
 class LeakyForward(PolicyForward):
     """Log-probabilities that depend on what else is in the micro-batch."""
 
-    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
-        out = super().values(model, micro)
+    def values(self, model: Any, micro: MicroBatch, slope_B: Any = None) -> Forwarded:
+        out = super().values(model, micro, slope_B)
         return out._replace(value_B=out.value_B * (1.0 + 0.01 * len(micro.trained)))
 
 
@@ -438,9 +438,9 @@ class Kept(torch.autograd.Function):
 class HungryForward(PolicyForward):
     """The policy of an architecture that keeps more than the formula says, once gradients are asked for."""
 
-    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
-        out = super().values(model, micro)
-        return out._replace(value_B=Kept.apply(out.value_B)) if out.value_B.requires_grad else out
+    def values(self, model: Any, micro: MicroBatch, slope_B: Any = None) -> Forwarded:
+        out = super().values(model, micro, slope_B)
+        return out if out.weighted is None else out._replace(weighted=Kept.apply(out.weighted))
 
 
 def test_what_the_largest_micro_batch_took_is_measured_and_held_to_what_is_free(
@@ -496,9 +496,9 @@ def test_compiled_layers_are_held_to_plain_ones_where_they_train(
 class NarrowForward(PolicyForward):
     """The policy on a device with room for 100 tokens."""
 
-    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
-        out = super().values(model, micro)
-        if out.value_B.requires_grad and out.num_tokens > 100:
+    def values(self, model: Any, micro: MicroBatch, slope_B: Any = None) -> Forwarded:
+        out = super().values(model, micro, slope_B)
+        if torch.is_grad_enabled() and out.num_tokens > 100:
             raise torch.OutOfMemoryError(f"tried to hold {out.num_tokens} tokens")
         return out
 
@@ -582,9 +582,9 @@ class LookingForward(PolicyForward):
     file: Path
     seen: dict[str, Any]
 
-    def values(self, model: Any, micro: MicroBatch) -> Forwarded:
-        out = super().values(model, micro)
-        if out.value_B.requires_grad:
+    def values(self, model: Any, micro: MicroBatch, slope_B: Any = None) -> Forwarded:
+        out = super().values(model, micro, slope_B)
+        if torch.is_grad_enabled():
             self.seen = json.loads(self.file.read_text())
         return out
 

@@ -175,7 +175,7 @@ def score_without_room(world: World, folder: Path) -> list[float]:
     compute = scorer.compute_rewards
 
     def refuse_two(model: Any, batch: Any) -> torch.Tensor:
-        if len(batch) > 1:
+        if len(batch.ids_BT) > 1:
             raise torch.OutOfMemoryError("no room")
         return compute(model, batch)
 
@@ -217,6 +217,11 @@ def test_stopped_run_ends_with_the_same_model(
         reward_model.run(Job(**{**job.__dict__, "stop": StopAtFourth()}))
     steps_done = len((job.output / "metrics.jsonl").read_text().splitlines())
     assert 0 < steps_done < 10
+    other = json.loads((tiny_reward_model / "config.json").read_text()) | {"hidden_dropout_prob": 0.5}
+    base = shutil.copytree(tiny_reward_model, job.work / "other")
+    (base / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"base_config\.hidden_dropout_prob"):
+        reward_model.run(Job(**{**job.__dict__, "inputs": {**inputs, "base": base}}))
     reward_model.run(job)
     assert (job.output / "model.safetensors").read_bytes() == (whole.output / "model.safetensors").read_bytes()
 

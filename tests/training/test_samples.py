@@ -13,9 +13,9 @@ from tests.ranks import Ranks
 from training import samples, train
 from training.config import Runtime
 from training.distributed import World
-from training.job import Interrupted, Job, read_json_lines
+from training.job import ANSWERS_FILE, Interrupted, Job, read_json_lines
 from training.loop import Trainer
-from training.samples import FILE, GREEDY, MOST_PROMPTS, read_step
+from training.samples import GREEDY, MOST_PROMPTS, read_step
 
 CONFIG = {
     "objective": "sft", "responses": "all", "batch_prompts": 4, "epochs": 2, "max_tokens": 96, "learning_rate": 1e-2,
@@ -37,7 +37,7 @@ def inputs(tmp_path: Path, tiny_policy: Path, make_row: Any, write_rows: Any) ->
 
 
 def read_samples(output: Path) -> list[dict[str, Any]]:
-    return read_json_lines(output / FILE)
+    return read_json_lines(output / ANSWERS_FILE)
 
 
 def answer_greedily(folder: Path, prompt: list[dict[str, str]]) -> str:
@@ -61,7 +61,7 @@ def test_answers_are_the_models_own_and_leave_no_trace(inputs: dict[str, Path], 
         train.run(job)
     told = read_samples(asked.output)
     assert [line["step"] for line in told] == [step for step in (0, 3, 4) for _ in range(MOST_PROMPTS)]
-    assert not (silent.output / FILE).exists()
+    assert not (silent.output / ANSWERS_FILE).exists()
     for name in ("model.safetensors", "generation_config.json", "config.json"):
         assert (asked.output / name).read_bytes() == (silent.output / name).read_bytes(), name
     for folder, line in ((inputs["base"], told[0]), (asked.output, told[-1])):
@@ -91,7 +91,7 @@ def test_a_run_that_goes_on_tells_each_step_once(
             train.run(cut)
     assert read_samples(cut.output)[-1]["step"] == 3
     train.run(make_job("train", "cut", config=CONFIG, inputs=inputs, **runtime))
-    assert (cut.output / FILE).read_text() == (whole.output / FILE).read_text()
+    assert (cut.output / ANSWERS_FILE).read_text() == (whole.output / ANSWERS_FILE).read_text()
     assert sum("\u2028So\x85\u2029?" in line["prompt"] for line in read_samples(cut.output)) == 5
 
 
@@ -113,7 +113,7 @@ def test_ranks_answer_together_as_one_does(
     both = make_job("train", "both", config=CONFIG, inputs=inputs)
     job = {name: getattr(both, name) for name in ("name", "config", "runtime", "inputs", "output", "work")}
     ranks.run(run_on, size=2, job=job)
-    assert (both.output / FILE).read_text() == (alone.output / FILE).read_text()
+    assert (both.output / ANSWERS_FILE).read_text() == (alone.output / ANSWERS_FILE).read_text()
 
 
 def test_prompts_that_the_context_has_no_room_for_are_not_answered(
@@ -146,5 +146,5 @@ def test_answers_that_have_no_room_together_are_given_by_fewer_at_once(
     monkeypatch.setattr(samples, "generate_batch", without_room)
     train.run(jobs[1])
     assert refused == [4, 2, 2] * 2, "before the first step and after the last"
-    for name in (FILE, "model.safetensors"):
+    for name in (ANSWERS_FILE, "model.safetensors"):
         assert (jobs[0].output / name).read_bytes() == (jobs[1].output / name).read_bytes()

@@ -27,11 +27,12 @@ from tests.architectures import CONFIGS, VOCABULARY, make_model
 from tests.ranks import Ranks
 from tests.training.test_logprobs import make_samples
 from tests.training.test_loop import Line, settings
-from training import distributed, logprobs, sharding
+from training import distributed, sharding
 from training.config import LoraConfig, Precision, Runtime
 from training.data.batch import collate
 from training.data.schema import SCHEMA
 from training.distributed import ALONE, World, open_world, own_gpu, require_size
+from training.head import CHUNK_ELEMENTS
 from training.job import Interrupted, Job
 from training.logprobs import Policy, sum_logps
 from training.loop import make_optimiser, run_steps
@@ -392,7 +393,7 @@ def read_families(world: World) -> dict[str, tuple[Tensor, dict[str, Tensor], di
     """Return of every family log-probabilities in chunks of three positions, gradients, and the weight decay by name."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(logprobs.CHUNK_ELEMENTS, "cpu", 3 * VOCABULARY)
+        patch.setitem(CHUNK_ELEMENTS, "cpu", 3 * VOCABULARY)
         for name in CONFIGS:
             policy = Policy(make_model(name, dtype=torch.float64))
             if world.size > 1:

@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig
 from tests.architectures import CONFIGS, SMALL, make_model
 from training import tree as tree_module
 from training.config import Layout
+from training.data import batch as batch_module
 from training.data.batch import collate, collate_trees, count_tokens, cut_trees
 from training.data.stems import find_stems
 from training.flops import read_windows
 from training.logprobs import LayoutError, Policy, check_layout, sum_logps
 from training.model import checkpoint_activations, find_layers
 from training.render import Rendered
+from training.train import PolicyForward
 from training.tree import (
+    HOPPER_KERNELS,
     WIDE_KERNEL,
     Tree,
     attend_blocks,
@@ -209,6 +212,29 @@ def test_kernels_are_tuned_for_hopper_alone_and_for_what_they_have_room_for() ->
     ):  # fmt: skip
         assert choose_kernel(torch.zeros(1, 1, 1, size, dtype=dtype), given) == {"BACKEND": "TRITON"} | expected
     assert tune_kernels(CPU) == {}
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "expected"), [((9, 0), None, HOPPER_KERNELS), ((8, 0), None, {}), ((9, 4), "6.4", {})]
+)
+def test_an_amd_of_capability_nine_is_no_hopper(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None, expected: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert tune_kernels.__wrapped__(torch.device("cuda")) == expected
+
+
+def test_a_gpus_masks_are_made_where_a_micro_batch_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is while the device works on the one before; where it runs, the device would wait for them."""
+    monkeypatch.setattr(tree_module, "send", lambda values, device: torch.from_numpy(values))
+    monkeypatch.setattr(batch_module, "send", lambda values, device: torch.from_numpy(values))
+    monkeypatch.setattr(tree_module, "tune_kernels", lambda device: {})
+    device, samples = torch.device("cuda"), make_group(np.random.default_rng(0), 5, 3, 4)
+    forward = PolicyForward(device, Layout.tree, windows=[None, 4, 4])
+    micro = forward.load(samples, np.zeros(2, dtype=int))
+    assert set(micro.tree.block_masks) == {None, 4}
+    assert PolicyForward(device, Layout.rows, windows=[None]).load(samples, np.zeros(2, dtype=int)).tree is None
 
 
 class OneOff(Policy):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from training.data.rows import read_rows
+from training.data.rows import iterate_rows
 from training.data.schema import digest_row
 from training.data.selection import Select
 from training.objectives.objective import FloatArray
@@ -81,34 +81,33 @@ def load_examples(
     dropped: Counter[str] = Counter()
     missing: list[str] = []
     first = ""
-    for batch in read_rows(rows, split=split):
-        for row in batch.to_pylist():
-            if len(examples) == limit:
-                break
-            if row["row_id"] in unscored:
-                dropped["not_scored"] += 1
-                continue
-            if any(row["row_id"] not in scores for scores in columns.values()):
-                missing.append(row["row_id"])
-                continue
-            check_content(row, columns)
-            places = select(row)
-            if len(places) < min_responses:
-                dropped["too_few_responses" if places else "no_preference"] += 1
-                continue
-            try:
-                samples = renderer.stored(row, places)
-            except UnusableRow as unusable:
-                dropped[unusable.reason] += 1
-                first = first or f"; row {row['row_id']}: {unusable}"
-                continue
-            chosen = dict(zip(places, samples, strict=True))
-            if distinct:
-                chosen = drop_equal_tokens(chosen, preferred=row["preferred"])
-            if len(chosen) < min_responses:
-                dropped["same_tokens"] += 1
-                continue
-            examples.append(make_example(row, chosen, rewards=rewards, reference=reference))
+    for row in iterate_rows(rows, split=split):
+        if len(examples) == limit:
+            break
+        if row["row_id"] in unscored:
+            dropped["not_scored"] += 1
+            continue
+        if any(row["row_id"] not in scores for scores in columns.values()):
+            missing.append(row["row_id"])
+            continue
+        check_content(row, columns)
+        places = select(row)
+        if len(places) < min_responses:
+            dropped["too_few_responses" if places else "no_preference"] += 1
+            continue
+        try:
+            samples = renderer.stored(row, places)
+        except UnusableRow as unusable:
+            dropped[unusable.reason] += 1
+            first = first or f"; row {row['row_id']}: {unusable}"
+            continue
+        chosen = dict(zip(places, samples, strict=True))
+        if distinct:
+            chosen = drop_equal_tokens(chosen, preferred=row["preferred"])
+        if len(chosen) < min_responses:
+            dropped["same_tokens"] += 1
+            continue
+        examples.append(make_example(row, chosen, rewards=rewards, reference=reference))
     if missing:
         raise ValueError(
             f"rows folder {rows}: {len(missing)} rows of the {split} split have no reward or no reference log-probability "

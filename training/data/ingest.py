@@ -22,7 +22,7 @@ from training.data.schema import SCHEMA, digest_row
 from training.data.sources import SourceRow, list_files, read_source
 from training.data.splits import choose_split
 from training.data.validate import Reason, UnusableRow, detect_format, parse_row
-from training.job import Job, write_json
+from training.job import METRICS_FILE, Job, write_json
 from training.metrics import MetricsWriter
 
 CHUNK_ROWS = 256
@@ -110,7 +110,7 @@ def _collect(
     place, waiting = 0, []
     files, _ = list_files(job.inputs["source"])
     total = sum(path.stat().st_size for path in files)
-    with RowsWriter(candidates, SCHEMA) as spool, MetricsWriter(job.output / "metrics.jsonl", total=total) as metrics:
+    with RowsWriter(candidates, SCHEMA) as spool, MetricsWriter(job.output / METRICS_FILE, total=total) as metrics:
         for row, format in _with_format(read_source(job.inputs["source"]), config.format):
             if config.limit is not None and counts.read == config.limit:
                 break

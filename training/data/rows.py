@@ -44,6 +44,14 @@ def read_rows(
                 yield kept if wanted is None else kept.select(wanted)
 
 
+def iterate_rows(
+    folder: Path, *, split: str | None = None, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of an artifact folder in file order, one by one; `split` and `columns` as in `read_rows`."""
+    for batch in read_rows(folder, split=split, columns=columns):
+        yield from batch.to_pylist()
+
+
 class RowsWriter:
     """A parquet file that appears whole or not at all: written under a temporary name, renamed when the block ends well.
 

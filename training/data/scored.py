@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from training.data.rows import find_rows_file
 from training.job import Job, read_json_lines, write_json
+from training.model import read_config_file
 from training.render import UnusableRow
 from training.weights import digest_file
 
@@ -69,7 +70,7 @@ def open_parts(job: Job, *, plan: str = "", **models: Mapping[str, str]) -> Path
 def read_settings(folder: Path) -> list[Any]:
     """Return what a model folder says beside its weights and tokenizer: of its layers, and of where its answers end."""
     files = (folder / "config.json", folder / "generation_config.json")
-    return [json.loads(file.read_text()) for file in files if file.is_file()]
+    return [read_config_file(file) for file in files if file.is_file()]
 
 
 def is_finished(part: Path, row_ids: Sequence[str]) -> bool:

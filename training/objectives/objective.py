@@ -129,6 +129,7 @@ class Objective(Protocol):
     """
 
     whole_groups: bool  # as its config has it
+    linear: bool = False  # whether `loss_sum` is linear in the values, so that its gradient is known before them
 
     def transform(self, columns: Columns) -> Columns:
         """Return stored columns as they are weighed, such as with other rewards; a prompt's follow from that prompt alone."""
@@ -163,6 +164,7 @@ class WeightedLikelihood(Objective):
     """
 
     whole_groups = TrainConfig.whole_groups
+    linear = True
 
     def denominator(self, columns: Columns, *, mean_tokens: float) -> float:
         """Return N * Tbar: the loss reads as nats per token."""

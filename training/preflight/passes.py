@@ -88,7 +88,7 @@ class Passes:
         """Return value_B of responses of the first step, in passes of at most the budget."""
         group_B = self.ready.steps.columns(0).group_R[list(members)]
         samples, value_B = self.samples(members), np.zeros(len(members))
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.ready.world.autocast(self.ready.precision):
             for part in self.cut(members):
                 micro = self.ready.forward.load([samples[n] for n in part], group_B[part])
                 out: Tensor = self.ready.forward.values(self.ready.policy, micro).value_B
@@ -103,13 +103,8 @@ class Passes:
 
     def loss(self, members: Sequence[int], *, gradients: bool = False) -> float:
         """Return the loss of responses of the first step, in one pass; where gradients are asked for, as compiled layers compute it."""
-        with torch.set_grad_enabled(gradients), self.autocast():
+        with torch.set_grad_enabled(gradients), self.ready.world.autocast(self.ready.precision):
             return self.ready.steps.part(self.ready.policy, self.ready.steps.load(0, members)).loss.item()
-
-    def autocast(self) -> torch.autocast:
-        """Compute as training will."""
-        wide = self.ready.precision == Precision.float32
-        return torch.autocast(self.ready.device.type, dtype=torch.bfloat16, enabled=not wide)
 
     def seconds_left(self) -> float:
         """Return what is left of the time allowed, the same on every rank."""
@@ -191,7 +186,9 @@ def reference(ready: Ready, passes: Passes) -> str:
     tokens_B = columns.num_tokens_R[passes.tried]
     miss_B = np.abs(passes.value_B - columns.logp_ref_R[passes.tried])
     gap_B, mean = miss_B / tokens_B, miss_B.sum() / tokens_B.sum()
-    bound = max(MAX_LAYOUT_GAP[DTYPES[p]] for p in (ready.precision, Precision(scored["precision"])))
+    bound = max(
+        MAX_LAYOUT_GAP[DTYPES[p]] for p in (ready.precision, Precision(scored.get("precision", ready.precision)))
+    )
     # A short response alone strays further than all together. Not "any above": a stored NaN is a failure too.
     if not (mean <= bound and (gap_B <= 10 * bound).all()):
         worst = np.argsort(-np.nan_to_num(gap_B, nan=np.inf))[:ROWS_SHOWN]

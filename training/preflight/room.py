@@ -117,7 +117,7 @@ def probe(ready: Ready, report: Report, passes: Passes, trial: Trial) -> int | N
         devices = [ready.device] if ready.device.type == "cuda" else []
         with torch.random.fork_rng(devices), measure_peak(ready.device) as peak:
             ready.policy.train(ready.is_reward_model)  # with its dropout, whose masks take room too
-            with passes.autocast():
+            with ready.world.autocast(ready.precision):
                 part = ready.steps.part(ready.policy, ready.steps.load(trial.step, trial.members))
             part.loss.backward()
             del part

@@ -1,6 +1,7 @@
 """Prompt and response -> the ids a reward model reads, one way for training it and for scoring with it.
 
-What does not fit is cut from the left of the prompt: the end of a conversation says most about what a good answer is.
+What does not fit is cut from the left of the prompt: the end of a conversation says most about what a good answer is. A response that
+does not fit by itself is cut from its end, and from its beginning where a chat template renders it.
 """
 
 from collections.abc import Sequence

@@ -25,7 +25,7 @@ from training.data.scored import (
     require_some,
     write_dropped,
 )
-from training.job import Job
+from training.job import METRICS_FILE, Job
 from training.metrics import MetricsWriter
 from training.model import start_torch
 from training.render import UnusableRow
@@ -80,7 +80,7 @@ def score_windows(job: Job, scorer: RewardScorer, folder: Path, *, budget: int) 
     total = pq.ParquetFile(find_rows_file(job.inputs["rows"])).metadata.num_rows
     parts: list[Path] = []
     done = 0
-    with MetricsWriter(job.output / "metrics.jsonl", total=total) as metrics:
+    with MetricsWriter(job.output / METRICS_FILE, total=total) as metrics:
         for window, name in windows(job):
             parts.append(part := folder / name)
             done += window.num_rows

@@ -1,6 +1,8 @@
 """A sequence-classification model as a scorer: prompt and response in, one number out, whatever shared its batch."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from training.model import (
 )
 from training.render import UnusableRow
 from training.reward.render import RewardInput, RewardRenderer
+from training.tree import send
 from training.weights import digest_weights
 
 # B responses of a batch, T tokens
@@ -114,27 +117,41 @@ def score_batch(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
 
     def score(batch: Sequence[RewardInput]) -> list[float]:
         with torch.no_grad():  # sharded weights cannot be gathered under inference mode
-            values: list[float] = policy(compute_rewards, batch).double().tolist()
+            values: list[float] = policy(compute_rewards, collate_inputs(policy.model, batch)).double().tolist()
             return values
 
     rewards = score(inputs) if isinstance(policy, FSDPModule) else run_in_halves(score, inputs)
     return torch.tensor(rewards, dtype=torch.float64)
 
 
-def compute_rewards(model: Any, inputs: Sequence[RewardInput]) -> Tensor:
-    """Return the rewards [B] of inputs padded on the right, with gradient where gradients are on."""
-    T = max(len(item.ids) for item in inputs)
-    shape = (len(inputs), T)
-    ids_BT = torch.full(shape, model.config.pad_token_id, dtype=torch.int64)
-    mask_BT = torch.zeros(shape, dtype=torch.int64)
-    segments_BT = torch.zeros(shape, dtype=torch.int64)
-    for row, item in enumerate(inputs):
-        ids_BT[row, : len(item.ids)] = torch.tensor(item.ids)
-        mask_BT[row, : len(item.ids)] = 1
-        segments_BT[row, : len(item.ids)] = torch.tensor(item.segments or 0)
-    device = model.device
-    more = {} if inputs[0].segments is None else {"token_type_ids": segments_BT.to(device)}
-    logits: Tensor = model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), **more).logits
+@dataclass(frozen=True, eq=False)
+class RewardBatch:
+    """Inputs padded on the right, on a device or on their way to it."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor  # 0 at padding
+    segments_BT: Tensor | None  # None where the model has no such input
+    num_tokens: int  # without padding
+
+
+def collate_inputs(model: Any, inputs: Sequence[RewardInput]) -> RewardBatch:
+    """Return inputs as one batch for a model, on its device."""
+    lengths = [len(item.ids) for item in inputs]
+    ids_BT = np.full((len(inputs), max(lengths)), model.config.pad_token_id)
+    mask_BT, segments_BT = np.zeros((2, *ids_BT.shape), dtype=np.int64)
+    for row, (item, length) in enumerate(zip(inputs, lengths, strict=True)):
+        ids_BT[row, :length] = item.ids
+        mask_BT[row, :length] = 1
+        segments_BT[row, :length] = item.segments or 0
+    put = partial(send, device=model.device)
+    segments = None if inputs[0].segments is None else put(segments_BT)
+    return RewardBatch(put(ids_BT), put(mask_BT), segments, sum(lengths))
+
+
+def compute_rewards(model: Any, batch: RewardBatch) -> Tensor:
+    """Return the rewards [B] of a batch, with gradient where gradients are on."""
+    more = {} if batch.segments_BT is None else {"token_type_ids": batch.segments_BT}
+    logits: Tensor = model(input_ids=batch.ids_BT, attention_mask=batch.mask_BT, **more).logits
     return logits[:, 0].clone()  # a view would be warned of where weights are sharded
 
 
