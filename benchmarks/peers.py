@@ -30,7 +30,8 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, model: Any, spec: dict[str, Any]) -> None:
         self._model, self._device, self._spec, self._in_turn = model, model.device, spec, "in_turn" in spec
-        self._seconds = self._begun = 0.0
+        self._begun = 0.0
+        self._seconds: list[float] = []  # of steps; of all together where no other process has some in between
         # Of forward passes: tokens, still on the device, and the same with padding.
         self._seen: list[tuple[Any, int]] = []
         self._counted: list[tuple[Any, int]] = []
@@ -51,7 +52,7 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         if timed > 0:
             self._counted += self._seen
         if timed > 0 and (self._in_turn or timed == self._spec["steps"]):
-            self._seconds += read_clock(self._device) - self._begun
+            self._seconds.append(read_clock(self._device) - self._begun)
         if timed == 0 and not self._in_turn:
             self._begun = read_clock(self._device)
 
@@ -63,7 +64,8 @@ class Stopwatch(TrainerCallback):  # type: ignore[misc]
         mean `loss` of all steps."""
         return {
             "loss": self._loss,
-            "seconds": self._seconds,
+            "seconds": sum(self._seconds),
+            "step_seconds": self._seconds,
             "pairs": self._spec["batch_pairs"] * self._spec["steps"],
             "tokens": sum(int(tokens) for tokens, _ in self._counted),
             "padded_tokens": sum(padded for _, padded in self._counted),

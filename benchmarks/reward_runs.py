@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -248,16 +249,17 @@ def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_target(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return what a scorer says of the samples that VAR learns from: of all, by their weights, and of the best of each prompt by the weights'
-    own reward. Samples of a policy that has learned its target whole are on these prompts as much better as the second is than the first."""
+    """Return what a scorer says of the samples that VAR learns from (of each prompt's first `responses`): of all, by their weights, and of the
+    best of each prompt by the weights' own reward. Samples of a policy that has learned its target whole are on these prompts as much better as the second is than the first."""
     rows = list(iterate_rows(Path(spec["samples"]["rows"])))
-    stored = read_scores(Path(spec["samples"]["rewards"]), "reward")
-    group_R = np.repeat(np.arange(len(rows)), [len(row["responses"]) for row in rows])
-    reward_R = np.concatenate([stored[row["row_id"]]["reward"] for row in rows])
+    stored, count = read_scores(Path(spec["samples"]["rewards"]), "reward"), spec.get("responses")
+    responses = [row["responses"][:count] for row in rows]
+    group_R = np.repeat(np.arange(len(rows)), [len(texts) for texts in responses])
+    reward_R = np.concatenate([stored[row["row_id"]]["reward"][:count] for row in rows])
     base_R = np.zeros_like(reward_R)
     lambda_ = resolve_lambda(spec["lambda_"], LambdaUnit.reward_std, reward_R=reward_R, base_R=base_R, group_R=group_R)
     weight_R = softmax_weights(reward_R, base_R, group_R, lambda_=lambda_)
-    prompts, texts = [rows[group]["prompt"] for group in group_R], [text for row in rows for text in row["responses"]]
+    prompts, texts = [rows[group]["prompt"] for group in group_R], [*chain(*responses)]
     judged_R, _ = open_scorer(Path(spec["scorer"])).score(prompts, texts, budget=RUNTIME.microbatch_tokens)
     best_R = reward_R == largest_of_sets(reward_R, group_R)
     return {

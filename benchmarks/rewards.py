@@ -54,6 +54,8 @@ class Sizes:
     pairs: int = 256  # DPO's
     gain_prompts: int = 96  # VAR's, of these
     gain_responses: int = 4  # of each
+    target_responses: Sequence[int] = (2, 4, 8, 16)  # of each, where only the target is looked at
+    target_lambdas: Sequence[float] = (0.25, 0.5)
     gain_seconds: float = 270.0
     tuning_prompts: int = 96
     final_prompts: int = 272
@@ -181,6 +183,32 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
         "reward_model_accuracy": {"weigher": weigher["accuracy"], "judge": judge["accuracy"]},
         "reward_model_seconds": {"weigher": weigher["seconds"], "judge": judge["seconds"]},
     }  # fmt: skip
+
+
+def compare_targets(bench: "Bench") -> dict[str, Any]:
+    """What VAR has to learn from, by how many responses a prompt has: the second reward model's mean of a target's samples over that of the
+    base's, and the seconds that drawing and scoring take."""
+    sizes, rows = bench.sizes, measure_rows(bench)
+    weigher = bench.measure("reward_model", rows=rows["own"], epochs=sizes.reward_epochs, seed=0)
+    judge = bench.measure("reward_model", rows=rows["judge"], epochs=sizes.reward_epochs, seed=1)
+    drawn = {
+        "rows": rows["pairs"],
+        "longest_pair": sizes.longest_pair,
+        "prompts": sizes.gain_prompts,
+        "new_tokens": sizes.answer_tokens,
+    }
+    samples = bench.measure("samples", scorer=weigher["folder"], seed=0, responses=max(sizes.target_responses), **drawn)
+    told = {}
+    for count in sizes.target_responses:
+        asked = {"samples": samples, "scorer": judge["folder"], "responses": count}
+        targets = {lambda_: bench.measure("target", lambda_=lambda_, **asked) for lambda_ in sizes.target_lambdas}
+        (base,) = {found["samples"] for found in targets.values()}
+        told[count] = {
+            "seconds": samples["seconds"] * count / max(sizes.target_responses),
+            "gain_by_lambda": {lambda_: found["weighted"] - base for lambda_, found in targets.items()},
+            "gain_of_the_best": targets[sizes.target_lambdas[0]]["best"] - base,
+        }
+    return {"reward_targets_by_responses": told}
 
 
 def measure_rows(bench: "Bench") -> dict[str, Any]:

@@ -9,14 +9,16 @@ by one step; of DPO's the two best take their steps beside VAR, and the better o
 
 Keys: `gemm_share`, `gemm_share_compiled` (FLOPs of a VAR step over its time, as a share of the rate of a large float32 matrix product, which is
 measured before, between and after both's steps and taken as their median; with `runtime.compile`, which takes a C++ compiler),
-`var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's), `var_vs_dpo_speed_with_scoring` (over the faster of both, with the time
+`var_vs_dpo_speed`, `var_vs_dpo_tuned_speed` (pairs per second over TRL DPO's; `…_ci` is the 95 % interval by the steps, each on the same rows on both sides), `var_vs_dpo_speed_with_scoring` (over the faster of both, with the time
 of the reference log-probabilities on both sides; over each `var_vs_dpo_default_speed_with_scoring`, `var_vs_dpo_tuned_speed_with_scoring`), `var_vs_sft_time`, `var_vs_sft_tuned_time` (VAR on both responses over TRL SFT on the chosen alone, by
 default and tuned), `var_vs_plain_loop_time` (over a plain PyTorch loop for SFT on the chosen alone, at its best micro-batch; what both would
 differ by at the same rate is `var_vs_plain_loop_flops`),
 `var_vs_dpo_peak_memory`, `var_vs_dpo_tuned_peak_memory` (each alone, all pairs of the step at once on both sides; default and VAR compute activations again,
 tuned and VAR keep them; two steps, the first of which has no moments yet), `k8_vs_k2_cost_over_flops`, `tokens_per_second_by_length` and, over what attention's share of the FLOPs lets
-expect from the shortest length, `tokens_per_second_over_predicted_by_length`; and, by minutes of training each (benchmarks/rewards.py says
-how), `var_vs_grpo_time_to_reward` (a lower bound where `…_censored`) and `var_vs_dpo_reward_gain` with `…_ci`.
+expect from the shortest length, `tokens_per_second_over_predicted_by_length`, or over what these let expect with the product that attention's kernels
+do beside the six that count, the scores once more in the backward pass, `tokens_per_second_over_possible_by_length`; and, by minutes of training each (benchmarks/rewards.py says
+how), `var_vs_grpo_time_to_reward` (a lower bound where `…_censored`), `var_vs_dpo_reward_gain` with `…_ci`, and what VAR has to learn from there, by the
+number of responses a prompt (`reward_targets_by_responses`).
 
 Micro-batches: `dpo_microbatch` and the like in pairs (SFT: rows; GRPO: responses) at once; VAR's are of `microbatch_tokens` at most, and
 `var_microbatches` says how many the largest step has.
@@ -51,7 +53,7 @@ from typing import Any
 
 from benchmarks.children import Child, run_in_turn
 from benchmarks.figures import finish_figure, start_figure
-from benchmarks.rewards import Sizes, compare_reward_gain, compare_with_grpo
+from benchmarks.rewards import Sizes, compare_reward_gain, compare_targets, compare_with_grpo
 from benchmarks.rows import ROWS_VARIABLE, find_rows
 from infra.models import fetch_embedded
 from infra.settings import COMPUTE_VARIABLES, read_settings
@@ -104,7 +106,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="fewer steps, micro-batches and lengths, and no memory, grpo or reward_gain: within 15 minutes on two idle cores",
+        help="fewer steps, micro-batches and lengths, and neither memory nor rewards: within 15 minutes on two idle cores",
     )
     parser.add_argument(
         "--plot", type=Path, help="SVG file to write with tokens per second by length, as measured and predicted"
@@ -116,7 +118,7 @@ def main() -> None:
         "--sizes",
         type=json.loads,
         default={},
-        help="JSON that replaces sizes of grpo and reward_gain (benchmarks/rewards.py)",
+        help="JSON that replaces sizes of the comparisons by reward (benchmarks/rewards.py)",
     )
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -276,6 +278,8 @@ def compare_with_dpo(bench: Bench) -> dict[str, Any]:
     return {
         "var_vs_dpo_speed": seconds_per_pair(default) / seconds_per_pair(var),
         "var_vs_dpo_tuned_speed": seconds_per_pair(tuned) / seconds_per_pair(beside),
+        "var_vs_dpo_speed_ci": find_interval(default, var),
+        "var_vs_dpo_tuned_speed_ci": find_interval(tuned, beside),
         "var_vs_dpo_speed_with_scoring": min(with_scoring.values()),
         **{f"var_vs_dpo_{peer}_speed_with_scoring": ratio for peer, ratio in with_scoring.items()},
         "var_microbatches": var["microbatches"],
@@ -284,6 +288,8 @@ def compare_with_dpo(bench: Bench) -> dict[str, Any]:
         "dpo_tuned_seconds_per_pair": {n: seconds_per_pair(one) for n, one in zip(close, found, strict=True)},
         "var_beside_seconds_per_pair": seconds_per_pair(beside),
         "dpo_tuned_sweep_seconds_per_pair": {size: seconds_per_pair(found) for size, found in sweep.items()},
+        "dpo_tuned_scoring_seconds_per_pair": tuned["scoring_seconds"] / tuned["scored_pairs"],
+        "var_scoring_seconds_per_pair": beside["scoring_seconds"] / beside["scored_pairs"],
         "dpo_seconds_per_pair": seconds_per_pair(default),
         "var_seconds_per_pair": seconds_per_pair(var),
     }
@@ -358,13 +364,30 @@ def compare_lengths(bench: Bench) -> dict[str, Any]:
     per_token = {n: one["flops"] / one["tokens"] for n, one in found.items()}
     first = lengths[0]
     predicted = {n: rate[first] * per_token[first] / per_token[n] for n in lengths}
+    # Attention is six products of which all count, and its kernels do seven: their backward pass has no scores kept.
+    done = {n: per_token[n] + one["attention_flops"] / one["tokens"] / 6 for n, one in found.items()}
+    possible = {n: rate[first] * done[first] / done[n] for n in lengths}
     return {
         "tokens_per_second_by_length": {n: round(rate[n], 1) for n in lengths},
         "tokens_per_second_predicted_by_length": {n: round(predicted[n], 1) for n in lengths},
         "tokens_per_second_over_predicted_by_length": {n: round(rate[n] / predicted[n], 3) for n in lengths},
+        "tokens_per_second_over_possible_by_length": {n: round(rate[n] / possible[n], 3) for n in lengths},
         "attention_flop_share_by_length": {n: round(one["attention_flops"] / one["flops"], 3) for n, one in found.items()},
         "gemm_share_by_length": {n: round(rate[n] * per_token[n] / measured["gemm_rate"], 3) for n in lengths},
     }  # fmt: skip
+
+
+def find_interval(theirs: dict[str, Any], ours: dict[str, Any]) -> list[float] | None:
+    """Return Student's 95 % interval of how many times as long their steps take as ours, by the logarithms of steps of the same rows; None of a
+    single one."""
+    import numpy as np  # here: a child is to begin with its own libraries
+    from scipy.stats import t as student
+
+    ratios = np.log(np.array(theirs["step_seconds"]) / np.array(ours["step_seconds"]))
+    if len(ratios) < 2:
+        return None
+    half = student.ppf(0.975, len(ratios) - 1) * ratios.std(ddof=1) / len(ratios) ** 0.5
+    return [float(np.exp(ratios.mean() + sign * half)) for sign in (-1, 1)]
 
 
 def seconds_per_pair(found: dict[str, Any]) -> float:
@@ -381,8 +404,9 @@ GROUPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "lengths": compare_lengths,
     "grpo": compare_with_grpo,
     "reward_gain": compare_reward_gain,
+    "reward_targets": compare_targets,
 }
-LONG_GROUPS = ("grpo", "reward_gain")
+LONG_GROUPS = ("grpo", "reward_gain", "reward_targets")
 NOT_QUICK = ("memory", *LONG_GROUPS)
 GROUP_OF = {
     "gemm_share": "gemm",
@@ -402,6 +426,7 @@ GROUP_OF = {
     "var_vs_grpo_time_to_reward": "grpo",
     "var_vs_dpo_reward_gain": "reward_gain",
     "var_vs_dpo_reward_gain_ci": "reward_gain",
+    "reward_targets_by_responses": "reward_targets",
 }
 
 

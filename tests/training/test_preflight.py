@@ -526,9 +526,9 @@ def test_passes_over_the_first_step_read_no_more_at_once_than_training_will(
     rows = write_rows(tmp_path / "forty", [make_row("Which?", [f"Answer {n}" for n in range(40)])])
     values, read_tokens = PolicyForward.values, []
 
-    def note(self: PolicyForward, model: Any, micro: MicroBatch) -> Forwarded:
+    def note(self: PolicyForward, model: Any, micro: MicroBatch, slope_B: Any = None) -> Forwarded:
         read_tokens.append(micro.ids_BT.numel())
-        return values(self, model, micro)
+        return values(self, model, micro, slope_B)
 
     monkeypatch.setattr(PolicyForward, "values", note)
     job = make_job("train", "a", config=SFT, inputs={"rows": rows, "base": tiny_policy}, microbatch_tokens=128)

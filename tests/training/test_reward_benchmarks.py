@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.rewards import Sizes, compare_gains, compare_reward_gain, compare_with_grpo, race_grpo
+from benchmarks.rewards import Sizes, compare_gains, compare_reward_gain, compare_targets, compare_with_grpo, race_grpo
 from benchmarks.training import SHARED, Bench
 
 PREFERENCES = Path(__file__).parents[2] / "flows" / "demo" / "preferences.jsonl"
@@ -88,6 +89,18 @@ def test_a_race_against_grpo_to_its_end_and_to_its_limit(bench: Bench) -> None:
     assert censored["var_vs_grpo_time_to_reward_censored"] is True
     assert censored["var_vs_grpo_time_to_reward"] >= 10
     assert censored["grpo_seconds"] >= 2.0
+
+
+@pytest.mark.slow
+def test_what_there_is_to_learn_by_the_number_of_responses(bench: Bench) -> None:
+    bench.sizes = replace(bench.sizes, target_responses=(1, 2, 4), target_lambdas=(1e-6, 0.5))
+    found = compare_targets(bench)["reward_targets_by_responses"]
+    assert list(found) == [1, 2, 4]
+    assert found[1]["gain_by_lambda"] == {1e-6: 0.0, 0.5: 0.0} and found[1]["gain_of_the_best"] == 0.0
+    for count in (2, 4):
+        assert found[count]["seconds"] == pytest.approx(count * found[1]["seconds"])
+        assert found[count]["gain_by_lambda"][1e-6] == pytest.approx(found[count]["gain_of_the_best"])
+        assert found[count]["gain_by_lambda"][0.5] != 0
 
 
 @pytest.mark.slow

@@ -215,6 +215,7 @@ def recall(kind: str, options: dict[str, Any]) -> dict[str, Any]:
         peak = 2 * 2**30 if recomputes else 3 * 2**30 if whole else 0
         return {
             "seconds": 8.0,
+            "step_seconds": [4.0, 4.0],
             "pairs": 8,
             "flops": 80.0,
             "microbatches": 1,
@@ -222,9 +223,11 @@ def recall(kind: str, options: dict[str, Any]) -> dict[str, Any]:
             **scored,
         }
     if kind == "dpo":
-        seconds = {(8, False): 48.0, (4, True): 24.0, (8, True): 32.0}[options["microbatch"], options["tuned"]]
+        steps = {(8, False): [24.0, 24.0], (4, True): [8.0, 16.0], (8, True): [16.0, 16.0]}
+        took = steps[options["microbatch"], options["tuned"]]
         tuned = {"scoring_seconds": 12.0, "scored_pairs": 8, "peak_bytes": 12 * 2**30}
-        return {"seconds": seconds, "pairs": 8, **(tuned if options["tuned"] else {"peak_bytes": 10 * 2**30})}
+        seconds = {"seconds": sum(took), "step_seconds": took}
+        return {**seconds, "pairs": 8, **(tuned if options["tuned"] else {"peak_bytes": 10 * 2**30})}
     if kind == "sft":
         return {
             "seconds": {(8, False): 20.0, (4, True): 10.0, (8, True): 12.0}[options["microbatch"], options["tuned"]],
@@ -259,12 +262,18 @@ def test_every_throughput_figure_is_made_of_what_was_measured_by_hand() -> None:
         "var_vs_plain_loop_time": 1.25,
         "var_vs_plain_loop_flops": 1.25,
         "k8_vs_k2_cost_over_flops": 1.2,
+        "dpo_tuned_scoring_seconds_per_pair": 1.5,
+        "var_scoring_seconds_per_pair": 0.5,
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["tokens_per_second_by_length"] == {128: 250.0, 512: 125.0}
     assert found["tokens_per_second_predicted_by_length"] == {128: 250.0, 512: 156.2}
     assert found["tokens_per_second_over_predicted_by_length"] == {128: 1.0, 512: 0.8}
+    assert found["tokens_per_second_over_possible_by_length"] == {128: 1.0, 512: 0.844}  # 10 1/6 to 17 1/6 a token
     assert found["gemm_share_by_length"] == {128: 0.5, 512: 0.4}
+    assert found["var_vs_dpo_speed_ci"] == pytest.approx([6.0, 6.0])
+    # Twice and four times as long: sqrt(8), by a factor of 2^(t/2), t 12.706 with one degree of freedom
+    assert found["var_vs_dpo_tuned_speed_ci"] == pytest.approx([8**0.5 * 2**-6.3531, 8**0.5 * 2**6.3531], rel=1e-4)
 
 
 def test_every_figure_of_the_gpu_is_made_of_what_was_measured_by_hand() -> None:
@@ -325,7 +334,7 @@ def test_the_command_measures_the_group_of_the_key_that_it_is_asked_for(
     assert 0.5 < found["k8_vs_k2_cost_over_flops"] < 2 and 1 < found["k8_vs_k2_flops"] < 8
     assert (found["steps"], found["batch_pairs"], found["microbatch_tokens"]) == (1, 8, 4096)
     assert (
-        found["quick_leaves_out"]["groups"] == ["memory", "grpo", "reward_gain"]
+        found["quick_leaves_out"]["groups"] == ["memory", "grpo", "reward_gain", "reward_targets"]
         and found["quick_leaves_out"]["steps"] == 4
     )
     assert "group 1 of 1: groups, about 80 s" in told and told.splitlines()[-1].endswith("done")
