@@ -105,7 +105,11 @@ def refuse_two(folder: Path) -> NoReturn:
 def refuse_unused(names: Collection[str], model: Any, folder: Path) -> None:
     """Raise ValueError where tensors of a model's files, of its trunk, have no place in it: it would be another, smaller model. A head beside it
     is none of a reward model's, say, and what older programs stored of positions and masks is computed anew."""
-    idle = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq"]
+    idle = [
+        *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        r"rotary_emb\.inv_freq",
+        r"\.attn\.(attention\.)?(masked_)?bias$",
+    ]
     prefix = f"{model.base_model_prefix}."
     # Files of a trunk alone leave the prefix out; of those a numbered layer is what a smaller model has no place for.
     bare = bool(names) and not any(name.startswith(prefix) for name in list_stored(folder))

@@ -1,6 +1,7 @@
 """A tokenizer's digest says what it does, and not how its files were written or how it was last called; and what a policy is when it was read."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import embedding
-from transformers import AddedToken, AutoTokenizer, BertConfig, BertModel, ByT5Tokenizer, RobertaConfig, RobertaModel
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    ByT5Tokenizer,
+    GPT2Config,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from tests.ranks import Ranks
 from training.config import Precision
 from training.distributed import ALONE, World
-from training.model import check_context, digest_tokenizer, load_policy
+from training.model import check_context, digest_tokenizer, load_causal_model, load_policy
 from training.render import Renderer, UnusableRow
 from training.sharding import load_sharded_policy
 
@@ -111,3 +122,19 @@ def test_positions_behind_that_of_padding_are_fewer_than_the_configuration_says(
     with pytest.raises(ValueError, match="max_tokens: got 65, the model roberta has a context of 64 tokens"):
         check_context(roberta, 65)
     check_context(BertModel(BertConfig(**sizes, max_position_embeddings=66)), 66)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_masks_that_older_programs_stored_are_no_weights_and_layers_are(prefix: str, tmp_path: Path) -> None:
+    """GPT-2 as its first files were, with and without the prefix of its trunk."""
+    config = GPT2Config(vocab_size=61, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    state = {prefix + name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    masks = {f"{prefix}h.0.attn.bias": torch.ones(1, 1, 8, 8), f"{prefix}h.0.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(state | masks, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_causal_model(tmp_path).config.n_layer == 2
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"n_layer": 1}))
+    with pytest.raises(ValueError, match=rf"hold \d+ tensors .*\(first: {re.escape(prefix)}h\.1\."):
+        load_causal_model(tmp_path)
