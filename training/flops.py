@@ -2,8 +2,8 @@
 
 A matrix product of the forward pass has two of its size behind it in the backward pass: one for the gradient of its input, one for
 that of its matrix. So a step costs three forward passes; beside an adapter the frozen matrices lack the second, and
-those that read nothing but the frozen embeddings the first too. Useful operations alone count: no padding, no masked pair of attention, and the output head once, although most of
-its logits are computed again in the backward pass (training/logprobs.py). So a share of a machine's rate says how much
+those that read nothing but the frozen embeddings the first too. Useful operations alone count: no padding, no masked pair of attention, and the output head once, although
+DPO's backward pass computes its logits again (training/head.py). So a share of a machine's rate says how much
 of it became training. Norms, activations, rotations and the softmax are left out: they are no matrix products.
 """
 

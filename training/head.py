@@ -39,6 +39,7 @@ class ChunkedLogp(torch.autograd.Function):
                 logits_CV = head.hidden_PH[rows].to(ctx.dtype) @ matrix_VH.T
                 fix_vocabulary(logits_CV)
                 logp_P[rows] = pick(logits_CV, head.bias_V, head.target_P[rows], head.softcap)
+                del logits_CV  # before the next chunk's are there
         ctx.softcap = head.softcap
         ctx.save_for_backward(*head[:4])
         return logp_P
@@ -101,6 +102,7 @@ def differentiate(
         grad_hidden_PH[rows] = (grad_CV @ matrix_VH).to(grad_hidden_PH.dtype)
         if grad_weight_VH is not None:
             add_product(grad_weight_VH, grad_CV.T, hidden_CH)
+        del logits_CV, grad_CV  # before the next chunk's are there
     return logp_P, grad_hidden_PH, grad_weight_VH, grad_bias_V
 
 

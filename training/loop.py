@@ -136,7 +136,7 @@ def run_steps(
         sampler.start(progress.step)
         if progress.step == 0:
             trainer.sample(sampler)
-    saving = Saving(every=runtime.checkpoint_every_steps, trained_before=progress.seconds)
+    saving = Saving(every=runtime.checkpoint_every_steps, begun=dataclasses.replace(progress))
     with ExitStack() as stack:
         path = job.output / METRICS_FILE
         if world.is_first:
@@ -160,7 +160,8 @@ def run_steps(
                 if world.is_first:
                     metrics.sync()
                 save_checkpoint(folder, model=model, optimiser=optimiser, progress=progress, rng=rng, identity=identity, world=world)  # fmt: skip
-                saving.add(time.monotonic() - started, progress)
+                if world.is_first:
+                    saving.add(time.monotonic() - started, progress)
             if stopped:
                 raise Interrupted(job.name)
     require_finite_weights(model, given=given, world=world)
@@ -172,21 +173,25 @@ class Saving:
     """What checkpoints cost of this attempt's time. A large model on a GPU takes steps in less time than its checkpoint takes to be written."""
 
     every: int  # steps
-    trained_before: float  # seconds, of earlier attempts
+    begun: Progress  # of the attempt
+    count: int = 0
     seconds: float = 0.0
     told: bool = False
 
     def add(self, seconds: float, progress: Progress) -> None:
-        """Count a checkpoint; say once what all of them cost, and at which cadence that were little, where it is much."""
-        self.seconds += seconds
-        trained = progress.seconds - self.trained_before
-        if self.told or not self.every or self.seconds < max(SAVING_TOLD_AFTER, SAVING_SHARE * trained):
+        """Count a checkpoint; say once what they cost at this cadence, and at which they would cost little, where it is much."""
+        self.seconds, self.count = self.seconds + seconds, self.count + 1
+        trained, steps = progress.seconds - self.begun.seconds, progress.step - self.begun.step
+        if self.told or not self.every or not steps or self.seconds < SAVING_TOLD_AFTER:
+            return
+        of_step, of_checkpoint = trained / steps, self.seconds / self.count
+        if of_checkpoint < SAVING_SHARE * self.every * of_step:
             return
         self.told = True
-        enough = math.ceil(self.every * self.seconds / max(SAVING_SHARE / 2 * trained, 1e-3))
+        enough = math.ceil(of_checkpoint / max(SAVING_SHARE / 2 * of_step, 1e-6))
         LOG.warning(
-            "step %d: checkpoints took %.0f s beside %.0f s of training; runtime.checkpoint_every_steps is %d, of %d they would take about %.0f %% of it",
-            *(progress.step, self.seconds, trained, self.every, enough, 50 * SAVING_SHARE),
+            "step %d: a checkpoint takes %.0f s and %d steps %.0f s; runtime.checkpoint_every_steps is %d, of %d checkpoints would take about %.0f %% of it",
+            *(progress.step, of_checkpoint, self.every, self.every * of_step, self.every, enough, 50 * SAVING_SHARE),
         )
 
 

@@ -54,7 +54,6 @@ from training.reward.render import RewardInput, RewardRenderer
 from training.reward.scorer import RewardBatch, collate_inputs, compute_rewards, score_batch, set_pad_token
 from training.sharding import as_layers, gather_weights, reshard, shard_and_read
 from training.steps import Forwarded, Steps
-from training.tree import send
 from training.weights import digest_weights
 
 # B responses of a micro-batch
@@ -250,8 +249,7 @@ class RewardForward:
     def values(self, model: Any, micro: RewardBatch, slope_B: FloatArray | None = None) -> Forwarded:
         """Return reward_B, float64."""
         reward_B = as_policy(model)(compute_rewards, micro).double()
-        weighted = None if slope_B is None else (send(slope_B, device=reward_B.device) * reward_B).sum()
-        return Forwarded(reward_B, micro.num_tokens, micro.ids_BT.numel(), weighted=weighted)
+        return Forwarded(reward_B, micro.num_tokens, micro.ids_BT.numel())
 
 
 def make_settings(config: RewardModelConfig) -> Settings:

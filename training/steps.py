@@ -59,7 +59,7 @@ class Forward(Protocol):
         ...
 
     def values(self, model: Any, micro: Any, slope_B: FloatArray | None = None) -> Forwarded:
-        """Run one micro-batch."""
+        """Run one micro-batch. A forward pass that can make use of slopes, d loss / d value, gives the sum of both at once."""
         ...
 
 

@@ -27,6 +27,7 @@ def test_the_report_is_found_by_its_run(varflow: Command, done: dict[str, Any]) 
     for run in (
         done["prefect_run"].rpartition("/")[2],
         again["mlflow_run"],
+        f"{again['mlflow_run']}/artifacts/report.html?raw=1",
         f"report/{done['steps'][-1]['fingerprint']}",
     ):
         page = Path(varflow.ask("report", run)["report"])

@@ -402,8 +402,10 @@ def test_killed_and_stopped_runs_end_bit_identical(
     whole = write_job(tmp_path / "whole", scored_inputs, objective, threads=threads)
     cut = write_job(tmp_path / "cut", scored_inputs, objective, threads=threads)
     before = torch.get_num_threads()
-    run_through(whole, cut, objective, kill_after=kill_after, stop_after=stop_after)
-    torch.set_num_threads(before)
+    try:
+        run_through(whole, cut, objective, kill_after=kill_after, stop_after=stop_after)
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_through(whole: Path, cut: Path, objective: dict[str, str], *, kill_after: int, stop_after: int) -> None:

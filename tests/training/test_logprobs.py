@@ -1,5 +1,6 @@
 """Log-probabilities: equal to the whole model's log-softmax, in value and gradient, for every family, chunk and padding."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.profiler import profile
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 from tests.architectures import HEADS, SMALL, make_model
+from training import head as head_module
 from training.data.batch import MicroBatch, collate
 from training.head import CHUNK_ELEMENTS, ChunkedLogp, WeightedLogp
 from training.logprobs import check_head, sum_logps, weigh_logps
@@ -230,6 +232,27 @@ def test_never_holds_positions_times_vocabulary(logp: str) -> None:
     with Largest() as largest:
         take(logp, torch.ones(P), hidden, weight, None, torch.zeros(P, dtype=torch.long))
     assert largest.elements <= CHUNK_ELEMENTS["cpu"] < P * V
+
+
+@pytest.mark.parametrize("logp", ["weighted", "chunked"])
+def test_one_chunk_of_logits_is_alive_at_a_time(logp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven chunks; whatever looks at one's logits finds no other's."""
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 61 * 3)
+    found = []
+
+    def look(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any) -> Any:
+            alive = (o for o in gc.get_objects() if isinstance(o, torch.Tensor) and o.shape == (3, 61))
+            found.append(len({tensor.untyped_storage().data_ptr() for tensor in alive}))
+            return work(*arguments)
+
+        return run
+
+    for name in ("pick_logps", "weigh_logits"):
+        monkeypatch.setattr(head_module, name, look(getattr(head_module, name)))
+    hidden, weight = torch.randn(21, 8, requires_grad=True), torch.randn(61, 8, requires_grad=True)
+    take(logp, torch.ones(21), hidden, weight, None, torch.arange(21))
+    assert found == [1] * (7 if logp == "weighted" else 14)
 
 
 def test_float32_stays_close_to_float64_and_keeps_its_type() -> None:

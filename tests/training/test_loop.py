@@ -414,16 +414,28 @@ def test_one_of_several_ranks_without_room_asks_all_for_smaller_micro_batches() 
 def test_what_checkpoints_cost_is_told_once_with_a_cadence_at_which_they_cost_little(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    saving = Saving(every=20, trained_before=100.0)
-    for step in range(1, 5):  # each of 20 s behind twenty steps of 5 s in all
-        saving.add(20.0, Progress(step=20 * step, seconds=100.0 + 5.0 * step))
+    saving = Saving(every=20, begun=Progress(step=40, seconds=100.0))
+    for count in range(1, 5):  # each of 20 s behind twenty steps of 5 s in all
+        saving.add(20.0, Progress(step=40 + 20 * count, seconds=100.0 + 5.0 * count))
     assert [record.getMessage() for record in caplog.records] == [
-        "step 60: checkpoints took 60 s beside 15 s of training; runtime.checkpoint_every_steps is 20, of 1600 they would take about 5 % of it"
+        "step 100: a checkpoint takes 20 s and 20 steps 5 s; runtime.checkpoint_every_steps is 20, of 1600 checkpoints would take about 5 % of it"
     ]
-    caplog.clear()
-    cheap, only_when_stopped = Saving(every=20, trained_before=0.0), Saving(every=0, trained_before=0.0)
-    cheap.add(70.0, Progress(seconds=701.0))
-    only_when_stopped.add(70.0, Progress(seconds=1.0))
+
+
+@pytest.mark.parametrize(
+    ("every", "steps", "seconds"),
+    [
+        (500, 100, 500.0),  # stopped long before one was due
+        (500, 1, 5.0),  # due right behind a resume
+        (20, 20, 701.0),
+        (0, 1, 1.0),  # only when it is stopped
+        (20, 0, 0.0),  # stopped before the first step
+    ],
+)
+def test_a_checkpoint_that_costs_little_at_its_cadence_is_not_told_of(
+    every: int, steps: int, seconds: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    Saving(every=every, begun=Progress()).add(70.0, Progress(step=steps, seconds=seconds))
     assert not caplog.records
 
 
