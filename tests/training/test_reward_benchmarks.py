@@ -93,12 +93,10 @@ def test_a_race_against_grpo_to_its_end_and_to_its_limit(bench: Bench) -> None:
 
 @pytest.mark.slow
 def test_what_there_is_to_learn_by_the_number_of_responses(bench: Bench) -> None:
-    bench.sizes = replace(bench.sizes, target_responses=(1, 2, 4), target_lambdas=(1e-6, 0.5))
+    bench.sizes = replace(bench.sizes, target_responses=(2, 4), target_lambdas=(1e-6, 0.5))
     found = compare_targets(bench)["reward_targets_by_responses"]
-    assert list(found) == [1, 2, 4]
-    assert found[1]["gain_by_lambda"] == {1e-6: 0.0, 0.5: 0.0} and found[1]["gain_of_the_best"] == 0.0
+    assert list(found) == [2, 4] and found[4]["seconds"] == pytest.approx(2 * found[2]["seconds"])
     for count in (2, 4):
-        assert found[count]["seconds"] == pytest.approx(count * found[1]["seconds"])
         assert found[count]["gain_by_lambda"][1e-6] == pytest.approx(found[count]["gain_of_the_best"])
         assert found[count]["gain_by_lambda"][0.5] != 0
 
