@@ -19,7 +19,6 @@ from benchmarks.training import LONGEST_PAIR
 from training.data.rows import iterate_rows
 
 GRPO_MICROBATCH = 16  # responses
-DPO_MICROBATCH = 2  # pairs of at most 192 tokens, where `--only dpo` has up to 512 and TRL is fastest with 1; not swept
 NO_END = 100_000  # steps: the callback stops
 GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}  # by the column `length`
 
@@ -185,8 +184,8 @@ def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
     rows = list(iterate_rows(Path(spec["rows"]), split="train"))
     arguments = DPOConfig(
         **common(spec),
-        per_device_train_batch_size=DPO_MICROBATCH,
-        gradient_accumulation_steps=spec["batch_pairs"] // DPO_MICROBATCH,
+        per_device_train_batch_size=spec["microbatch"],
+        gradient_accumulation_steps=spec["batch_pairs"] // spec["microbatch"],
         learning_rate=spec["learning_rate"],
         beta=spec["beta"],
         max_length=2 * spec["longest_pair"],
@@ -202,12 +201,7 @@ def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     pairs = trainer.state.global_step * spec["batch_pairs"]
     say(f"{pairs} pairs in {watch.seconds:.0f} s")
-    return {
-        "rewards": meter.rewards(trainer.model).tolist(),
-        "seconds": watch.seconds,
-        "pairs": pairs,
-        "microbatch": DPO_MICROBATCH,
-    }
+    return {"rewards": meter.rewards(trainer.model).tolist(), "seconds": watch.seconds, "pairs": pairs}
 
 
 # --- for all ---

@@ -11,8 +11,8 @@ Both methods have the same three learning rates and count by their best; GRPO's 
 has the whole of it from the start. So has GRPO at TRL's own learning rate, as a user gets it. A reward model and no rule-made reward, since such
 a one (length, say) moves with one token's probability.
 
-**DPO**: both have the same seconds; DPO the pairs, VAR the base's own samples for their first prompts, drawn and weighed in its time. Six trials each, of the
-same learning rates, on held-out prompts of their own, then three other seeds of the best, answered greedily and scored by the second reward
+**DPO**: both have the same seconds; DPO the pairs, VAR the base's own samples for their first prompts, drawn and weighed in its time: as many samples, of many
+prompts or many of each. DPO's micro-batch is the faster of two, tried before. Six trials each, of the same learning rates, on held-out prompts of their own, then three other seeds of the best, answered greedily and scored by the second reward
 model. The interval of the ratio is Fieller's, with the covariances of a bootstrap over prompts and seeds; where DPO's gain is not
 significant, there is no ratio. `reward_gain_targets_var` says what VAR had to learn: what the second reward model gives its samples, the
 same by their weights, and the best of each prompt. On the pairs themselves VAR learns to answer as they do: SmolLM2's own answers are better (benchmarks/README.md).
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 CENSORED_AT = 10.0  # times VAR's time: a GRPO that has not arrived by then is not waited for
 DEFAULT_GRPO_RATE = 1e-6  # TRL's
 PILOT_SHARE = 0.2  # of that, for each of GRPO's learning rates
-BATCH_PROMPTS = 8  # of VAR against DPO, which has as many pairs a step
+BATCH_RESPONSES = 32  # a step, of VAR against DPO, which has eight pairs
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
@@ -52,9 +52,12 @@ class Sizes:
     target_gain: float = 0.5  # standard deviations of the reward within a prompt: several standard errors of a look
     var_epochs: int = 4  # at most, over the same samples
     pairs: int = 256  # DPO's
-    gain_prompts: int = 96  # VAR's, of these
-    gain_responses: int = 4  # of each
-    target_responses: Sequence[int] = (2, 4, 8, 16)  # of each, where only the target is looked at
+    gain_samples: int = 384  # VAR's, of these pairs' prompts
+    gain_lambda: float = 0.25  # standard deviations of the reward within a prompt
+    dpo_microbatches: Sequence[int] = (1, 2)  # pairs
+    sweep_seconds: float = 60.0  # for each of these
+    target_prompts: int = 96  # where only the target is looked at
+    target_responses: Sequence[int] = (2, 4, 8, 16)  # of each
     target_lambdas: Sequence[float] = (0.25, 0.5)
     gain_seconds: float = 270.0
     tuning_prompts: int = 96
@@ -63,11 +66,11 @@ class Sizes:
     seeds: int = 3
     rates: Sequence[float] = (1e-4, 3e-5, 3e-4)  # of both
     var_lambda: float = 0.5  # standard deviations of the reward within a prompt
-    # Learning rate, and beta or lambda: the same rates for both.
-    dpo_trials: Sequence[Sequence[float]] = tuple((rate, beta) for rate in (5e-5, 1e-4, 2e-4) for beta in (0.05, 0.1))
-    var_trials: Sequence[Sequence[float]] = tuple(
-        (rate, lambda_) for rate in (5e-5, 1e-4, 2e-4) for lambda_ in (0.25, 0.5)
+    # Learning rate, and beta or responses a prompt: the same rates for both.
+    dpo_trials: Sequence[tuple[float, float]] = tuple(
+        (rate, beta) for rate in (5e-5, 1e-4, 2e-4) for beta in (0.05, 0.1)
     )
+    var_trials: Sequence[tuple[float, int]] = tuple((rate, count) for rate in (5e-5, 1e-4, 2e-4) for count in (4, 8))
 
 
 def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
@@ -143,22 +146,23 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
     tuning = asked | {"begin": 0, "end": sizes.tuning_prompts}
     final = asked | {"begin": sizes.tuning_prompts, "end": sizes.tuning_prompts + sizes.final_prompts}
     common = {"rows": rows["pairs"], "longest_pair": sizes.longest_pair}
-    drawn = common | {
-        "prompts": sizes.gain_prompts,
-        "responses": sizes.gain_responses,
-        "new_tokens": sizes.answer_tokens,
-    }
-    limit = sizes.gain_seconds
+    microbatch, sweep = sweep_dpo(bench, common | {"heldout": asked | {"begin": 0, "end": 1}})
 
-    def run_dpo(trial: Sequence[float], heldout: dict[str, Any], seed: int) -> dict[str, Any]:
-        return bench.measure("dpo_gain", learning_rate=trial[0], beta=trial[1], heldout=heldout, seed=seed, limit=limit, **common)  # fmt: skip
+    def run_dpo(trial: Any, heldout: dict[str, Any], seed: int) -> dict[str, Any]:
+        rate, beta = trial
+        return bench.measure("dpo_gain", learning_rate=rate, beta=beta, microbatch=microbatch, heldout=heldout, seed=seed, limit=sizes.gain_seconds, **common)  # fmt: skip
 
-    def draw(seed: int) -> dict[str, Any]:
-        return bench.measure("samples", scorer=weigher["folder"], seed=seed, **drawn)
+    def draw(count: int, seed: int) -> dict[str, Any]:
+        return bench.measure("samples", scorer=weigher["folder"], seed=seed, prompts=sizes.gain_samples // count, responses=count, new_tokens=sizes.answer_tokens, **common)  # fmt: skip
 
-    def run_var(trial: Sequence[float], heldout: dict[str, Any], seed: int) -> dict[str, Any]:
-        rate, lambda_ = trial
-        return bench.measure("var_gain", learning_rate=rate, lambda_=lambda_, heldout=heldout, seed=seed, limit=limit, samples=draw(seed), batch_prompts=BATCH_PROMPTS, **drawn)  # fmt: skip
+    def run_var(trial: Any, heldout: dict[str, Any], seed: int) -> dict[str, Any]:
+        rate, count = trial
+        trained = common | {
+            "samples": draw(count, seed),
+            "new_tokens": sizes.answer_tokens,
+            "batch_prompts": BATCH_RESPONSES // count,
+        }
+        return bench.measure("var_gain", learning_rate=rate, lambda_=sizes.gain_lambda, heldout=heldout, seed=seed, limit=sizes.gain_seconds, **trained)  # fmt: skip
 
     tried = {
         name: {tuple(trial): float(np.mean(run(trial, tuning, 0)["rewards"])) for trial in trials}
@@ -168,14 +172,15 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
     seeds = range(1, sizes.seeds + 1)
     dpo, var = ([run(best[name], final, seed) for seed in seeds] for name, run in (("dpo", run_dpo), ("var", run_var)))
     base_P = np.array(bench.measure("base", heldout=final)["rewards"])
-    targets = [bench.measure("target", samples=draw(seed), scorer=judge["folder"], lambda_=best["var"][1]) for seed in seeds]  # fmt: skip
+    targets = [bench.measure("target", samples=draw(best["var"][1], seed), scorer=judge["folder"], lambda_=sizes.gain_lambda) for seed in seeds]  # fmt: skip
     var_SP, dpo_SP = (np.array([found["rewards"] for found in runs]) - base_P for runs in (var, dpo))
     return compare_gains(var_SP, dpo_SP) | {
         "reward_gain_base": float(base_P.mean()),
         "reward_gain_base_tuning": float(np.mean(bench.measure("base", heldout=tuning)["rewards"])),
         "reward_gain_trials": {name: {f"{a:g}, {b:g}": mean for (a, b), mean in found.items()} for name, found in tried.items()},
         "reward_gain_best": best,
-        "reward_gain_dpo_microbatch": dpo[0]["microbatch"],
+        "reward_gain_dpo_microbatch": microbatch,
+        "reward_gain_dpo_sweep_seconds_per_pair": sweep,
         "reward_gain_pairs_dpo": [found["pairs"] for found in dpo],
         "reward_gain_prompts_var": [found["prompts"] for found in var],
         "reward_gain_targets_var": [{name: found[name] for name in ("samples", "weighted", "best")} for found in targets],
@@ -183,6 +188,16 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
         "reward_model_accuracy": {"weigher": weigher["accuracy"], "judge": judge["accuracy"]},
         "reward_model_seconds": {"weigher": weigher["seconds"], "judge": judge["seconds"]},
     }  # fmt: skip
+
+
+def sweep_dpo(bench: "Bench", trained: dict[str, Any]) -> tuple[int, dict[int, float]]:
+    """Return the micro-batch with which DPO is fastest on these pairs, and the seconds a pair of each."""
+    sizes, (rate, beta) = bench.sizes, bench.sizes.dpo_trials[0]
+    found = {}
+    for microbatch in sizes.dpo_microbatches:
+        run = bench.measure("dpo_gain", learning_rate=rate, beta=beta, microbatch=microbatch, seed=0, limit=sizes.sweep_seconds, **trained)  # fmt: skip
+        found[microbatch] = run["seconds"] / run["pairs"]
+    return min(found, key=lambda microbatch: found[microbatch]), found
 
 
 def compare_targets(bench: "Bench") -> dict[str, Any]:
@@ -194,7 +209,7 @@ def compare_targets(bench: "Bench") -> dict[str, Any]:
     drawn = {
         "rows": rows["pairs"],
         "longest_pair": sizes.longest_pair,
-        "prompts": sizes.gain_prompts,
+        "prompts": sizes.target_prompts,
         "new_tokens": sizes.answer_tokens,
     }
     samples = bench.measure("samples", scorer=weigher["folder"], seed=0, responses=max(sizes.target_responses), **drawn)

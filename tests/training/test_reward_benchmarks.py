@@ -62,8 +62,8 @@ def bench(tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path) -> Bench:
     shutil.copy(PREFERENCES, data / "helpful-base")
     sizes = Sizes(
         reward_epochs=1, longest_pair=900, longest_prompt=700, heldout_prompts=4, new_tokens=6, prompts=4, responses=2, batch_prompts=2, target_gain=-1e6,
-        var_epochs=1, pairs=16, gain_prompts=8, gain_responses=2, gain_seconds=0.5, tuning_prompts=2, final_prompts=4, answer_tokens=6, seeds=1,
-        rates=(1e-3,), dpo_trials=((1e-3, 0.1),), var_trials=((1e-3, 0.5),),
+        var_epochs=1, pairs=16, target_prompts=8, gain_samples=16, dpo_microbatches=(1, 2), sweep_seconds=0.5, gain_seconds=0.5, tuning_prompts=2, final_prompts=4, answer_tokens=6, seeds=1,
+        rates=(1e-3,), dpo_trials=((1e-3, 0.1),), var_trials=((1e-3, 2),),
     )  # fmt: skip
     paths = {"model": str(tiny_policy), "encoder": str(tiny_reward_model), "data": str(data)}
     return Bench(SHARED | paths | {"steps": 1}, tmp_path / "scratch", talk=False, sizes=sizes)
@@ -116,4 +116,4 @@ def test_gains_over_the_base_at_equal_time(bench: Bench) -> None:
     keys = [json.loads(json.loads(path.read_text())["key"]) for path in bench.scratch.glob("var_gain-*/found.json")]
     spec = {name: value for name, value in keys[0].items() if name not in ("kind", "steps", *SHARED)}
     late = bench.measure("var_gain", **spec | {"samples": spec["samples"] | {"seconds": 1000.0}})
-    assert late["seconds"] > 1000 and late["prompts"] == 8
+    assert late["seconds"] > 1000 and late["prompts"] == 16
