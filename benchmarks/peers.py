@@ -18,7 +18,6 @@ from benchmarks.reward_runs import Curve, Meter, pick_rows
 from benchmarks.training import LONGEST_PAIR
 from training.data.rows import iterate_rows
 
-GRPO_MICROBATCH = 16  # responses
 NO_END = 100_000  # steps: the callback stops
 GROUPED = {"train_sampling_strategy": "group_by_length", "remove_unused_columns": False}  # by the column `length`
 
@@ -145,10 +144,36 @@ class Deadline(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
+class TimedGRPO(GRPOTrainer):  # type: ignore[misc]
+    """GRPO that keeps the seconds of its phases; backward passes and the optimiser are the rest."""
+
+    curve: Curve
+
+    def _generate(self, *arguments: Any, **options: Any) -> Any:
+        with self.curve.phase("sample"):
+            return super()._generate(*arguments, **options)
+
+    def _calculate_rewards(self, *arguments: Any, **options: Any) -> Any:
+        with self.curve.phase("score"):
+            return super()._calculate_rewards(*arguments, **options)
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        with self.curve.phase("forward"):
+            return super().compute_loss(*arguments, **options)
+
+
 def measure_grpo(spec: dict[str, Any]) -> dict[str, Any]:
     """Train TRL's GRPO until the target is reached or the limit. What is not named here is as TRL has it by default; a step's responses are
     sampled in one batch."""
     curve = Curve(spec)
+    with curve.phase("prepare"):
+        trainer = make_grpo(spec, curve)
+    trainer.train()
+    return curve.result() | {"steps": trainer.state.global_step}
+
+
+def make_grpo(spec: dict[str, Any], curve: Curve) -> TimedGRPO:
+    """Return the trainer before its first step."""
     tokenizer, model = open_model(spec)
     rows = pick_rows(Path(spec["rows"]), split="train", limit=spec["prompts"])
 
@@ -156,24 +181,22 @@ def measure_grpo(spec: dict[str, Any]) -> dict[str, Any]:
         texts = [completion[0]["content"] for completion in completions]
         return list(curve.meter.scorer.score(prompts, texts, budget=spec["microbatch_tokens"])[0].tolist())
 
-    responses = spec["batch_prompts"] * spec["responses"]
-    microbatch = min(GRPO_MICROBATCH, responses)
     arguments = GRPOConfig(
         **common(spec),
-        per_device_train_batch_size=microbatch,
-        gradient_accumulation_steps=responses // microbatch,
+        per_device_train_batch_size=spec["microbatch"],
+        gradient_accumulation_steps=spec["batch_prompts"] * spec["responses"] // spec["microbatch"],
         num_generations=spec["responses"],
         max_completion_length=spec["new_tokens"],
         learning_rate=spec["learning_rate"],
         max_steps=NO_END,
-        activation_checkpointing=False,
+        **({"activation_checkpointing": False} if spec["tuned"] else {}),
     )
-    trainer = GRPOTrainer(
+    trainer = TimedGRPO(
         model=model, reward_funcs=reward, args=arguments, processing_class=tokenizer, callbacks=[Looker(curve)],
         train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in rows]),
     )  # fmt: skip
-    trainer.train()
-    return curve.result() | {"steps": trainer.state.global_step, "microbatch": microbatch}
+    trainer.curve = curve
+    return trainer
 
 
 def measure_dpo_gain(spec: dict[str, Any]) -> dict[str, Any]:

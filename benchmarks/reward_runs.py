@@ -162,10 +162,12 @@ def measure_base(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 class Curve:
-    """A method's held-out mean reward over its own seconds, from where this is made; looking and what is set aside do not count."""
+    """A method's held-out mean reward over its own seconds, from where this is made; looking and what is set aside do not count. `spent` are
+    the seconds of phases that came before."""
 
-    def __init__(self, spec: dict[str, Any], *, seconds: float = 0.0) -> None:
-        self._spec, self._begun = spec, time.monotonic() - seconds
+    def __init__(self, spec: dict[str, Any], *, spent: dict[str, float] | None = None) -> None:
+        self._phases = dict(spent or {})
+        self._spec, self._begun = spec, time.monotonic() - sum(self._phases.values())
         self._due = FIRST_LOOK_SECONDS
         self._points: list[list[float]] = []
         with self.aside():
@@ -182,6 +184,13 @@ class Curve:
         started = time.monotonic()
         yield
         self._begun += time.monotonic() - started
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what is done within under a name."""
+        started = time.monotonic()
+        yield
+        self._phases[name] = self._phases.get(name, 0.0) + time.monotonic() - started
 
     def look(self, model: Any, *, last: bool = False) -> bool:
         """Measure the model where that is due, and say whether all is over: the target reached, or the limit."""
@@ -203,33 +212,40 @@ class Curve:
         return bool(self._points) and self._points[-1][1] >= self._spec["target"]
 
     def result(self) -> dict[str, Any]:
-        """Return when it ended, how, and all points."""
-        return {"seconds": self._points[-1][0], "arrived": self.arrived, "curve": self._points}
+        """Return when it ended, how, all points, and the seconds of each phase."""
+        seconds = self._points[-1][0]
+        told = self._phases | {"rest": seconds - sum(self._phases.values())}
+        phases = {name: round(spent, 1) for name, spent in told.items()}
+        return {"seconds": seconds, "arrived": self.arrived, "curve": self._points, "phases": phases}
 
 
 # --- VAR ---
 
 
 def measure_samples(spec: dict[str, Any]) -> dict[str, Any]:
-    """Sample the base's responses and score them; return the folders, the seconds, and the reward's standard deviation in a prompt."""
+    """Sample the base's responses and score them; return the folders, the seconds of both, and the reward's standard deviation in a prompt."""
     folder = Path(spec["folder"])
     config = GenerateConfig(split="train", limit=spec["prompts"], samples_per_prompt=spec["responses"], max_new_tokens=spec["new_tokens"], seed=spec["seed"])  # fmt: skip
     started = time.monotonic()
     generate.run(make_job("generate", config, folder / "rows", policy=Path(spec["model"]), rows=Path(spec["rows"])))
+    sampled = time.monotonic()
     score_rewards(folder / "rewards", scorer=Path(spec["scorer"]), rows=folder / "rows")
-    seconds = time.monotonic() - started
-    found = {"rows": str(folder / "rows"), "rewards": str(folder / "rewards"), "seconds": seconds}
+    phases = {"sample": sampled - started, "score": time.monotonic() - sampled}
+    found: dict[str, Any] = {"rows": str(folder / "rows"), "rewards": str(folder / "rewards")}
+    found |= {"seconds": sum(phases.values()), "phases": phases}
     found |= read_summary(folder / "rewards", "within_prompt_std")
     return found | read_summary(folder / "rows", "mean_response_tokens", "truncated_share")
 
 
 def measure_var_curve(spec: dict[str, Any]) -> dict[str, Any]:
     """Train on the base's samples until the target is reached or the epochs are over; sampling and scoring count."""
-    curve = Curve(spec, seconds=spec["samples"]["seconds"])
-    trainer = make_trainer(spec, epochs=spec["epochs"])
+    curve = Curve(spec, spent=spec["samples"]["phases"])
+    with curve.phase("prepare"):
+        trainer = make_trainer(spec, epochs=spec["epochs"])
     over = False
     while not over and trainer.progress.step < trainer.work.num_steps:
-        trainer.take_step()
+        with curve.phase("steps"):
+            trainer.take_step()
         over = curve.look(trainer.model.model, last=trainer.progress.step == trainer.work.num_steps)
     return curve.result() | {"steps": trainer.progress.step}
 

@@ -8,7 +8,7 @@ scorers are given, as the paper's is: their own training is in nobody's time, an
 sampled noise, when their own time passes the next of FIRST_LOOK_SECONDS * LOOK_RATIO^n; looking is in nobody's time, VAR's sampling and
 scoring is in its own. The target is set before anything trains: base + `target_gain` standard deviations of the reward within a prompt.
 Both methods have the same three learning rates and count by their best; GRPO's are tried for PILOT_SHARE of CENSORED_AT times VAR's time, then the best
-has the whole of it from the start. So has GRPO at TRL's own learning rate, as a user gets it. A reward model and no rule-made reward, since such
+has the whole of it from the start; the fastest micro-batch of one step is theirs, and activations are kept. So has GRPO as a user gets it, at TRL's own learning rate. A reward model and no rule-made reward, since such
 a one (length, say) moves with one token's probability.
 
 **DPO**: both have the same seconds; DPO the pairs, VAR the base's own samples for their first prompts, drawn and weighed in its time: as many samples, of many
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from benchmarks.training import Bench
 
 CENSORED_AT = 10.0  # times VAR's time: a GRPO that has not arrived by then is not waited for
-DEFAULT_GRPO_RATE = 1e-6  # TRL's
+DEFAULT_GRPO_RATE, DEFAULT_MICROBATCH = 1e-6, 8  # TRL's, of responses
 PILOT_SHARE = 0.2  # of that, for each of GRPO's learning rates
 BATCH_RESPONSES = 32  # a step, of VAR against DPO, which has eight pairs
 CONFIDENCE = 0.95
@@ -49,6 +49,7 @@ class Sizes:
     prompts: int = 16  # sampled from
     responses: int = 8  # a prompt, of VAR and of GRPO
     batch_prompts: int = 4  # a step, likewise
+    grpo_microbatches: Sequence[int] = (8, 16, 32)  # responses
     target_gain: float = 0.5  # standard deviations of the reward within a prompt: several standard errors of a look
     var_epochs: int = 4  # at most, over the same samples
     pairs: int = 256  # DPO's
@@ -99,6 +100,8 @@ def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
         for rate in sizes.rates
     }  # fmt: skip
     told["grpo_var_curves"] = {rate: found["curve"] for rate, found in ours.items()}
+    told["grpo_var_phases"] = {rate: found["phases"] for rate, found in ours.items()}
+    told["grpo_var_steps"] = {rate: found["steps"] for rate, found in ours.items()}
     arrived = [found["seconds"] for found in ours.values() if found["arrived"]]
     if not arrived:
         return told | {"var_vs_grpo_time_to_reward": None, "var_vs_grpo_time_to_reward_reason": "VAR did not arrive"}
@@ -106,11 +109,18 @@ def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
 
 
 def race_grpo(bench: "Bench", *, var_seconds: float, common: dict[str, Any]) -> dict[str, Any]:
-    """Give GRPO's learning rates their pilots and the best of them the whole time, and return the ratio."""
+    """Find GRPO's micro-batch, give its learning rates their pilots and the best of them the whole time, and return the ratio."""
     rates, limit = bench.sizes.rates, CENSORED_AT * var_seconds
+
+    def run(rate: float, *, microbatch: int, seconds: float, tuned: bool = True) -> dict[str, Any]:
+        return bench.measure("grpo", learning_rate=rate, microbatch=microbatch, tuned=tuned, limit=round(seconds, 3), **common)  # fmt: skip
+
+    # Of a step alone.
+    sweep = {n: run(rates[0], microbatch=n, seconds=0.001)["seconds"] for n in bench.sizes.grpo_microbatches}
+    microbatch = min(sweep, key=lambda n: sweep[n])
     best, pilots = limit * (PILOT_SHARE if len(rates) > 1 else 1), {}
     for rate in rates:
-        pilots[rate] = bench.measure("grpo", learning_rate=rate, limit=round(best, 3), **common)
+        pilots[rate] = run(rate, microbatch=microbatch, seconds=best)
         if pilots[rate]["arrived"]:
             best = min(best, pilots[rate]["seconds"])
     arrived = [rate for rate, found in pilots.items() if found["arrived"]]
@@ -119,22 +129,27 @@ def race_grpo(bench: "Bench", *, var_seconds: float, common: dict[str, Any]) -> 
         theirs = pilots[chosen]
     else:
         chosen = max(pilots, key=lambda rate: pilots[rate]["curve"][-1][1])
-        theirs = bench.measure("grpo", learning_rate=chosen, limit=round(limit, 3), **common)
-    default = bench.measure("grpo", learning_rate=DEFAULT_GRPO_RATE, limit=round(limit, 3), **common)
+        theirs = run(chosen, microbatch=microbatch, seconds=limit)
+    as_it_comes = min(DEFAULT_MICROBATCH, common["batch_prompts"] * common["responses"])
+    default = run(DEFAULT_GRPO_RATE, microbatch=as_it_comes, seconds=limit, tuned=False)
     return {
         "var_vs_grpo_time_to_reward": theirs["seconds"] / var_seconds,
         "var_vs_grpo_time_to_reward_censored": not theirs["arrived"],
         "var_vs_grpo_default_time_to_reward": default["seconds"] / var_seconds,
         "var_vs_grpo_default_time_to_reward_censored": not default["arrived"],
         "grpo_default_curve": default["curve"],
+        "grpo_default_phases": default["phases"],
+        "grpo_default_steps": default["steps"],
         "grpo_var_seconds": var_seconds,
         "grpo_seconds": theirs["seconds"],
         "grpo_steps": theirs["steps"],
-        "grpo_microbatch": theirs["microbatch"],
+        "grpo_phases": theirs["phases"],
+        "grpo_microbatch": microbatch,
+        "grpo_sweep_seconds": sweep,
         "grpo_learning_rate": chosen,
         "grpo_curve": theirs["curve"],
-        "grpo_pilot_curves": {rate: found["curve"] for rate, found in pilots.items()},
-    }
+        "grpo_pilots": {rate: {name: found[name] for name in ("curve", "steps", "phases")} for rate, found in pilots.items()},
+    }  # fmt: skip
 
 
 def compare_reward_gain(bench: "Bench") -> dict[str, Any]:

@@ -61,7 +61,7 @@ def bench(tiny_policy: Path, tiny_reward_model: Path, tmp_path: Path) -> Bench:
     (data / "helpful-base").mkdir(parents=True)
     shutil.copy(PREFERENCES, data / "helpful-base")
     sizes = Sizes(
-        reward_epochs=1, longest_pair=900, longest_prompt=700, heldout_prompts=4, new_tokens=6, prompts=4, responses=2, batch_prompts=2, target_gain=-1e6,
+        reward_epochs=1, longest_pair=900, longest_prompt=700, heldout_prompts=4, new_tokens=6, prompts=4, responses=2, batch_prompts=2, grpo_microbatches=(2, 4), target_gain=-1e6,
         var_epochs=1, pairs=16, target_prompts=8, gain_samples=16, dpo_microbatches=(1, 2), sweep_seconds=0.5, gain_seconds=0.5, tuning_prompts=2, final_prompts=4, answer_tokens=6, seeds=1,
         rates=(1e-3,), dpo_trials=((1e-3, 0.1),), var_trials=((1e-3, 2),),
     )  # fmt: skip
@@ -77,6 +77,13 @@ def test_a_race_against_grpo_to_its_end_and_to_its_limit(bench: Bench) -> None:
     assert found["var_vs_grpo_time_to_reward_censored"] is False
     assert found["grpo_var_seconds"] > found["grpo_var_sampling_seconds"] > 0
     assert found["grpo_steps"] >= 1
+    (var_phases,) = found["grpo_var_phases"].values()
+    for phases, seconds in ((found["grpo_phases"], "grpo_seconds"), (var_phases, "grpo_var_seconds")):
+        assert sum(phases.values()) == pytest.approx(found[seconds], abs=0.05 * len(phases))
+        assert phases["sample"] > 0
+    assert set(var_phases) == {"sample", "score", "prepare", "steps", "rest"}
+    assert set(found["grpo_phases"]) == {"prepare", "sample", "score", "forward", "rest"}
+    assert list(found["grpo_sweep_seconds"]) == [2, 4] and found["grpo_microbatch"] in (2, 4)
     kept = {path: path.stat().st_mtime_ns for path in bench.scratch.glob("*/found.json")}
     assert compare_with_grpo(bench) == found
     assert {path: path.stat().st_mtime_ns for path in bench.scratch.glob("*/found.json")} == kept
@@ -84,7 +91,8 @@ def test_a_race_against_grpo_to_its_end_and_to_its_limit(bench: Bench) -> None:
     spec = json.loads(
         next(json.loads(path.read_text())["key"] for path in kept if path.parent.name.startswith("grpo-"))
     )
-    common = {name: spec[name] for name in spec if name not in ("kind", "steps", "learning_rate", "limit", "target")}
+    tried = ("kind", "steps", "learning_rate", "microbatch", "tuned", "limit", "target")
+    common = {name: spec[name] for name in spec if name not in tried}
     censored = race_grpo(bench, var_seconds=0.2, common=common | {"target": 1e6})
     assert censored["var_vs_grpo_time_to_reward_censored"] is True
     assert censored["var_vs_grpo_time_to_reward"] >= 10
