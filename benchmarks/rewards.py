@@ -12,7 +12,7 @@ has the whole of it from the start; the fastest micro-batch of one step is their
 a one (length, say) moves with one token's probability.
 
 **DPO**: both have the same seconds; DPO the pairs, VAR the base's own samples for their first prompts, drawn and weighed in its time: as many samples, of many
-prompts or many of each. DPO's micro-batch is the faster of two, tried before. Six trials each, of the same learning rates, on held-out prompts of their own, then three other seeds of the best, answered greedily and scored by the second reward
+prompts or many of each. DPO's micro-batch is the faster of two, tried before. Four trials each, of the same learning rates, on held-out prompts of their own, then three other seeds of the best, answered greedily and scored by the second reward
 model. The interval of the ratio is Fieller's, with the covariances of a bootstrap over prompts and seeds; where DPO's gain is not
 significant, there is no ratio. `reward_gain_targets_var` says what VAR had to learn: what the second reward model gives its samples, the
 same by their weights, and the best of each prompt. On the pairs themselves VAR learns to answer as they do: SmolLM2's own answers are better (benchmarks/README.md).
@@ -68,10 +68,8 @@ class Sizes:
     rates: Sequence[float] = (1e-4, 3e-5, 3e-4)  # of both
     var_lambda: float = 0.5  # standard deviations of the reward within a prompt
     # Learning rate, and beta or responses a prompt: the same rates for both.
-    dpo_trials: Sequence[tuple[float, float]] = tuple(
-        (rate, beta) for rate in (5e-5, 1e-4, 2e-4) for beta in (0.05, 0.1)
-    )
-    var_trials: Sequence[tuple[float, int]] = tuple((rate, count) for rate in (5e-5, 1e-4, 2e-4) for count in (4, 8))
+    dpo_trials: Sequence[tuple[float, float]] = tuple((rate, beta) for rate in (1e-4, 2e-4) for beta in (0.05, 0.1))
+    var_trials: Sequence[tuple[float, int]] = tuple((rate, count) for rate in (1e-4, 2e-4) for count in (4, 8))
 
 
 def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
