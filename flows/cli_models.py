@@ -113,9 +113,7 @@ def export_model(
     with progress(f"writing {folder}"):
         files = export(store, record, folder, settings=settings)
     if as_json:
-        return print_json(
-            {"ref": f"{record.step}/{record.fingerprint}", "folder": str(folder.resolve()), "files": files}
-        )
+        return print_json({"ref": record.ref, "folder": str(folder.resolve()), "files": files})
     typer.echo(
         f"{folder.resolve()}: {len(files)} files of {record.step}/{record.fingerprint[:12]}; README.md is its card"
     )

@@ -161,7 +161,7 @@ def trace(store: Store, reference: str) -> dict[str, Any]:
 def describe(record: Record) -> dict[str, Any]:
     """Return a record's line in a lineage."""
     return {
-        "ref": f"{record.step}/{record.fingerprint}",
+        "ref": record.ref,
         "created": record.created,
         "mlflow_run": record.mlflow_run,
         "prefect_run": record.prefect_run,

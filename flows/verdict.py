@@ -41,7 +41,7 @@ class FoundVerdict:
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as it was written, and what was checked of it."""
         checked = {"seal_holds": True, "inputs_checked": self.inputs_checked, "cost_of_answers": self.answers}
-        where = f"{self.record.step}/{self.record.fingerprint}" if self.record else None
+        where = self.record.ref if self.record else None
         return self.verdict.model_dump(mode="json") | {"ref": where} | checked
 
 

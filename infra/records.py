@@ -44,6 +44,11 @@ class Record(BaseModel):
     mlflow_run: str
     prefect_run: str
 
+    @property
+    def ref(self) -> str:
+        """`step/fingerprint`, as the command line takes it."""
+        return f"{self.step}/{self.fingerprint}"
+
 
 def digest_files(record: Record) -> str:
     """Return 64 hex digits over names and bytes of an artifact's files: what `Digests.of` says of them as a folder."""

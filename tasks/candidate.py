@@ -59,7 +59,7 @@ def find_candidate(
     names = {file.name for file in record.files}
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise ValueError(
-            f"{record.step}/{record.fingerprint}: got {', '.join(sorted(names)[:4])}, expected a model: config.json and "
+            f"{record.ref}: got {', '.join(sorted(names)[:4])}, expected a model: config.json and "
             "*.safetensors, as train/FINGERPRINT has them"
         )
     return record, verdict
@@ -86,7 +86,7 @@ def choose_verdict(store: Store, model: Record, *, standing: Standing) -> Record
     An older one under other margins or rules has been overtaken. Raises ValueError saying what the newest says instead.
     """
     verdicts = list_verdicts(store, model)
-    ref = f"{model.step}/{model.fingerprint}"
+    ref = model.ref
     if not verdicts:
         raise ValueError(f"{ref}: the gate has said nothing about it, expected a verdict PROMOTE; {REMEDY}")
     champion = standing.champion.fingerprint if standing.champion else None
@@ -110,7 +110,7 @@ def promote_by_hand(
     """
     before = registry.read_standing(store, model)
     held = before.champion
-    if held and (held.ref, held.digest) == (f"{record.step}/{record.fingerprint}", records.digest_files(record)):
+    if held and (held.ref, held.digest) == (record.ref, records.digest_files(record)):
         without_gate, verdict = held.reason, None  # again, and of the same bytes: nothing is to be decided
     elif without_gate:
         verdict = None
@@ -136,10 +136,10 @@ def make_candidate(
     champion = standing.champion if standing else None
     over = verdict.inputs[CHAMPION] if verdict else champion.fingerprint if champion else ""
     return Candidate(
-        ref=f"{record.step}/{record.fingerprint}",
+        ref=record.ref,
         digest=records.digest_files(record),
         over=over,
-        verdict=f"{verdict.step}/{verdict.fingerprint}" if verdict else "",
+        verdict=verdict.ref if verdict else "",
         decision=str(verdict.summary["verdict"]) if verdict else "",
         reason=reason,
         source=store.url(record.prefix),
@@ -154,7 +154,7 @@ def check_evaluated(store: Store, model: Record, *, verdict: Record) -> None:
     A fingerprint says what was asked for; bytes may differ where an artifact was lost and made again. Whether the store still
     has the recorded bytes is `Store.check_files`' to say.
     """
-    ref, seal = f"{model.step}/{model.fingerprint}", f"gate/{verdict.fingerprint}"
+    ref, seal = model.ref, f"gate/{verdict.fingerprint}"
     check_promotes(store, verdict)
     if verdict.inputs[CHALLENGER] != model.fingerprint:
         raise ValueError(
@@ -212,7 +212,5 @@ def find_reads(store: Store, start: Record, *, of: str) -> Iterator[tuple[str, s
                 seen.add(fingerprint)
                 made = records.read_record(store, step=given.name.partition("/")[0], fingerprint=fingerprint)
                 if made is None:
-                    raise ValueError(
-                        f"{record.step}/{record.fingerprint}: rests on {given.name}, of which there is no record any more"
-                    )
+                    raise ValueError(f"{record.ref}: rests on {given.name}, of which there is no record any more")
                 waiting.append(made[0])

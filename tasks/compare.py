@@ -68,10 +68,10 @@ class Measured:
 
     @property
     def ref(self) -> str:
-        return f"{self.record.step}/{self.record.fingerprint}" if self.record else f"source {self.fingerprint[:16]}"
+        return self.record.ref if self.record else f"source {self.fingerprint[:16]}"
 
     def counts(self, record: Record) -> bool:
-        return self.only is None or f"{record.step}/{record.fingerprint}" in self.only
+        return self.only is None or record.ref in self.only
 
 
 @step(version=5)
@@ -211,7 +211,7 @@ def plan_comparison(
         taken = one.chosen | ({"rows": rows} if rows else {})
         for name, record in sorted(taken.items()):
             folder = fetch_artifact(store, record, home=settings.home)
-            ref = f"{record.step}/{record.fingerprint}"
+            ref = record.ref
             inputs[f"{place}_{name}"] = Source(ref, folder, record.fingerprint, content=records.digest_files(record))
         subjects.append(describe_subject(one, store=store))
     if tokens:

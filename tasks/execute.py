@@ -226,7 +226,7 @@ class Execution:
             self._surplus.append(output)  # what reads it now may go on: both are of one fingerprint
         shutil.rmtree(self._work_folder(planned), ignore_errors=True)
         discard_checkpoints(self.store, planned)
-        tags = {"varflow.record": f"{winner.step}/{winner.fingerprint}"}
+        tags = {"varflow.record": winner.ref}
         paid = {"cost/usd": cost["usd"]} if "usd" in cost else {}
         figures = partial(self.tracking.log, run.id, metrics=points(metrics | paid), tags=tags)
         self._notes.tell(f"the figures of {planned.title}", figures)
@@ -306,7 +306,7 @@ class Execution:
         metrics = {place_metric(name, planned.label): value for name, value in record.summary["metrics"].items()}
         # MLflow's tables go by the alphabet: the seconds of each step come last, behind what runs are compared for
         metrics[f"wall_seconds/{planned.key}"] = record.cost["wall_seconds"]
-        said = f"{'computed' if computed else 'cached'} {record.step}/{record.fingerprint} run {record.mlflow_run}"
+        said = f"{'computed' if computed else 'cached'} {record.ref} run {record.mlflow_run}"
 
         def show() -> None:
             self._shown |= metrics

@@ -64,7 +64,7 @@ def describe_model(store: Store, record: Record, *, files: list[StoredFile], set
     base = next((source for source in sources if source.role == f"{record.step}.base"), None)
     rows, reward = lineage.find("ingest"), lineage.find("reward_model")
     verdict, verdict_ref = newest_verdict(store, record)
-    ref = f"{record.step}/{record.fingerprint}"
+    ref = record.ref
     answers = {r.fingerprint for r in records.iterate(store, "generate") if r.inputs["policy"] == record.fingerprint}
     return Card(
         title=f"{base.name if base else record.step} aligned, {record.fingerprint[:12]}",

@@ -40,9 +40,7 @@ def read_lineage(store: Store, record: Record) -> Lineage:
             elif fingerprint not in steps:
                 found = records.read_record(store, step=given.name.partition("/")[0], fingerprint=fingerprint)
                 if found is None:
-                    raise ValueError(
-                        f"{made.step}/{made.fingerprint}: was made of {given.name}, of which there is no record any more"
-                    )
+                    raise ValueError(f"{made.ref}: was made of {given.name}, of which there is no record any more")
                 visit(found[0])
         steps[made.fingerprint] = made
 

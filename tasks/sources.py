@@ -59,7 +59,7 @@ def resolve_source(reference: str, *, store: Store, settings: Settings) -> Sourc
     elif ARTIFACT.fullmatch(reference):
         record = records.resolve(store, reference)
         folder = fetch_artifact(store, record, home=settings.home)
-        name = f"{record.step}/{record.fingerprint}"
+        name = record.ref
         return Source(name, folder, record.fingerprint, content=records.digest_files(record))
     else:
         path = Path(reference).expanduser().resolve()
