@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from training.job import write_whole
+
 
 class Responses:
     """Answers by request. Only those given under the same identity are taken up again; a torn last line is dropped."""
@@ -20,7 +22,8 @@ class Responses:
         path.parent.mkdir(parents=True, exist_ok=True)
         if lines and json.loads(lines[0]) == header:
             self._known = dict(json.loads(line) for line in lines[1:])
-            path.write_bytes(b"".join(line + b"\n" for line in lines))
+            with write_whole(path) as out:
+                out.writelines(line.decode() + "\n" for line in lines)
             self._out = path.open("a")
         else:
             self._out = path.open("w")
@@ -45,9 +48,8 @@ class Responses:
         """Leave in the file only what was asked for here, as the last thing before closing: it may have begun with another run's answers."""
         kept = [json.dumps([key, answer]) for key, answer in self._known.items() if key in self._asked]
         header = self._path.read_text().partition("\n")[0]
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in [header, *kept]))
-        partial.replace(self._path)
+        with write_whole(self._path) as out:
+            out.writelines(line + "\n" for line in [header, *kept])
 
     def close(self) -> None:
         """Close the file."""

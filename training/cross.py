@@ -21,11 +21,10 @@ from training.data.batch import digest_plan, plan_steps
 from training.data.examples import Example, load_examples
 from training.data.manifest import read_rows_manifest
 from training.data.rows import RowsWriter, iterate_rows, join_parts
-from training.data.scored import is_finished, open_parts, read_dropped, require_finite
+from training.data.scored import finish_windows, open_parts, read_dropped, require_finite
 from training.data.selection import select_distinct
-from training.job import METRICS_FILE, Job, write_json
+from training.job import Job, write_json
 from training.logprobs import check_head
-from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
 from training.objectives.objective import Cross, TrainConfig
 from training.objectives.var import Normaliser, ReferenceFactor, check_regime
@@ -95,8 +94,14 @@ def run(job: Job) -> None:
     rewards.check()
     digests = asdict(digest_model(job.inputs["base"], tokenizer))
     plan = digest_batches(batches)
-    folder = open_parts(job, plan=plan, base=digests, scorer=rewards.digests(job.inputs["scorer"]))
-    parts = score_batches(scorer, rewards, batches, rows, folder)
+    parts = finish_windows(
+        job,
+        (([example.row_id for example in batch], (step, batch)) for step, batch in enumerate(batches)),
+        open_parts(job, plan=plan, base=digests, scorer=rewards.digests(job.inputs["scorer"])),
+        total=sum(map(len, batches)),
+        rate="score/pairs_per_second",
+        work=lambda window, part: score_batch(scorer, rewards, *window, rows, part),
+    )
     join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
     write_json(job.output / "manifest.json", {"plan": plan, "model": digests})
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
@@ -159,30 +164,19 @@ def render_longest(
     return [[samples[0], samples[-1]] for samples in ordered]
 
 
-def score_batches(
+def score_batch(
     scorer: Scorer,
     rewards: RewardScorer,
-    batches: Sequence[Sequence[Example]],
+    step: int,
+    batch: Sequence[Example],
     rows: dict[str, dict[str, Any]],
-    folder: Path,
-) -> list[Path]:
-    """Score every batch that has no finished part in a folder yet; return the parts in the order of the steps."""
-    job, parts = scorer.job, []
-    with MetricsWriter(job.output / METRICS_FILE, total=len(batches)) as metrics:
-        for step, batch in enumerate(batches):
-            part = folder / f"part-{step:06d}.parquet"
-            parts.append(part)
-            if is_finished(part, [example.row_id for example in batch]):
-                continue
-            job.check_stop()
-            started = time.monotonic()
-            pairs = make_pairs(scorer.renderer, step, batch, rows)
-            scored = score_pairs(scorer, rewards, pairs)
-            with RowsWriter(part, SCHEMA) as out:
-                out.write(scored)
-            seconds = time.monotonic() - started
-            metrics.write(step + 1, {"score/pairs_per_second": len(batch) * len(pairs.responses) / seconds})
-    return parts
+    part: Path,
+) -> int:
+    """Score a batch, write its part, return the number of pairs."""
+    pairs = make_pairs(scorer.renderer, step, batch, rows)
+    with RowsWriter(part, SCHEMA) as out:
+        out.write(score_pairs(scorer, rewards, pairs))
+    return len(batch) * len(pairs.responses)
 
 
 def make_pairs(renderer: Renderer, step: int, batch: Sequence[Example], rows: dict[str, dict[str, Any]]) -> Pairs:

@@ -6,11 +6,11 @@ is what people and reward models read, and as the tokens that were drawn, which 
 """
 
 import heapq
-import json
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from training.config import GenerateConfig, ResponseRegime, Runtime
 from training.data.batch import pack_by_tokens
 from training.data.rows import RowsWriter, iterate_rows, join_parts, read_rows
 from training.data.schema import SCHEMA
-from training.data.scored import describe_dropped, is_finished, open_parts
-from training.job import METRICS_FILE, Job, write_json
+from training.data.scored import describe_dropped, finish_windows, join_dropped, open_parts, require_some, write_dropped
+from training.job import Job, write_json
 from training.memory import run_in_halves
-from training.metrics import MetricsWriter
 from training.model import ModelDigests, check_context, digest_model, load_policy, start_torch
 from training.render import UnusableRow, render_prompt
 from training.sampling import draw_noise, find_stop_ids, generate_batch
@@ -88,16 +87,28 @@ def run(job: Job) -> None:
     )
     row_ids = choose_rows(job.inputs["rows"], config=config)
     digests = digest_model(policy, tokenizer)
-    parts, dropped = generate_windows(generator, open_parts(job, policy=asdict(digests)), row_ids=row_ids)
-    if not parts:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items()))
-        raise ValueError(
-            f"rows folder {job.inputs['rows']}: all prompts of the {config.split} split were dropped ({counts}); raise max_prompt_tokens, "
-            f"which is {config.max_prompt_tokens}, or bring prompts that the chat template takes"
-        )
+    parts = finish_windows(
+        job,
+        (([row["row_id"] for row in rows], rows) for rows in read_windows(job, config=config, row_ids=row_ids)),
+        open_parts(job, policy=asdict(digests)),
+        total=len(row_ids),
+        rate="generate/tokens_per_second",
+        work=partial(answer_window, generator),
+    )
     join_parts(parts, job.output / "responses.parquet", schema=SCHEMA)
+    dropped = join_dropped(parts, job.output)
+    remedy = (
+        f"raise max_prompt_tokens, which is {config.max_prompt_tokens}, or bring prompts that the chat template takes"
+    )
+    require_some(
+        len(row_ids) - dropped["dropped"],
+        dropped,
+        job.inputs["rows"],
+        remedy=remedy,
+        of=f"prompts of the {config.split} split",
+    )
     write_manifest(job, config, digests)
-    summary = summarise(parts) | {"dropped": dropped.total()}
+    summary = summarise(parts) | dropped
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
@@ -126,42 +137,12 @@ def choose_rows(folder: Path, *, config: GenerateConfig) -> set[str]:
     return chosen
 
 
-def read_windows(folder: Path, *, split: str, row_ids: set[str]) -> Iterator[list[dict[str, Any]]]:
+def read_windows(job: Job, *, config: GenerateConfig, row_ids: set[str]) -> Iterator[list[dict[str, Any]]]:
     """Yield the chosen rows in file order, WINDOW_PROMPTS at a time."""
-    window: list[dict[str, Any]] = []
-    for row in iterate_rows(folder, split=split, columns=["row_id", "prompt", "line"]):
-        if row["row_id"] in row_ids:
-            window.append(row)
-        if len(window) == WINDOW_PROMPTS:
-            yield window
-            window = []
-    if window:
+    rows = iterate_rows(job.inputs["rows"], split=config.split, columns=["row_id", "prompt", "line"])
+    chosen = (row for row in rows if row["row_id"] in row_ids)
+    while window := list(islice(chosen, WINDOW_PROMPTS)):
         yield window
-
-
-def generate_windows(generator: Generator, folder: Path, *, row_ids: set[str]) -> tuple[list[Path], Counter[str]]:
-    """Answer every window that has no finished part in a folder yet; return the parts in order and the prompts dropped by reason."""
-    job, config, parts, done = generator.job, generator.config, [], 0
-    dropped: Counter[str] = Counter()
-    partial = job.output / "dropped.jsonl.partial"
-    windows = read_windows(job.inputs["rows"], split=config.split, row_ids=row_ids)
-    with MetricsWriter(job.output / METRICS_FILE, total=len(row_ids)) as metrics, partial.open("w") as out:
-        for number, rows in enumerate(windows):
-            fitting, unusable = render_window(generator, rows)
-            out.writelines(json.dumps(entry) + "\n" for entry in unusable)
-            dropped.update(entry["reason"] for entry in unusable)
-            done += len(rows)
-            part = folder / f"part-{number:06d}.parquet"
-            if not fitting:
-                continue
-            parts.append(part)
-            if is_finished(part, [prompt.row["row_id"] for prompt in fitting]):
-                continue
-            started = time.monotonic()
-            num_tokens = answer_window(generator, fitting, part=part)
-            metrics.write(done, {"generate/tokens_per_second": num_tokens / (time.monotonic() - started)})
-    partial.replace(job.output / "dropped.jsonl")
-    return parts, dropped
 
 
 def render_window(generator: Generator, rows: list[dict[str, Any]]) -> tuple[list[Prompt], list[dict[str, str]]]:
@@ -178,9 +159,10 @@ def render_window(generator: Generator, rows: list[dict[str, Any]]) -> tuple[lis
     return fitting, unusable
 
 
-def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) -> int:
-    """Answer some prompts K times each, write their part, return the number of new tokens."""
+def answer_window(generator: Generator, rows: list[dict[str, Any]], part: Path) -> int:
+    """Answer the prompts of some rows K times each, write their part, return the number of new tokens."""
     config, K = generator.config, generator.config.samples_per_prompt
+    prompts, unusable = render_window(generator, rows)
     answers: list[list[int]] = [[] for _ in range(len(prompts) * K)]
     # The budget bounds the pass over the prompts, each read once. A later pass has one token a sample, and costs nearly the same for few as
     # for many, but what it keeps is theirs: so a prompt counts for no less than its share of the rows.
@@ -191,6 +173,7 @@ def answer_window(generator: Generator, prompts: list[Prompt], *, part: Path) ->
         for place, tokens in zip(places, new, strict=True):
             answers[place] = tokens
     texts = generator.tokenizer.batch_decode(answers, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    write_dropped(part, unusable)
     with RowsWriter(part, SCHEMA) as out:
         out.write(
             [

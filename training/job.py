@@ -20,11 +20,11 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 EXIT_USER_ERROR = 2
 EXIT_CANNOT_WRITE = 74  # EX_IOERR: not even error.json could be written, for want of room
@@ -106,12 +106,23 @@ def describe_hardware() -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: the file is there whole or not at all. NaN and inf are refused."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as out:
+    """Write JSON atomically. NaN and inf are refused."""
+    with write_whole(path) as out:
         json.dump(value, out, indent=1, sort_keys=True, allow_nan=False)
-        out.flush()
-        os.fsync(out.fileno())
+
+
+@contextmanager
+def write_whole(path: Path) -> Iterator[TextIO]:
+    """Open a text file that is there whole or not at all: written under a temporary name, renamed when the block ends well."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w") as out:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
 
 

@@ -5,7 +5,7 @@ memory does not grow with the number of rows.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,21 @@ import torch
 from training.config import ReferenceScoreConfig, Runtime
 from training.data.batch import cut, lay_out
 from training.data.manifest import check_tokens, read_rows_manifest
-from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
+from training.data.rows import RowsWriter, count_rows, join_parts, read_rows
 from training.data.schema import digest_row
 from training.data.scored import (
     CONTENT_ID,
     describe_dropped,
-    is_finished,
+    finish_windows,
     join_dropped,
     open_parts,
     require_finite,
     require_some,
     write_dropped,
 )
-from training.job import METRICS_FILE, Job, write_json
+from training.job import Job, write_json
 from training.logprobs import check_head, check_layout, choose_groups, longest_of, sum_logps
 from training.memory import run_in_halves
-from training.metrics import MetricsWriter
 from training.model import check_context, digest_model, load_policy, start_torch
 from training.render import Rendered, Renderer, UnusableRow
 
@@ -76,7 +75,14 @@ def run(job: Job) -> None:
     scorer = Scorer(model=model, renderer=renderer, runtime=runtime, device=device, job=job)
     prepare_layout(scorer, find_extremes(scorer))
     digests = asdict(digest_model(job.inputs["reference"], tokenizer))
-    parts = score_windows(scorer, open_parts(job, reference=digests))
+    parts = finish_windows(
+        job,
+        ((window.column("row_id").to_pylist(), window) for window in read_windows(job)),
+        open_parts(job, reference=digests),
+        total=count_rows(job.inputs["rows"]),
+        rate="score/tokens_per_second",
+        work=lambda window, part: score_window(scorer, window.to_pylist(), part),
+    )
     join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
     dropped = join_dropped(parts, job.output)
     summary = summarise(job) | dropped
@@ -88,6 +94,11 @@ def run(job: Job) -> None:
         "max_tokens": config.max_tokens,
     }
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def read_windows(job: Job) -> Iterator[pa.RecordBatch]:
+    """Yield what is scored of the rows, a window at a time."""
+    return read_rows(job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS)
 
 
 def prepare_layout(scorer: Scorer, groups: Iterable[Sequence[Rendered]]) -> None:
@@ -103,7 +114,7 @@ def find_extremes(scorer: Scorer) -> list[Sequence[Rendered]]:
     has tokens is no longer than they are, but for the template's own.
     """
     chosen: list[Sequence[Rendered]] = []
-    for window in read_rows(scorer.job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS):
+    for window in read_windows(scorer.job):
         scorer.job.check_stop()
         least = longest_of(chosen[1]) if len(chosen) == 3 else 0
         rows = [row for row in window.to_pylist() if bound_tokens(row) >= least]
@@ -117,26 +128,6 @@ def bound_tokens(row: dict[str, Any]) -> int:
     prompt = sum(len(message["content"].encode()) for message in row["prompt"])
     responses = row["response_ids"] or [response.encode() for response in row["responses"]]
     return prompt + max(map(len, responses))
-
-
-def score_windows(scorer: Scorer, folder: Path) -> list[Path]:
-    """Score every window that has no finished part in a folder yet; return the parts in the order of the rows."""
-    job = scorer.job
-    total = pq.ParquetFile(find_rows_file(job.inputs["rows"])).metadata.num_rows
-    parts: list[Path] = []
-    done = 0
-    with MetricsWriter(job.output / METRICS_FILE, total=total) as metrics:
-        for window in read_rows(job.inputs["rows"], columns=COLUMNS, batch_rows=WINDOW_ROWS):
-            part = folder / f"part-{len(parts):06d}.parquet"
-            parts.append(part)
-            done += window.num_rows
-            if is_finished(part, window.column("row_id").to_pylist()):
-                continue
-            job.check_stop()
-            started = time.monotonic()
-            tokens = score_window(scorer, window.to_pylist(), part)
-            metrics.write(done, {"score/tokens_per_second": tokens / (time.monotonic() - started)})
-    return parts
 
 
 def score_window(scorer: Scorer, rows: list[dict[str, Any]], part: Path) -> int:

@@ -24,11 +24,12 @@ from training.config import RewardModelConfig, Runtime, Schedule
 from training.data.batch import cut_rows, pack_by_tokens
 from training.data.examples import Example
 from training.data.rows import iterate_rows
+from training.data.scored import count_dropped
 from training.data.selection import select_preferred_first
 from training.distributed import World, open_world
 from training.job import Job
 from training.logprobs import Policy, as_policy
-from training.loop import Settings, run_steps
+from training.loop import Progress, Settings, run_steps
 from training.memory import MicroBatchSize
 from training.model import (
     LOCAL,
@@ -89,43 +90,11 @@ def run(job: Job) -> None:
 def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -> None:
     """Train on this rank; the first one writes what all have in common."""
     started = time.monotonic()
-    policy, tokenizer = load_base(job.inputs["base"], config, runtime, world)
-    renderer = RewardRenderer(tokenizer, render=config.render, max_tokens=config.max_tokens)
-    pairs = {split: load_pairs(job.inputs["rows"], renderer, split=split) for split in ("train", "heldout")}
-    examples, objective, forward = (
-        pairs["train"].examples,
-        BradleyTerry(),
-        RewardForward(policy.model, dropout=read_dropout(job.inputs["base"])),
-    )
-    steps = Steps(
-        examples,
-        objective,
-        forward,
-        batch_prompts=config.batch_prompts,
-        epochs=config.epochs,
-        seed=config.seed,
-    )
-    base = digest_weights(job.inputs["base"]) if world.is_first else None
-    world.barrier()  # it reads all of the base, the others but their part
-    identity = {"config": config.model_dump(mode="json"), "base": base, "data": steps.digests}
-    identity["base_config"] = read_config_file(job.inputs["base"] / "config.json")
-    ready = Ready(
-        job,
-        runtime,
-        world,
-        config.precision,
-        policy,
-        tokenizer,
-        examples,
-        objective,
-        forward,
-        steps,
-        identity,
-        is_reward_model=True,
-    )
+    ready, pairs = prepare(job, config, runtime, world)
     report = check_run(ready)
     report.require()
     runtime = runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens})  # what the device has room for
+    policy, steps, identity = ready.policy, ready.steps, ready.identity
     policy.train()  # the base's own dropout, drawn from the run's seed
     progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
     policy.eval()
@@ -136,25 +105,49 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     weights = gather_weights(policy.model, world) if world.size > 1 else None
     if not world.is_first:
         return
-    save_policy(policy.model, tokenizer, job.output, weights=weights)
-    job.write_summary(
-        {
-            "steps": steps.num_steps,
-            "skipped_steps": progress.skipped,
-            "rows": len(examples),
-            "rows_heldout": len(pairs["heldout"].examples),
-            "final_loss": progress.loss,
-            "tokens": progress.tokens,
-            "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
-            "microbatch_tokens": progress.microbatch_tokens,
-            "dropout": max((m.p for m in policy.modules() if isinstance(m, nn.Dropout)), default=0.0),
-            **accuracy,
-            **report.summary(),
-            "cut_responses": sum(found.cut for found in pairs.values()),
-            **count_dropped(pairs),
-            "wall_seconds": round(time.monotonic() - started, 3),
-        }
+    save_policy(policy.model, ready.tokenizer, job.output, weights=weights)
+    told = summarise_run(ready, pairs, progress) | accuracy | report.summary()
+    job.write_summary(told | {"wall_seconds": round(time.monotonic() - started, 3)})
+
+
+def prepare(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -> tuple[Ready, dict[str, Pairs]]:
+    """Return all that training starts with, and the rows of both splits."""
+    policy, tokenizer = load_base(job.inputs["base"], config, runtime, world)
+    renderer = RewardRenderer(tokenizer, render=config.render, max_tokens=config.max_tokens)
+    pairs = {split: load_pairs(job.inputs["rows"], renderer, split=split) for split in ("train", "heldout")}
+    examples, objective = pairs["train"].examples, BradleyTerry()
+    forward = RewardForward(policy.model, dropout=read_dropout(job.inputs["base"]))
+    steps = Steps(
+        examples, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed
     )
+    base = digest_weights(job.inputs["base"]) if world.is_first else None
+    world.barrier()  # it reads all of the base, the others but their part
+    identity = {
+        "config": config.model_dump(mode="json"),
+        "base": base,
+        "data": steps.digests,
+        "base_config": read_config_file(job.inputs["base"] / "config.json"),
+    }
+    start = (job, runtime, world, config.precision, policy, tokenizer, examples, objective, forward, steps, identity)
+    return Ready(*start, is_reward_model=True), pairs
+
+
+def summarise_run(ready: Ready, pairs: dict[str, Pairs], progress: Progress) -> dict[str, Any]:
+    """Return counts and speed."""
+    dropped = sum((split.dropped for split in pairs.values()), Counter[str]())
+    return {
+        "steps": ready.steps.num_steps,
+        "skipped_steps": progress.skipped,
+        "rows": len(ready.examples),
+        "rows_heldout": len(pairs["heldout"].examples),
+        "final_loss": progress.loss,
+        "tokens": progress.tokens,
+        "tokens_per_second": progress.tokens / progress.seconds if progress.seconds else 0.0,
+        "microbatch_tokens": progress.microbatch_tokens,
+        "dropout": max((m.p for m in ready.policy.modules() if isinstance(m, nn.Dropout)), default=0.0),
+        "cut_responses": sum(split.cut for split in pairs.values()),
+        **count_dropped(dropped),
+    }
 
 
 def read_dropout(folder: Path) -> float:
@@ -349,9 +342,3 @@ def check_accuracy(accuracy: dict[str, float], config: RewardModelConfig) -> Non
             f"to {accuracy['accuracy_high']:.3f}; the longer response wins {accuracy['length_baseline_accuracy']:.3f}); "
             f"expected at least {config.min_accuracy}; take more rows, more epochs or a stronger base, or lower min_accuracy"
         )
-
-
-def count_dropped(pairs: dict[str, Pairs]) -> dict[str, int]:
-    """Return the dropped rows of both splits by reason."""
-    total = sum((p.dropped for p in pairs.values()), Counter[str]())
-    return {"dropped": total.total()} | {f"dropped_{reason}": count for reason, count in sorted(total.items())}

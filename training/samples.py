@@ -15,6 +15,7 @@ import numpy as np
 from training.config import GenerateConfig
 from training.data.examples import Example
 from training.distributed import World
+from training.job import write_whole
 from training.logprobs import Policy
 from training.memory import run_in_halves
 from training.model import find_context
@@ -46,9 +47,8 @@ class Sampler:
         if step and self._path.is_file():
             lines = self._path.read_bytes().splitlines(keepends=True)  # of bytes: at line feeds alone
             kept = [line for line in lines if line.endswith(b"\n") and read_step(line) <= step]
-        partial = self._path.with_name(self._path.name + ".partial")
-        partial.write_bytes(b"".join(kept))
-        partial.replace(self._path)
+        with write_whole(self._path) as out:
+            out.write(b"".join(kept).decode())
 
     def write(self, step: int) -> None:
         """Append the answers after so many steps. Every rank calls it."""

@@ -21,7 +21,7 @@ from training.data.batch import MicroBatch, collate, count_tokens, cut, digest_p
 from training.data.examples import Example, load_examples, read_scores
 from training.data.manifest import RowsManifest, check_reference, check_samples, check_tokens, read_rows_manifest
 from training.data.rows import RowsWriter
-from training.data.scored import read_dropped
+from training.data.scored import count_dropped, read_dropped
 from training.devices import device_peak, name_device
 from training.distributed import World, open_world
 from training.flops import Flops, count_flops, read_windows
@@ -395,7 +395,7 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
     """Return counts and speed."""
     last = range(steps.num_steps - steps.steps_per_epoch, steps.num_steps)
     examples = [example for step in last for example in steps.rows(step)]
-    summary: dict[str, Any] = {
+    return {
         "steps": steps.num_steps,
         "skipped_steps": progress.skipped,
         "rows": len(examples),
@@ -410,9 +410,8 @@ def summarise_run(steps: Steps, progress: Progress, dropped: Counter[str]) -> di
         "final_loss": progress.loss,
         "plan": steps.digest,
         "respaced_responses": sum(sample.respaced for example in examples for sample in example.samples),
-        "dropped": dropped.total(),
+        **count_dropped(dropped),
     }
-    return summary | {f"dropped_{reason}": count for reason, count in sorted(dropped.items())}
 
 
 def describe_speed(ready: Ready, progress: Progress, peak_flops: float | None) -> dict[str, Any]:

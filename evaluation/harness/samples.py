@@ -12,6 +12,7 @@ from typing import Any
 
 from evaluation.config import BenchmarkConfig
 from evaluation.harness.sandbox import Outcome
+from training.job import write_whole
 
 PROMPT_TAIL_CHARS, ANSWER_CHARS, TARGET_CHARS = 500, 2000, 500
 UNEXTRACTED = "[invalid]"  # what a filter says when it finds no answer
@@ -96,8 +97,7 @@ def write_samples(
     `cut` holds the prompts whose answers the token limit ended, `outcomes` how programs ended by program and test (of a benchmark that
     runs programs, every item's is there), `question` gives what a task's item asks, which is kept whole.
     """
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as out:
+    with write_whole(path) as out:
         for task, items in samples.items():
             found = {item["doc_id"] for item in items if item["filtered_resps"][0] != UNEXTRACTED}  # by some filter
             for item in (item for item in items if item["filter"] == config.filter):
@@ -108,7 +108,6 @@ def write_samples(
                     outcome = outcomes[item["filtered_resps"][0][0], item["target"]]
                     line |= {"ending": outcome.ending, "reason": outcome.reason}
                 out.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-    partial.replace(path)
 
 
 def describe_item(item: Row, *, metric: str) -> Row:

@@ -339,7 +339,7 @@ def test_long_prompts_are_dropped_and_named(rows: Path, tiny_policy: Path, make_
     assert json.loads((job.output / "summary.json").read_text())["dropped"] == len(dropped)
     with pytest.raises(
         ValueError,
-        match=r"all prompts of the heldout split were dropped \(16 too_long\); raise max_prompt_tokens, which is 8",
+        match=r"all 16 prompts of the heldout split were dropped \(16 too_long\); raise max_prompt_tokens, which is 8",
     ):
         run(make_job, "none", inputs={"rows": rows, "policy": tiny_policy}, max_prompt_tokens=8)
     with pytest.raises(

@@ -91,23 +91,13 @@ def load_examples(
             missing.append(row["row_id"])
             continue
         check_content(row, columns)
-        places = select(row)
-        if len(places) < min_responses:
-            dropped["too_few_responses" if places else "no_preference"] += 1
-            continue
         try:
-            samples = renderer.stored(row, places)
+            chosen = choose_responses(row, renderer, select, min_responses=min_responses, distinct=distinct)
         except UnusableRow as unusable:
             dropped[unusable.reason] += 1
             first = first or f"; row {row['row_id']}: {unusable}"
-            continue
-        chosen = dict(zip(places, samples, strict=True))
-        if distinct:
-            chosen = drop_equal_tokens(chosen, preferred=row["preferred"])
-        if len(chosen) < min_responses:
-            dropped["same_tokens"] += 1
-            continue
-        examples.append(make_example(row, chosen, rewards=rewards, reference=reference))
+        else:
+            examples.append(make_example(row, chosen, rewards=rewards, reference=reference))
     if missing:
         raise ValueError(
             f"rows folder {rows}: {len(missing)} rows of the {split} split have no reward or no reference log-probability "
@@ -120,6 +110,22 @@ def load_examples(
             f"objective can train on{first}"
         )
     return examples, dropped
+
+
+def choose_responses(
+    row: dict[str, Any], renderer: Renderer, select: Select, *, min_responses: int, distinct: bool
+) -> dict[int, Rendered]:
+    """Return the responses of a row that are trained on, by their places; UnusableRow where they are too few, or one does not fit."""
+    places = select(row)
+    if len(places) < min_responses:
+        reason = "too_few_responses" if places else "no_preference"
+        raise UnusableRow(reason, f"{len(places)} responses to train on, expected at least {min_responses}")
+    chosen = dict(zip(places, renderer.stored(row, places), strict=True))
+    if distinct:
+        chosen = drop_equal_tokens(chosen, preferred=row["preferred"])
+    if len(chosen) < min_responses:
+        raise UnusableRow("same_tokens", f"{len(chosen)} different ones, expected at least {min_responses}")
+    return chosen
 
 
 def check_content(row: dict[str, Any], columns: Mapping[str, Scores]) -> None:

@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow.parquet as pq
 
@@ -22,7 +21,7 @@ from training.data.schema import SCHEMA, digest_row
 from training.data.sources import SourceRow, list_files, read_source
 from training.data.splits import choose_split
 from training.data.validate import Reason, UnusableRow, detect_format, parse_row
-from training.job import METRICS_FILE, Job, write_json
+from training.job import METRICS_FILE, Job, write_json, write_whole
 from training.metrics import MetricsWriter
 
 CHUNK_ROWS = 256
@@ -51,35 +50,21 @@ class Counts:
         self.prompt_chars += sum(len(message["content"]) for message in row["prompt"])
 
 
+@dataclass(frozen=True)
 class Quarantine:
-    """quarantine.jsonl: one line a row that is not in rows.parquet, with the reason. The file appears when all is well."""
+    """quarantine.jsonl: one line a row that is not in rows.parquet, with the reason."""
 
-    def __init__(self, path: Path, counts: Counts) -> None:
-        self._path = path
-        self._partial = path.with_name(path.name + ".partial")
-        self._out = self._partial.open("w")
-        self._counts = counts
+    out: TextIO
+    counts: Counts
 
     def put(self, *, source: str, line: int, reason: Reason, detail: str, raw: str) -> None:
         """Write a row down and count it."""
         entry = {"source": source, "line": line, "reason": reason, "detail": detail, "raw": raw}
-        self._out.write(json.dumps(entry) + "\n")
-        self._counts.reasons[reason] += 1
-        places = self._counts.first.setdefault(reason, [])
+        self.out.write(json.dumps(entry) + "\n")
+        self.counts.reasons[reason] += 1
+        places = self.counts.first.setdefault(reason, [])
         if len(places) < PLACES_SHOWN:
             places.append(f"{source}:{line}")
-
-    def __enter__(self) -> "Quarantine":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._out.close()
-        if kind is None:
-            self._partial.replace(self._path)
-        else:
-            self._partial.unlink()
 
 
 def run(job: Job) -> None:
@@ -89,9 +74,10 @@ def run(job: Job) -> None:
     files, ignored = list_files(source)
     with (
         SeenRows(job.work / "seen.sqlite") as seen,
-        Quarantine(job.output / "quarantine.jsonl", counts) as quarantine,
+        write_whole(job.output / "quarantine.jsonl") as refused,
         RowsWriter(job.output / "rows.parquet", SCHEMA) as out,
     ):
+        quarantine = Quarantine(refused, counts)
         _collect(job, config, seen=seen, quarantine=quarantine, counts=counts, candidates=candidates)
         if config.responses is ResponseRegime.support:
             seen.find_refused()

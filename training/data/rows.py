@@ -44,6 +44,12 @@ def read_rows(
                 yield kept if wanted is None else kept.select(wanted)
 
 
+def count_rows(folder: Path) -> int:
+    """Return the number of rows of an artifact folder."""
+    count: int = pq.ParquetFile(find_rows_file(folder)).metadata.num_rows
+    return count
+
+
 def iterate_rows(
     folder: Path, *, split: str | None = None, columns: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:

@@ -1,21 +1,23 @@
-"""What a scorer leaves of each window of rows: a part with the scores of those that it could read, and the others with the reason."""
+"""Work on rows window by window, which a killed job goes on with: of each is left a part with what came of those that could be read, and the
+others with the reason."""
 
 import json
 import logging
-import os
 import shutil
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.data.rows import find_rows_file
-from training.job import Job, read_json_lines, write_json
+from training.job import METRICS_FILE, Job, read_json_lines, write_json, write_whole
+from training.metrics import MetricsWriter
 from training.model import read_config_file
 from training.render import UnusableRow
 from training.weights import digest_file
@@ -24,6 +26,7 @@ LOG = logging.getLogger(__name__)
 DROPPED = "dropped.jsonl"
 CONTENT_ID = pa.field("content_id", pa.string(), nullable=False)  # `digest_row` of what was scored
 ROWS_SHOWN = 5
+W = TypeVar("W")  # a window of rows
 
 
 def describe_dropped(row_id: str, unusable: UnusableRow) -> dict[str, str]:
@@ -33,13 +36,13 @@ def describe_dropped(row_id: str, unusable: UnusableRow) -> dict[str, str]:
 
 def write_dropped(part: Path, lines: Sequence[Mapping[str, str]]) -> None:
     """Write the rows that a window's part leaves out, atomically; the part itself is written after it, and says that both are done."""
-    path = dropped_file(part)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as out:
+    with write_whole(dropped_file(part)) as out:
         out.writelines(json.dumps(line) + "\n" for line in lines)
-        out.flush()
-        os.fsync(out.fileno())
-    partial.replace(path)
+
+
+def read_left_out(part: Path) -> list[dict[str, Any]]:
+    """Return the lines of the rows that a part leaves out: none without a file of them."""
+    return read_json_lines(dropped_file(part)) if dropped_file(part).is_file() else []
 
 
 def dropped_file(part: Path) -> Path:
@@ -74,24 +77,55 @@ def read_settings(folder: Path) -> list[Any]:
 
 
 def is_finished(part: Path, row_ids: Sequence[str]) -> bool:
-    """Return whether a part is there and of these very rows; one without a file of dropped rows leaves out none."""
+    """Return whether a part is there and of these very rows."""
     if not part.is_file():
         return False
-    dropped = [line["row_id"] for line in read_json_lines(dropped_file(part))] if dropped_file(part).is_file() else []
+    dropped = [line["row_id"] for line in read_left_out(part)]
     found = pq.read_table(part, columns=["row_id"]).column("row_id").to_pylist()
     return sorted(found + dropped) == sorted(row_ids)
 
 
+def finish_windows(
+    job: Job,
+    windows: Iterable[tuple[Sequence[str], W]],
+    folder: Path,
+    *,
+    total: int,
+    rate: str,
+    work: Callable[[W, Path], int],
+) -> list[Path]:
+    """Do every window of rows, given with their ids, that has no finished part in a folder yet; return the parts in the order of the windows.
+
+    `work` writes a window's part and returns how much it did of what the metric `rate` counts a second; `total` is the number of all rows.
+    """
+    parts: list[Path] = []
+    done = 0
+    with MetricsWriter(job.output / METRICS_FILE, total=total) as metrics:
+        for row_ids, window in windows:
+            parts.append(part := folder / f"part-{len(parts):06d}.parquet")
+            done += len(row_ids)
+            if is_finished(part, row_ids):
+                continue
+            job.check_stop()
+            started = time.monotonic()
+            count = work(window, part)
+            metrics.write(done, {rate: count / (time.monotonic() - started)})
+    return parts
+
+
 def join_dropped(parts: Iterable[Path], output: Path) -> dict[str, int]:
-    """Write `dropped.jsonl` of all parts and return its counts: `dropped`, and by reason `dropped_<reason>`."""
+    """Write `dropped.jsonl` of all parts and return its counts."""
     reasons: Counter[str] = Counter()
-    partial = output / (DROPPED + ".partial")
-    with partial.open("w") as out:
+    with write_whole(output / DROPPED) as out:
         for part in parts:
-            for line in read_json_lines(dropped_file(part)):
+            for line in read_left_out(part):
                 reasons[line["reason"]] += 1
                 out.write(json.dumps(line) + "\n")
-    partial.replace(output / DROPPED)
+    return count_dropped(reasons)
+
+
+def count_dropped(reasons: Counter[str]) -> dict[str, int]:
+    """Return what a summary says of rows that are left out: `dropped`, and by reason `dropped_<reason>`."""
     return {"dropped": reasons.total()} | {f"dropped_{reason}": count for reason, count in sorted(reasons.items())}
 
 
@@ -100,12 +134,12 @@ def read_dropped(folder: Path) -> set[str]:
     return {line["row_id"] for line in read_json_lines(folder / DROPPED)} if (folder / DROPPED).is_file() else set()
 
 
-def require_some(rows: int, dropped: Mapping[str, int], folder: Path, *, remedy: str) -> None:
-    """Raise ValueError where no row of a folder is left to be scored."""
+def require_some(rows: int, dropped: Mapping[str, int], folder: Path, *, remedy: str, of: str = "rows") -> None:
+    """Raise ValueError where none of a folder's rows is left."""
     if rows == 0:
         reasons = ", ".join(f"{n} {name.removeprefix('dropped_')}" for name, n in dropped.items() if name != "dropped")
         raise ValueError(
-            f"rows folder {folder}: all {dropped['dropped']} rows were dropped ({reasons or 'there were none'}); {remedy}"
+            f"rows folder {folder}: all {dropped['dropped']} {of} were dropped ({reasons or 'there were none'}); {remedy}"
         )
 
 

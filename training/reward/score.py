@@ -14,19 +14,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from training.config import RewardScoreConfig, Runtime
-from training.data.rows import RowsWriter, find_rows_file, join_parts, read_rows
+from training.data.rows import RowsWriter, count_rows, join_parts, read_rows
 from training.data.schema import digest_row
 from training.data.scored import (
     CONTENT_ID,
-    is_finished,
+    finish_windows,
     join_dropped,
     open_parts,
     require_finite,
     require_some,
     write_dropped,
 )
-from training.job import METRICS_FILE, Job
-from training.metrics import MetricsWriter
+from training.job import Job
 from training.model import start_torch
 from training.render import UnusableRow
 from training.reward.scorer import RewardScorer, load_scorer
@@ -57,8 +56,14 @@ def run(job: Job) -> None:
         device=device,
     )
     scorer.check()
-    folder = open_parts(job, scorer=scorer.digests(job.inputs["scorer"]))
-    parts = score_windows(job, scorer, folder, budget=runtime.microbatch_tokens)
+    parts = finish_windows(
+        job,
+        ((window.column("row_id").to_pylist(), window) for window in read_windows(job)),
+        open_parts(job, scorer=scorer.digests(job.inputs["scorer"])),
+        total=count_rows(job.inputs["rows"]),
+        rate="score/responses_per_second",
+        work=lambda window, part: score_window(scorer, window.to_pylist(), part, budget=runtime.microbatch_tokens),
+    )
     if not parts:
         raise ValueError(f"rows folder {job.inputs['rows']}: got no rows, expected at least one; ingest a source first")
     join_parts(parts, job.output / "scores.parquet", schema=SCHEMA)
@@ -69,31 +74,12 @@ def run(job: Job) -> None:
     job.write_summary(summary | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
-def windows(job: Job) -> Iterator[tuple[pa.RecordBatch, str]]:
-    """Yield the rows in windows, each with the name of the file that holds its rewards when it is done."""
-    for number, window in enumerate(read_rows(job.inputs["rows"], batch_rows=WINDOW_ROWS)):
-        yield window, f"part-{number:06d}.parquet"
+def read_windows(job: Job) -> Iterator[pa.RecordBatch]:
+    """Yield the rows, a window at a time."""
+    return read_rows(job.inputs["rows"], batch_rows=WINDOW_ROWS)
 
 
-def score_windows(job: Job, scorer: RewardScorer, folder: Path, *, budget: int) -> list[Path]:
-    """Score every window that has no finished part in a folder yet; return the parts in the order of the rows."""
-    total = pq.ParquetFile(find_rows_file(job.inputs["rows"])).metadata.num_rows
-    parts: list[Path] = []
-    done = 0
-    with MetricsWriter(job.output / METRICS_FILE, total=total) as metrics:
-        for window, name in windows(job):
-            parts.append(part := folder / name)
-            done += window.num_rows
-            if is_finished(part, window.column("row_id").to_pylist()):
-                continue
-            job.check_stop()
-            started = time.monotonic()
-            num_responses = score_window(scorer, window.to_pylist(), part=part, budget=budget)
-            metrics.write(done, {"score/responses_per_second": num_responses / (time.monotonic() - started)})
-    return parts
-
-
-def score_window(scorer: RewardScorer, rows: list[dict[str, Any]], *, part: Path, budget: int) -> int:
+def score_window(scorer: RewardScorer, rows: list[dict[str, Any]], part: Path, *, budget: int) -> int:
     """Score some rows, write their part, return the number of responses. ValueError names rows without a finite reward."""
     dropped: list[dict[str, str]] = []
     try:
@@ -135,8 +121,7 @@ def score_rows(
 def summarise(job: Job, parts: list[Path]) -> dict[str, float | int]:
     """Return the figures of the whole column, read window by window."""
     statistics, cut = RewardStatistics(), 0
-    for (window, name), part in zip(windows(job), parts, strict=True):
-        assert part.name == name
+    for window, part in zip(read_windows(job), parts, strict=True):
         scored = {score["row_id"]: score for score in pq.read_table(part).to_pylist()}
         for row in (row for row in window.to_pylist() if row["row_id"] in scored):
             score = scored[row["row_id"]]
