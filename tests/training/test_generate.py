@@ -376,8 +376,10 @@ def test_a_killed_job_answers_only_the_rest(
     tmp_path: Path, tiny_policy: Path, make_job: Callable[..., Job], make_row: Any, write_rows: Any
 ) -> None:
     num_windows = 3
+    count = num_windows * generate.WINDOW_PROMPTS
+    # Every fifth prompt is too long: what a finished window dropped is not lost with the attempt.
     made = [
-        make_row(f"Question {n}?", ["A", "B"], split="heldout") for n in range(num_windows * generate.WINDOW_PROMPTS)
+        make_row(f"{'why ' * (0 if n % 5 else 120)}Question {n}?", ["A", "B"], split="heldout") for n in range(count)
     ]
     inputs = {"rows": write_rows(tmp_path / "many", made), "policy": tiny_policy}
     config = CONFIG | {"seed": 7, "max_new_tokens": 60}
@@ -400,3 +402,6 @@ def test_a_killed_job_answers_only_the_rest(
     whole = make_job("generate", "whole", config=config, inputs=inputs)
     generate.run(whole)
     assert read(job) == read(whole)
+    dropped = [(folder.output / "dropped.jsonl").read_text() for folder in (job, whole)]
+    assert dropped[0] == dropped[1] and dropped[0].count("too_long") == len(range(0, count, 5))
+    assert len(read(job)) + len(range(0, count, 5)) == count
