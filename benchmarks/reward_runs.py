@@ -142,14 +142,18 @@ class Meter:
         self._prompts = [generate.Prompt(row, render_prompt(self._tokenizer, row["prompt"])) for row in rows]
 
     def rewards(self, model: Any) -> np.ndarray:
-        """Return the reward of one answer to each prompt."""
+        """Return the reward of one answer to each prompt. Layers that compute activations again keep no keys while they train, so the model
+        does not meanwhile."""
         stop_ids = find_stop_ids(model, self._tokenizer)
         generator = generate.Generator(
             self._job, model, self._tokenizer, stop_ids, self._config, RUNTIME.microbatch_tokens, source=""
         )
         answers: list[list[int]] = []
+        training = model.training
+        model.eval()
         for begin in range(0, len(self._prompts), WINDOW_PROMPTS):
             answers += generator.answer([(prompt, 0) for prompt in self._prompts[begin : begin + WINDOW_PROMPTS]])
+        model.train(training)
         texts = self._tokenizer.batch_decode(answers, skip_special_tokens=True)
         prompts = [prompt.row["prompt"] for prompt in self._prompts]
         return self.scorer.score(prompts, texts, budget=RUNTIME.microbatch_tokens)[0]
@@ -214,7 +218,7 @@ class Curve:
     def result(self) -> dict[str, Any]:
         """Return when it ended, how, all points, and the seconds of each phase."""
         seconds = self._points[-1][0]
-        told = self._phases | {"rest": seconds - sum(self._phases.values())}
+        told = self._phases | {"rest": max(0.0, seconds - sum(self._phases.values()))}
         phases = {name: round(spent, 1) for name, spent in told.items()}
         return {"seconds": seconds, "arrived": self.arrived, "curve": self._points, "phases": phases}
 
@@ -260,7 +264,7 @@ def measure_var_gain(spec: dict[str, Any]) -> dict[str, Any]:
         seconds = time.monotonic() - started
     steps = trainer.progress.step
     say(f"{steps} steps, {seconds:.0f} s")
-    prompts = steps * spec["batch_prompts"]
+    prompts = sum(len(trainer.work.rows(step)) for step in range(steps))
     return {"rewards": meter.rewards(trainer.model.model).tolist(), "seconds": seconds, "prompts": prompts}
 
 

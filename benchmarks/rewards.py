@@ -8,7 +8,8 @@ scorers are given, as the paper's is: their own training is in nobody's time, an
 sampled noise, when their own time passes the next of FIRST_LOOK_SECONDS * LOOK_RATIO^n; looking is in nobody's time, VAR's sampling and
 scoring is in its own. The target is set before anything trains: base + `target_gain` standard deviations of the reward within a prompt.
 Both methods have the same three learning rates and count by their best; GRPO's are tried for PILOT_SHARE of CENSORED_AT times VAR's time, then the best
-has the whole of it from the start; the fastest micro-batch of one step is theirs, and activations are kept. So has GRPO as a user gets it, at TRL's own learning rate. A reward model and no rule-made reward, since such
+has the whole of it from the start. So has GRPO as a user gets it, at TRL's own learning rate, with TRL's own micro-batch and its activations computed
+again; the others keep them, and have the micro-batch whose forward and backward passes of one step are fastest. A reward model and no rule-made reward, since such
 a one (length, say) moves with one token's probability.
 
 **DPO**: both have the same seconds; DPO the pairs, VAR the base's own samples for their first prompts, drawn and weighed in its time: as many samples, of many
@@ -113,8 +114,11 @@ def race_grpo(bench: "Bench", *, var_seconds: float, common: dict[str, Any]) -> 
     def run(rate: float, *, microbatch: int, seconds: float, tuned: bool = True) -> dict[str, Any]:
         return bench.measure("grpo", learning_rate=rate, microbatch=microbatch, tuned=tuned, limit=round(seconds, 3), **common)  # fmt: skip
 
-    # Of a step alone.
-    sweep = {n: run(rates[0], microbatch=n, seconds=0.001)["seconds"] for n in bench.sizes.grpo_microbatches}
+    responses = common["batch_prompts"] * common["responses"]
+    sweep = {}
+    for n in (n for n in bench.sizes.grpo_microbatches if responses % n == 0):
+        phases = run(rates[0], microbatch=n, seconds=0.001)["phases"]  # of one step
+        sweep[n] = phases["forward"] + phases["rest"]  # what a micro-batch makes a difference to
     microbatch = min(sweep, key=lambda n: sweep[n])
     best, pilots = limit * (PILOT_SHARE if len(rates) > 1 else 1), {}
     for rate in rates:
@@ -128,8 +132,7 @@ def race_grpo(bench: "Bench", *, var_seconds: float, common: dict[str, Any]) -> 
     else:
         chosen = max(pilots, key=lambda rate: pilots[rate]["curve"][-1][1])
         theirs = run(chosen, microbatch=microbatch, seconds=limit)
-    as_it_comes = min(DEFAULT_MICROBATCH, common["batch_prompts"] * common["responses"])
-    default = run(DEFAULT_GRPO_RATE, microbatch=as_it_comes, seconds=limit, tuned=False)
+    default = run(DEFAULT_GRPO_RATE, microbatch=min(DEFAULT_MICROBATCH, responses), seconds=limit, tuned=False)
     return {
         "var_vs_grpo_time_to_reward": theirs["seconds"] / var_seconds,
         "var_vs_grpo_time_to_reward_censored": not theirs["arrived"],
@@ -204,7 +207,7 @@ def compare_reward_gain(bench: "Bench") -> dict[str, Any]:
 
 
 def sweep_dpo(bench: "Bench", trained: dict[str, Any]) -> tuple[int, dict[int, float]]:
-    """Return the micro-batch with which DPO is fastest on these pairs, and the seconds a pair of each."""
+    """Return the micro-batch with which DPO is fastest on the longest of these pairs, which come first, and the seconds a pair of each."""
     sizes, (rate, beta) = bench.sizes, bench.sizes.dpo_trials[0]
     found = {}
     for microbatch in sizes.dpo_microbatches:

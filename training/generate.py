@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from training.config import GenerateConfig, ResponseRegime, Runtime
 from training.data.batch import pack_by_tokens
-from training.data.rows import RowsWriter, iterate_rows, join_parts, read_rows
+from training.data.rows import RowsWriter, count_rows, iterate_rows, join_parts, read_rows
 from training.data.schema import SCHEMA
 from training.data.scored import describe_dropped, finish_windows, join_dropped, open_parts, require_some, write_dropped
 from training.job import Job, write_json
@@ -101,7 +101,7 @@ def run(job: Job) -> None:
         f"raise max_prompt_tokens, which is {config.max_prompt_tokens}, or bring prompts that the chat template takes"
     )
     require_some(
-        len(row_ids) - dropped["dropped"],
+        count_rows(job.output),
         dropped,
         job.inputs["rows"],
         remedy=remedy,

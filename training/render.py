@@ -24,7 +24,7 @@ DATE_PARTS = ("d", "-d", "B", "b", "m", "-m", "Y", "y", "A", "a", "H", "I", "M",
 
 
 class UnusableRow(ValueError):  # noqa: N818 - a row to drop and count, not a fault
-    """A row that cannot be rendered faithfully. `reason` is one word, for counting."""
+    """A row that cannot be used: it cannot be rendered faithfully, or has too little to train on. `reason` is one word, for counting."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)

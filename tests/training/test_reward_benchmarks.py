@@ -2,14 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks.reward_runs import Meter
 from benchmarks.rewards import Sizes, compare_gains, compare_reward_gain, compare_targets, compare_with_grpo, race_grpo
 from benchmarks.training import SHARED, Bench
+from training.config import Precision
+from training.model import load_policy
 
 PREFERENCES = Path(__file__).parents[2] / "flows" / "demo" / "preferences.jsonl"
 
@@ -52,6 +58,32 @@ def test_there_is_no_ratio_to_a_gain_that_may_be_none() -> None:
     assert "DPO's gain of 0.0100" in found["var_vs_dpo_reward_gain_reason"]
     worse = compare_gains(var_SP, dpo_SP - 10.0)
     assert worse["var_vs_dpo_reward_gain"] is None  # significantly below the base is no gain either
+
+
+def test_a_model_that_computes_activations_again_answers_as_it_does_without(
+    tiny_policy: Path,
+    tiny_reward_model: Path,
+    tmp_path: Path,
+    make_row: Callable[..., dict[str, Any]],
+    write_rows: Callable[..., Path],
+) -> None:
+    """Its layers keep no keys and values while they train: every token behind the first would see itself alone."""
+    rows = write_rows(tmp_path / "rows", [make_row(f"Why {n}?", ["A", "B"], split="heldout") for n in range(4)])
+    heldout = {
+        "rows": str(rows),
+        "begin": 0,
+        "end": 4,
+        "scorer": str(tiny_reward_model),
+        "temperature": 1.0,
+        "new_tokens": 8,
+    }
+    meter = Meter(SHARED | {"model": str(tiny_policy), "folder": str(tmp_path), "heldout": heldout})
+    model, _ = load_policy(tiny_policy, precision=Precision.float32, device=torch.device("cpu"))
+    expected = meter.rewards(model)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert meter.rewards(model).tolist() == expected.tolist()
+    assert model.training
 
 
 @pytest.fixture
@@ -124,4 +156,4 @@ def test_gains_over_the_base_at_equal_time(bench: Bench) -> None:
     keys = [json.loads(json.loads(path.read_text())["key"]) for path in bench.scratch.glob("var_gain-*/found.json")]
     spec = {name: value for name, value in keys[0].items() if name not in ("kind", "steps", *SHARED)}
     late = bench.measure("var_gain", **spec | {"samples": spec["samples"] | {"seconds": 1000.0}})
-    assert late["seconds"] > 1000 and late["prompts"] == 16
+    assert late["seconds"] > 1000 and late["prompts"] == 8

@@ -117,9 +117,10 @@ def choose_responses(
 ) -> dict[int, Rendered]:
     """Return the responses of a row that are trained on, by their places; UnusableRow where they are too few, or one does not fit."""
     places = select(row)
+    if not places:
+        raise UnusableRow("no_preference", "no response is preferred to the others")
     if len(places) < min_responses:
-        reason = "too_few_responses" if places else "no_preference"
-        raise UnusableRow(reason, f"{len(places)} responses to train on, expected at least {min_responses}")
+        raise UnusableRow("too_few_responses", f"{len(places)} to train on, expected at least {min_responses}")
     chosen = dict(zip(places, renderer.stored(row, places), strict=True))
     if distinct:
         chosen = drop_equal_tokens(chosen, preferred=row["preferred"])
