@@ -27,7 +27,7 @@ from infra.records import Record
 from infra.settings import Settings
 from infra.stack.health import probe
 from infra.store import Store, open_store
-from infra.tracking import Tracking
+from infra.tracking import Tracking, read_steps
 from tasks.candidate import name_run
 from tasks.gate import plan_look
 from tasks.mirror import listener
@@ -130,12 +130,12 @@ def find_step(store: Store, run: str, *, step: str, tracking: Tracking) -> Recor
         if record.step != step:
             raise ValueError(f"reference {run!r}: got a {record.step}, expected {step}/FINGERPRINT, or the id of a run")
         return record
-    said = tracking.find_tags(run).get(f"step.{step}", "").split()  # computed|cached STEP/FINGERPRINT run ID
-    if not said:
+    ref = read_steps(tracking.find_tags(run)).get(step)
+    if ref is None:
         made = sorted(records.iterate(store, step), key=lambda record: record.created)
         known = ", ".join(record.prefect_run for record in made[-3:])
         raise ValueError(f"run {run!r}: it has no {step}; the newest {step}s are of the runs {known or '(none)'}")
-    return records.resolve(store, said[1])
+    return records.resolve(store, ref)
 
 
 def trace(store: Store, reference: str) -> dict[str, Any]:

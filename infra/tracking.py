@@ -17,11 +17,22 @@ from mlflow.utils.mlflow_tags import MLFLOW_LOGGED_ARTIFACTS
 
 from infra.provenance import is_gone, name_process
 
+STEP_TAG = "step."  # of a parent run; behind it the key of a step
 PROCESS_TAG = "varflow.process"  # of every run: who is to close it
 METRICS_A_BATCH = 1000  # MLflow's limit on one log_batch
 PARAMS_A_BATCH = 100
 PARAM_CHARS = 6000
 TAG_CHARS = 8000  # MLflow's limit
+
+
+def describe_step(ref: str, *, run: str, computed: bool) -> str:
+    """Return what the tag of a step says of its record."""
+    return f"{'computed' if computed else 'cached'} {ref} run {run}"
+
+
+def read_steps(tags: Mapping[str, str]) -> dict[str, str]:
+    """Return the references of the records of a run's steps by their keys, from its tags."""
+    return {key.removeprefix(STEP_TAG): said.split()[1] for key, said in tags.items() if key.startswith(STEP_TAG)}
 
 
 class TrackingError(Exception):

@@ -9,7 +9,7 @@ from infra.provenance import name_user
 from infra.records import Record
 from infra.registry import Candidate, Standing
 from infra.store import Store, digest_bytes
-from infra.tracking import Tracking
+from infra.tracking import Tracking, read_steps
 from tasks.gate import CHALLENGER, CHAMPION
 
 REMEDY = "run the pipeline until the gate says PROMOTE, or promote it with --without-gate REASON"
@@ -50,9 +50,10 @@ def find_candidate(
     run = name_run(reference)
     tags = tracking.find_tags(run) if run else {}
     if tags:
-        if "step.train" not in tags:
+        steps = read_steps(tags)
+        if "train" not in steps:
             raise ValueError(f"run {run}: it trained nothing; expected a run of align, or a model as STEP/FINGERPRINT")
-        reference = tags["step.train"].split()[1]  # computed|cached STEP/FINGERPRINT run ID
+        reference = steps["train"]
     record, verdict = records.resolve(store, reference), None
     if record.step == "gate":
         record, verdict = records.resolve(store, record.inputs[CHALLENGER]), record

@@ -16,7 +16,7 @@ from infra.fingerprint import diff_identities, fingerprint
 from infra.records import Record
 from infra.settings import Settings
 from infra.store import Store
-from infra.tracking import Tracking
+from infra.tracking import Tracking, read_steps
 from tasks.artifacts import fetch_artifact
 from tasks.candidate import find_model, name_run
 from tasks.cost import total_costs
@@ -255,9 +255,9 @@ def find_measured(
 ) -> Measured:
     """Return what a reference means: a run with what it measured, `champion`, a model of the store, or a source from outside."""
     run = name_run(reference)
-    tags = tracking.find_tags(run) if run else {}
-    said = [value.split()[1] for key, value in tags.items() if key.startswith("step.") and not key.endswith("champion")]
-    if said and "step.train" not in tags:  # a run of benchmark: the model is what its evaluations read
+    steps = read_steps(tracking.find_tags(run)) if run else {}
+    said = [ref for key, ref in steps.items() if not key.endswith("champion")]
+    if said and "train" not in steps:  # a run of benchmark: the model is what its evaluations read
         asked = [records.resolve(store, ref) for ref in said if ref.startswith(("evaluate/", "alignment/", "judge/"))]
         read = {model for record in asked if (model := find_asked(record, store=store))}
         if len(read) != 1:

@@ -24,7 +24,7 @@ from infra import provenance, records
 from infra.records import Record
 from infra.settings import Settings, child_environment
 from infra.store import open_store
-from infra.tracking import Run, Tracking
+from infra.tracking import STEP_TAG, Run, Tracking, describe_step
 from tasks.artifacts import (
     count_bytes,
     fetch_artifact,
@@ -306,12 +306,12 @@ class Execution:
         metrics = {place_metric(name, planned.label): value for name, value in record.summary["metrics"].items()}
         # MLflow's tables go by the alphabet: the seconds of each step come last, behind what runs are compared for
         metrics[f"wall_seconds/{planned.key}"] = record.cost["wall_seconds"]
-        said = f"{'computed' if computed else 'cached'} {record.ref} run {record.mlflow_run}"
+        said = describe_step(record.ref, run=record.mlflow_run, computed=computed)
 
         def show() -> None:
             self._shown |= metrics
             self._costs.append(record.cost)
-            self._tagged[f"step.{planned.key}"] = said
+            self._tagged[STEP_TAG + planned.key] = said
             if computed:
                 self._show()
 
