@@ -13,7 +13,7 @@ again; the others keep them, and have the micro-batch whose forward and backward
 a one (length, say) moves with one token's probability.
 
 **DPO**: both have the same seconds; DPO the pairs, VAR the base's own samples for their first prompts, drawn and weighed in its time: as many samples, of many
-prompts or many of each. DPO's micro-batch is the faster of two, tried before. Four trials each, of the same learning rates, on held-out prompts of their own, then three other seeds of the best, answered greedily and scored by the second reward
+prompts or many of each. DPO's micro-batch is the faster of two, tried before. Six trials each, on held-out prompts of their own, then three other seeds of the best, answered greedily and scored by the second reward
 model. The interval of the ratio is Fieller's, with the covariances of a bootstrap over prompts and seeds; where DPO's gain is not
 significant, there is no ratio. `reward_gain_targets_var` says what VAR had to learn: what the second reward model gives its samples, the
 same by their weights, and the best of each prompt. On the pairs themselves VAR learns to answer as they do: SmolLM2's own answers are better (benchmarks/README.md).
@@ -68,9 +68,11 @@ class Sizes:
     seeds: int = 3
     rates: Sequence[float] = (1e-4, 3e-5, 3e-4)  # of both
     var_lambda: float = 0.5  # standard deviations of the reward within a prompt
-    # Learning rate, and beta or responses a prompt: the same rates for both.
-    dpo_trials: Sequence[tuple[float, float]] = tuple((rate, beta) for rate in (1e-4, 2e-4) for beta in (0.05, 0.1))
-    var_trials: Sequence[tuple[float, int]] = tuple((rate, count) for rate in (1e-4, 2e-4) for count in (4, 8))
+    # Learning rate, and beta or responses a prompt: four trials of the same rates, then two where each was best.
+    dpo_trials: Sequence[tuple[float, float]] = (
+        (1e-4, 0.05), (1e-4, 0.1), (2e-4, 0.05), (2e-4, 0.1), (1e-4, 0.025), (5e-5, 0.05),
+    )  # fmt: skip
+    var_trials: Sequence[tuple[float, int]] = ((1e-4, 4), (1e-4, 8), (2e-4, 4), (2e-4, 8), (2e-4, 16), (4e-4, 16))
 
 
 def compare_with_grpo(bench: "Bench") -> dict[str, Any]:
