@@ -160,6 +160,11 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
         ("run", f"{plan.steps:,} steps, {plan.tokens:,} tokens, {plan.flops:.3g} operations"),
         ("memory", f"{show_bytes(sizes.total):>10}  {room}"),
         *(("", f"{show_bytes(size):>10}  {name}") for name, size in parts.items() if size),
+        *(
+            [("", f"{show_bytes(plan.export_bytes):>10}  of the first machine's memory when the model is written")]
+            if plan.export_bytes
+            else []
+        ),
         ("time", f"{show_hours(plan.hours)} on {rate} ({machine.basis}){idle if plan.busy_share < 1 else ''}"),
         (
             "cost",

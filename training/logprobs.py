@@ -163,6 +163,33 @@ def compare_logits(model: Any, ids_T: np.ndarray) -> tuple[float, float]:
     return (expected - got).abs().max().item(), 1e-4 * max(1.0, expected.abs().max().item())
 
 
+def compare_gradients(model: Any, ids_T: np.ndarray) -> tuple[float, float]:
+    """Return how far log-probabilities of some ids and the gradients of hidden states are, as the head gives both in training, from those that
+    torch finds through the logits: relative to the largest of each."""
+    head = model.get_output_embeddings()
+    ids_BT = torch.from_numpy(ids_T.astype(np.int64))[None].to(head.weight.device)
+    with torch.no_grad():
+        hidden_PH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0, :-1].clone()
+    weight_VH, bias_V = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    softcap, target_P = getattr(model.config, "final_logit_softcapping", None), ids_BT[0, 1:]
+    slope_P = torch.linspace(-1.0, 2.0, len(target_P), dtype=torch.float64, device=hidden_PH.device)
+    hidden_PH.requires_grad_()
+    with torch.enable_grad():
+        weighted, got_P = WeightedLogp.apply(slope_P, *Head(hidden_PH, weight_VH, bias_V, target_P, softcap))
+        (got_PH,) = torch.autograd.grad(weighted, hidden_PH)
+        logits_PV = nn.functional.linear(hidden_PH, weight_VH, bias_V)
+        logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+        if softcap:
+            logits_PV = softcap * torch.tanh(logits_PV / softcap)
+        logp_P = logits_PV.log_softmax(dim=-1).gather(1, target_P[:, None]).squeeze(1)
+        (expected_PH,) = torch.autograd.grad((slope_P * logp_P.double()).sum(), hidden_PH)
+
+    def gap(got: Tensor, expected: Tensor) -> float:
+        return ((got - expected).abs().max() / expected.abs().max()).item()
+
+    return gap(got_P, logp_P), gap(got_PH, expected_PH)
+
+
 def choose_groups(groups: Iterable[Sequence[Rendered]]) -> list[Sequence[Rendered]]:
     """Return what shows a layout's faults, of the responses of some prompts: the shortest group and the two longest, of each the
     longest responses, enough of them for one to see another."""

@@ -359,12 +359,17 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, work: Work) -> float:
-        """Return the loss of other work's first step, as the budget cuts it."""
+        """Return the loss of other work's first step, as the budget cuts it, of the model without dropout."""
         parts: list[Part] = []
-        for members, counts in self.world.share(work.cut(0, budget=self.budget, ranks=self.world.size)):
-            with self.world.autocast(self.settings.precision):
-                part = work.part(self.model, work.load(0, members))
-            parts.append(part if counts else part.nothing())
+        training = self.model.training
+        self.model.eval()
+        try:
+            for members, counts in self.world.share(work.cut(0, budget=self.budget, ranks=self.world.size)):
+                with self.world.autocast(self.settings.precision):
+                    part = work.part(self.model, work.load(0, members))
+                parts.append(part if counts else part.nothing())
+        finally:
+            self.model.train(training)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # no backward pass does it here, and the optimiser needs parts
         return Total.of(parts, self.world).loss

@@ -24,6 +24,7 @@ from training.devices import ACCELERATORS, find_accelerator, find_price, measure
 from training.flops import count_flops
 from training.lora import add_adapter
 from training.memory import (
+    FLOAT32,
     GIB,
     Footprint,
     MicroBatchSize,
@@ -104,6 +105,9 @@ class Plan:
     tokens: int
     microbatch_tokens: int
     footprint: Footprint  # of each rank
+    export_bytes: (
+        int  # of the first machine's memory, in which the parts of several ranks are put together to be written
+    )
     flops: int
     machine: Machine
     ranks_with_room: int | None  # that would do where these have none; None on CPUs, and where no number would
@@ -297,9 +301,10 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
     parts_a_step = count_parts(config, runtime, work)
     busy = share_busy(parts_a_step, ranks=machine.ranks)
     hours = flops / (machine.ranks * busy * machine.peak_flops * machine.mfu) / 3600
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return Plan(
         model_type=model.config.model_type,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=parameters,
         trained_parameters=count_trained(model),
         layers=model.config.num_hidden_layers,
         rows=work.rows,
@@ -309,6 +314,7 @@ def plan_training(model: Any, config: TrainConfig, runtime: Runtime, work: Workl
         tokens=round(tokens * work.rows * config.epochs),
         microbatch_tokens=size_microbatch(config, runtime, work, ranks=machine.ranks).tokens,
         footprint=footprint(ranks=machine.ranks),
+        export_bytes=FLOAT32 * parameters if machine.ranks > 1 else 0,
         flops=flops,
         machine=machine,
         ranks_with_room=None if machine.name == "cpu" else find_ranks(footprint, machine),

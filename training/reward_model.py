@@ -54,7 +54,7 @@ from training.render import UnusableRow
 from training.reward.render import RewardInput, RewardRenderer
 from training.reward.scorer import RewardBatch, collate_inputs, compute_rewards, score_batch, set_pad_token
 from training.sharding import as_layers, gather_weights, reshard, shard_and_read
-from training.steps import Forwarded, Steps
+from training.steps import HELDOUT_ROWS, Forwarded, Steps
 from training.weights import digest_weights
 
 # B responses of a micro-batch
@@ -96,7 +96,16 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     runtime = runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens})  # what the device has room for
     policy, steps, identity = ready.policy, ready.steps, ready.identity
     policy.train()  # the base's own dropout, drawn from the run's seed
-    progress = run_steps(policy, steps, make_settings(config), job=job, runtime=runtime, identity=identity, world=world)
+    progress = run_steps(
+        policy,
+        steps,
+        make_settings(config),
+        job=job,
+        runtime=runtime,
+        identity=identity,
+        world=world,
+        heldout=plan_heldout(ready, pairs["heldout"]),
+    )
     policy.eval()
     with as_layers(world, precision=config.precision):
         accuracy = measure_accuracy(policy, pairs["heldout"], budget=runtime.microbatch_tokens)
@@ -130,6 +139,12 @@ def prepare(job: Job, config: RewardModelConfig, runtime: Runtime, world: World)
     }
     start = (job, runtime, world, config.precision, policy, tokenizer, examples, objective, forward, steps, identity)
     return Ready(*start, is_reward_model=True), pairs
+
+
+def plan_heldout(ready: Ready, pairs: Pairs) -> Steps:
+    """Return some held-out pairs as one step."""
+    kept = pairs.examples[:HELDOUT_ROWS]
+    return Steps(kept, ready.objective, ready.forward, batch_prompts=len(kept), epochs=1, seed=0)
 
 
 def summarise_run(ready: Ready, pairs: dict[str, Pairs], progress: Progress) -> dict[str, Any]:

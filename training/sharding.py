@@ -1,6 +1,7 @@
 """A policy sharded over ranks with FSDP2: parameters, gradients and optimiser state are a part on each, gathered in use.
 
-No rank ever holds the whole model: it is made without memory, sharded, and each rank reads its part from the files.
+While it trains no rank holds the whole model: it is made without memory, sharded, and each rank reads its part from the files. To write it,
+the first rank puts it together in its machine's memory.
 """
 
 from collections.abc import Mapping, Sequence

@@ -22,6 +22,8 @@ from training.tree import send
 
 # R responses of a global batch, B of a micro-batch, K of a row
 
+HELDOUT_ROWS = 16  # whose loss is followed while a model trains
+
 
 class Forwarded(NamedTuple):
     """What a forward pass gives: one value per sample, and how many tokens went through the model."""

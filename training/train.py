@@ -50,7 +50,7 @@ from training.preflight.run import check_run
 from training.render import Rendered, Renderer
 from training.samples import Sampler
 from training.sharding import as_layers, gather_weights, load_sharded_policy, reshard
-from training.steps import Forwarded, Steps, gather_columns
+from training.steps import HELDOUT_ROWS, Forwarded, Steps, gather_columns
 
 LOG = logging.getLogger(__name__)
 WEIGHTS_SCHEMA = pa.schema(
@@ -61,7 +61,6 @@ WEIGHTS_SCHEMA = pa.schema(
         pa.field("weight", pa.list_(pa.float64()), nullable=False),
     ]
 )
-HELDOUT_ROWS = 16  # whose weighted loss is followed
 ADAPTER_ROWS = 32  # on which an exported adapter is held to what was trained
 
 

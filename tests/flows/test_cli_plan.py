@@ -56,6 +56,7 @@ def test_a_model_of_any_size_is_planned_and_what_does_not_fit_is_an_error(tmp_pa
         "         15.80 GiB  weights and gradients that are whole: around the layers, of the one under way",
         "         34.02 GiB  activations of a micro-batch of 1,020 tokens",
         "          8.56 GiB  a chunk of logits, the head's gradient",
+        "        262.83 GiB  of the first machine's memory when the model is written",  # 4 bytes a parameter
         "time    11 min on 8 x H100 at 989 TFLOP/s (bfloat16 peak of the data sheet, 40.00% of it, assumed)",
         f"cost    4.45 USD (2.99 USD an hour and device, assumed as of {PRICES_AS_OF})",
     ):

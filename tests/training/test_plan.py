@@ -474,6 +474,7 @@ def test_the_memory_of_llama_70b_by_hand() -> None:
         assert sizes.gathered == whole
     # a token and layer: two norms of 8192 (input and normalised in float32, scaled in bfloat16), 3 x 8192, 2 x 1024 and 4 x 28672 in bfloat16
     per_token = 80 * (2 * 8192 * (4 + 4 + 2) + 2 * (3 * 8192 + 2 * 1024 + 4 * 28_672)) + 3 * 4 * 8192
+    assert (eight.export_bytes, plan_70b(1).export_bytes) == (4 * PUBLISHED["llama-3.1-70b"], 0)
     assert (
         eight.microbatch_tokens == 1020
     )  # two of a step's sixteen rows: a prompt of 256, and two responses of 128 less their last

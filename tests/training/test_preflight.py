@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BloomConfig, Coher
 
 from tests.ranks import Ranks
 from tests.training.test_tree import OneOff
-from training import memory, reference, train
+from training import head, memory, reference, train
 from training.config import Precision, Runtime
 from training.data.batch import MicroBatch
 from training.data.rows import RowsWriter
@@ -338,6 +338,24 @@ def test_an_architecture_that_cannot_be_trained_as_asked_fails_beside_all_else_t
     assert len(shown) == rows and all(re.fullmatch(r" +[0-9a-f]{12}  Question \d\?", line) for line in shown)
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_head_that_finds_other_numbers_than_torch_in_training_alone_fails(
+    part: int, inputs: dict[str, Path], make_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the log-probabilities and the gradients one is off by a percent, as code that was compiled wrong might have it."""
+    sound = head.weigh_logits
+
+    def weigh(*arguments: Any) -> Any:
+        found = list(sound(*arguments))
+        found[part] = 1.01 * found[part]
+        return tuple(found)
+
+    monkeypatch.setattr(head, "weigh_logits", weigh)
+    job = make_job("train", "a", config=SFT, inputs=inputs)
+    with pytest.raises(ValueError, match=r"(?s)1 of 7 checks failed.*- output_head: .*differ by .*0\.01"):
+        train.run(job)
+
+
 def limit_memory(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> None:
     """Lay the files of a container's limit where the kernel would have them. Files that were read are part of what is used."""
     (folder / "memory.max").write_text(f"{free + 5_000_000}\n")
@@ -633,3 +651,27 @@ def test_ranks_come_to_the_findings_of_one(
         (first, _), (second, _) = ranks.run(check_on, size=2, job=job, runtime=runtime)
         assert first.checks and not second.checks, "the first rank's are those of before"
         assert first.microbatch_tokens == second.microbatch_tokens == 2048
+
+
+def check_beside(world: World, free: int, job: dict[str, Any], runtime: Runtime) -> Report:
+    """Return the findings of this rank where the first machine has so many bytes free, and the others enough."""
+    ready = train.prepare(Job(**job), train.read_config(Job(**job)), runtime, world).ready
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "measure_free", lambda device: free if world.is_first else 2**40)
+        patch.setattr(room, "share_of_free", lambda ready: 2**40)
+        return check_run(ready)
+
+
+def test_ranks_whose_model_the_first_machine_could_not_put_together_are_refused(
+    inputs: dict[str, Path], make_job: Callable[..., Job], ranks: Ranks
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(inputs["base"])
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
+    both = make_job("train", "both", config=SFT, inputs=inputs)
+    job = {name: getattr(both, name) for name in ("name", "config", "runtime", "inputs", "output", "work")}
+    runtime = Runtime.model_validate(both.runtime)
+    for free in (needed, needed - 1):
+        (both.output / FILE).unlink(missing_ok=True)
+        for report in ranks.run(check_beside, size=2, free=free, job=job, runtime=runtime):
+            told = [failed.line for failed in report.failures]
+            assert not told if free == needed else "put together in the first machine's memory to be written" in told[0]

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification, BertModel
 from tests.ranks import Ranks
 from training import reward_model
 from training.config import RewardModelConfig, RewardRender, Runtime
+from training.data.rows import iterate_rows
 from training.distributed import ALONE, World
 from training.job import Interrupted, Job, read_json_lines
 from training.preflight import room
@@ -224,6 +225,36 @@ def test_stopped_run_ends_with_the_same_model(
         reward_model.run(Job(**{**job.__dict__, "inputs": {**inputs, "base": base}}))
     reward_model.run(job)
     assert (job.output / "model.safetensors").read_bytes() == (whole.output / "model.safetensors").read_bytes()
+
+
+def test_the_loss_of_held_out_pairs_is_looked_at_without_dropout_and_moves_nothing(
+    rows: Path, tiny_reward_model: Path, make_job: Callable[..., Job]
+) -> None:
+    """At every fifth of twelve steps and the last, when it is the loss of the written model."""
+    inputs = {"rows": rows, "base": tiny_reward_model}
+    written = []
+    for name, every in (("looked", 5), ("blind", 0)):
+        job = make_job("reward_model", name, config=CONFIG | {"epochs": 3}, inputs=inputs, heldout_every_steps=every)
+        reward_model.run(job)
+        lines = read_json_lines(job.output / "metrics.jsonl")
+        written.append((job.output / "model.safetensors").read_bytes())
+        losses = {line["step"]: line["heldout/loss"] for line in lines if "heldout/loss" in line}
+        assert list(losses) == ([5, 10, len(lines)] if every else [])
+        if every:
+            told = losses[len(lines)]
+    assert written[0] == written[1]
+    judge = load_scorer(
+        job.output,
+        render=RewardRender.text_pair,
+        max_tokens=64,
+        precision=RewardModelConfig().precision,
+        device=torch.device("cpu"),
+    )
+    margins = []
+    for row in iterate_rows(rows, split="heldout"):
+        reward_K, _ = judge.score([row["prompt"]] * 2, row["responses"], budget=256)
+        margins.append(reward_K[row["preferred"]] - reward_K[1 - row["preferred"]])
+    assert told == pytest.approx(np.log1p(np.exp(-np.array(margins))).mean(), rel=1e-4)
 
 
 def test_stops_below_the_floor(

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from training.config import Precision
 from training.data.batch import collate
-from training.logprobs import MAX_LAYOUT_GAP, LayoutError, check_head, check_layout, choose_groups, sum_logps
+from training.logprobs import (
+    MAX_LAYOUT_GAP,
+    LayoutError,
+    check_head,
+    check_layout,
+    choose_groups,
+    compare_gradients,
+    sum_logps,
+)
 from training.model import DTYPES
 from training.objectives.objective import WeightedLikelihood
 from training.preflight.findings import ROWS_SHOWN, Failure, NotApplicable, Report
@@ -113,14 +121,23 @@ class Passes:
 
 
 def output_head(ready: Ready) -> str:
-    """Hidden states times output embedding are the model's logits."""
+    """Hidden states times output embedding are the model's logits, and the head as it trains has the gradients that torch finds through these."""
     first = ready.steps.samples(0)[0].ids_T[:HEAD_TOKENS]
     try:
         with as_layers(ready.world, precision=ready.precision):
             check_head(ready.policy, first)
     except ValueError as refusal:
         raise Failure(str(refusal), row_ids(ready, [0])) from refusal
-    return f"{len(first)} tokens: hidden states times output embedding are the logits"
+    with ready.world.autocast(ready.precision):
+        gaps = ready.policy(compare_gradients, first)
+    bound = MAX_LAYOUT_GAP[DTYPES[ready.precision]]
+    if not max(gaps) <= bound:  # NaN is not small
+        raise Failure(
+            f"log-probabilities of {len(first)} tokens and their gradients, as the head has them in training, differ by {gaps[0]:.3g} and {gaps[1]:.3g} of the "
+            f"largest from those that torch finds through the logits; expected at most {bound:g}; torch's build or compiler is at fault",
+            row_ids(ready, [0]),
+        )
+    return f"{len(first)} tokens: hidden states times output embedding are the logits; the gradients are torch's within {gaps[1]:.2g}"
 
 
 def layout(ready: Ready) -> str:

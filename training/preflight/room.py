@@ -10,6 +10,7 @@ import torch
 from training.job import write_json
 from training.loop import find_smaller, halve_budget
 from training.memory import (
+    FLOAT32,
     Footprint,
     MicroBatchSize,
     estimate_footprint,
@@ -45,12 +46,26 @@ class Trial:
 
 
 def memory(ready: Ready, report: Report, passes: Passes) -> str:
-    """The largest micro-batch goes forward and backward, and with the optimiser's state it fits."""
+    """The largest micro-batch goes forward and backward, and with the optimiser's state it fits; what several ranks have trained can be written."""
+    if ready.world.size > 1:
+        require_export_room(ready)
     asked = report.microbatch_tokens
     while (line := try_largest(ready, report, passes)) is None:
         pass  # with the smaller budget that is noted now
     found = report.microbatch_tokens
     return line if found == asked else f"{line}; for micro-batches of {asked} tokens there was no room"
+
+
+def require_export_room(ready: Ready) -> None:
+    """Raise Failure where the first machine could not hold the model, whose parts are put together there to be written."""
+    needed = FLOAT32 * sum(parameter.numel() for parameter in ready.model.parameters())
+    free = round(ready.world.first(measure_free(torch.device("cpu"))))
+    if needed > free:
+        raise Failure(
+            f"the model of {show_bytes(needed)} is put together in the first machine's memory to be written, of which {show_bytes(free)} are free; "
+            "expected room for it; take a machine with more memory, or end what else uses it",
+            [],
+        )
 
 
 def try_largest(ready: Ready, report: Report, passes: Passes) -> str | None:
