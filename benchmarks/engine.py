@@ -1,7 +1,7 @@
 """Our engine and a plain loop, each timed over some optimiser steps on HH-RLHF pairs, in the process of `benchmarks.training`."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -284,7 +284,7 @@ def measure_plain_sft(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def score(model: Any, pairs: list[Pair], spec: dict[str, Any], world: World) -> float:
+def score(model: Any, pairs: Sequence[Pair | Example], spec: dict[str, Any], world: World) -> float:
     """Return the seconds that the reference's log-probabilities of some pairs take."""
     samples = [sample for pair in pairs for sample in pair.samples]
     group_R = np.repeat(np.arange(len(pairs)), 2)

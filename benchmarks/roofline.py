@@ -1,7 +1,7 @@
 """Where a VAR step's time goes against what the machine allows: the roofline of Williams et al. (CACM 52 (2009) 65).
 
-`python -m benchmarks.roofline [--data FOLDER] [--length TOKENS] [--figure FILE] [--json]`: SmolLM2-135M, eight pairs of HH-RLHF as
-`benchmarks.training` has them, or one pair of TOKENS tokens. Two roofs are measured: the rate of a large float32 matrix product, and that of
+`python -m benchmarks.roofline [--data FOLDER] [--length TOKENS] [--score] [--figure FILE] [--json]`: SmolLM2-135M, eight pairs of HH-RLHF as
+`benchmarks.training` has them, or one pair of TOKENS tokens; with `--score` the pass over them that scores a reference, in place of a step. Two roofs are measured: the rate of a large float32 matrix product, and that of
 a += b over arrays far larger than any cache. One step is looked at as it is dispatched, which gives operations and bytes of every kernel (each
 operand once: what a cache saves and what a kernel reads twice is not in it), and the same step again by torch.profiler, which gives its time.
 The bound is the longer of the times that a kernel needs at either roof; of what comes from a cache it can be above the time itself.
@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.engine import Lane, gemm_rate, make_lanes, open_model, pick_pairs, take_steps
+from benchmarks.engine import gemm_rate, make_lanes, open_model, pick_pairs, score, take_steps
 from benchmarks.figures import finish_figure, start_figure
 from benchmarks.rows import find_rows
 from benchmarks.training import DATA_HELP, SHARED
@@ -82,6 +82,10 @@ class Traffic(TorchDispatchMode):
         self.found: dict[str, Work] = defaultdict(Work)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:  # in inference mode operations come whole that are made of others
+            out = func.decompose(*args, **(kwargs or {}))
+        if out is not NotImplemented:
+            return out
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         returns = func._schema.returns
@@ -123,6 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=find_rows("hh-rlhf"), help=DATA_HELP)
     parser.add_argument("--length", type=int, help="tokens of one pair made for it, in place of eight of HH-RLHF")
+    parser.add_argument("--score", action="store_true", help="the reference's pass over the pairs, in place of a step")
     parser.add_argument("--figure", type=Path, help="SVG file to write")
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     options = parser.parse_args()
@@ -131,7 +136,8 @@ def main() -> None:
     model = fetch_embedded("smollm2-135m-instruct", home=read_settings().home, progress=lambda line: None)
     with tempfile.TemporaryDirectory(prefix="varflow-benchmark-") as folder:
         rows = {"length": options.length, "batch_pairs": 1, "pairs": 1} if options.length else {}
-        found = measure(SHARED | {"model": str(model), "data": str(options.data), "folder": folder, "steps": 1} | rows)
+        places = {"model": str(model), "data": str(options.data), "folder": folder}
+        found = measure(SHARED | places | {"steps": 1} | rows, scores=options.score)
     if not options.json:
         print("\n".join(show(found)))
     if options.figure:
@@ -139,8 +145,8 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Return both roofs, and operations, bytes and seconds of a step by kind."""
+def measure(spec: dict[str, Any], *, scores: bool = False) -> dict[str, Any]:
+    """Return both roofs, and operations, bytes and seconds by kind: of a step, or of the pass that scores its pairs."""
     tokenizer, model = open_model(spec)
     world = World(torch.device("cpu"))
     model = prepare_model(model, tokenizer, Path(spec["model"])).eval()
@@ -149,14 +155,27 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     pairs = [] if "length" in spec else pick_pairs(spec, tokenizer)
     (lane,) = make_lanes([spec], pairs, model, world)
     rates = take_steps([lane], spec)
-    found = count_work(lane, model)
-    tokens = lane.trainer.progress.tokens
-    for kind, seconds in time_step(lane, model).items():
-        found[kind].seconds = seconds
-    rates.append(gemm_rate())
-    work = lane.trainer.work
+    work, tokens = lane.trainer.work, lane.trainer.progress.tokens
     assert isinstance(work, Steps)
     samples = work.samples(1)
+    # Of use are the pairs that see each other alone; two products of a forward pass have four behind them.
+    attention = lane.describe(count_flops(model))["attention_flops"] / 3
+
+    def run() -> None:
+        if scores:
+            score(model, work.rows(1), spec, world)
+        else:
+            lane.trainer.progress = Progress(step=1)
+            lane.trainer.take_step()
+
+    run()  # once more, as it will be looked at
+    found = count_work(run, model)
+    found["attention"].flops = attention
+    if not scores:
+        found["attention, backward"].flops = 2 * attention
+    for kind, seconds in time_kernels(run, model).items():
+        found[kind].seconds = seconds
+    rates.append(gemm_rate())
     return {
         "device": name_device(world.device),
         "threads": torch.get_num_threads(),
@@ -171,26 +190,20 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def count_work(lane: Lane, model: Any) -> dict[str, Work]:
-    """Return operations and bytes of the timed step by kind."""
-    lane.trainer.progress = Progress(step=1)
+def count_work(run: Callable[[], None], model: Any) -> dict[str, Work]:
+    """Return operations and bytes of what is run by kind, attention's operations aside."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # what is dispatched in other threads is not seen
     with Traffic(model.config.vocab_size) as traffic:
-        lane.trainer.take_step()
+        run()
     torch.set_num_threads(threads)
-    # Of use are the pairs that see each other alone; two products of a forward pass have four behind them.
-    useful = lane.describe(count_flops(model))["attention_flops"]
-    traffic.found["attention"].flops = useful / 3
-    traffic.found["attention, backward"].flops = useful * 2 / 3
     return traffic.found
 
 
-def time_step(lane: Lane, model: Any) -> dict[str, float]:
-    """Return the seconds of the timed step by kind, each kernel's own."""
-    lane.trainer.progress = Progress(step=1)
+def time_kernels(run: Callable[[], None], model: Any) -> dict[str, float]:
+    """Return the seconds of what is run by kind, each kernel's own."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        lane.trainer.take_step()
+        run()
     dispatched = {name.removeprefix("aten::") for name in seen_kernels(profiler)}
     spent: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):
@@ -238,9 +251,9 @@ def show(found: dict[str, Any]) -> list[str]:
     total = sum(kind["seconds"] for kind in found["kinds"].values())
     lines = [
         f"{found['device']}, {found['threads']} threads: {roofs['flops_per_second'] / 1e9:.0f} GFLOP/s, {roofs['bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"so {roofs['flops_per_second'] / roofs['bytes_per_second']:.0f} FLOP a byte where they meet; the step {total:.2f} s",
+        f"so {roofs['flops_per_second'] / roofs['bytes_per_second']:.0f} FLOP a byte where they meet; all {total:.2f} s",
         "",
-        "| what | share | GFLOP | GB | FLOP a byte | GFLOP/s | bound, share of the step |",
+        "| what | share | GFLOP | GB | FLOP a byte | GFLOP/s | bound, share of all |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, kind in sorted(found["kinds"].items(), key=lambda item: -item[1]["seconds"]):
@@ -253,7 +266,7 @@ def show(found: dict[str, Any]) -> list[str]:
             told += " | | | | |"
         lines.append(told)
     bounds = sum(Work(**kind).bound(**roofs) for kind in found["kinds"].values())
-    return [*lines, "", f"All bounds together: {bounds / total:.1%} of the step."]
+    return [*lines, "", f"All bounds together: {bounds / total:.1%} of it."]
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,8 @@
 """What only a GPU can show: `pytest -m gpu` on a machine that has one. The CPU's numbers are what is expected."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
@@ -23,8 +25,9 @@ from training.config import Layout, Precision, Runtime, Schedule
 from training.data.batch import lay_out
 from training.data.examples import Example
 from training.distributed import World, join_world
+from training.head import CHUNK_ELEMENTS
 from training.job import Job
-from training.logprobs import check_layout, sum_logps
+from training.logprobs import check_layout, sum_logps, weigh_logps
 from training.loop import Settings, Trainer, make_optimiser
 from training.model import DTYPES, load_policy, prepare_layers
 from training.objectives.sft import Sft
@@ -73,21 +76,37 @@ def go_on(system: np.ndarray, sample: Rendered) -> Rendered:
 
 
 def take_gradients(model: Any, groups: list[list[Rendered]], layout: Layout, device: torch.device) -> dict[str, Tensor]:
+    """Return the gradients of a sum of log-probabilities, each with a weight of its own: on a GPU as training finds them, in the head's forward
+    pass; on the CPU as autograd does, in its backward pass."""
     samples = [sample for group in groups for sample in group]
     group_B = np.repeat(np.arange(len(groups)), [len(group) for group in groups])
+    weight_B = np.linspace(-1.0, 2.0, len(samples))
+    micro = lay_out(samples, group_B, device=device, layout=layout)
     model.zero_grad()
-    sum_logps(model, lay_out(samples, group_B, device=device, layout=layout)).sum().backward()
+    if device.type == "cuda":
+        weigh_logps(model, micro, weight_B)[0].backward()
+    else:
+        (sum_logps(model, micro) * torch.from_numpy(weight_B)).sum().backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g).cpu() for name, g in gradients.items()}
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("layout", list(Layout))
-@pytest.mark.parametrize("name", CONFIGS)
-def test_gradients_are_those_of_the_cpu(name: str, layout: Layout, compiled: bool, cuda: torch.device) -> None:
-    """Twice, with other lengths and another number of prompts, behind one system prompt: the second time nothing is compiled anew."""
+@pytest.mark.parametrize(
+    ("name", "layout", "compiled", "again"),
+    [
+        *((name, layout, compiled, False) for name in CONFIGS for layout in Layout for compiled in (False, True)),
+        ("llama", Layout.tree, False, True),
+        ("llama", Layout.tree, True, True),
+    ],
+)
+def test_gradients_are_those_of_the_cpu(
+    name: str, layout: Layout, compiled: bool, again: bool, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, with other lengths and another number of prompts, behind one system prompt: the second time nothing is compiled anew. The head
+    has several chunks of positions; `again`: layers compute their activations again."""
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cuda", 61 * 100)
     here, there = make_model(CONFIGS[name], CPU), make_model(CONFIGS[name], cuda)
-    prepare_layers(there, Runtime(compile=compiled), device=cuda)
+    prepare_layers(there, Runtime(compile=compiled, activation_checkpointing=again), device=cuda)
     rng = np.random.default_rng(0)
     made: list[int] = []
     system = rng.integers(0, 61, size=20)
@@ -185,6 +204,30 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(
         got = take_gradients(policy, groups, Layout.tree, rank.device)
     gaps, norms = zip(*(((got[f"model.{n}"] - g).norm(), g.norm()) for n, g in expected.items()), strict=True)
     assert torch.stack(gaps).norm() < bound * torch.stack(norms).norm()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL between two GPUs needs two")
+def test_two_gpus_train_the_model_of_one(
+    train_inputs: dict[str, str], base: Path, make_job: Callable[..., Job]
+) -> None:
+    inputs = {"rows": Path(train_inputs["rows"]), "base": base}
+    config = {"objective": "sft", "responses": "all", "batch_prompts": 4, "epochs": 4, "max_tokens": 96}
+    weights = []
+    for ranks in (1, 2):
+        job = make_job("train", f"on-{ranks}", config=config, inputs=inputs, device="cuda", ranks=ranks, microbatch_tokens=128)  # fmt: skip
+        told = {
+            "job": job.name,
+            "config": job.config,
+            "runtime": job.runtime,
+            "output": str(job.output),
+            "work": str(job.work),
+        }
+        file = job.work / "job.json"
+        file.write_text(json.dumps(told | {"inputs": {name: str(path) for name, path in inputs.items()}}))
+        subprocess.run([sys.executable, "-m", "training", str(file)], check=True, timeout=300)
+        weights.append(load_file(job.output / "model.safetensors"))
+    one, two = weights
+    assert max((two[name] - tensor).abs().max() for name, tensor in one.items()) < 1e-4
 
 
 def test_answers_and_their_log_probabilities_are_those_of_the_cpu(

@@ -346,15 +346,41 @@ def test_a_rank_that_dies_while_others_wait_for_its_files_ends_the_job_at_once(
     assert "rank 1 of 2: its process was killed (SIGKILL)" in started.error()["message"]
 
 
-def test_two_machines_of_one_rank_give_the_bits_of_one_of_two(write_job: Callable[..., Path]) -> None:
-    """Two agents on loopback: stopped by a signal to the second alone, bereft of the second, then run to the end."""
+def write_two(write_job: Callable[..., Path], **runtime: Any) -> tuple[Path, Path]:
+    """Return the same job for each of two machines of one rank that meet on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    one = write_job("one", ranks=2)
-    first = write_job("two", nodes=2, node_rank=0, rendezvous=f"127.0.0.1:{port}")
+    first = write_job("two", nodes=2, node_rank=0, rendezvous=f"127.0.0.1:{port}", **runtime)
     second = first.with_name("second.json")
     second.write_text(first.read_text().replace('"node_rank": 0', '"node_rank": 1'))
+    return first, second
+
+
+def test_two_machines_of_which_one_has_no_room_end_and_go_on_with_smaller_micro_batches(
+    tmp_path: Path, write_job: Callable[..., Path]
+) -> None:
+    """The second machine's device has too little; both are started again by whoever started them."""
+    first, second = write_two(write_job, checkpoint_every_steps=2)
+    environment = run_first(tmp_path / "start", NO_ROOM)
+    narrow = [Started(path, num_ranks=1, environment=environment) for path in (second, first)]
+    assert all(machine.agent.wait(timeout=120) not in (0, EXIT_INTERRUPTED) for machine in narrow)
+    error = json.loads((first.parent / "work" / "error.json").read_text())
+    assert error["type"] == "OutOfMemory"
+    assert "rank 1 of 2: the device has no room for a micro-batch of at most 64 tokens" in error["message"]
+    again = [Started(path, num_ranks=1, environment=environment) for path in (second, first)]
+    assert [machine.agent.wait(timeout=300) for machine in again] == [0, 0], again[1].log.read_text()
+    lines = [json.loads(line) for line in (first.parent / "output" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    budgets = [line["train/microbatch_tokens"] for line in lines]
+    assert budgets == sorted(budgets, reverse=True) and set(budgets) == {64, 32}
+    assert not (first.parent / "work" / "error.json").exists()
+
+
+def test_two_machines_of_one_rank_give_the_bits_of_one_of_two(write_job: Callable[..., Path]) -> None:
+    """Two agents on loopback: stopped by a signal to the second alone, bereft of the second, then run to the end."""
+    one = write_job("one", ranks=2)
+    first, second = write_two(write_job)
 
     def start(steps: int) -> list[Started]:
         machines = [Started(path, num_ranks=1) for path in (second, first)]  # the second waits for the first

@@ -138,6 +138,12 @@ def test_the_roofline_has_all_operations_of_a_step_and_what_memory_moves_at_leas
     assert 28 * numbers <= kinds["AdamW"]["bytes"] < 28.1 * numbers  # and a count of steps for each tensor
     assert kinds["attention, backward"]["flops"] == 2 * kinds["attention"]["flops"] > 0
     assert all(kind["seconds"] > 0 for kind in kinds.values()) and len(kinds) == 8
+    scored = roofline.measure(
+        shared | {"folder": str(tmp_path), "length": 96, "pairs": 1, "batch_pairs": 1}, scores=True
+    )["kinds"]
+    for kind, share in {roofline.LAYERS: 3, roofline.HEAD: 3, "attention": 1}.items():  # of a step's operations
+        assert share * scored[kind]["flops"] == kinds[kind]["flops"]
+    assert not scored.keys() & {"attention, backward", "AdamW"}
     roofline.draw(found, tmp_path / "roofline.svg")
     assert (
         "matrices of the layers" in "\n".join(roofline.show(found)) and (tmp_path / "roofline.svg").stat().st_size > 0
