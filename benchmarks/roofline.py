@@ -146,7 +146,7 @@ def main() -> None:
 
 
 def measure(spec: dict[str, Any], *, scores: bool = False) -> dict[str, Any]:
-    """Return both roofs, and operations, bytes and seconds by kind: of a step, or of the pass that scores its pairs."""
+    """Return both roofs, and operations, bytes and seconds by kind: of the one step timed, or of the pass that scores its pairs."""
     tokenizer, model = open_model(spec)
     world = World(torch.device("cpu"))
     model = prepare_model(model, tokenizer, Path(spec["model"])).eval()

@@ -164,30 +164,34 @@ def compare_logits(model: Any, ids_T: np.ndarray) -> tuple[float, float]:
 
 
 def compare_gradients(model: Any, ids_T: np.ndarray) -> tuple[float, float]:
-    """Return how far log-probabilities of some ids and the gradients of hidden states are, as the head gives both in training, from those that
-    torch finds through the logits: relative to the largest of each."""
+    """Return how far log-probabilities of some ids are, and the gradients of hidden states and of the head where it is trained, as the head gives
+    them in training, from those that torch finds through the logits: relative to the largest of each."""
     head = model.get_output_embeddings()
     ids_BT = torch.from_numpy(ids_T.astype(np.int64))[None].to(head.weight.device)
     with torch.no_grad():
         hidden_PH = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state[0, :-1].clone()
-    weight_VH, bias_V = head.weight.detach(), None if head.bias is None else head.bias.detach()
+    weight_VH: Tensor = head.weight.detach().requires_grad_(head.weight.requires_grad)
+    bias_V = None if head.bias is None else head.bias.detach().requires_grad_(head.bias.requires_grad)
     softcap, target_P = getattr(model.config, "final_logit_softcapping", None), ids_BT[0, 1:]
     slope_P = torch.linspace(-1.0, 2.0, len(target_P), dtype=torch.float64, device=hidden_PH.device)
     hidden_PH.requires_grad_()
+    learned = [part for part in (hidden_PH, weight_VH, bias_V) if part is not None and part.requires_grad]
     with torch.enable_grad():
-        weighted, got_P = WeightedLogp.apply(slope_P, *Head(hidden_PH, weight_VH, bias_V, target_P, softcap))
-        (got_PH,) = torch.autograd.grad(weighted, hidden_PH)
-        logits_PV = nn.functional.linear(hidden_PH, weight_VH, bias_V)
+        weighted, got_P = WeightedLogp.apply(slope_P, hidden_PH, weight_VH, bias_V, target_P, softcap)
+        got = torch.autograd.grad(weighted, learned)
+        logits_PV = nn.functional.linear(hidden_PH, weight_VH)
         logits_PV = logits_PV.to(torch.promote_types(logits_PV.dtype, torch.float32))
+        if bias_V is not None:
+            logits_PV = logits_PV + bias_V
         if softcap:
             logits_PV = softcap * torch.tanh(logits_PV / softcap)
         logp_P = logits_PV.log_softmax(dim=-1).gather(1, target_P[:, None]).squeeze(1)
-        (expected_PH,) = torch.autograd.grad((slope_P * logp_P.double()).sum(), hidden_PH)
+        expected = torch.autograd.grad((slope_P * logp_P.double()).sum(), learned)
 
-    def gap(got: Tensor, expected: Tensor) -> float:
-        return ((got - expected).abs().max() / expected.abs().max()).item()
+    def gap(one: Tensor, other: Tensor) -> float:
+        return ((one - other).abs().max() / other.abs().max()).item()
 
-    return gap(got_P, logp_P), gap(got_PH, expected_PH)
+    return gap(got_P, logp_P), max(map(gap, got, expected))
 
 
 def choose_groups(groups: Iterable[Sequence[Rendered]]) -> list[Sequence[Rendered]]:

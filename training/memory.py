@@ -18,11 +18,11 @@ from training.model import find_layers
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2  # bytes
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # names of glibc's malloc.h
-# What ends a container before the machine's own memory does: folder, limit, use, and the line of memory.stat that counts files which the kernel
-# keeps in it and lets go first; of control groups 2 and 1.
+# What ends a container before the machine's own memory does: folder, limit, use, and what the lines of memory.stat begin with that count files which
+# the kernel keeps in it, read once or more often, and lets go first; of control groups 2 and 1.
 CGROUPS = (
-    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
-    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", ""),
+    (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 MEMBERSHIP = Path("/proc/self/cgroup")  # lines of number:controllers:path
 
@@ -208,11 +208,12 @@ def measure_free(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + unused
     free = [1024 * read_kib("/proc/meminfo", "MemAvailable")] if Path("/proc/meminfo").exists() else []
-    for folder, limit, use, cached in list_cgroups():
+    for folder, limit, use, prefix in list_cgroups():
         if (folder / limit).exists() and (bound := (folder / limit).read_text().strip()) != "max":
             stat = folder / "memory.stat"  # not every sandbox has one
             counts = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-            free.append(int(bound) - int((folder / use).read_text()) + int(counts.get(cached, 0)))
+            cached = sum(int(counts.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+            free.append(int(bound) - int((folder / use).read_text()) + cached)
     if not free:  # no Linux
         return int(psutil.virtual_memory().available)
     return min(free)

@@ -90,7 +90,7 @@ def run(job: Job) -> None:
 def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -> None:
     """Train on this rank; the first one writes what all have in common."""
     started = time.monotonic()
-    ready, pairs = prepare(job, config, runtime, world)
+    ready, heldout, pairs = prepare(job, config, runtime, world)
     report = check_run(ready)
     report.require()
     runtime = runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens})  # what the device has room for
@@ -104,7 +104,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
         runtime=runtime,
         identity=identity,
         world=world,
-        heldout=plan_heldout(ready, pairs["heldout"]),
+        heldout=heldout,
     )
     policy.eval()
     with as_layers(world, precision=config.precision):
@@ -119,8 +119,10 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     job.write_summary(told | {"wall_seconds": round(time.monotonic() - started, 3)})
 
 
-def prepare(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -> tuple[Ready, dict[str, Pairs]]:
-    """Return all that training starts with, and the rows of both splits."""
+def prepare(
+    job: Job, config: RewardModelConfig, runtime: Runtime, world: World
+) -> tuple[Ready, Steps, dict[str, Pairs]]:
+    """Return all that training starts with, some held-out pairs as one step, and the rows of both splits."""
     policy, tokenizer = load_base(job.inputs["base"], config, runtime, world)
     renderer = RewardRenderer(tokenizer, render=config.render, max_tokens=config.max_tokens)
     pairs = {split: load_pairs(job.inputs["rows"], renderer, split=split) for split in ("train", "heldout")}
@@ -129,22 +131,18 @@ def prepare(job: Job, config: RewardModelConfig, runtime: Runtime, world: World)
     steps = Steps(
         examples, objective, forward, batch_prompts=config.batch_prompts, epochs=config.epochs, seed=config.seed
     )
+    kept = pairs["heldout"].examples[:HELDOUT_ROWS]
+    heldout = Steps(kept, objective, forward, batch_prompts=len(kept), epochs=1, seed=0)
     base = digest_weights(job.inputs["base"]) if world.is_first else None
     world.barrier()  # it reads all of the base, the others but their part
     identity = {
         "config": config.model_dump(mode="json"),
         "base": base,
-        "data": steps.digests,
+        "data": steps.digests | {"heldout": heldout.digests["rows"]},
         "base_config": read_config_file(job.inputs["base"] / "config.json"),
     }
     start = (job, runtime, world, config.precision, policy, tokenizer, examples, objective, forward, steps, identity)
-    return Ready(*start, is_reward_model=True), pairs
-
-
-def plan_heldout(ready: Ready, pairs: Pairs) -> Steps:
-    """Return some held-out pairs as one step."""
-    kept = pairs.examples[:HELDOUT_ROWS]
-    return Steps(kept, ready.objective, ready.forward, batch_prompts=len(kept), epochs=1, seed=0)
+    return Ready(*start, is_reward_model=True), heldout, pairs
 
 
 def summarise_run(ready: Ready, pairs: dict[str, Pairs], progress: Progress) -> dict[str, Any]:

@@ -360,8 +360,9 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, folder: Path, free: int) -> No
     """Lay the files of a container's limit where the kernel would have them. Files that were read are part of what is used."""
     (folder / "memory.max").write_text(f"{free + 5_000_000}\n")
     (folder / "memory.current").write_text(f"{free + 4_900_000}\n")
-    (folder / "memory.stat").write_text(f"anon 5000000\nfile {free - 100_000}\ninactive_file {free - 100_000}\n")
-    monkeypatch.setattr(memory, "CGROUPS", ((folder, "memory.max", "memory.current", "inactive_file"),))
+    cached = f"file {free - 100_000}\ninactive_file {free - 150_000}\nactive_file 50000\n"
+    (folder / "memory.stat").write_text(f"anon 5000000\n{cached}")
+    monkeypatch.setattr(memory, "CGROUPS", ((folder, "memory.max", "memory.current", ""),))
 
 
 def test_the_limit_of_a_group_below_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,7 +371,7 @@ def test_the_limit_of_a_group_below_counts_too(tmp_path: Path, monkeypatch: pyte
         (tmp_path / name).mkdir(exist_ok=True)
         if free is not None:
             limit_memory(monkeypatch, tmp_path / name, free=free)
-    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, "memory.max", "memory.current", "inactive_file"),))
+    monkeypatch.setattr(memory, "CGROUPS", ((tmp_path, "memory.max", "memory.current", ""),))
     for path, free in (("/slurm/job_7", 9_000_000), ("/slurm/job_8", 1_000_000)):
         (tmp_path / "membership").write_text(f"12:cpu:/elsewhere\n0::{path}\n")
         monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / "membership")

@@ -223,7 +223,7 @@ def unit_weights(ready: Ready, report: Report) -> str:
     if not isinstance(ready.objective, WeightedLikelihood):
         raise NotApplicable("the objective is no weighted likelihood")
     if any(check.name == "output_head" for check in report.failures):
-        raise NotApplicable("the output head is not the model's")
+        raise NotApplicable("what the output head gives is wrong")
     samples = ready.steps.samples(0)
     members = sorted(range(len(samples)), key=lambda index: len(samples[index].ids_T))[:2]
     samples = [samples[index] for index in members]
