@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig
 
+from tests.training.test_launch import CONFIG
 from training import generate, reference, train
 from training.checkpoint import Progress
 from training.config import Layout, Precision, Runtime, Schedule
@@ -210,19 +211,11 @@ def test_a_sharded_policy_has_the_gradients_of_a_whole_one(
 def test_two_gpus_train_the_model_of_one(
     train_inputs: dict[str, str], base: Path, make_job: Callable[..., Job]
 ) -> None:
-    inputs = {"rows": Path(train_inputs["rows"]), "base": base}
     """To its weights, and by the same gradients: AdamW hides a factor in them."""
-    config = {
-        "objective": "sft",
-        "responses": "all",
-        "batch_prompts": 4,
-        "epochs": 24,
-        "max_tokens": 96,
-        "learning_rate": 3e-4,
-    }
+    inputs = {"rows": Path(train_inputs["rows"]), "base": base}
     weights, norms = [], []
     for ranks in (1, 2):
-        job = make_job("train", f"on-{ranks}", config=config, inputs=inputs, device="cuda", ranks=ranks, microbatch_tokens=128)  # fmt: skip
+        job = make_job("train", f"on-{ranks}", config=CONFIG, inputs=inputs, device="cuda", ranks=ranks, microbatch_tokens=128)  # fmt: skip
         told = {
             "job": job.name,
             "config": job.config,
