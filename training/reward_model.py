@@ -26,7 +26,9 @@ from training.data.examples import Example
 from training.data.rows import iterate_rows
 from training.data.scored import count_dropped
 from training.data.selection import select_preferred_first
+from training.devices import device_peak
 from training.distributed import World, open_world
+from training.flops import count_reward_flops
 from training.job import Job
 from training.logprobs import Policy, as_policy
 from training.loop import Progress, Settings, run_steps
@@ -96,6 +98,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
     runtime = runtime.model_copy(update={"microbatch_tokens": report.microbatch_tokens})  # what the device has room for
     policy, steps, identity = ready.policy, ready.steps, ready.identity
     policy.train()  # the base's own dropout, drawn from the run's seed
+    peak = device_peak(world.device, config.precision)
     progress = run_steps(
         policy,
         steps,
@@ -105,6 +108,7 @@ def train(job: Job, config: RewardModelConfig, runtime: Runtime, world: World) -
         identity=identity,
         world=world,
         heldout=heldout,
+        peak_flops=peak * world.size if peak else None,
     )
     policy.eval()
     with as_layers(world, precision=config.precision):
@@ -231,6 +235,7 @@ class RewardForward:
     def __init__(self, model: Any, *, dropout: float = 0.0) -> None:
         self._model = model
         self._dropout = dropout
+        self._flops = count_reward_flops(model)
 
     def identity(self, sample: RewardInput) -> bytes:
         """Return ids and segments."""
@@ -254,8 +259,10 @@ class RewardForward:
 
     def values(self, model: Any, micro: RewardBatch, slope_B: FloatArray | None = None) -> Forwarded:
         """Return reward_B, float64."""
-        reward_B = as_policy(model)(compute_rewards, micro).double()
-        return Forwarded(reward_B, micro.num_tokens, micro.ids_BT.numel())
+        reward_B, lengths = as_policy(model)(compute_rewards, micro).double(), micro.lengths
+        segments = [(0, length) for length in lengths]
+        flops = self._flops.step(tokens=sum(lengths), positions=len(lengths), segments=segments) if self._flops else 0
+        return Forwarded(reward_B, sum(lengths), micro.ids_BT.numel(), flops)
 
 
 def make_settings(config: RewardModelConfig) -> Settings:

@@ -12,17 +12,28 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    LlamaConfig,
+    MixtralConfig,
+    Qwen3Config,
+    RobertaConfig,
+)
 
 from tests.architectures import CONFIGS as FAMILIES
 from tests.architectures import SMALL
 from training import devices, train
 from training.config import Layout, LoraConfig, Precision
 from training.devices import ACCELERATORS, device_peak, find_accelerator, measure_gemm
-from training.flops import Flops, count_flops, count_pairs
+from training.flops import Flops, count_flops, count_pairs, count_reward_flops
 from training.job import Job
 from training.lora import add_adapter
 from training.render import Rendered
+from training.reward.render import RewardInput
+from training.reward_model import RewardForward
 from training.steps import Forwarded
 from training.train import PolicyForward
 from training.tree import enable_trees
@@ -30,6 +41,15 @@ from training.tree import enable_trees
 CPU = torch.device("cpu")
 CONFIGS = FAMILIES | {"qwen3": Qwen3Config(**SMALL, head_dim=6)}
 LAYERS, HEADS = 2, 4
+ENCODER: dict[str, Any] = {
+    "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+    "num_labels": 1, "pad_token_id": 0,
+}  # fmt: skip
+REWARD_CONFIGS = {
+    "bert": BertConfig(**ENCODER),
+    "roberta": RobertaConfig(**ENCODER),
+    "llama": LlamaConfig(**ENCODER, num_key_value_heads=2),
+}
 
 
 def make_model(name: str) -> Any:
@@ -97,6 +117,37 @@ def test_a_tree_costs_its_prompt_once_and_each_response_its_way_to_the_root() ->
     seen = [*range(9), *range(9, 12), *range(9, 19), *range(3), 3]  # the position of every token that is read
     pairs = sum(min(position + 1, 6) for position in seen)
     assert out.flops == flops.per_token * len(seen) + 3 * (2 * 16 * 61 * 17 + LAYERS * 4 * HEADS * 4 * pairs)
+
+
+@pytest.mark.parametrize("name", REWARD_CONFIGS)
+def test_a_reward_models_step_costs_what_torch_counts(name: str) -> None:
+    """Rows of 9 and 5 tokens. An encoder's tokens see all of their row; what stands behind the trunk counts for one position of a row, though a
+    decoder's head is applied to all."""
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(REWARD_CONFIGS[name], attn_implementation="eager")
+    flops = count_reward_flops(model)
+    assert flops is not None
+    forward = RewardForward(model)
+    inputs = [RewardInput(list(range(2, 2 + n)), None, cut=False) for n in (9, 5)]
+    told, mm, bmm = 0, 0, 0
+    for one in inputs:
+        with FlopCounterMode(display=False) as counter:
+            out = forward.values(model, forward.load([one], np.array([0])))
+            out.value_B.sum().backward()
+        done = {str(op).split(".")[1]: int(n) for op, n in counter.get_flop_counts()["Global"].items()}
+        told, mm, bmm = told + out.flops, mm + done["mm"] + done.get("addmm", 0), bmm + done["bmm"]
+    more = 0 if flops.sees_all else (14 - 2) * 3 * 2 * 16  # positions of the head that are not read
+    assert mm == flops.per_token * 14 + flops.per_position * 2 + more
+    assert bmm == 3 * 2 * 2 * 16 * LAYERS * (81 + 25)
+    seen = 81 + 25 if flops.sees_all else 45 + 15
+    assert told == flops.per_token * 14 + flops.per_position * 2 + 3 * 2 * 2 * 16 * LAYERS * seen
+    together = forward.values(model, forward.load(inputs, np.array([0, 1])))
+    assert together.flops == told and together.num_padded == 18
+
+
+def test_a_reward_model_whose_attention_is_another_is_not_counted() -> None:
+    model = AutoModelForSequenceClassification.from_config(DebertaV2Config(**ENCODER, relative_attention=True))
+    assert count_reward_flops(model) is None
 
 
 def test_padding_costs_nothing() -> None:

@@ -61,6 +61,8 @@ def test_learns_the_rule_and_reports_its_figures(
     assert summary["length_baseline_accuracy"] == 0.0
     assert summary["accuracy_low"] == pytest.approx(0.025 ** (1 / 12)) and summary["accuracy_high"] == 1.0
     assert summary["dropout"] == 0.1
+    for line in read_json_lines(job.output / "metrics.jsonl"):
+        assert 0 < line["train/flop_share"] < 1 and line["train/tflops_per_second"] > 0
     found = json.loads((job.output / "preflight.json").read_text())
     assert found["passed"] and (summary["preflight_passed"], summary["preflight_failed"]) == (4, 0)
     assert [check["name"] for check in found["checks"]] == ["weights", "padding", "microbatches", "memory"]

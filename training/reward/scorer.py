@@ -131,7 +131,7 @@ class RewardBatch:
     ids_BT: Tensor
     mask_BT: Tensor  # 0 at padding
     segments_BT: Tensor | None  # None where the model has no such input
-    num_tokens: int  # without padding
+    lengths: Sequence[int]  # of the rows, without padding
 
 
 def collate_inputs(model: Any, inputs: Sequence[RewardInput]) -> RewardBatch:
@@ -145,7 +145,7 @@ def collate_inputs(model: Any, inputs: Sequence[RewardInput]) -> RewardBatch:
         segments_BT[row, :length] = item.segments or 0
     put = partial(send, device=model.device)
     segments = None if inputs[0].segments is None else put(segments_BT)
-    return RewardBatch(put(ids_BT), put(mask_BT), segments, sum(lengths))
+    return RewardBatch(put(ids_BT), put(mask_BT), segments, lengths)
 
 
 def compute_rewards(model: Any, batch: RewardBatch) -> Tensor:
