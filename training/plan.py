@@ -105,9 +105,7 @@ class Plan:
     tokens: int
     microbatch_tokens: int
     footprint: Footprint  # of each rank
-    export_bytes: (
-        int  # of the first machine's memory, in which the parts of several ranks are put together to be written
-    )
+    export_bytes: int  # of the first machine's memory, where several ranks' parts are put together to be written
     flops: int
     machine: Machine
     ranks_with_room: int | None  # that would do where these have none; None on CPUs, and where no number would
